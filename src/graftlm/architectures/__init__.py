@@ -1,0 +1,30 @@
+"""Facts about model families: what layers are called, what shapes attention keeps, how positions are counted."""
+
+from .attention import attention_modules, encoder_kv_shapes, kv_shapes, self_attention_call
+from .facts import (
+    LORA_TARGETS,
+    backbone_embeddings,
+    block_sites,
+    is_encoder_decoder,
+    lora_targets,
+    model_dims,
+    position_offset,
+    pools_last_token,
+    takes_position_ids,
+)
+
+__all__ = [
+    "LORA_TARGETS",
+    "attention_modules",
+    "backbone_embeddings",
+    "block_sites",
+    "encoder_kv_shapes",
+    "is_encoder_decoder",
+    "kv_shapes",
+    "lora_targets",
+    "model_dims",
+    "pools_last_token",
+    "position_offset",
+    "self_attention_call",
+    "takes_position_ids",
+]

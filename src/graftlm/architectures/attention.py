@@ -1,0 +1,154 @@
+"""What a model's attention keeps, learnt by watching it once.
+
+Key and value shapes are not guessed from the configuration: a one-token forward on the `meta` device (no memory, no
+arithmetic) records what every layer hands to its cache. So grouped and multi-query attention, a head_dim of its own,
+layers of mixed sizes and layers without keys come out as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, EncoderDecoderCache
+
+from ..errors import UnsupportedError
+
+CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
+CROSS_NAMES = ("key_value_states", "encoder_hidden_states")
+MASK_NAMES = ("attention_mask", "mask")
+
+
+class _Recorder(DynamicCache):
+    """A cache that notes the shapes it is given: layer -> (kv_heads, head_dim)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: dict[int, tuple[int, int]] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if key_states.shape != value_states.shape:
+            raise UnsupportedError(
+                f"Layer {layer_idx} keeps keys {tuple(key_states.shape)} and values {tuple(value_states.shape)} of "
+                "different shapes; a prefix cannot be placed there. Use prompt tuning, LoRA or bottleneck adapters."
+            )
+        self.shapes[layer_idx] = (key_states.shape[1], key_states.shape[3])
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def attention_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Self- and cross-attention modules: the innermost modules whose forward takes a cache."""
+    takers = {}
+    for name, module in root.named_modules():
+        parameters = inspect.signature(module.forward).parameters
+        if any(n in parameters for n in CACHE_NAMES):
+            takers[name] = module
+    for name, module in takers.items():
+        if not any(other.startswith(f"{name}." if name else "") and other != name for other in takers):
+            yield name, module
+
+
+def self_attention_call(module: nn.Module, args: tuple, kwargs: dict) -> dict | None:
+    """All arguments of an attention call by name; None for cross-attention."""
+    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    named = dict(bound) | bound.get("kwargs", {})
+    named.pop("kwargs", None)
+    return None if any(named.get(n) is not None for n in CROSS_NAMES) else named
+
+
+def kv_shapes(base: nn.Module) -> list[tuple[int, int]]:
+    """(kv_heads, head_dim) of every decoder layer (of every layer, for encoders).
+
+    Raises:
+        UnsupportedError: a layer keeps no keys and values, so that a prefix cannot reach it.
+    """
+    config = base.config
+
+    def run(model: nn.Module, recorder: _Recorder, device: torch.device) -> None:
+        ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+        inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": recorder}
+        if getattr(config, "is_encoder_decoder", False):
+            inputs |= {"decoder_input_ids": ids, "past_key_values": EncoderDecoderCache(recorder, DynamicCache())}
+        model(**inputs)
+
+    shapes = _observe(base, run)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    layers = getattr(text, "decoder_layers", None) or getattr(text, "num_decoder_layers", None)
+    layers = layers if getattr(config, "is_encoder_decoder", False) and layers else text.num_hidden_layers
+    shared = getattr(text, "num_kv_shared_layers", 0) or 0
+    missing = [i for i in range(layers - shared) if i not in shapes]
+    if missing or not shapes:
+        raise UnsupportedError(
+            f"{type(base).__name__}: layers {missing or 'all'} keep no keys and values, so a prefix cannot reach them. "
+            "Use prompt tuning, LoRA or bottleneck adapters on this model."
+        )
+    return [shapes[i] for i in sorted(shapes)]
+
+
+def encoder_kv_shapes(base: nn.Module) -> list[tuple[int, int]]:
+    """(kv_heads, head_dim) of every self-attention of the encoder of an encoder-decoder model."""
+
+    def run(model: nn.Module, recorder: _Recorder, device: torch.device) -> None:
+        encoder = model.get_encoder()
+        handles = []
+        for index, (_, module) in enumerate(attention_modules(encoder)):
+
+            def note(module: nn.Module, args: tuple, kwargs: dict, output: Any, index: int = index) -> None:
+                named = self_attention_call(module, args, kwargs) or {}
+                width = next(iter(named.values())).shape[-1]
+                head_dim = getattr(module, "head_dim", None) or getattr(module, "key_value_proj_dim", None)
+                keys = next((m for n, m in module.named_children() if n in ("k", "k_proj", "key")), None)
+                if head_dim is None or keys is None:
+                    raise UnsupportedError(f"{type(module).__name__}: cannot read the shape of its keys [{width}].")
+                recorder.shapes[index] = (keys.out_features // head_dim, head_dim)
+
+            handles.append(module.register_forward_hook(note, with_kwargs=True))
+        try:
+            encoder(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    shapes = _observe(base, run)
+    if not shapes:
+        raise UnsupportedError(f"{type(base).__name__}: found no self-attention in its encoder.")
+    return [shapes[i] for i in sorted(shapes)]
+
+
+def _observe(base: nn.Module, run: Any) -> dict[int, tuple[int, int]]:
+    """Run one token through a copy of the model without memory; through the model itself where that cannot be had."""
+    try:
+        with torch.device("meta"):
+            model = type(base)(_plain_config(base.config))
+        target, device = model.eval(), torch.device("meta")
+        recorder = _Recorder()
+        with torch.no_grad():
+            run(target, recorder, device)
+        return recorder.shapes
+    except UnsupportedError:
+        raise
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        device = next(base.parameters()).device
+        if device.type == "meta":
+            raise UnsupportedError(
+                f"{type(base).__name__} does not run on the meta device ({error}); load its weights to attach a prefix."
+            ) from error
+    recorder, training = _Recorder(), base.training
+    try:
+        with torch.no_grad():
+            run(base.eval(), recorder, device)
+    finally:
+        base.train(training)
+    return recorder.shapes
+
+
+def _plain_config(config: Any) -> Any:
+    """A copy of a configuration without quantisation (the modules' shapes are the same)."""
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    return plain

@@ -1,0 +1,147 @@
+"""Names and habits of the families, as far as they cannot be read from the modules."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..errors import TargetError, UnsupportedError, nearest
+
+_QV = ["q_proj", "v_proj"]
+_FUSED = ["query_key_value"]
+
+# Default LoRA targets by `config.model_type`: HF PEFT's table, and families that it lacks.
+LORA_TARGETS: dict[str, list[str]] = {
+    "bart": _QV, "bert": ["query", "value"], "bloom": _FUSED, "chatglm": _FUSED, "codegen": ["qkv_proj"],
+    "deberta": ["in_proj"], "deberta-v2": ["query_proj", "value_proj"], "electra": ["query", "value"],
+    "falcon": _FUSED, "RefinedWeb": _FUSED, "RefinedWebModel": _FUSED, "gemma": _QV, "gemma2": _QV, "gemma3": _QV,
+    "gemma3_text": _QV, "glm": _QV, "glm4": _QV, "gpt2": ["c_attn"], "gpt_bigcode": ["c_attn"], "gpt_neo": _QV,
+    "gpt_neox": _FUSED, "gptj": _QV, "layoutlm": ["query", "value"], "llama": _QV, "llama4": _QV, "mbart": _QV,
+    "mistral": _QV, "mixtral": _QV, "mpt": ["Wqkv"], "mt5": ["q", "v"], "olmo2": _QV, "opt": _QV, "pegasus": _QV,
+    "phi": ["q_proj", "v_proj", "fc1", "fc2"], "phi3": ["qkv_proj"], "qwen2": _QV, "qwen3": _QV, "qwen3_moe": _QV,
+    "roberta": ["query", "value"], "stablelm": _QV, "t5": ["q", "v"], "umt5": ["q", "v"],
+    "xlm-roberta": ["query", "value"],
+}  # fmt: skip
+
+
+def model_type(base: nn.Module) -> str:
+    """`config.model_type` of a model ("" where it has none)."""
+    return getattr(getattr(base, "config", None), "model_type", "") or ""
+
+
+def lora_targets(base: nn.Module) -> list[str]:
+    """The family's default LoRA targets; TargetError for a family without."""
+    kind = model_type(base)
+    if kind not in LORA_TARGETS:
+        raise TargetError(
+            f"There are no default target_modules for model type {kind!r}{nearest(kind, LORA_TARGETS)}. "
+            "Name them in LoraConfig(target_modules=[...]), or use target_modules='all-linear'."
+        )
+    return list(LORA_TARGETS[kind])
+
+
+def is_encoder_decoder(base: nn.Module) -> bool:
+    return bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dims:
+    """Sizes that a soft prompt's configuration records."""
+
+    hidden: int
+    layers: int
+    heads: int
+
+
+def model_dims(base: nn.Module) -> Dims:
+    """Hidden size, layers and heads from the configuration, by the names that families use for them."""
+    config = base.config
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+
+    def first(what: str, *names: str) -> int:
+        for name in names:
+            if isinstance(value := getattr(config, name, None), int):
+                return value
+        raise UnsupportedError(f"Cannot read the {what} of {type(base).__name__} from its configuration ({names}).")
+
+    return Dims(
+        hidden=first("hidden size", "hidden_size", "n_embd", "d_model"),
+        layers=first("number of layers", "num_hidden_layers", "num_layers", "n_layer"),
+        heads=first("number of heads", "num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
+    )
+
+
+def backbone_embeddings(base: nn.Module) -> nn.Module:
+    """The module that turns token ids into input embeddings."""
+    embeddings = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+    if embeddings is None:
+        raise UnsupportedError(f"{type(base).__name__} has no input embeddings; virtual tokens need them.")
+    return embeddings
+
+
+def takes_position_ids(base: nn.Module) -> bool:
+    """Whether positions can be handed to the model. (ALiBi and relative-position models count from the mask.)"""
+    return "position_ids" in inspect.signature(base.forward).parameters
+
+
+def position_offset(base: nn.Module) -> int:
+    """Position of a row's first token: RoBERTa and its kin count from `padding_idx + 1`, all others from 0."""
+    for module in base.modules():
+        if hasattr(module, "create_position_ids_from_input_ids") or type(module).__name__ in _OFFSET_EMBEDDINGS:
+            padding = getattr(module, "padding_idx", None)
+            if padding is not None:
+                return int(padding) + 1
+    return 0
+
+
+_OFFSET_EMBEDDINGS = {"RobertaEmbeddings", "XLMRobertaEmbeddings", "CamembertEmbeddings", "LongformerEmbeddings"}
+
+
+def pools_last_token(base: nn.Module) -> bool:
+    """Whether the model's head reads each row's last token (decoder-only sequence classifiers)."""
+    name = type(base).__name__
+    return name.endswith("ForSequenceClassification") and hasattr(base, "score")
+
+
+# Where a transformer block's two halves end, and where its feed-forward half begins: the last parts of module names.
+_ATTENTION_OUT = (
+    r"self_attention\.dense|attention\.dense|self_attn\.o_proj|self_attn\.out_proj|attn\.c_proj|attn\.out_proj|"
+    r"attention\.o_proj|attention\.out_proj|SelfAttention\.o|attention\.output\.dense|attention\.out_lin|self_attn\.dense"
+)
+_FEED_FORWARD_OUT = (
+    r"dense_4h_to_h|mlp\.down_proj|fc2|mlp\.c_proj|mlp\.fc_out|DenseReluDense\.wo|(?<!attention\.)output\.dense|"
+    r"ffn\.lin2|mlp\.w2|w2"
+)
+_FEED_FORWARD_IN = (
+    r"dense_h_to_4h|mlp\.gate_up_proj|mlp\.gate_proj|fc1|mlp\.c_fc|mlp\.fc_in|DenseReluDense\.(?:wi|wi_0)|"
+    r"intermediate\.dense|ffn\.lin1"
+)
+
+
+def block_sites(base: nn.Module) -> dict[str, list[str]]:
+    """Module names where bottleneck adapters attach: "attention" and "feed_forward" outputs, "feed_forward_in" inputs.
+
+    Raises:
+        UnsupportedError: a block's halves are not found by the names that families use.
+    """
+    found: dict[str, list[str]] = {"attention": [], "feed_forward": [], "feed_forward_in": []}
+    patterns = {"attention": _ATTENTION_OUT, "feed_forward": _FEED_FORWARD_OUT, "feed_forward_in": _FEED_FORWARD_IN}
+    for name, module in base.named_modules():
+        inner: Any = getattr(module, "base_layer", module)
+        if ".lora_" in name or name.endswith(".base_layer") or getattr(inner, "weight", None) is None:
+            continue
+        for site, pattern in patterns.items():
+            if re.search(rf"(^|\.)(?:{pattern})$", name):
+                found[site].append(name)
+    missing = [site for site, names in found.items() if not names]
+    if missing:
+        raise UnsupportedError(
+            f"{type(base).__name__}: cannot find the {' and '.join(missing)} modules of its blocks. "
+            "Name them in BottleneckConfig(attention_modules=..., feed_forward_modules=..., feed_forward_input_modules=...)."
+        )
+    return found

@@ -1,0 +1,396 @@
+"""Adapter directories: HF PEFT's files, read and written, and what GraftLM keeps beside them.
+
+    adapter_config.json          HF PEFT's configuration
+    adapter_model.safetensors    HF PEFT's keys and shapes; our header: version, base fingerprint, own config fields
+    training_state.safetensors   soft prompts with a network behind them: what further training needs
+    model.safetensors            in a Trainer's checkpoint: a link to the file above that training resumes from, because a
+                                 plain `transformers.Trainer` looks for this name
+    README.md                    model card
+
+Reading checks everything before anything is changed: each key and shape, and the base model's fingerprint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.modules.module import _IncompatibleKeys
+
+from . import fingerprint
+from .card import write_card
+from .errors import AdapterError, CheckpointError
+from .files import HEADER_KEY, HUB_KEYS, PICKLE_NAME, WEIGHTS_NAME, find_file, header_of
+from .methods import PeftConfig
+from .methods.modules_to_save import saved_modules
+
+if TYPE_CHECKING:
+    from .model import PeftModel
+
+__all__ = ["config_for", "fill", "load_options", "load_state", "nothing_missing", "save", "write_card"]
+
+TRAINING_NAME = "training_state.safetensors"
+TRAINER_NAME = "model.safetensors"
+FORMAT = 1
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+def save(
+    host: PeftModel,
+    save_directory: str | os.PathLike,
+    safe_serialization: bool = True,
+    selected_adapters: list[str] | None = None,
+    save_embedding_layers: str | bool = "auto",
+    is_main_process: bool = True,
+    state_dict: dict[str, Tensor] | None = ...,  # type: ignore[assignment]
+    **kwargs: Any,
+) -> None:
+    """Write adapters into a directory: "default" into it, others into folders of their names (HF PEFT's layout).
+
+    Args:
+        selected_adapters: only these.
+        safe_serialization: must be True; weights are safetensors.
+        is_main_process: False writes nothing.
+        state_dict: given (even as None) by a `transformers.Trainer`; the directory is then one of its checkpoints, and a
+            `model.safetensors` is added that it resumes from.
+        save_embedding_layers: accepted for HF PEFT's sake; an embedding is saved where an adapter trains it.
+
+    Raises:
+        AdapterError: an unknown adapter name.
+        CheckpointError: `save_directory` is a file, or pickle is asked for.
+    """
+    if not is_main_process:
+        return
+    if not safe_serialization:
+        raise CheckpointError("safe_serialization=False would write a pickle file; weights are written as safetensors only.")
+    folder = Path(save_directory)
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file; save_pretrained needs a directory.")
+    names = list(host.methods) if selected_adapters is None else list(selected_adapters)
+    host._known(*names)
+    for name in names:
+        write_adapter(host, name, folder if name == "default" or len(host.methods) == 1 else folder / name)
+    if state_dict is not ...:
+        write_trainer_file(host, folder)
+
+
+def write_adapter(host: PeftModel, name: str, folder: Path) -> None:
+    """One adapter into one directory; each file appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    method = host.methods[name]
+    config = method.config
+    own = {k: v for k, v in config.to_dict().items() if k in config.own_fields}
+    header = {"format": FORMAT, "config": own, "base": fingerprint.of(host.base)}
+    write_tensors(folder / WEIGHTS_NAME, adapter_tensors(host, name), header)
+    training = method.training_tensors(host)
+    if training:
+        training |= {k: v for k, v in adapter_tensors(host, name).items() if k not in method.tensors(host)}
+        write_tensors(folder / TRAINING_NAME, training, {"format": FORMAT})
+    else:
+        (folder / TRAINING_NAME).unlink(missing_ok=True)
+    config.save_pretrained(folder, inference_mode=True)
+    write_card(host, name, folder)
+
+
+def adapter_tensors(host: PeftModel, name: str) -> dict[str, Tensor]:
+    """The tensors of an adapter's weights file under HF PEFT's keys, modules to save included."""
+    method = host.methods[name]
+    tensors = dict(method.tensors(host))
+    for path, module in saved_modules(host.base, host.switch, name):
+        for key, value in module.state_dict().items():
+            tensors[f"{method.file_prefix}{path}.{key}"] = value
+    return tensors
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """A safetensors file with our header, put in place in one step."""
+    ready = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+    temporary = path.with_suffix(".tmp")
+    save_file(ready, temporary, metadata={"format": "pt", HEADER_KEY: json.dumps(header)})
+    os.replace(temporary, path)
+
+
+def write_trainer_file(host: PeftModel, folder: Path) -> None:
+    """`model.safetensors` of a Trainer's checkpoint: the file that training resumes from, linked if there is one adapter."""
+    target = folder / TRAINER_NAME
+    target.unlink(missing_ok=True)
+    if len(host.methods) > 1:
+        named = {k: p for name in host.methods for k, p in host.adapter_parameters(name)}
+        write_tensors(target, named, {"format": FORMAT})
+        return
+    source = folder / (TRAINING_NAME if (folder / TRAINING_NAME).exists() else WEIGHTS_NAME)
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How to read an adapter.
+
+    Attributes:
+        hub: which hub file (revision, cache_dir, token, subfolder, …).
+        allow_pickle: read an `adapter_model.bin` (with `weights_only=True`) where there is no safetensors file.
+        allow_base_mismatch: attach although the fingerprint says another base.
+    """
+
+    hub: dict[str, Any] = field(default_factory=dict)
+    allow_pickle: bool = False
+    allow_base_mismatch: bool = False
+
+
+# Arguments of HF PEFT's loading that need nothing here: tensors go where the base model is.
+PASSED_OVER = ("device_map", "torch_device", "max_memory", "offload_folder", "offload_dir", "low_cpu_mem_usage",
+               "autocast_adapter_dtype", "ephemeral_gpu_offload", "key_mapping")  # fmt: skip
+
+
+def load_options(kwargs: dict[str, Any]) -> LoadOptions:
+    """Split the keyword arguments of `from_pretrained` and `load_adapter`; TypeError for unknown ones."""
+    hub = {k: kwargs.pop(k) for k in HUB_KEYS if k in kwargs}
+    own = {k: bool(kwargs.pop(k)) for k in ("allow_pickle", "allow_base_mismatch") if k in kwargs}
+    if kwargs.pop("ignore_mismatched_sizes", False):
+        raise CheckpointError("ignore_mismatched_sizes would leave tensors untrained; load the adapter on the base it fits.")
+    unknown = [k for k in kwargs if k not in PASSED_OVER]
+    if unknown:
+        raise TypeError(f"unexpected keyword arguments {unknown}")
+    return LoadOptions(hub=hub, **own)
+
+
+def config_for(source: str | os.PathLike, config: PeftConfig | None, trainable: bool, hub: dict[str, Any]) -> PeftConfig:
+    """The configuration to attach with: the directory's (or the one given), for training or for use only."""
+    config = config if config is not None else PeftConfig.from_pretrained(source, **hub)
+    config.inference_mode = not trainable
+    return config
+
+
+def fill(host: PeftModel, source: str | os.PathLike, name: str, options: LoadOptions) -> None:
+    """Read a directory's tensors into the attached adapter `name`, after every check has passed."""
+    path = find_file(source, WEIGHTS_NAME, required=False, **options.hub)
+    tensors = read_tensors(path) if path else read_pickle(source, options)
+    header = header_of(path) if path else {}
+    fingerprint.check(host.base, header.get("base"), str(source), options.allow_base_mismatch)
+    method = host.methods[name]
+    assign(host, name, checked(host, name, tensors, str(source)))
+    if method.config.inference_mode:
+        return
+    training = find_file(source, TRAINING_NAME, required=False, **options.hub)
+    if training is not None:
+        load_training(host, name, read_tensors(training))
+    elif getattr(method, "reparameterised", False):
+        print(
+            f"{source}: the network behind this soft prompt was not saved ({TRAINING_NAME} is missing); "
+            "training goes on with its virtual tokens directly."
+        )
+
+
+def load_training(host: PeftModel, name: str, tensors: dict[str, Tensor]) -> None:
+    """Read a training-state file: the method's tensors, and the modules to save under their file keys."""
+    method = host.methods[name]
+    modules = {k: v for k, v in tensors.items() if k.startswith(method.file_prefix)}
+    method.load_training(host, {k: v for k, v in tensors.items() if k not in modules})
+    assign_modules(host, name, modules)
+    host._update_requires_grad()
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file ({error}); it may be cut off. Save or download the adapter again."
+        ) from error
+
+
+def read_pickle(source: str | os.PathLike, options: LoadOptions) -> dict[str, Tensor]:
+    """An old `adapter_model.bin`, only when asked for and never with code in it."""
+    path = find_file(source, PICKLE_NAME, required=False, **options.hub)
+    if path is None:
+        find_file(source, WEIGHTS_NAME, **options.hub)  # raises, saying what is there
+    if not options.allow_pickle:
+        raise CheckpointError(
+            f"{source} has its weights in {PICKLE_NAME}, a pickle file. Pass allow_pickle=True to read it (tensors only), or "
+            "convert it to safetensors."
+        )
+    return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
+
+
+def expected(host: PeftModel, name: str) -> dict[str, torch.Size]:
+    """Keys and shapes of the file that adapter `name` needs."""
+    method = host.methods[name]
+    shapes = dict(method.expected_shapes(host))
+    for path, module in saved_modules(host.base, host.switch, name):
+        shapes |= {f"{method.file_prefix}{path}.{k}": v.shape for k, v in module.state_dict().items()}
+    return shapes
+
+
+def normalise(key: str, name: str, wanted: dict[str, torch.Size], prefix: str) -> str:
+    """A file's key as this version writes it: other versions differ in the prefix, the adapter's name, and DoRA's suffix."""
+    for candidate in (key, key.removesuffix(".weight"), key.replace(f".{name}.", "."), key.replace(".default.", ".")):
+        bare = re.sub(r"^base_model\.(model\.)?", "", candidate)
+        for full in (candidate, prefix + bare, f"{prefix}model.{bare}", "base_model." + bare):
+            if full in wanted:
+                return full
+    return key
+
+
+def checked(host: PeftModel, name: str, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The file's tensors under our keys.
+
+    Raises:
+        CheckpointError: lists every missing key, every unexpected key, and both shapes where they differ.
+    """
+    wanted = expected(host, name)
+    prefix = host.methods[name].file_prefix
+    found = {normalise(k, name, wanted, prefix): v for k, v in tensors.items()}
+    extra = base_tensors(host, {k: v for k, v in found.items() if k not in wanted})
+    missing = sorted(set(wanted) - set(found))
+    unexpected = sorted(set(found) - set(wanted) - set(extra))
+    shapes = [
+        f"{k}: the file has {tuple(found[k].shape)}, this model needs {tuple(wanted[k])}"
+        for k in sorted(wanted) if k in found and found[k].shape != wanted[k]
+    ]  # fmt: skip
+    broken = [k for k in wanted if k in found and found[k].is_floating_point() and not torch.isfinite(found[k]).all()]
+    problems = [("missing keys", missing), ("unexpected keys", unexpected), ("shapes that differ", shapes),
+                ("keys with NaN or infinite values", broken)]  # fmt: skip
+    if any(items for _, items in problems):
+        lines = "".join(f"\n  {title} ({len(items)}):\n    " + "\n    ".join(items) for title, items in problems if items)
+        raise CheckpointError(
+            f"{where} does not fit this model as adapter {name!r}; nothing was loaded.{lines}\n"
+            "Is this the base model (and version) that the adapter was trained on?"
+        )
+    return found
+
+
+def base_tensors(host: PeftModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of the unexpected tensors those that are copies of the base's embeddings, which HF PEFT may save along.
+
+    Raises:
+        CheckpointError: such a copy differs from the base's (its vocabulary was resized or trained).
+    """
+    copies = {}
+    for key, value in tensors.items():
+        path = re.sub(r"^base_model\.(model\.)?", "", key).replace(".base_layer", "")
+        module_path, _, part = path.rpartition(".")
+        try:
+            module = host.base.get_submodule(module_path)
+        except AttributeError:
+            continue
+        module = getattr(module, "frozen", module)
+        own = getattr(module, part, None)
+        if module_path.rpartition(".")[2] not in EMBEDDINGS or not isinstance(own, Tensor):
+            continue
+        if own.shape != value.shape or not torch.allclose(own.float(), value.to(own.device).float(), rtol=0.02, atol=1e-4):
+            raise CheckpointError(
+                f"{key} {tuple(value.shape)} is an embedding of another base model: this model's {tuple(own.shape)} differs. "
+                "Resize and load the base as it was when the adapter was trained (its embeddings included)."
+            )
+        copies[key] = value
+    return copies
+
+
+EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
+
+
+def assign(host: PeftModel, name: str, tensors: dict[str, Tensor]) -> None:
+    """Copy checked tensors into the adapter."""
+    host.methods[name].load(host, tensors)
+    assign_modules(host, name, tensors)
+
+
+def assign_modules(host: PeftModel, name: str, tensors: dict[str, Tensor]) -> None:
+    prefix = host.methods[name].file_prefix
+    for path, module in saved_modules(host.base, host.switch, name):
+        start = f"{prefix}{path}."
+        own = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+        if own:
+            module.load_state_dict(own)
+
+
+# -- states --------------------------------------------------------------------------------------------------------------
+def nothing_missing() -> Any:
+    """Torch's report of a load in which every key had its place."""
+    return _IncompatibleKeys([], [])
+
+
+def load_state(host: PeftModel, state: dict[str, Tensor], plain: Callable, strict: bool, assign_: bool) -> Any:
+    """`load_state_dict` of the wrapper.
+
+    A state that covers the base goes torch's way. One that holds adapters only (what a Trainer reads from a checkpoint's
+    `model.safetensors`) is checked like a file and read into the adapters; the base is left as it is.
+    """
+    parameters = {k: p for name in host.methods for k, p in host.adapter_parameters(name)}
+    if any(k.startswith("base_model.") and k not in parameters for k in state) and set(parameters) <= set(state):
+        return plain(state, strict, assign_)
+    if state and set(state) <= set(parameters):
+        missing = sorted(set(parameters) - set(state))
+        if missing and len(host.methods) == 1:
+            raise CheckpointError("The state lacks " + ", ".join(missing))
+        with torch.no_grad():
+            for key, value in state.items():
+                parameters[key].copy_(value)
+        return nothing_missing()
+    name = host.active_adapter
+    method = host.methods[name]
+    training = method.training_tensors(host)
+    if training and set(training) <= set(state):
+        load_training(host, name, state)
+        return nothing_missing()
+    if set(state) >= set(host.state_dict()):
+        return plain(state, strict, assign_)
+    assign(host, name, checked(host, name, dict(state), "This state"))
+    return nothing_missing()
+
+
+def get_peft_model_state_dict(
+    model: PeftModel, state_dict: dict[str, Tensor] | None = None, adapter_name: str = "default", **kwargs: Any
+) -> dict[str, Tensor]:
+    """An adapter's tensors under the keys of its file (HF PEFT's), adapter name removed.
+
+    `state_dict`, where given, supplies the values under the model's own parameter names.
+    """
+    model._known(adapter_name)
+    tensors = adapter_tensors(model, adapter_name)
+    if state_dict is None:
+        return tensors
+    own = dict(model.adapter_parameters(adapter_name))
+    values = {id(p): state_dict[k] for k, p in own.items() if k in state_dict}
+    lookup = {p.data_ptr(): id(p) for p in own.values()}
+    return {k: values.get(lookup.get(v.data_ptr(), -1), v) for k, v in tensors.items()}
+
+
+def set_peft_model_state_dict(
+    model: PeftModel, peft_model_state_dict: dict[str, Tensor], adapter_name: str = "default", **kwargs: Any
+) -> Any:
+    """Fill an attached adapter from such tensors; CheckpointError lists every key that does not fit."""
+    model._known(adapter_name)
+    if kwargs.pop("ignore_mismatched_sizes", False):
+        raise AdapterError("ignore_mismatched_sizes would leave tensors untrained; give a state that fits.")
+    assign(model, adapter_name, checked(model, adapter_name, dict(peft_model_state_dict), "This state"))
+    return nothing_missing()
+
+
+def load_peft_weights(model_id: str | os.PathLike, device: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
+    """The tensors of an adapter directory."""
+    options = load_options(kwargs)
+    path = find_file(model_id, WEIGHTS_NAME, required=False, **options.hub)
+    tensors = read_tensors(path) if path else read_pickle(model_id, options)
+    return {k: v.to(device or "cpu") for k, v in tensors.items()}
+
+
+def adapter_folders(folder: Path) -> Iterator[Path]:
+    """Adapter directories at and just below a folder."""
+    for candidate in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
+        if (candidate / WEIGHTS_NAME).is_file():
+            yield candidate

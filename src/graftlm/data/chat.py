@@ -1,0 +1,164 @@
+r"""Conversations: ``messages`` of ``{"role", "content"}`` through the tokenizer's chat template.
+
+Labels are on the assistant's turns only. How they are found:
+
+1. The template marks them with ``{% generation %}``: transformers returns the mask.
+2. Otherwise turn by turn. With ``T(k)`` the tokens of the first k messages and ``T(k)+`` those with the
+   generation prompt, the tokens of assistant message k are what ``T(k+1)`` has more than ``T(k)+``. That
+   holds only when each is a prefix of the next and of the whole; else (a template that rewrites earlier
+   turns) DataError.
+3. The tokenizer has no template: a plain one, which for one question is the Alpaca layout of document 003:
+
+       System: {content}\n\nHuman: {content}\n\nAssistant: {content}{eos}Human: …
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from graftlm.data._base import IGNORE_INDEX, Format, Pair
+from graftlm.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from graftlm.data._tokens import Tokens
+
+Message = Mapping[str, Any]
+_PLAIN_NAMES = {"system": "System: ", "user": "Human: "}
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatFormat(Format):
+    """A conversation in one column of messages; the loss is on what the assistant says, and on how it ends.
+
+    A template decides how an answer ends; ``end`` is for tokenizers without one.
+    """
+
+    name: ClassVar[str] = "chat"
+    messages_column: str = "messages"
+    max_length: int = 1024
+
+    def pair(self, example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None = None) -> Pair:
+        """All up to the last assistant message is the prompt, that message the answer."""
+        messages = self._messages(example)
+        if messages[-1]["role"] != "assistant":
+            raise DataError(f"the conversation ends with role {messages[-1]['role']!r}, expected 'assistant'")
+        plain = tokenizer is None or not tokenizer.chat_template
+        return Pair(
+            prompt=render_chat(messages[:-1], tokenizer), target=messages[-1]["content"], special_tokens=plain
+        )
+
+    def encode(self, example: Mapping[str, Any], tokens: Tokens) -> tuple[list[int], list[int]]:
+        messages = self._messages(example)
+        if not tokens.tokenizer.chat_template:
+            return self._encode_plain(messages, tokens)
+        ids, mask = chat_ids_and_mask(messages, tokens.tokenizer)
+        return ids, [token if kept else IGNORE_INDEX for token, kept in zip(ids, mask, strict=True)]
+
+    def _encode_plain(self, messages: list[dict], tokens: Tokens) -> tuple[list[int], list[int]]:
+        ids, labels = list(tokens.prefix), [IGNORE_INDEX] * len(tokens.prefix)
+        masked = ""
+        for message in messages:
+            if message["role"] != "assistant":
+                masked += _plain_turn(message)
+                continue
+            question = tokens.plain(masked + "Assistant: ")
+            answer = tokens.plain(message["content"]) + tokens.tail(self.end)
+            ids += question + answer
+            labels += [IGNORE_INDEX] * len(question) + answer
+            masked = ""
+        return ids, labels
+
+    def _messages(self, example: Mapping[str, Any]) -> list[dict]:
+        messages = example[self.messages_column]
+        if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+            raise DataError(
+                f"column {self.messages_column!r} should hold a list of {{role, content}}, got {messages!r}"
+            )
+        found = []
+        for i, message in enumerate(messages):
+            role, content = message.get("role"), message.get("content")
+            if not isinstance(role, str) or not isinstance(content, str):
+                raise DataError(
+                    f"message {i} should have a text 'role' and a text 'content', got {message!r}"
+                )
+            found.append({key: value for key, value in message.items() if value is not None})
+        return found
+
+
+def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase | None = None) -> str:
+    """The conversation as text, ready for the assistant's next turn.
+
+    Uses the tokenizer's chat template, or the plain one where it has none (or without a tokenizer). The text
+    from a template holds its own special tokens: encode it with ``add_special_tokens=False``.
+    """
+    if tokenizer is not None and tokenizer.chat_template:
+        return str(_apply(tokenizer, messages, add_generation_prompt=True, tokenize=False))
+    eos = "" if tokenizer is None else tokenizer.eos_token or ""
+    turns = [
+        f"Assistant: {m['content']}{eos}" if m["role"] == "assistant" else _plain_turn(m) for m in messages
+    ]
+    return "".join(turns) + "Assistant: "
+
+
+def chat_ids_and_mask(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Token ids [T] of a conversation by the tokenizer's template, and 1 for each of the assistant's [T]."""
+    if _GENERATION.search(str(tokenizer.get_chat_template())):
+        out = _apply(tokenizer, messages, return_dict=True, return_assistant_tokens_mask=True)
+        ids, mask = list(out["input_ids"]), list(out["assistant_masks"])
+    else:
+        ids, mask = _mask_by_prefixes(messages, tokenizer)
+    return ids, mask
+
+
+def _mask_by_prefixes(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    def encode(k: int, generation_prompt: bool) -> list[int]:
+        if k == 0 and not generation_prompt:
+            return []
+        out = _apply(tokenizer, messages[:k], add_generation_prompt=generation_prompt, return_dict=True)
+        return list(out["input_ids"])
+
+    ids = encode(len(messages), False)
+    mask = [0] * len(ids)
+    for k, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before, after = encode(k, True), encode(k + 1, False)
+        if after[: len(before)] != before or ids[: len(after)] != after:
+            raise DataError(
+                f"the chat template does not build the conversation turn by turn: the tokens up to message "
+                f"{k} (assistant) are not the beginning of the whole, so its labels cannot be told. Use one "
+                "that marks answers with {% generation %} … {% endgeneration %}, or one answer per example"
+            )
+        mask[len(before) : len(after)] = [1] * (len(after) - len(before))
+    return ids, mask
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> Any:
+    if not messages:
+        raise DataError(
+            "the conversation starts with the assistant, but this chat template needs a message before"
+        )
+    try:
+        return tokenizer.apply_chat_template([dict(m) for m in messages], **options)
+    except Exception as error:  # templates raise their own errors, e.g. on the order of roles
+        raise DataError(f"the tokenizer's chat template refused the conversation: {error}") from error
+
+
+def _plain_turn(message: Message) -> str:
+    name = _PLAIN_NAMES.get(message["role"])
+    if name is None or set(message) - {"role", "content"}:
+        raise DataError(
+            "the tokenizer has no chat template, and the plain one knows only system, user and assistant "
+            f"with 'role' and 'content'; got {dict(message)!r}. Set tokenizer.chat_template"
+        )
+    return f"{name}{message['content']}".strip() + "\n\n"

@@ -1,0 +1,378 @@
+"""Where adapters enter a forward pass of the base model: virtual tokens, attention memory, positions.
+
+Shapes: B rows, T tokens a row as given, P virtual tokens, K prefix entries, H hidden size.
+
+The wrapper hooks the base model itself, so one mechanism serves `forward`, `generate` with any decoding strategy, and
+every task head. Inputs are changed on the way in, and the outputs' token axis is put back on the way out::
+
+    decoder / encoder   ids [B, T]  ->  embeddings [B, P + T, H], mask [B, K + P + T], positions K.., cache of K entries
+    encoder-decoder     virtual tokens go to the encoder's input, the prefix to the decoder's self-attention
+
+Decoding steps come with a filled cache: then only mask and positions are extended.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer, StaticCache
+
+from .architectures import (
+    attention_modules,
+    backbone_embeddings,
+    is_encoder_decoder,
+    pools_last_token,
+    position_offset,
+    self_attention_call,
+    takes_position_ids,
+)
+from .architectures.attention import CACHE_NAMES, MASK_NAMES
+from .errors import UnsupportedError
+from .methods import TaskType
+from .routing import Plan, current_plan, place_virtual, positions_from_mask, restore_order, virtual_order
+
+if TYPE_CHECKING:
+    from .model import PeftModel
+
+Memory = list[tuple[Tensor, Tensor]]
+TOKEN_OUTPUTS = ("logits", "last_hidden_state", "start_logits", "end_logits")
+
+
+class PrefixLayer(DynamicLayer):
+    """One layer's prefix [kv_heads, K, head_dim]: `update` puts it in front and keeps nothing, so that a layer can be
+    run twice (activation checkpointing) with the same result."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.prefix = (keys, values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys, values = (t.to(key_states.dtype).expand(key_states.shape[0], -1, -1, -1) for t in self.prefix)
+        return torch.cat((keys, key_states), dim=-2), torch.cat((values, value_states), dim=-2)
+
+    def get_seq_length(self) -> int:
+        return self.prefix[0].shape[-2]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+
+def prefix_cache(memory: Memory) -> Cache:
+    """A cache of prefixes that is never filled further."""
+    return Cache(layers=[PrefixLayer(k, v) for k, v in memory])
+
+
+class Entry:
+    """The hooks of one wrapper on its base model."""
+
+    def __init__(self, host: PeftModel) -> None:
+        base = host.base
+        self.host = host
+        self.signature = inspect.signature(base.forward)
+        self.encoder_decoder = is_encoder_decoder(base)
+        self.takes_positions = takes_position_ids(base)
+        self.offset = position_offset(base)
+        self.to_left = pools_last_token(base)
+        encoder = base.get_encoder() if self.encoder_decoder else None
+        self.encoder_attention = {id(m): i for i, (_, m) in enumerate(attention_modules(encoder))} if encoder else {}
+
+    def connect(self) -> list[Any]:
+        """Register the hooks; returns their handles."""
+        base = self.host.base
+        handles = [
+            base.register_forward_pre_hook(self.before, with_kwargs=True),
+            base.register_forward_hook(self.after, with_kwargs=True),
+        ]
+        if self.host.has_memory:
+            handles += [
+                module.register_forward_pre_hook(self.restore_memory, with_kwargs=True)
+                for _, module in attention_modules(base)
+                if id(module) not in self.encoder_attention
+            ]
+        if self.encoder_decoder:
+            encoder = base.get_encoder()
+            handles.append(encoder.register_forward_pre_hook(self.before_encoder, with_kwargs=True))
+            if self.host.has_memory:
+                handles += [
+                    module.register_forward_pre_hook(self.add_encoder_memory, with_kwargs=True)
+                    for _, module in attention_modules(encoder)
+                ]
+            for module in encoder.modules():
+                if isinstance(module, nn.Embedding) and hasattr(module, "offset") and not self.takes_positions:
+                    handles.append(module.register_forward_hook(self.place_positions))
+        return handles
+
+    def plan(self) -> Plan | None:
+        """The running plan if it is this wrapper's."""
+        plan = current_plan()
+        return plan if plan is not None and plan.switch is self.host.switch else None
+
+    # -- the base model ----------------------------------------------------------------------------------------------
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Forward pre-hook of the base model."""
+        plan = self.plan()
+        if plan is None:
+            return None
+        named = dict(self.signature.bind_partial(*args, **kwargs).arguments)
+        for name, parameter in self.signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                named |= named.pop(name, {})
+        self.host.protect_checkpointing()
+        plan.scratch.clear()
+        plan.scratch |= {"in_base": True, "batch": batch_size(named)}
+        named = self.enter_encoder_decoder(plan, named) if self.encoder_decoder else self.enter(plan, named)
+        return (), named
+
+    def enter(self, plan: Plan, named: dict) -> dict:
+        """Inputs of a decoder-only or encoder-only model."""
+        count, prefix = self.host.counts(plan)
+        given = named.get("input_ids") if named.get("input_ids") is not None else named.get("inputs_embeds")
+        if given is None:
+            return named
+        mask, cache = named.get("attention_mask"), named.get("past_key_values")
+        past = cache.get_seq_length() if isinstance(cache, Cache) else 0
+        if mask is not None and mask.dim() != 2:
+            if count or prefix:
+                raise UnsupportedError(f"Soft prompts need an attention_mask [B, T] of ones and zeros, got {tuple(mask.shape)}.")
+            return named
+        if count or prefix:
+            self.refuse_packed(named)
+            mask = given.new_ones(given.shape[:2], dtype=torch.long) if mask is None and not past else mask
+        if mask is None:
+            if past and named.get("position_ids") is not None:
+                named["position_ids"] = named["position_ids"] + count + prefix
+            return named
+        positions = named.get("position_ids")
+        if past == 0 and count:
+            named = self.place_tokens(plan, named, mask, count)
+            positions = named.get("position_ids")
+            mask = named["attention_mask"]
+        elif past and count:
+            mask = self.with_virtual(mask, virtual_order(mask, count), count)
+            positions = None if positions is None else positions + count
+        if prefix:
+            mask = torch.cat((mask.new_ones(mask.shape[0], prefix), mask), dim=1)
+            positions = None if positions is None else positions + prefix
+            if past == 0:
+                named["past_key_values"] = self.fill_cache(plan, cache)
+        named["attention_mask"] = mask
+        if self.takes_positions:
+            length = named["inputs_embeds"].shape[1] if named.get("inputs_embeds") is not None else given.shape[1]
+            if positions is None and (self.offset == 0 or named.get("inputs_embeds") is not None):
+                positions = positions_from_mask(mask)[:, -length:] + self.offset
+            if positions is not None:
+                named["position_ids"] = positions
+        return named
+
+    def place_tokens(self, plan: Plan, named: dict, mask: Tensor, count: int) -> dict:
+        """Put the virtual tokens beside the real ones in everything that runs along the token axis."""
+        embeds = named.get("inputs_embeds")
+        if embeds is None:
+            embeds = backbone_embeddings(self.host.base)(named.pop("input_ids"))
+        batch, length = embeds.shape[:2]
+        order = virtual_order(mask, count, self.to_left)
+        virtual = self.host.virtual_tokens(plan)
+        named["inputs_embeds"] = place_virtual(virtual.expand(batch, -1, -1), embeds, order)
+        named["attention_mask"] = self.with_virtual(mask, order, count)
+        for name, filler in (("token_type_ids", 0), ("labels", -100), ("shift_labels", -100)):
+            value = named.get(name)
+            if value is not None and value.shape[:2] == (batch, length) and value.dim() == 2 and self.per_token(name):
+                named[name] = place_virtual(value.new_full((batch, count), filler), value, order)
+        if (positions := named.get("position_ids")) is not None:
+            positions = positions.expand(batch, -1)
+            first = torch.where(mask.bool(), positions, positions.max() + 1).amin(1, keepdim=True)
+            virtual_positions = first + torch.arange(count, device=positions.device)
+            named["position_ids"] = place_virtual(virtual_positions, positions + count, order)
+        for name in ("start_positions", "end_positions"):
+            if named.get(name) is not None:
+                named[name] = named[name] + count
+        if isinstance(named.get("logits_to_keep"), Tensor):
+            named["logits_to_keep"] = named["logits_to_keep"] + count
+        outside_loss = named.get("labels") is None and named.get("num_items_in_batch") is not None
+        plan.scratch |= {"order": order, "count": count, "drop": outside_loss or self.aligned_task()}
+        if named.get("return_dict") is False:
+            plan.scratch["tuple"] = named["return_dict"] = True
+        return named
+
+    def per_token(self, name: str) -> bool:
+        """Whether an input runs along the token axis (the labels of a sequence classifier do not)."""
+        return name == "token_type_ids" or self.host.task_type is not TaskType.SEQ_CLS
+
+    def aligned_task(self) -> bool:
+        """Whether this task's outputs are one a given token, without the virtual ones."""
+        return self.host.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+
+    @staticmethod
+    def with_virtual(mask: Tensor, order: Tensor, count: int) -> Tensor:
+        """A mask [B, T] with the virtual tokens' ones in their places [B, P + T]."""
+        return place_virtual(mask.new_ones(mask.shape[0], count), mask, order)
+
+    def refuse_packed(self, named: dict) -> None:
+        """Rows that hold several sequences (positions that start again) would need virtual tokens inside the row."""
+        positions, mask = named.get("position_ids"), named.get("attention_mask")
+        if positions is None or positions.shape[-1] < 2:
+            return
+        back = positions[..., 1:] < positions[..., :-1]
+        if mask is not None and mask.shape == positions.shape:
+            back = back & mask[:, 1:].bool() & mask[:, :-1].bool()
+        if bool(back.any()):
+            raise UnsupportedError(
+                "position_ids start again inside a row: several sequences packed into one. With a soft prompt or prefix "
+                "each needs its own virtual tokens; give every sequence a row of its own."
+            )
+
+    def fill_cache(self, plan: Plan, cache: Cache | None) -> Cache:
+        """The cache that holds the prefix, for a pass that starts with none."""
+        memory = self.host.memory(plan)
+        plan.scratch["memory"] = memory
+        base = self.host.base
+        if cache is None and (base.training or not getattr(base.config, "use_cache", False)):
+            return prefix_cache(memory)
+        if isinstance(cache, StaticCache):
+            raise UnsupportedError(
+                "A static cache has no room for the prefix; leave cache_implementation out, or use 'dynamic'."
+            )
+        filled = cache if cache is not None else DynamicCache(config=self.decoder_config())
+        return self.pour(filled, memory, plan.scratch["batch"])
+
+    @staticmethod
+    def pour(cache: Cache, memory: Memory, batch: int) -> Cache:
+        """Write the prefix into a cache, once a row."""
+        for index, (keys, values) in enumerate(memory):
+            cache.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), index)
+        return cache
+
+    def decoder_config(self) -> Any:
+        config = self.host.base.config
+        return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+    def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Forward hook of the base model: outputs along the token axis go back to the order they were given in.
+
+        As with HF PEFT the virtual tokens' outputs come first ([B, P + T, …]); they are dropped where a loss outside the
+        model, or a token-level task, needs one output a given token.
+        """
+        plan = self.plan()
+        if plan is None or "order" not in plan.scratch:
+            return None
+        order, count = plan.scratch["order"], plan.scratch["count"]
+        for name in TOKEN_OUTPUTS:
+            value = output.get(name) if hasattr(output, "get") else None
+            if value is not None and value.dim() >= 2 and value.shape[:2] == order.shape:
+                value = restore_order(value, order)
+                output[name] = value[:, count:] if plan.scratch["drop"] else value
+        return output.to_tuple() if plan.scratch.get("tuple") else output
+
+    # -- encoder-decoder models --------------------------------------------------------------------------------------
+    def enter_encoder_decoder(self, plan: Plan, named: dict) -> dict:
+        """Inputs of an encoder-decoder model: virtual tokens in the encoder, the prefix in the decoder."""
+        count, prefix = self.host.counts(plan)
+        encoded = named.get("encoder_outputs")
+        given = named.get("input_ids") if named.get("input_ids") is not None else named.get("inputs_embeds")
+        mask = named.get("attention_mask")
+        if encoded is None and given is not None:
+            mask = given.new_ones(given.shape[:2], dtype=torch.long) if mask is None else mask
+            named = self.encoder_tokens(plan, named, mask, count)
+        elif encoded is not None and mask is not None and count:
+            states = encoded[0] if not hasattr(encoded, "last_hidden_state") else encoded.last_hidden_state
+            if states.shape[1] == mask.shape[1] + count:
+                named["attention_mask"] = self.with_virtual(mask, virtual_order(mask, count), count)
+        if prefix:
+            cache = named.get("past_key_values")
+            if cache is None or cache.get_seq_length() == 0:
+                named["past_key_values"] = self.fill_decoder_cache(plan, cache)
+            if (decoder_mask := named.get("decoder_attention_mask")) is not None:
+                ones = decoder_mask.new_ones(decoder_mask.shape[0], prefix)
+                named["decoder_attention_mask"] = torch.cat((ones, decoder_mask), dim=1)
+        return named
+
+    def encoder_tokens(self, plan: Plan, named: dict, mask: Tensor, count: int) -> dict:
+        """The encoder's inputs with virtual tokens, and its memory."""
+        plan.scratch["encoder_memory"] = self.host.encoder_memory(plan)
+        if count:
+            embeds = named.get("inputs_embeds")
+            if embeds is None:
+                embeds = backbone_embeddings(self.host.base)(named.pop("input_ids"))
+            order = virtual_order(mask, count)
+            virtual = self.host.virtual_tokens(plan).expand(embeds.shape[0], -1, -1)
+            named["inputs_embeds"] = place_virtual(virtual, embeds, order)
+            mask = named["attention_mask"] = self.with_virtual(mask, order, count)
+        plan.scratch["encoder_positions"] = positions_from_mask(mask)
+        return named
+
+    def fill_decoder_cache(self, plan: Plan, cache: Any) -> EncoderDecoderCache:
+        """Self-attention memory with the prefix; cross-attention starts empty."""
+        memory = self.host.memory(plan)
+        plan.scratch["memory"] = memory
+        if cache is None and self.host.base.training:
+            return EncoderDecoderCache(prefix_cache(memory), DynamicCache())
+        if cache is not None and isinstance(cache.self_attention_cache, StaticCache):
+            raise UnsupportedError("A static cache has no room for the prefix; leave cache_implementation out.")
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if cache is None else cache
+        self.pour(cache.self_attention_cache, memory, plan.scratch["batch"])
+        return cache
+
+    def before_encoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Forward pre-hook of the encoder: `generate` calls it by itself, before the model."""
+        plan = self.plan()
+        if plan is None or plan.scratch.get("in_base"):
+            return None
+        named = dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments)
+        named |= named.pop("kwargs", {})
+        given = named.get("input_ids") if named.get("input_ids") is not None else named.get("inputs_embeds")
+        mask = named.get("attention_mask")
+        mask = given.new_ones(given.shape[:2], dtype=torch.long) if mask is None else mask
+        return (), self.encoder_tokens(plan, named, mask, self.host.counts(plan)[0])
+
+    def place_positions(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """Forward hook of an encoder's learned positions (BART counts padding): take them from the mask."""
+        plan = self.plan()
+        positions = plan.scratch.get("encoder_positions") if plan else None
+        if positions is None:
+            return output
+        return F.embedding(positions + module.offset, module.weight)
+
+    # -- attention modules -------------------------------------------------------------------------------------------
+    def restore_memory(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Pre-hook of attention: give the prefix back where activation checkpointing has taken the cache away."""
+        plan = self.plan()
+        if plan is None or not plan.scratch.get("memory") or getattr(module, "layer_idx", None) is None:
+            return None
+        named = self_attention_call(module, args, kwargs)
+        if named is None or any(named.get(n) is not None for n in CACHE_NAMES):
+            return None
+        parameters = inspect.signature(module.forward).parameters
+        name = next(n for n in CACHE_NAMES if n in parameters)
+        named[name] = prefix_cache(plan.scratch["memory"])
+        return (), named
+
+    def add_encoder_memory(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Pre-hook of the encoder's self-attention: its prefix, and the mask's room for it."""
+        plan = self.plan()
+        memory = plan.scratch.get("encoder_memory") if plan else None
+        named = self_attention_call(module, args, kwargs) if memory else None
+        if named is None or memory is None:
+            return None
+        index = self.encoder_attention[id(module)]
+        layers = [PrefixLayer(*memory[index])] * (1 + (getattr(module, "layer_idx", None) or 0))
+        parameters = inspect.signature(module.forward).parameters
+        named[next(n for n in CACHE_NAMES if n in parameters)] = Cache(layers=layers)
+        for name in MASK_NAMES:
+            if (mask := named.get(name)) is not None:
+                fill = True if mask.dtype == torch.bool else (1 if mask.dim() == 2 else 0)
+                named[name] = F.pad(mask, (memory[index][0].shape[-2], 0), value=fill)
+        return (), named
+
+
+def batch_size(named: dict) -> int:
+    """Rows of a call, from whichever input it has."""
+    for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "labels"):
+        if named.get(name) is not None:
+            return named[name].shape[0]
+    encoded = named.get("encoder_outputs")
+    return encoded[0].shape[0] if encoded is not None else 1

@@ -1,0 +1,52 @@
+"""The error tree: every mistake a user can make raises one of these, with what was got, what was expected and a way out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GraftError(Exception):
+    """Root of every error that GraftLM raises on purpose."""
+
+
+class ConfigError(GraftError, ValueError):
+    """A configuration value that cannot be used."""
+
+
+class DataError(GraftError, ValueError):
+    """Data that cannot be read, or does not have the expected columns."""
+
+
+class TargetError(ConfigError):
+    """`target_modules` (or a relative of it) that matches nothing usable in the base model."""
+
+
+class AdapterError(GraftError, ValueError):
+    """An unknown, duplicate or incompatible adapter."""
+
+
+class CompositionError(AdapterError):
+    """Adapters that cannot be active together."""
+
+
+class UnsupportedError(GraftError, NotImplementedError):
+    """Something that a method or an architecture cannot do. Never ignored silently."""
+
+
+class CheckpointError(GraftError, ValueError):
+    """An adapter directory that cannot be read, or does not fit the model."""
+
+
+class BaseMismatchError(CheckpointError):
+    """The adapter was trained on another base model."""
+
+
+class RecipeError(ConfigError):
+    """A training recipe with unknown or impossible entries."""
+
+
+def nearest(word: str, candidates: Iterable[str], n: int = 3) -> str:
+    """A hint such as ``; did you mean 'q_proj'?``, or the empty string where nothing is near."""
+    found = difflib.get_close_matches(str(word), [str(c) for c in candidates], n=n, cutoff=0.5)
+    return f"; did you mean {' or '.join(repr(f) for f in found)}?" if found else ""

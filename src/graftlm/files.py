@@ -1,0 +1,80 @@
+"""Finding an adapter's files (local directory or hub) and the header of its weights file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from .errors import CheckpointError
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+HEADER_KEY = "graftlm"
+HUB_KEYS = ("cache_dir", "token", "subfolder", "local_files_only", "force_download", "revision")
+
+
+def find_file(source: str | os.PathLike, name: str, required: bool = True, **hub: Any) -> Path | None:
+    """Path of the file `name` of an adapter.
+
+    `source` is a directory, or the id of a hub repository (`owner/name`), which is downloaded unless a directory of
+    that name exists. With `required=False` a missing file gives None.
+
+    Raises:
+        CheckpointError: the directory or the file does not exist, or the hub cannot be reached.
+    """
+    folder = Path(source) / hub.get("subfolder", "") if hub.get("subfolder") else Path(source)
+    if folder.is_dir():
+        path = folder / name
+        if path.is_file():
+            return path
+        if not required:
+            return None
+        here = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
+        raise CheckpointError(f"{folder} holds no {name}. It holds {here}. Pass the folder that `save_pretrained` wrote.")
+    text = str(source)
+    if folder.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")) or "\\" in text:
+        raise CheckpointError(f"{text!r} is not a directory. Pass the folder that `save_pretrained` wrote, or a hub id.")
+    return download(text, name, required, {k: v for k, v in hub.items() if v is not None})
+
+
+def download(repo: str, name: str, required: bool, hub: dict[str, Any]) -> Path | None:
+    """One file of a hub repository."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(repo, name, **hub))
+    except LocalEntryNotFoundError as error:
+        problem = error
+    except EntryNotFoundError as error:
+        if not required:
+            return None
+        problem = error
+    except Exception as error:  # whatever the network layer raises; reported whole below
+        problem = error
+    raise CheckpointError(
+        f"{repo!r} is no directory here, and {name} could not be had from the hub ({type(problem).__name__}: {problem}). "
+        "Check the path; without a network, pass a local directory."
+    ) from problem
+
+
+def read_header(source: str | os.PathLike, **hub: Any) -> dict[str, Any]:
+    """What GraftLM wrote into the header of the weights file: version, base fingerprint, own config fields. {} if none."""
+    path = find_file(source, WEIGHTS_NAME, required=False, **hub)
+    return header_of(path) if path else {}
+
+
+def header_of(path: Path) -> dict[str, Any]:
+    """The same for a known weights file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(HEADER_KEY)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file ({error}); it may be cut off. Save or download the adapter again."
+        ) from error
+    return json.loads(text) if text else {}

@@ -1,0 +1,115 @@
+"""Which base model an adapter was trained on: a few of its numbers, kept in the weights file's header.
+
+Shapes alone do not tell two bases of one family apart. A fingerprint holds sampled values of the input embeddings, of
+a norm and of a middle layer; comparing values (not a hash) lets the same base pass in another precision.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import BaseMismatchError
+from .quantization import is_quantized, quantized_kind
+
+SAMPLES = 32
+TOLERANCE = 0.03  # relative: bf16 rounding is 0.4 %, int8 embeddings do not occur
+SHARE = 0.1  # of the samples that may differ
+
+
+def sampled_modules(base: nn.Module) -> dict[str, nn.Module]:
+    """The modules whose weights are looked at, by role."""
+    found: dict[str, nn.Module] = {}
+    embeddings = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+    if embeddings is not None:
+        found["embeddings"] = plain(embeddings)
+    linears = [m for n, m in base.named_modules() if isinstance(m, nn.Linear) and is_own(n)]
+    norms = [m for n, m in base.named_modules() if "norm" in type(m).__name__.lower() and is_own(n)]
+    if linears:
+        found["middle"] = linears[len(linears) // 2]
+    if norms:
+        found["norm"] = norms[len(norms) // 2]
+    return found
+
+
+def is_own(name: str) -> bool:
+    """Whether a module belongs to the base and not to an adapter."""
+    return not any(part in name for part in (".lora_", "modules_to_save.", "original_module"))
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """The module of the base inside adapter modules."""
+    while hasattr(module, "base_layer") or hasattr(module, "original_module"):
+        module = module.base_layer if hasattr(module, "base_layer") else module.original_module
+    return module
+
+
+def of(base: nn.Module) -> dict[str, Any] | None:
+    """Fingerprint of a base model: model type, embedding shape and samples. None on the meta device."""
+    values: dict[str, Any] = {"model_type": getattr(getattr(base, "config", None), "model_type", None), "samples": {}}
+    for role, module in sampled_modules(base).items():
+        weight = getattr(module, "weight", None)
+        if weight is None or quantized_kind(module) is not None or not weight.is_floating_point():
+            continue
+        if weight.device.type == "meta":
+            return None
+        values["samples"][role] = sample(merged_origin(base, module, weight))
+    values["quantized"] = is_quantized(base)
+    return values
+
+
+def merged_origin(base: nn.Module, module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """The weight before a merge, where an adapter is merged in."""
+    for layer in base.modules():
+        saved = getattr(layer, "saved_weight", None)
+        if saved is not None and getattr(layer, "frozen", None) is module:
+            return saved
+    return weight
+
+
+def sample(weight: torch.Tensor) -> list[float]:
+    """Values spread over the first rows (so that a vocabulary that grew keeps its fingerprint)."""
+    matrix = weight.detach().reshape(weight.shape[0], -1)
+    rows = torch.arange(SAMPLES) * 7 % min(matrix.shape[0], 256)
+    columns = torch.arange(SAMPLES) * 31 % matrix.shape[1]
+    return matrix[rows.to(weight.device), columns.to(weight.device)].float().cpu().tolist()
+
+
+def check(base: nn.Module, stored: dict[str, Any] | None, where: str, allowed: bool) -> None:
+    """Compare a file's fingerprint with the base at hand.
+
+    Files of HF PEFT have none, which is said in one line. A base in another precision or quantised passes, and is said.
+
+    Raises:
+        BaseMismatchError: another base, unless `allowed`.
+    """
+    own = of(base)
+    if not stored or own is None:
+        if stored is None:
+            print(f"{where}: no base fingerprint in this file (HF PEFT writes none); keys and shapes were checked.")
+        return
+    different = []
+    if stored.get("model_type") != own["model_type"]:
+        different.append(f"model type {stored.get('model_type')!r}, here {own['model_type']!r}")
+    for role, values in stored.get("samples", {}).items():
+        mine = own["samples"].get(role)
+        if mine is not None and share_that_differs(values, mine) > SHARE:
+            different.append(f"{role} values {[round(v, 4) for v in values[:3]]}…, here {[round(v, 4) for v in mine[:3]]}…")
+    if different and not allowed:
+        raise BaseMismatchError(
+            f"{where} was trained on another base model ({'; '.join(different)}). Load that base; or, if you are sure, pass "
+            "allow_base_mismatch=True."
+        )
+    if not different and stored.get("quantized") != own["quantized"]:
+        state = "quantised" if own["quantized"] else "unquantised"
+        print(f"{where}: trained on the same base in another form; it is {state} here, so outputs differ slightly.")
+
+
+def share_that_differs(a: list[float], b: list[float]) -> float:
+    """Share of places where two samples differ by more than the tolerance."""
+    x, y = torch.tensor(a), torch.tensor(b)
+    if x.shape != y.shape:
+        return 1.0
+    return ((x - y).abs() > TOLERANCE * torch.maximum(x.abs(), y.abs()) + 1e-5).float().mean().item()

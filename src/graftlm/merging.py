@@ -1,0 +1,228 @@
+"""Adapters folded into the base, combined with each other, and the report of what is attached where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .errors import AdapterError, UnsupportedError
+from .methods.base import replace_module
+from .methods.lora import LoraConfig
+from .methods.lora_combine import combine, new_rank
+from .methods.lora_layers import LoraLayer
+from .methods.modules_to_save import ModulesToSaveWrapper, saved_modules
+
+if TYPE_CHECKING:
+    from .model import PeftModel
+
+
+def merge_and_unload(host: PeftModel, safe: bool, names: list[str] | None) -> nn.Module:
+    """The base with adapters folded in. Weights that were tied and now differ are untied, in the configuration too."""
+    names = list(names or host.active_adapters)
+    host._known(*names)
+    untie(host, names)
+    host.unmerge_adapter()
+    host._merge(names, safe=safe, keep=False)
+    for path, module in list(host.base.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper) and module.switch is host.switch:
+            kept = [n for n in names if n in module.modules_to_save]
+            if len(kept) > 1:
+                raise AdapterError(f"Adapters {', '.join(kept)} each bring their own copy of {path}; merge one of them.")
+            merged = module.modules_to_save[kept[0]] if kept else module.original_module
+            dtype = next((p.dtype for p in module.original_module.parameters()), None)
+            replace_module(host.base, path, merged.to(dtype) if dtype is not None else merged)
+    merge_biases(host, names)
+    for path, module in list(host.base.named_modules()):
+        if isinstance(module, LoraLayer) and module.switch is host.switch:
+            replace_module(host.base, path, module.base_layer)
+    host._disconnect()
+    return host.base
+
+
+def merge_biases(host: PeftModel, names: list[str]) -> None:
+    """Trained biases become the modules' own."""
+    for name in names:
+        if name not in host.adapter_biases:
+            continue
+        for key, bias in host.adapter_biases[name].items():
+            module = host.base.get_submodule(key.replace("/", "."))
+            module = getattr(module, "frozen", module)
+            module.bias.data = bias.detach().to(module.bias.dtype)
+
+
+def untie(host: PeftModel, names: list[str]) -> None:
+    """Give the head its own weight when merging changes only one of a tied pair."""
+    base = host.base
+    inputs, outputs = base.get_input_embeddings(), base.get_output_embeddings()
+    if inputs is None or outputs is None:
+        return
+    ins, outs = frozen(inputs), frozen(outputs)
+    if ins.weight is not outs.weight:
+        return
+    changed = [changes(host, m, names) for m in (inputs, outputs)]
+    if any(changed):
+        outs.weight = nn.Parameter(outs.weight.detach().clone(), requires_grad=False)
+        for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
+            config.tie_word_embeddings = False
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    """The base's module inside adapter modules."""
+    while True:
+        if isinstance(module, LoraLayer):
+            module = module.base_layer
+        elif isinstance(module, ModulesToSaveWrapper):
+            module = module.original_module
+        else:
+            return module
+
+
+def changes(host: PeftModel, module: nn.Module, names: list[str]) -> bool:
+    """Whether merging `names` changes this module's weight."""
+    if isinstance(module, LoraLayer):
+        return any(n in module.scaling for n in names)
+    return isinstance(module, ModulesToSaveWrapper) and any(n in module.modules_to_save for n in names)
+
+
+def add_weighted_adapter(
+    host: PeftModel,
+    adapters: list[str],
+    weights: list[float],
+    adapter_name: str,
+    combination_type: str = "svd",
+    svd_rank: int | None = None,
+    svd_clamp: float | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    **ignored: Any,
+) -> None:
+    """Add a LoRA adapter that combines others.
+
+    Args:
+        adapters, weights: the sources and their weights (negative ones subtract).
+        adapter_name: name of the new adapter; it is not activated.
+        combination_type: "linear", "cat" (exact, ranks add up), "svd", "ties", "dare_linear", "dare_ties".
+        svd_rank, svd_clamp: rank of the result, and the quantile that values are clamped to, for "svd".
+        density: share of values that is kept, for ties and dare.
+        majority_sign_method: "total" or "frequency", for ties.
+
+    Raises:
+        AdapterError: unknown or unsuitable adapters. ConfigError: impossible options.
+    """
+    unknown = set(ignored) - {"svd_full_matrices", "svd_driver"}
+    if unknown:
+        raise TypeError(f"unexpected keyword arguments {sorted(unknown)}")
+    host._known(*adapters)
+    configs = [host.peft_config[n] for n in adapters]
+    if len(adapters) != len(weights) or not adapters:
+        raise AdapterError(f"{len(adapters)} adapters and {len(weights)} weights: expected one weight an adapter.")
+    for name, config in zip(adapters, configs, strict=True):
+        if not isinstance(config, LoraConfig):
+            raise AdapterError(f"Adapter {name!r} is {config.peft_type.value}; only LoRA adapters can be combined.")  # type: ignore[union-attr]
+        if any(saved_modules(host.base, host.switch, name)) or config.bias != "none":
+            raise AdapterError(f"Adapter {name!r} trains whole modules or biases, which cannot be combined.")
+    kind = "linear" if len(adapters) == 1 else combination_type
+    ranks = [max(c.r, *c.rank_pattern.values()) if c.rank_pattern else c.r for c in configs]  # type: ignore[attr-defined]
+    rank = new_rank(kind, ranks, svd_rank)
+    paths = list(dict.fromkeys(p for n in adapters for p, _ in host.methods[n].layers(host)))  # type: ignore[attr-defined]
+    config = replace(
+        configs[0], r=rank, lora_alpha=rank, target_modules=paths, rank_pattern={}, alpha_pattern={}, use_rslora=False,
+        layers_to_transform=None, layers_pattern=None, exclude_modules=None,
+    )  # type: ignore[call-arg]  # fmt: skip
+    host.add_adapter(adapter_name, config)
+    options = {"svd_clamp": svd_clamp, "density": density, "majority_sign_method": majority_sign_method}
+    try:
+        for _, layer in host.methods[adapter_name].layers(host):  # type: ignore[attr-defined]
+            combine(layer, adapter_name, adapters, weights, kind, **options)
+    except Exception:
+        host.delete_adapter(adapter_name)
+        raise
+
+
+@dataclass(frozen=True)
+class LayerStatus:
+    """What is attached at one place. `requires_grad` says it by adapter ("irregular" if its tensors differ)."""
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | str]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """The same for a whole model."""
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | str]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+
+
+def uniform(values: list[bool]) -> bool | str:
+    return values[0] if len(set(values)) == 1 else "irregular"
+
+
+def layer_status(host: PeftModel) -> list[LayerStatus]:
+    """One entry for each LoRA layer, each trained module, and each soft prompt or set of bottleneck adapters."""
+    places: dict[str, tuple[nn.Module | None, dict[str, list[nn.Parameter]]]] = {}
+    for name in host.methods:
+        for key, parameter in host.adapter_parameters(name):
+            match = key.removeprefix("base_model.").partition(".lora_")[0].partition(".modules_to_save.")[0]
+            place = match if key.startswith("base_model.") else key.split(".")[0]
+            places.setdefault(place, (None, {}))[1].setdefault(name, []).append(parameter)
+    result = []
+    for place, (_, found) in places.items():
+        module = host.base_model.get_submodule(place) if place.startswith("model.") else host.get_submodule(place)
+        result.append(
+            LayerStatus(
+                name=place,
+                module_type=type(module).__module__.rpartition(".")[2] + "." + type(module).__name__,
+                enabled=host.switch.enabled,
+                active_adapters=[n for n in host.switch.active if n in found],
+                merged_adapters=list(getattr(module, "merged_adapters", [])),
+                requires_grad={n: uniform([p.requires_grad for p in ps]) for n, ps in found.items()},
+                available_adapters=sorted(found),
+                devices={n: sorted({p.device.type for p in ps}) for n, ps in found.items()},
+            )
+        )
+    if not result:
+        raise UnsupportedError("No adapter is attached.")
+    return result
+
+
+def model_status(host: PeftModel) -> ModelStatus:
+    """Summary over `layer_status`."""
+    layers = layer_status(host)
+    trainable, total = host.get_nb_trainable_parameters()
+    parameters = {n: [p for _, p in host.adapter_parameters(n)] for n in host.methods}
+    return ModelStatus(
+        base_model_type=type(host.base).__name__,
+        adapter_model_type="PeftModel",
+        peft_types={n: c.peft_type.value for n, c in host.peft_config.items()},  # type: ignore[union-attr]
+        trainable_params=trainable,
+        total_params=total,
+        num_adapter_layers=len(layers),
+        enabled=host.switch.enabled,
+        active_adapters=host.active_adapters,
+        merged_adapters=sorted({n for layer in layers for n in layer.merged_adapters}),
+        requires_grad={n: uniform([p.requires_grad for p in ps]) for n, ps in parameters.items()},
+        available_adapters=sorted(host.methods),
+        devices={n: sorted({p.device.type for p in ps}) for n, ps in parameters.items()},
+    )
+
+

@@ -1,0 +1,27 @@
+"""The registry of methods: importing a file here makes its method known. A new method is its file and a line below."""
+
+from .base import METHODS, Method, PeftConfig, PeftType, PromptLearningConfig, TaskType, config_class, method_for
+from .bottleneck import BottleneckConfig, BottleneckPlacement
+from .lora import LoraConfig
+from .p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
+from .prefix_tuning import PrefixTuningConfig
+from .prompt_tuning import PromptTuningConfig, PromptTuningInit
+
+__all__ = [
+    "METHODS",
+    "BottleneckConfig",
+    "BottleneckPlacement",
+    "LoraConfig",
+    "Method",
+    "PeftConfig",
+    "PeftType",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptLearningConfig",
+    "PromptTuningConfig",
+    "PromptTuningInit",
+    "TaskType",
+    "config_class",
+    "method_for",
+]

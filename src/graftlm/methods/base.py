@@ -1,0 +1,335 @@
+"""What every adapter method is made of: its configuration, its attached form, and the places where it enters.
+
+A method is one file that defines a `PeftConfig` and a `Method` and registers the pair. The model wrapper (the *host*)
+asks the method; it never looks at the method's type. The four entry points and who answers for them:
+
+| entry point              | hook                                                     |
+|--------------------------|----------------------------------------------------------|
+| input embeddings         | `Method.virtual_tokens(host)` -> [P, H]                  |
+| attention memory         | `Method.memory(host)` -> per layer (K, V) [kv_heads, P, head_dim] |
+| a linear layer's output  | modules that `attach` puts in place                      |
+| a block's output         | forward hooks that `connect` registers                   |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdapterError, CheckpointError, ConfigError, nearest
+from ..files import HUB_KEYS, find_file, read_header
+
+if TYPE_CHECKING:
+    from .. import model as wrapper
+
+CONFIG_NAME = "adapter_config.json"
+
+
+class PeftType(str, enum.Enum):
+    """Names of the methods, as they stand in `adapter_config.json`."""
+
+    LORA = "LORA"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    BOTTLENECK = "BOTTLENECK"
+
+
+class TaskType(str, enum.Enum):
+    """What the wrapped model computes; it decides about labels, heads that are trained along, and prefix placement."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+# The head that a task trains in full beside the adapter, by HF PEFT's convention.
+TASK_HEADS = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+
+
+@dataclass(kw_only=True)
+class PeftConfig:
+    """Fields that all methods share. Files: `adapter_config.json`, HF PEFT's names.
+
+    Args:
+        task_type: a `TaskType`, or None for a bare model.
+        base_model_name_or_path: where the base comes from; filled in from the model when None.
+        revision: the base's revision on the hub.
+        inference_mode: True for an adapter that is loaded for use only (its tensors are frozen).
+    """
+
+    task_type: TaskType | str | None = None
+    peft_type: PeftType | str | None = None
+    auto_mapping: dict | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    # Fields of ours that HF PEFT does not know. They travel in the weights file's header, so that HF PEFT loads the rest.
+    own_fields: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.task_type is not None:
+            self.task_type = as_enum(TaskType, self.task_type, "task_type")
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the method trains virtual tokens or a prefix instead of changing layers."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """HF PEFT asks this of every config; none of our methods is one."""
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values."""
+        return {f.name: as_json(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **overrides: Any) -> None:
+        """Write `adapter_config.json` into `save_directory`. Fields of our own are left to the weights file's header."""
+        os.makedirs(save_directory, exist_ok=True)
+        values = {k: v for k, v in self.to_dict().items() if k not in self.own_fields} | overrides
+        path = os.path.join(save_directory, CONFIG_NAME)
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            json.dump(values, f, indent=2, sort_keys=True, ensure_ascii=False)
+        os.replace(path + ".tmp", path)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "the configuration") -> PeftConfig:
+        """Build the configuration of the method that `values["peft_type"]` names.
+
+        Keys that this version does not know are refused when they are switched on (they would change the result), and
+        passed over when they are off.
+
+        Raises:
+            CheckpointError: unknown method, or an unknown option that is on.
+        """
+        values = dict(values)
+        target = config_class(values.pop("peft_type", None) or cls._own_type(), where)
+        names = {f.name for f in dataclasses.fields(target)}
+        unknown = {k: v for k, v in values.items() if k not in names}
+        active = sorted(k for k, v in unknown.items() if k not in PASSIVE_KEYS and v not in (None, False, 0, "", [], {}))
+        if active:
+            raise CheckpointError(
+                f"{where} switches on options that GraftLM does not have for {target.__name__}: "
+                + ", ".join(f"{k}={unknown[k]!r}" for k in active)
+                + ". Ignoring them would change the adapter's output. Train or convert the adapter without them"
+                + nearest(active[0], names)
+            )
+        return target(**{k: v for k, v in values.items() if k in names})
+
+    @classmethod
+    def _own_type(cls) -> PeftType | None:
+        return next((t for t, (config, _) in METHODS.items() if config is cls), None)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> PeftConfig:
+        """Read the configuration of an adapter from a directory (or a hub id); the class follows from its `peft_type`.
+
+        Keyword arguments that are fields of the configuration override what the file says; `revision`, `cache_dir`,
+        `token`, `subfolder` and `local_files_only` select a hub file.
+        """
+        hub = {k: kwargs.pop(k) for k in HUB_KEYS if k in kwargs}
+        path = find_file(pretrained_model_name_or_path, CONFIG_NAME, **hub)
+        with open(path, encoding="utf-8") as f:
+            try:
+                values = json.load(f)
+            except json.JSONDecodeError as error:
+                raise CheckpointError(f"{path} is not valid JSON ({error}). Save the adapter again.") from error
+        values |= read_header(pretrained_model_name_or_path, **hub).get("config", {})
+        return cls.from_dict(values | kwargs, where=str(path))
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """Build the configuration of the class that `peft_type` names (HF PEFT's constructor)."""
+        return cls.from_dict(kwargs)
+
+
+@dataclass(kw_only=True)
+class PromptLearningConfig(PeftConfig):
+    """Fields of the methods with virtual tokens. Those left None are read from the base model when attached.
+
+    Args:
+        num_virtual_tokens: how many virtual tokens (P).
+        token_dim: width of a virtual token: the hidden size; for a prefix, kv_heads * head_dim.
+        num_transformer_submodules: 2 on encoder-decoder models (HF PEFT's layout of the table), else 1.
+        num_attention_heads, num_layers: the base's; a prefix's file is laid out by them.
+        modules_to_save: modules of the base that are trained in full and saved along.
+    """
+
+    num_virtual_tokens: int = 20
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "num_virtual_tokens")
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return True
+
+
+class Method:
+    """One adapter as attached to a host. Subclasses implement what their entry points need.
+
+    `host` is the wrapper (`graftlm.model.PeftModel`): `host.base` is the transformers model, `host.switch` its switch.
+    """
+
+    #: how base-model paths start in this method's files (HF PEFT has no `.model` level under prompt learning)
+    file_prefix: ClassVar[str] = "base_model.model."
+    #: False where two adapters of this method cannot be active together
+    stackable: ClassVar[bool] = True
+    #: whether `merge` can fold the adapter into the base weights
+    mergeable: ClassVar[bool] = False
+
+    def __init__(self, config: PeftConfig, name: str) -> None:
+        self.config = config
+        self.name = name
+
+    def attach(self, host: wrapper.PeftModel, *, for_loading: bool = False) -> None:
+        """Create the adapter's tensors in the host. With `for_loading` initial values do not matter."""
+        raise NotImplementedError
+
+    def detach(self, host: wrapper.PeftModel) -> None:
+        """Remove every tensor and module of this adapter from the host."""
+        raise NotImplementedError
+
+    def connect(self, host: wrapper.PeftModel) -> list[Any]:
+        """Register forward hooks (block outputs). Called again whenever modules were replaced. Returns the handles."""
+        return []
+
+    def named_parameters(self, host: wrapper.PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
+        """The adapter's own parameters with their names in the host's `state_dict`."""
+        raise NotImplementedError
+
+    def virtual_tokens(self, host: wrapper.PeftModel) -> Tensor | None:
+        """Virtual tokens [P, H] for the input embeddings, or None."""
+        return None
+
+    def memory(self, host: wrapper.PeftModel) -> list[tuple[Tensor, Tensor]] | None:
+        """Keys and values per decoder layer, each [kv_heads, P, head_dim], or None."""
+        return None
+
+    def encoder_memory(self, host: wrapper.PeftModel) -> list[tuple[Tensor, Tensor]] | None:
+        """The same for the encoder's self-attention, or None."""
+        return None
+
+    def tensors(self, host: wrapper.PeftModel) -> dict[str, Tensor]:
+        """What `adapter_model.safetensors` holds, under HF PEFT's keys."""
+        raise NotImplementedError
+
+    def load(self, host: wrapper.PeftModel, tensors: dict[str, Tensor]) -> None:
+        """Fill the attached adapter from such a file's tensors (already checked against `expected_shapes`)."""
+        raise NotImplementedError
+
+    def training_tensors(self, host: wrapper.PeftModel) -> dict[str, Tensor]:
+        """What further training needs beyond `tensors`; empty where the file says it all."""
+        return {}
+
+    def load_training(self, host: wrapper.PeftModel, tensors: dict[str, Tensor]) -> None:
+        """Fill the attached adapter from `training_tensors`."""
+        raise AdapterError(f"{type(self).__name__} has no training state of its own.")
+
+    def expected_shapes(self, host: wrapper.PeftModel) -> dict[str, torch.Size]:
+        """File keys and shapes that `load` needs."""
+        return {k: v.shape for k, v in self.tensors(host).items()}
+
+
+METHODS: dict[PeftType, tuple[type[PeftConfig], type[Method]]] = {}
+
+# Keys of other versions' files that carry no computation of their own.
+PASSIVE_KEYS = frozenset(
+    {"peft_version", "megatron_core", "megatron_config", "qalora_group_size", "loftq_config", "eva_config"}
+    | {"corda_config", "ensure_weight_tying", "lora_ga_config", "runtime_config", "layer_replication_version"}
+)
+
+
+def register(peft_type: PeftType, config: type[PeftConfig], method: type[Method]) -> None:
+    """Make a method known under its `peft_type`."""
+    METHODS[peft_type] = (config, method)
+
+
+def config_class(peft_type: Any, where: str) -> type[PeftConfig]:
+    """The configuration class of a `peft_type`; CheckpointError for one that GraftLM does not have."""
+    try:
+        return METHODS[PeftType(peft_type)][0]
+    except (ValueError, KeyError):
+        known = [t.value for t in METHODS]
+        raise CheckpointError(
+            f"{where}: peft_type {peft_type!r} is not a method of GraftLM; it has {', '.join(known)}"
+            + nearest(str(peft_type), known)
+        ) from None
+
+
+def method_for(config: PeftConfig, name: str) -> Method:
+    """A fresh `Method` for a configuration."""
+    for own_config, method in METHODS.values():
+        if type(config) is own_config:
+            return method(config, name)
+    raise ConfigError(
+        f"Expected a configuration such as {', '.join(c.__name__ for c, _ in METHODS.values())}; "
+        f"got {type(config).__module__}.{type(config).__name__}. Import it from graftlm, not from another library."
+    )
+
+
+def as_enum(kind: type[enum.Enum], value: Any, name: str) -> Any:
+    """`value` as a member of `kind`, by value or (any case) name; ConfigError otherwise."""
+    if isinstance(value, kind):
+        return value
+    text = str(getattr(value, "value", value))
+    for member in kind:
+        if text == member.value or text.upper() == member.name:
+            return member
+    names = [m.value for m in kind]
+    raise ConfigError(f"{name}={value!r}: expected one of {', '.join(map(str, names))}" + nearest(text, names))
+
+
+def positive(config: Any, *names: str) -> None:
+    """ConfigError unless each named field is None or an integer above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value <= 0):
+            raise ConfigError(f"{name}={value!r}: expected a whole number above 0.")
+
+
+def as_json(value: Any) -> Any:
+    """Plain JSON value of a configuration field."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, (set, frozenset)):
+        return sorted(as_json(v) for v in value)
+    if isinstance(value, (list, tuple)):
+        return [as_json(v) for v in value]
+    if isinstance(value, dict):
+        return {k: as_json(v) for k, v in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return as_json(dataclasses.asdict(value))
+    return value
+
+
+def replace_module(root: nn.Module, path: str, new: nn.Module) -> None:
+    """Put `new` at the dotted `path` below `root`."""
+    parent, _, name = path.rpartition(".")
+    owner = root.get_submodule(parent) if parent else root
+    setattr(owner, name, new)
+

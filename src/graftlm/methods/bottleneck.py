@@ -1,0 +1,214 @@
+"""Bottleneck adapters: a small residual network at the output of a block's halves.
+
+``h + s * W_up act(W_down h)``, W_down [d, H], W_up [H, d], d = H / reduction_factor.
+
+* houlsby (arXiv:1902.00751): after attention and after the feed-forward half;
+* pfeiffer (arXiv:2005.00247): after the feed-forward half only;
+* parallel (arXiv:2110.04366): beside the feed-forward half, ``ffn(x) + s * W_up act(W_down x)``, x its input.
+
+The place is the output of the half's last linear layer, before the block adds its residual; W_up starts at zero, so an
+untrained adapter changes nothing. HF PEFT has no such method; the file's keys are `<module>.bottleneck.down.weight` etc.
+A network with an activation cannot be folded into weights: there is no merge.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
+
+from ..architectures import block_sites
+from ..errors import ConfigError, TargetError, nearest
+from .base import Method, PeftConfig, PeftType, as_enum, register
+from .targets import layer_index, matches
+
+if TYPE_CHECKING:
+    from .. import model as wrapper
+
+
+class BottleneckPlacement(str, enum.Enum):
+    """Where the adapters stand."""
+
+    HOULSBY = "HOULSBY"
+    PFEIFFER = "PFEIFFER"
+    PARALLEL = "PARALLEL"
+
+
+@dataclass(kw_only=True)
+class BottleneckConfig(PeftConfig):
+    """Configuration of bottleneck adapters.
+
+    Args:
+        placement: HOULSBY, PFEIFFER or PARALLEL.
+        reduction_factor: hidden size over bottleneck size.
+        activation: by transformers' name ("relu", "gelu", "silu", "tanh", …).
+        scaling: s above; 1 by default (parallel adapters are often used with 4).
+        dropout: before W_down, in training.
+        layers_to_transform: only blocks with these numbers.
+        attention_modules, feed_forward_modules, feed_forward_input_modules: module names (endings or a regular
+            expression) of the halves' last and the feed-forward half's first linear layers; None finds them.
+        modules_to_save: modules that are trained in full and saved along.
+    """
+
+    placement: BottleneckPlacement | str = BottleneckPlacement.PFEIFFER
+    reduction_factor: float = 16
+    activation: str = "relu"
+    scaling: float = 1.0
+    dropout: float = 0.0
+    layers_to_transform: list[int] | int | None = None
+    attention_modules: list[str] | str | None = None
+    feed_forward_modules: list[str] | str | None = None
+    feed_forward_input_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.BOTTLENECK
+        self.placement = as_enum(BottleneckPlacement, self.placement, "placement")
+        if not self.reduction_factor > 0:
+            raise ConfigError(f"reduction_factor={self.reduction_factor!r}: expected a number above 0.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout={self.dropout!r}: expected a probability, 0 <= p < 1.")
+        if self.activation not in ACT2FN:
+            raise ConfigError(f"activation={self.activation!r} is unknown to transformers{nearest(self.activation, ACT2FN)}")
+
+
+class Adapter(nn.Module):
+    """``s * W_up act(W_down dropout(x))``: x [..., in] -> [..., out]."""
+
+    def __init__(self, width_in: int, width_out: int, config: BottleneckConfig, device: Any, dtype: torch.dtype) -> None:
+        super().__init__()
+        size = max(1, int(width_in / config.reduction_factor))
+        self.dropout = nn.Dropout(config.dropout)
+        self.down = nn.Linear(width_in, size, device=device, dtype=dtype)
+        self.up = nn.Linear(size, width_out, device=device, dtype=dtype)
+        self.activation: Callable[[Tensor], Tensor] = ACT2FN[config.activation]
+        self.scaling = config.scaling
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        for tensor in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.activation(self.down(self.dropout(x.to(self.down.weight.dtype))))) * self.scaling
+
+
+class Bottleneck(Method):
+    """One set of bottleneck adapters in a host: `host.bottleneck[name]`, one `Adapter` a place."""
+
+    def attach(self, host: wrapper.PeftModel, *, for_loading: bool = False) -> None:
+        config: BottleneckConfig = self.config  # type: ignore[assignment]
+        modules = {}
+        for site, source in self.places(host).items():
+            frozen = innermost(host.base.get_submodule(site))
+            width_in = features(innermost(host.base.get_submodule(source)))[0] if source else features(frozen)[1]
+            modules[site.replace(".", "/")] = Adapter(
+                width_in, features(frozen)[1], config, frozen.weight.device, host.adapter_dtype(frozen)
+            )
+        host.bottleneck[self.name] = nn.ModuleDict(modules)
+
+    def places(self, host: wrapper.PeftModel) -> dict[str, str | None]:
+        """Output module -> input module of a parallel adapter (None: the adapter reads the output itself)."""
+        config: BottleneckConfig = self.config  # type: ignore[assignment]
+        wanted = {
+            "attention": config.attention_modules,
+            "feed_forward": config.feed_forward_modules,
+            "feed_forward_in": config.feed_forward_input_modules,
+        }
+        used = {
+            BottleneckPlacement.HOULSBY: ("attention", "feed_forward"),
+            BottleneckPlacement.PFEIFFER: ("feed_forward",),
+            BottleneckPlacement.PARALLEL: ("feed_forward", "feed_forward_in"),
+        }[config.placement]  # type: ignore[index]
+        sites = {} if all(wanted[s] for s in used) else block_sites(host.base)
+        for site in used:
+            if patterns := wanted[site]:
+                sites[site] = [n for n, _ in host.base.named_modules() if matches(patterns, n)]
+                if not sites[site]:
+                    raise TargetError(f"{site}_modules={patterns!r} matches no module of this model.")
+        chosen = {s: [n for n in sites[s] if self._in_layers(n)] for s in used}
+        if not chosen["feed_forward"]:
+            raise TargetError(f"layers_to_transform={config.layers_to_transform!r} leaves no block.")
+        if config.placement is not BottleneckPlacement.PARALLEL:
+            return {n: None for s in used for n in chosen[s]}
+        outs, ins = chosen["feed_forward"], chosen["feed_forward_in"]
+        if len(outs) != len(ins):
+            raise TargetError(f"{len(outs)} feed-forward outputs and {len(ins)} inputs: name both in the configuration.")
+        return dict(zip(outs, ins, strict=True))
+
+    def _in_layers(self, name: str) -> bool:
+        wanted = self.config.layers_to_transform  # type: ignore[attr-defined]
+        index = layer_index(name, None)
+        return wanted is None or index == wanted or (isinstance(wanted, (list, tuple)) and index in wanted)
+
+    def connect(self, host: wrapper.PeftModel) -> list[Any]:
+        handles = []
+        for site, source in self.places(host).items():
+            adapter = host.bottleneck[self.name][site.replace(".", "/")]
+            module = host.base.get_submodule(site)
+            seen: list[Tensor] = []
+            if source is not None:
+                first = host.base.get_submodule(source)
+                handles.append(first.register_forward_pre_hook(self._note(host, seen)))
+            handles.append(module.register_forward_hook(self._add(host, adapter, seen if source else None)))
+        return handles
+
+    def _note(self, host: wrapper.PeftModel, seen: list[Tensor]) -> Callable:
+        def note(module: nn.Module, args: tuple) -> None:
+            if self.name in host.active_now():
+                seen[:] = args[:1]
+
+        return note
+
+    def _add(self, host: wrapper.PeftModel, adapter: nn.Module, seen: list[Tensor] | None) -> Callable:
+        def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            if self.name not in host.active_now():
+                return output
+            return output + adapter(output if seen is None else seen.pop()).to(output.dtype)
+
+        return add
+
+    def detach(self, host: wrapper.PeftModel) -> None:
+        del host.bottleneck[self.name]
+
+    def named_parameters(self, host: wrapper.PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
+        for key, parameter in host.bottleneck[self.name].named_parameters():
+            yield f"bottleneck.{self.name}.{key}", parameter
+
+    def tensors(self, host: wrapper.PeftModel) -> dict[str, Tensor]:
+        return {key: p.detach() for key, p in self._file_parameters(host)}
+
+    def _file_parameters(self, host: wrapper.PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
+        for key, parameter in host.bottleneck[self.name].named_parameters():
+            site, _, part = key.partition(".")
+            yield f"{self.file_prefix}{site.replace('/', '.')}.bottleneck.{part}", parameter
+
+    def load(self, host: wrapper.PeftModel, tensors: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for key, parameter in self._file_parameters(host):
+                parameter.copy_(tensors[key])
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """The frozen layer inside adapter modules."""
+    while hasattr(module, "base_layer"):
+        module = module.base_layer
+    return module
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """Input and output width of a linear layer (GPT-2's Conv1D lies the other way round)."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    if hasattr(module, "in_features"):
+        return module.in_features, module.out_features
+    raise ConfigError(f"{type(module).__name__} is no linear layer; bottleneck adapters attach to linear layers.")
+
+
+register(PeftType.BOTTLENECK, BottleneckConfig, Bottleneck)

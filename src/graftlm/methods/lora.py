@@ -1,0 +1,222 @@
+"""LoRA: a low-rank update beside frozen layers (arXiv:2106.09685), with rsLoRA, DoRA, PiSSA and OLoRA.
+
+``y = W x + b + scale * B A dropout(x)``, A [r, in], B [out, r], scale = lora_alpha / r.
+
+Decisions, and what differs from HF PEFT (whose field names, defaults, maths and files these are):
+* the base weight is never changed, not by PiSSA and OLoRA (see `lora_layers`), not by `bias` training (the trained bias
+  is held by the adapter and added as a difference), so several adapters and wrappers can share one base exactly;
+* an entry of `target_modules` that matches nothing is named in a warning; nothing matching at all raises;
+* merging keeps the unmerged weight, so that `unmerge_adapter` gives the base back bit for bit.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..architectures import lora_targets
+from ..errors import ConfigError, UnsupportedError, nearest
+from ..quantization import dequantize, is_quantized
+from .base import Method, PeftConfig, PeftType, positive, register, replace_module
+from .lora_layers import LoraLayer, wrap
+from .targets import find_targets, pattern_value
+
+if TYPE_CHECKING:
+    from .. import model as wrapper
+
+INITS = ("gaussian", "pissa", "olora")
+
+
+@dataclass(kw_only=True)
+class LoraConfig(PeftConfig):
+    """Configuration of LoRA.
+
+    Args:
+        r: rank of the update.
+        target_modules: module names (endings), a regular expression over whole names, or "all-linear"; None takes the
+            family's default.
+        exclude_modules: the same, to leave out.
+        lora_alpha: numerator of the scale.
+        lora_dropout: probability of dropping the update's input in training.
+        fan_in_fan_out: accepted for HF PEFT's sake; the layout is read from the module.
+        bias: "none", "all" or "lora_only": which biases are trained along.
+        use_rslora: scale by lora_alpha / sqrt(r).
+        modules_to_save: modules that are trained in full and saved along.
+        init_lora_weights: True (B = 0), False (both random), "gaussian", "pissa", "pissa_niter_<n>", "olora".
+        layers_to_transform, layers_pattern: only layers with these numbers (in a module list of that name).
+        rank_pattern, alpha_pattern: other ranks and alphas for modules that match a name or regular expression.
+        use_dora: train the length of every output row apart from its direction.
+    """
+
+    r: int = 8
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_dora: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LORA
+        positive(self, "r")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora_dropout={self.lora_dropout!r}: expected a probability, 0 <= p < 1.")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ConfigError(f"bias={self.bias!r}: expected 'none', 'all' or 'lora_only'.")
+        init = self.init_lora_weights
+        if isinstance(init, str):
+            self.init_lora_weights = init = init.lower()
+            if init not in INITS and not re.fullmatch(r"pissa_niter_\d+", init):
+                raise ConfigError(
+                    f"init_lora_weights={init!r}: expected True, False, {', '.join(map(repr, INITS))} or "
+                    f"'pissa_niter_<n>'{nearest(init, INITS)}"
+                )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("layers_pattern is given without layers_to_transform; name the layers' numbers there.")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ConfigError("layers_to_transform needs target_modules as a list; write the layers into the expression.")
+        if isinstance(self.target_modules, (set, tuple)):
+            self.target_modules = sorted(self.target_modules)
+
+
+class Lora(Method):
+    """One LoRA adapter in a host."""
+
+    mergeable = True
+
+    def attach(self, host: wrapper.PeftModel, *, for_loading: bool = False) -> None:
+        config: LoraConfig = self.config  # type: ignore[assignment]
+        if config.target_modules is None:
+            config.target_modules = lora_targets(host.base)
+        if config.bias != "none":
+            self._one_bias(host)
+        targets = find_targets(host.base, config, skip=(LoraLayer, *host.container_types))
+        layers = {path: self._layer(host, path, module) for path, module in targets.items()}
+        for path, layer in layers.items():
+            if host.base.get_submodule(path) is not layer:
+                replace_module(host.base, path, layer)
+            r = pattern_value(config.rank_pattern, path, config.r)
+            alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
+            layer.add(self.name, r, alpha, config, host.adapter_dtype(layer.frozen), initialise=not for_loading)
+        if config.bias != "none":
+            host.adapter_biases[self.name] = nn.ParameterDict(
+                {path.replace(".", "/"): module.bias.detach().clone() for path, module in self._biased(host)}
+            )
+
+    def _one_bias(self, host: wrapper.PeftModel) -> None:
+        others = [n for n, m in host.methods.items() if n != self.name and getattr(m.config, "bias", "none") != "none"]
+        if others:
+            raise ConfigError(f"bias={self.config.bias!r} beside adapter {others[0]!r}, which trains biases too: one can.")  # type: ignore[attr-defined]
+
+    def _layer(self, host: wrapper.PeftModel, path: str, module: nn.Module) -> LoraLayer:
+        """The LoRA module at `path`: this wrapper's own where one stands already."""
+        if isinstance(module, LoraLayer) and module.switch is host.switch:
+            return module
+        return wrap(module, path, host.switch, dequantize)
+
+    def _biased(self, host: wrapper.PeftModel) -> Iterator[tuple[str, nn.Module]]:
+        """Modules whose bias is trained: the wrapped layers' own, or every one of the base."""
+        config: LoraConfig = self.config  # type: ignore[assignment]
+        own = {id(layer.frozen) for _, layer in self.layers(host)}
+        for path, module in host.base.named_modules():
+            bias = module._parameters.get("bias")
+            if bias is None or isinstance(module, LoraLayer) or (config.bias == "lora_only" and id(module) not in own):
+                continue
+            if any(part in path for part in (".lora_", "modules_to_save")):
+                continue
+            if not isinstance(module, (nn.Linear, Conv1D, nn.LayerNorm)):
+                raise UnsupportedError(
+                    f"bias={config.bias!r} would train the bias of {path!r}, a {type(module).__name__}, which may not "
+                    "simply be added to its output. Use bias='lora_only' or 'none'."
+                )
+            yield path, module
+
+    def detach(self, host: wrapper.PeftModel) -> None:
+        host.adapter_biases.pop(self.name, None)
+        for path, layer in list(self.layers(host)):
+            layer.remove(self.name)
+            if not layer.scaling:
+                replace_module(host.base, path, layer.base_layer)
+
+    def layers(self, host: wrapper.PeftModel) -> Iterator[tuple[str, LoraLayer]]:
+        """This adapter's layers with their dotted names in the base."""
+        for path, module in host.base.named_modules():
+            if isinstance(module, LoraLayer) and module.switch is host.switch and self.name in module.scaling:
+                yield path, module
+
+    def connect(self, host: wrapper.PeftModel) -> list[Any]:
+        """Add the trained biases, as differences to the base's, to the outputs of their modules."""
+        if self.name not in host.adapter_biases:
+            return []
+        handles = []
+        biases = host.adapter_biases[self.name]
+        owners = {id(layer.frozen): layer for _, layer in self.layers(host)}
+        for path, module in self._biased(host):
+            bias = biases[path.replace(".", "/")]
+            if id(module) in owners:
+                owners[id(module)].trained_bias = bias
+
+            def add(module: nn.Module, args: Any, output: Tensor, bias: Tensor = bias) -> Tensor:
+                if self.name not in host.active_now():
+                    return output
+                return output + (bias - module.bias).to(output.dtype)
+
+            handles.append(module.register_forward_hook(add))
+        return handles
+
+    def named_parameters(self, host: wrapper.PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
+        for path, layer in self.layers(host):
+            for key, parameter in layer.parts(self.name):
+                yield f"base_model.model.{path}.{key}", parameter
+        if self.name in host.adapter_biases:
+            for key, parameter in host.adapter_biases[self.name].items():
+                yield f"adapter_biases.{self.name}.{key}", parameter
+
+    def _file_parameters(self, host: wrapper.PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
+        for path, layer in self.layers(host):
+            for key, parameter in layer.parts(self.name):
+                short = key.removesuffix(f".{self.name}").replace(f".{self.name}.", ".")
+                if short.startswith("lora_magnitude_vector"):
+                    short = "lora_magnitude_vector"
+                yield f"{self.file_prefix}{path}.{short}", parameter
+        for key, parameter in host.adapter_biases[self.name].items() if self.name in host.adapter_biases else ():
+            yield f"{self.file_prefix}{key.replace('/', '.')}.bias", parameter
+
+    def tensors(self, host: wrapper.PeftModel) -> dict[str, Tensor]:
+        return {key: parameter.detach() for key, parameter in self._file_parameters(host)}
+
+    def load(self, host: wrapper.PeftModel, tensors: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for key, parameter in self._file_parameters(host):
+                parameter.copy_(tensors[key])
+
+    def merge(self, host: wrapper.PeftModel, names: list[str], *, safe: bool, keep: bool = True) -> None:
+        """Fold the named adapters into the base (all of this method's layers at once)."""
+        for _, module in host.base.named_modules():
+            if isinstance(module, LoraLayer) and module.switch is host.switch:
+                module.merge(names, safe=safe, keep=keep)
+
+
+def merge_problem(host: wrapper.PeftModel) -> str | None:
+    """Why adapters cannot be merged into this base, or None."""
+    if is_quantized(host.base):
+        return "the base is quantised; load it unquantised, attach the adapter and merge there"
+    return None
+
+
+register(PeftType.LORA, LoraConfig, Lora)

@@ -1,0 +1,112 @@
+"""New LoRA adapters out of several: the arithmetic behind `add_weighted_adapter`.
+
+Shapes: each task's tensors are stacked to [tasks, ...]; weights [tasks].
+
+linear: weighted sums of A and of B, each with the square root of weight and scale (so that the product carries both).
+cat: ranks side by side, exact: ``sum_i w_i * scale_i * B_i A_i``. svd: that sum, cut to a rank.
+TIES (arXiv:2306.01708): keep the largest, elect a sign, average those that agree. DARE (arXiv:2311.03099): drop at
+random and rescale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import AdapterError, ConfigError, nearest
+from .lora_layers import LoraLayer
+
+KINDS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties")
+
+
+def new_rank(kind: str, ranks: Sequence[int], svd_rank: int | None) -> int:
+    """Rank of the combined adapter.
+
+    Raises:
+        ConfigError: unknown kind, or ranks that this kind cannot combine.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"combination_type={kind!r}: expected one of {', '.join(KINDS)}{nearest(kind, KINDS)}")
+    if kind == "cat":
+        return sum(ranks)
+    if kind == "svd":
+        return svd_rank or max(ranks)
+    if len(set(ranks)) != 1:
+        raise ConfigError(f"combination_type={kind!r} needs adapters of one rank, got r={list(ranks)}; use 'cat' or 'svd'.")
+    return ranks[0]
+
+
+def combine(layer: LoraLayer, target: str, sources: Sequence[str], weights: Sequence[float], kind: str, **options) -> None:
+    """Fill adapter `target` of a layer (scale 1) from the adapters `sources` that the layer has."""
+    pairs = [(n, w) for n, w in zip(sources, weights, strict=True) if n in layer.scaling]
+    if not pairs:
+        raise AdapterError(f"None of {', '.join(sources)} has an update in this layer.")
+    if any(n in layer.start or n in layer.lora_magnitude_vector for n, _ in pairs):
+        raise AdapterError("Adapters with DoRA, PiSSA or OLoRA are not a plain product BA; merge them one by one instead.")
+    a, b = layer.factors(target)
+    with torch.no_grad():
+        a.zero_()
+        b.zero_()
+        if kind == "cat":
+            new_a = torch.cat([layer.factors(n)[0] * (w * layer.scaling[n]) for n, w in pairs], dim=0)
+            new_b = torch.cat([layer.factors(n)[1] for n, _ in pairs], dim=1)
+        elif kind == "svd":
+            total = sum(layer.update(n, torch.float32) * w for n, w in pairs)
+            new_a, new_b = truncated_svd(total, a.shape[0], options.get("svd_clamp"))
+        else:
+            scaled = [w * layer.scaling[n] for n, w in pairs]
+            roots = torch.tensor([math.sqrt(abs(s)) for s in scaled], device=a.device)
+            signs = torch.tensor([math.copysign(1.0, s) for s in scaled], device=a.device)
+            new_a = mix(torch.stack([layer.factors(n)[0] for n, _ in pairs]), roots * signs, kind, **options)
+            new_b = mix(torch.stack([layer.factors(n)[1] for n, _ in pairs]), roots, kind, **options)
+        a[: new_a.shape[0]] = new_a.to(a.dtype)
+        b[:, : new_b.shape[1]] = new_b.to(b.dtype)
+
+
+def truncated_svd(matrix: Tensor, rank: int, clamp: float | None) -> tuple[Tensor, Tensor]:
+    """A [rank, in] and B [out, rank] with BA the best approximation of a matrix [out, in]; `clamp` is a quantile."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    u, vh = u[:, :rank] * s[:rank], vh[:rank]
+    if clamp is not None:
+        limit = torch.quantile(torch.cat((u.flatten(), vh.flatten())), clamp)
+        u, vh = u.clamp(-limit, limit), vh.clamp(-limit, limit)
+    return vh, u
+
+
+def mix(tasks: Tensor, weights: Tensor, kind: str, density: float | None = None, majority_sign_method: str = "total",
+        **_: object) -> Tensor:
+    """One tensor out of [tasks, ...] by linear, ties, dare_linear or dare_ties."""
+    if kind != "linear":
+        if density is None or not 0 <= density <= 1:
+            raise ConfigError(f"density={density!r}: combination_type={kind!r} needs the kept share, between 0 and 1.")
+        tasks = keep_largest(tasks, density) if kind == "ties" else drop_random(tasks, density)
+    weighted = tasks * weights.view(-1, *(1,) * (tasks.dim() - 1)).to(tasks.dtype)
+    if kind in ("linear", "dare_linear"):
+        return weighted.sum(0)
+    agree = tasks.sign() == elected_sign(tasks, majority_sign_method)
+    return (weighted * agree).sum(0) / agree.sum(0).clamp_min(1)
+
+
+def keep_largest(tasks: Tensor, density: float) -> Tensor:
+    """Zero all but the share `density` of largest magnitude, task by task."""
+    flat = tasks.flatten(1)
+    kept = torch.zeros_like(flat).scatter_(1, flat.abs().topk(int(density * flat.shape[1]), dim=1).indices, 1)
+    return (flat * kept).view_as(tasks)
+
+
+def drop_random(tasks: Tensor, density: float) -> Tensor:
+    """Keep each value with probability `density`, rescaled by 1/density."""
+    if density == 1:
+        return tasks
+    return torch.stack([task * torch.bernoulli(torch.full_like(task, density)) / density for task in tasks])
+
+
+def elected_sign(tasks: Tensor, method: str) -> Tensor:
+    """+1 or -1 a place: the sign of the sum ("total") or of the count ("frequency")."""
+    if method not in ("total", "frequency"):
+        raise ConfigError(f"majority_sign_method={method!r}: expected 'total' or 'frequency'.")
+    votes = tasks if method == "total" else tasks.sign()
+    return torch.where(votes.sum(0) >= 0, 1, -1)

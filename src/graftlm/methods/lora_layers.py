@@ -1,0 +1,353 @@
+"""LoRA's modules: a frozen layer with any number of low-rank updates beside it.
+
+Shapes: x [..., in]; A [r, in]; B [out, r]; the update is ``scale * B(A(x))`` [..., out].
+
+* LoRA, https://arxiv.org/abs/2106.09685 eq. 3; scale = lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732).
+* DoRA, https://arxiv.org/abs/2402.09353 eq. 5: ``W' = m * (W + scale*BA) / ||W + scale*BA||`` by rows of the output, the
+  norm held constant in the gradient.
+* PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) start from factors of W itself and train against the residual
+  ``W - scale*B0*A0``. HF PEFT overwrites the base weight by that residual; here the base stays as it is, the start
+  factors are kept beside the trained ones and subtracted, so that the base can be shared, switched back and wrapped twice.
+
+Parameter names are HF PEFT's (`lora_A.<adapter>.weight`, `lora_embedding_A.<adapter>`, `lora_magnitude_vector…`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import UnsupportedError
+from ..routing import Switch, active_adapters
+
+
+class Magnitude(nn.Module):
+    """DoRA's trained length of every output row: weight [out]."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+class LoraLayer(nn.Module):
+    """Common part of the wrapped layers. `base_layer` is the frozen module; adapters are kept by name.
+
+    Args:
+        base_layer: the module that stood here.
+        switch: of the wrapper that put this in place; it says which adapters apply.
+        dequantize: gives the base weight of a quantised layer in floating point.
+    """
+
+    def __init__(self, base_layer: nn.Module, switch: Switch, dequantize: Callable[[nn.Module], Tensor]) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.switch = switch
+        self.dequantize = dequantize
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.lora_dropout = nn.ModuleDict()
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.lora_embedding_A = nn.ParameterDict()
+        self.lora_embedding_B = nn.ParameterDict()
+        self.lora_magnitude_vector = nn.ModuleDict()
+        self.start: dict[str, tuple[Tensor, Tensor]] = {}  # PiSSA / OLoRA: A0, B0
+        self.merged_adapters: list[str] = []
+        self.saved_weight: Tensor | None = None  # the base weight before a merge, while merged
+        self.trained_bias: Tensor | None = None  # set by the method where `bias` is trained
+        self.train(base_layer.training)
+
+    # -- what others ask ---------------------------------------------------------------------------------------------
+    @property
+    def weight(self) -> Tensor:
+        """The base weight (models look at `layer.weight.dtype` and `.device`)."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias  # type: ignore[return-value]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return [n for n in active_adapters(self.switch) if n in self.scaling]
+
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    def parts(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of one adapter in this layer, with their names below the layer."""
+        marks = (f".{name}.", f".{name}")
+        for key, parameter in self.named_parameters():
+            if key.startswith("lora_") and (marks[0] in f"{key}." or key.endswith(marks[1])):
+                yield key, parameter
+
+    # -- building ----------------------------------------------------------------------------------------------------
+    def add(self, name: str, r: int, alpha: float, config: Any, dtype: torch.dtype, *, initialise: bool) -> None:
+        """Put an adapter in. `config` is a `LoraConfig`."""
+        self.r[name] = r
+        self.lora_alpha[name] = alpha
+        self.scaling[name] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        self.lora_dropout[name] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
+        self.lora_dropout[name].train(self.training)
+        self.create(name, r, dtype, self.frozen.weight.device)  # type: ignore[arg-type]
+        init = config.init_lora_weights
+        if initialise or (isinstance(init, str) and init != "gaussian"):
+            self.initialise(name, init)
+        if config.use_dora:
+            self.lora_magnitude_vector[name] = Magnitude(self.adapted_norm(name, torch.float32).to(dtype))
+
+    def create(self, name: str, r: int, dtype: torch.dtype, device: torch.device) -> None:
+        raise NotImplementedError
+
+    def initialise(self, name: str, init: bool | str) -> None:
+        raise NotImplementedError
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r]."""
+        raise NotImplementedError
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out; a merged one is unmerged first."""
+        if name in self.merged_adapters:
+            self.unmerge()
+        for table in (self.r, self.lora_alpha, self.scaling, self.start):
+            table.pop(name, None)
+        for module in (self.lora_dropout, self.lora_A, self.lora_B, self.lora_magnitude_vector):
+            if name in module:
+                del module[name]
+        for parameters in (self.lora_embedding_A, self.lora_embedding_B):
+            if name in parameters:
+                del parameters[name]
+
+    # -- weights -----------------------------------------------------------------------------------------------------
+    @property
+    def frozen(self) -> nn.Module:
+        """The innermost frozen layer (a base that is wrapped twice has one LoRA module in another)."""
+        layer = self.base_layer
+        while isinstance(layer, LoraLayer):
+            layer = layer.base_layer
+        return layer
+
+    def float_weight(self) -> Tensor:
+        """The base weight before any merge, in floating point, [out, in] whatever the layer's own layout."""
+        return self.as_rows(self.dequantize(self.frozen) if self.saved_weight is None else self.saved_weight)
+
+    def as_rows(self, weight: Tensor) -> Tensor:
+        """Between the layer's layout and [out, in]; its own inverse."""
+        return weight
+
+    def update(self, name: str, dtype: torch.dtype) -> Tensor:
+        """``scale * (BA - B0A0)`` [out, in]."""
+        a, b = self.factors(name)
+        delta = b.to(dtype) @ a.to(dtype)
+        if name in self.start:
+            a0, b0 = self.start[name]
+            delta = delta - b0.to(dtype) @ a0.to(dtype)
+        return delta * self.scaling[name]
+
+    def adapted_norm(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Length of every row of ``W + update``: [out]; no gradient."""
+        with torch.no_grad():
+            return torch.linalg.vector_norm(self.float_weight().to(dtype) + self.update(name, dtype), dim=1)
+
+    def get_delta_weight(self, name: str) -> Tensor:
+        """What merging this adapter adds to the base weight, fp32, in the layer's own layout."""
+        update = self.update(name, torch.float32)
+        if name in self.lora_magnitude_vector:
+            weight = self.float_weight().float()
+            ratio = self.lora_magnitude_vector[name].weight.float() / self.adapted_norm(name, torch.float32)
+            update = ratio[:, None] * (weight + update) - weight
+        return self.as_rows(update)
+
+    def merge(self, names: list[str], *, safe: bool, keep: bool = True) -> None:
+        """Fold adapters into the base weight.
+
+        With `safe` a result with NaN or infinity is refused and nothing changes; without `keep` there is no way back.
+        """
+        names = [n for n in names if n in self.scaling and n not in self.merged_adapters]
+        if not names:
+            return
+        weight = self.frozen.weight
+        if not weight.is_floating_point() or hasattr(weight, "quant_state"):  # type: ignore[operator]
+            raise UnsupportedError(
+                f"Merging {', '.join(names)} into a quantised layer: load the base unquantised and merge there."
+            )
+        with torch.no_grad():
+            new = weight.float() + sum(self.get_delta_weight(n) for n in names)  # type: ignore[operator]
+            if safe and not torch.isfinite(new).all():
+                raise ValueError(f"Merging {', '.join(names)} gives NaN or infinite weights; nothing was changed.")
+            if self.saved_weight is None and keep:
+                self.saved_weight = weight.detach().clone()  # type: ignore[operator]
+            weight.data = new.to(weight.dtype).contiguous()
+        self.merged_adapters += names
+
+    def unmerge(self) -> None:
+        """Put the base weight back, bit for bit."""
+        if self.saved_weight is not None:
+            self.frozen.weight.data = self.saved_weight
+        self.saved_weight = None
+        self.merged_adapters = []
+
+    def plain_output(self, result: Tensor) -> Tensor:
+        """The base layer's output without its bias (with the bias that is trained, where one is)."""
+        bias = self.trained_bias if self.trained_bias is not None else self.bias
+        return result if bias is None else result - bias
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [..., in] (token ids [...] for an embedding) -> [..., out]."""
+        result = self.base_layer(x, *args, **kwargs)
+        for name in self.active_adapters:
+            if name not in self.merged_adapters:
+                result = result + self.delta(name, x, result).to(result.dtype)
+        return result
+
+    def delta(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+        """What one adapter adds to `result`, the output so far."""
+        raise NotImplementedError
+
+
+class Linear(LoraLayer):
+    """Over nn.Linear, quantised linears, and GPT-2's Conv1D (whose weight lies [in, out])."""
+
+    def __init__(self, base_layer: nn.Module, switch: Switch, dequantize: Callable[[nn.Module], Tensor]) -> None:
+        super().__init__(base_layer, switch, dequantize)
+        self.fan_in_fan_out = isinstance(self.frozen, Conv1D)
+        if self.fan_in_fan_out:
+            self.in_features, self.out_features = self.frozen.weight.shape  # type: ignore[misc]
+        else:
+            self.in_features, self.out_features = self.frozen.in_features, self.frozen.out_features
+
+    def as_rows(self, weight: Tensor) -> Tensor:
+        return weight.T if self.fan_in_fan_out else weight
+
+    def create(self, name: str, r: int, dtype: torch.dtype, device: torch.device) -> None:
+        options = {"bias": False, "device": device, "dtype": dtype}
+        self.lora_A[name] = nn.utils.skip_init(nn.Linear, self.in_features, r, **options)
+        self.lora_B[name] = nn.utils.skip_init(nn.Linear, r, self.out_features, **options)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.lora_A[name].weight, self.lora_B[name].weight
+
+    def initialise(self, name: str, init: bool | str) -> None:
+        a, b = self.factors(name)
+        with torch.no_grad():
+            if init == "gaussian":
+                nn.init.normal_(a, std=1 / self.r[name])
+                nn.init.zeros_(b)
+            elif isinstance(init, str):
+                self.factorise(name, init)
+            else:  # True as in the paper's code; False (for tests) keeps both random
+                nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+                nn.init.zeros_(b) if init else nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+
+    def factorise(self, name: str, init: str) -> None:
+        """PiSSA (`pissa`, `pissa_niter_<n>`) and OLoRA start values, from the base weight."""
+        a, b = self.factors(name)
+        r, weight = self.r[name], self.float_weight().float()
+        if init == "olora":
+            q, upper = torch.linalg.qr(weight)
+            start_a, start_b = upper[:r], q[:, :r]
+        else:
+            if init == "pissa":
+                u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+                u, s, vh = u[:, :r], s[:r], vh[:r]
+            else:  # randomised; a fixed seed makes loading find the same factors again
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(0)
+                    u, s, v = torch.svd_lowrank(weight, q=r, niter=int(init.rpartition("_")[2]))
+                    vh = v.T
+            root = (s / self.scaling[name]).sqrt()
+            start_a, start_b = root[:, None] * vh, u * root
+        a.copy_(start_a)
+        b.copy_(start_b)
+        self.start[name] = (a.detach().clone(), b.detach().clone())
+
+    def delta(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+        """What one adapter adds to the base layer's output."""
+        a, b = self.lora_A[name], self.lora_B[name]
+        scale = self.scaling[name]
+        dropped = self.lora_dropout[name](x.to(a.weight.dtype))
+        update = b(a(dropped)) * scale
+        if name in self.start:
+            a0, b0 = self.start[name]
+            update = update - F.linear(F.linear(x.to(a0.dtype), a0), b0) * scale
+        if name not in self.lora_magnitude_vector:
+            return update
+        if self.training and isinstance(self.lora_dropout[name], nn.Dropout):
+            plain = F.linear(dropped, self.float_weight().to(dropped.dtype))
+        else:
+            plain = self.plain_output(result)
+        magnitude = self.lora_magnitude_vector[name].weight
+        ratio = magnitude / self.adapted_norm(name, magnitude.dtype)
+        return (ratio - 1) * plain + ratio * update
+
+
+class Embedding(LoraLayer):
+    """Over nn.Embedding: A [r, vocabulary], B [hidden, r]; the update of token t is ``scale * B A[:, t]``."""
+
+    def __init__(self, base_layer: nn.Module, switch: Switch, dequantize: Callable[[nn.Module], Tensor]) -> None:
+        super().__init__(base_layer, switch, dequantize)
+        self.num_embeddings, self.embedding_dim = self.frozen.weight.shape  # type: ignore[misc]
+
+    def as_rows(self, weight: Tensor) -> Tensor:
+        return weight.T  # [hidden, vocabulary]: out = hidden, in = vocabulary
+
+    def create(self, name: str, r: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.lora_embedding_A[name] = nn.Parameter(torch.zeros(r, self.num_embeddings, dtype=dtype, device=device))
+        self.lora_embedding_B[name] = nn.Parameter(torch.zeros(self.embedding_dim, r, dtype=dtype, device=device))
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.lora_embedding_A[name], self.lora_embedding_B[name]
+
+    def initialise(self, name: str, init: bool | str) -> None:
+        if isinstance(init, str) and init != "gaussian":
+            raise UnsupportedError(f"init_lora_weights={init!r} is for linear layers; leave embeddings out of target_modules.")
+        a, b = self.factors(name)
+        with torch.no_grad():
+            nn.init.normal_(b)
+            nn.init.zeros_(a) if init else nn.init.normal_(a)
+
+    def delta(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+        a, b = self.factors(name)
+        update = F.embedding(x, a.T) @ b.T * self.scaling[name]
+        scale = getattr(self.frozen, "embed_scale", None)  # Gemma, BART: the embedding multiplies its output
+        if name in self.lora_magnitude_vector:
+            magnitude = self.lora_magnitude_vector[name].weight
+            ratio = magnitude / self.adapted_norm(name, magnitude.dtype)
+            plain = result if scale is None else result / scale
+            update = (ratio - 1) * plain + ratio * update
+        return update if scale is None else update * scale
+
+
+def wrap(layer: nn.Module, path: str, switch: Switch, dequantize: Callable[[nn.Module], Tensor]) -> LoraLayer:
+    """The LoRA module for a layer; UnsupportedError for a kind that has none."""
+    inner = layer
+    while isinstance(inner, LoraLayer):  # another wrapper's: the weights are those of the innermost
+        inner = inner.base_layer
+    if isinstance(inner, nn.Embedding):
+        return Embedding(layer, switch, dequantize)
+    if isinstance(inner, (nn.Linear, Conv1D)):
+        return Linear(layer, switch, dequantize)
+    raise UnsupportedError(
+        f"LoRA has no form for {path!r}, a {type(inner).__name__}; it takes linear layers (torch's, bitsandbytes', Conv1D) "
+        "and embeddings. Name other modules in target_modules."
+    )

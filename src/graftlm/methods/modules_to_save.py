@@ -1,0 +1,81 @@
+"""Modules that an adapter trains in full (a classification head, an output layer): a copy an adapter."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CompositionError, TargetError, nearest
+from ..routing import Switch, active_adapters
+
+
+class ModulesToSaveWrapper(nn.Module):
+    """In place of a module: the original, and the adapters' trained copies by name. HF PEFT's names."""
+
+    def __init__(self, original_module: nn.Module, switch: Switch) -> None:
+        super().__init__()
+        self.original_module = original_module
+        self.switch = switch
+        self.modules_to_save = nn.ModuleDict()
+
+    def add(self, name: str, dtype: torch.dtype | None) -> None:
+        """A trainable copy for adapter `name`; 16-bit floats become `dtype`."""
+        made = copy.deepcopy(self.original_module)
+        for parameter in made.parameters():
+            parameter.requires_grad = True
+        self.modules_to_save[name] = made.to(dtype) if dtype is not None else made
+
+    @property
+    def active(self) -> nn.Module:
+        """The module that computes now."""
+        names = [n for n in active_adapters(self.switch) if n in self.modules_to_save]
+        if len(names) > 1:
+            raise CompositionError(
+                f"Adapters {', '.join(names)} each bring their own copy of one module (modules_to_save); only one of them "
+                "can be active."
+            )
+        return self.modules_to_save[names[0]] if names else self.original_module
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        module = self.active
+        weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+        if weight is None or not torch.is_tensor(x) or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+            return module(x, *args, **kwargs)
+        return module(x.to(weight.dtype), *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original_module", "modules_to_save"):
+                raise
+            return getattr(self.active, name)
+
+
+def find_modules(base: nn.Module, names: Iterable[str], wanted: Iterable[str]) -> dict[str, nn.Module]:
+    """Modules whose dotted name ends with an entry of `names`. Entries of `wanted` must each match something.
+
+    Raises:
+        TargetError: an entry of `wanted` matches nothing.
+    """
+    modules = {
+        n: m for n, m in base.named_modules() if n and not re.search(r"(^|\.)(original_module|modules_to_save|lora_\w+)(\.|$)", n)
+    }
+    found = {n: m for n, m in modules.items() if any(n == e or n.endswith(f".{e}") for e in names)}
+    for entry in wanted:
+        if not any(n == entry or n.endswith(f".{entry}") for n in found):
+            leaves = sorted({n.rpartition(".")[2] for n in modules})
+            raise TargetError(f"modules_to_save: no module of this model is called {entry!r}{nearest(entry, leaves)}")
+    return {n: m for n, m in found.items() if not any(n.startswith(f"{o}.") for o in found)}
+
+
+def saved_modules(base: nn.Module, switch: Switch, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """Adapter `name`'s copies with the dotted names of their places."""
+    for path, module in base.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and module.switch is switch and name in module.modules_to_save:
+            yield path, module.modules_to_save[name]

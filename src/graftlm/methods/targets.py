@@ -1,0 +1,146 @@
+"""Which modules of a base model a configuration's patterns name.
+
+The rules are HF PEFT's: a list entry matches a module whose dotted name is the entry or ends with `.entry`; a string is
+a regular expression that must match the whole name; `"all-linear"` is every linear layer but the output head. What is
+not HF PEFT's: an entry that matches nothing is named in a warning, with its nearest modules.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import TargetError, nearest
+from .base import TaskType
+
+ALL_LINEAR = "all-linear"
+SEQ_CLS_HEADS = ("score", "classifier")
+
+
+def matches(patterns: str | Iterable[str] | None, name: str) -> bool:
+    """Whether a module's dotted name is meant by `patterns` (a regular expression, or a list of endings)."""
+    if not patterns:
+        return False
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name == p or name.endswith(f".{p}") for p in patterns)
+
+
+def pattern_value(table: dict[str, Any], name: str, default: Any) -> Any:
+    """The entry of `rank_pattern`/`alpha_pattern` for a module: keys are names or regular expressions."""
+    for key, value in (table or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def layer_index(name: str, layers_pattern: str | Sequence[str] | None) -> int | None:
+    """Number of the layer that a module belongs to: `model.layers.3.mlp.fc1` -> 3."""
+    if not layers_pattern:
+        found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+        return int(found[1]) if found else None
+    for pattern in [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern:
+        if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
+            return int(found[1])
+    return None
+
+
+def find_targets(base: nn.Module, config: Any, skip: tuple[type, ...] = ()) -> dict[str, nn.Module]:
+    """Modules that `config.target_modules` and its companions select: dotted name -> module.
+
+    `skip` names container classes whose inside belongs to adapters and is not searched.
+
+    Raises:
+        TargetError: nothing matches.
+    """
+    names = module_names(base, skip)
+    targets = config.target_modules
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        targets = linear_names(base, names, config.task_type)
+    reserved = config.modules_to_save or ()
+    found: dict[str, nn.Module] = {}
+    for name, module in names.items():
+        if not matches(targets, name) or matches(config.exclude_modules, name):
+            continue
+        if any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in reserved):
+            continue
+        if not in_layers(name, config) and not isinstance(targets, str):
+            continue
+        found[name] = module
+    if isinstance(targets, (list, tuple, set)):
+        report_unmatched(targets, names, found)
+    if not found:
+        raise TargetError(no_match(targets, names, config))
+    return found
+
+
+def in_layers(name: str, config: Any) -> bool:
+    """Whether `layers_to_transform` lets this module in."""
+    wanted = config.layers_to_transform
+    if wanted is None or (isinstance(wanted, (list, tuple)) and not wanted):
+        return True
+    index = layer_index(name, config.layers_pattern)
+    return index is not None and (index == wanted if isinstance(wanted, int) else index in wanted)
+
+
+def module_names(base: nn.Module, skip: tuple[type, ...]) -> dict[str, nn.Module]:
+    """Dotted names of the base's own modules: inside of adapter containers is left out, the containers stay."""
+    names: dict[str, nn.Module] = {}
+    hidden: list[str] = []
+    for name, module in base.named_modules(remove_duplicate=False):
+        if not name or any(name.startswith(h) for h in hidden):
+            continue
+        if isinstance(module, skip):
+            hidden.append(f"{name}.")
+        names[name] = module
+    return names
+
+
+def linear_names(base: nn.Module, names: dict[str, nn.Module], task: Any) -> list[str]:
+    """Every linear layer's full name, without the output embeddings and without a classification head."""
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    found = []
+    for name, module in names.items():
+        linear = isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "lora_A")
+        is_head = module is head or getattr(module, "base_layer", None) is head and head is not None
+        classifies = task == TaskType.SEQ_CLS and name.rpartition(".")[2] in SEQ_CLS_HEADS
+        if linear and not is_head and not classifies and not isinstance(module, nn.Embedding):
+            found.append(name)
+    return found
+
+
+def report_unmatched(targets: Iterable[str], names: dict[str, nn.Module], found: dict[str, nn.Module]) -> None:
+    """One warning that names each entry which selects no module, with the nearest module names."""
+    missing = [t for t in targets if not any(matches([t], name) for name in names)]
+    if missing and found:
+        leaves = sorted({n.rpartition(".")[2] for n in names})
+        listed = ", ".join(f"{t!r}{nearest(t, leaves).replace('; did', ' (did').replace('?', '?)')}" for t in missing)
+        warnings.warn(
+            f"target_modules: no module of this model matches {listed}. The other entries were used. "
+            f"Its linear layers are called {', '.join(linear_leaves(names))}.",
+            stacklevel=2,
+        )
+
+
+def linear_leaves(names: dict[str, nn.Module]) -> list[str]:
+    """Last parts of the linear layers' names, sorted."""
+    kinds = (nn.Linear, Conv1D)
+    return sorted({n.rpartition(".")[2] for n, m in names.items() if isinstance(m, kinds) or hasattr(m, "lora_A")})
+
+
+def no_match(targets: Any, names: dict[str, nn.Module], config: Any) -> str:
+    """The text for a selection that is empty."""
+    entries = [targets] if isinstance(targets, str) else list(targets or [])
+    leaves = linear_leaves(names)
+    text = f"target_modules={entries!r} matches no module of this model"
+    if config.layers_to_transform is not None:
+        text += f" within layers_to_transform={config.layers_to_transform!r}"
+    if config.exclude_modules:
+        text += f" outside exclude_modules={config.exclude_modules!r}"
+    hint = nearest(entries[0], leaves) if len(entries) == 1 else ""
+    return f"{text}{hint}. Its linear layers are called {', '.join(leaves)}; 'all-linear' takes all of them."

@@ -1,0 +1,151 @@
+"""load_data: every kind of source, and what it says when there is nothing to load."""
+
+import json
+
+import datasets
+import pytest
+
+from graftlm.data import load_data
+from graftlm.errors import DataError
+
+ROWS = [{"text": f"row {i}, NA", "label": i % 2} for i in range(10)]
+
+
+def write(path, rows=ROWS):
+    """The rows in the kind of file that the name asks for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    elif path.suffix == ".parquet":
+        datasets.Dataset.from_list(rows).to_parquet(str(path))
+    else:
+        sep = "\t" if path.suffix == ".tsv" else ","
+        lines = ["text" + sep + "label"] + [f'"{row["text"]}"{sep}{row["label"]}' for row in rows]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "tsv", "parquet"])
+def test_local_files(tmp_path, suffix):
+    path = write(tmp_path / f"mine.{suffix}")
+    data = load_data(path)
+    assert isinstance(data, datasets.DatasetDict) and list(data) == ["train"]
+    assert list(data["train"]) == ROWS
+    part = load_data(str(path), split="train[2:5]")
+    assert isinstance(part, datasets.Dataset) and part["text"][:] == [row["text"] for row in ROWS[2:5]]
+
+
+def test_the_text_NA_stays_a_text(tmp_path):
+    path = write(tmp_path / "a.csv", [{"text": "NA", "label": 0}, {"text": "None", "label": 1}])
+    assert load_data(path, split="train")["text"][:] == ["NA", "None"]
+
+
+def test_a_directory_is_split_by_file_names(tmp_path):
+    write(tmp_path / "d/train-00000-of-00002.jsonl", ROWS[:4])
+    write(tmp_path / "d/train-00001-of-00002.jsonl", ROWS[4:6])
+    write(tmp_path / "d/dev.csv", ROWS[6:8])
+    write(tmp_path / "d/my_test.parquet", ROWS[8:])
+    data = load_data(tmp_path / "d")
+    assert {name: len(part) for name, part in data.items()} == {"train": 6, "validation": 2, "test": 2}
+    assert list(data["train"]) == ROWS[:6]
+
+
+def test_a_directory_of_unnamed_splits_is_all_train(tmp_path):
+    write(tmp_path / "d/a.jsonl", ROWS[:5])
+    write(tmp_path / "d/b.jsonl", ROWS[5:])
+    assert len(load_data(tmp_path / "d", split="train")) == 10
+    write(tmp_path / "d/test.jsonl", ROWS[:1])
+    with pytest.raises(DataError, match=r"split of a\.jsonl, b\.jsonl .* cannot be told"):
+        load_data(tmp_path / "d")
+
+
+def test_save_to_disk_folders(tmp_path):
+    one = datasets.Dataset.from_list(ROWS)
+    one.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": one, "test": one.select([0])}).save_to_disk(str(tmp_path / "two"))
+    assert list(load_data(tmp_path / "one", split="train")) == ROWS
+    assert {k: len(v) for k, v in load_data(tmp_path / "two").items()} == {"train": 10, "test": 1}
+
+
+def test_splits_and_their_parts():
+    assert len(load_data("tweets", split="test")) == 200
+    assert len(load_data("tweets", split="train[:10%]+test[:3]")) == 8
+    with pytest.raises(
+        DataError, match=r"no split 'tets'; it has train \(50 rows\), test.*did you mean 'test'"
+    ):
+        load_data("tweets", split="tets")
+    with pytest.raises(DataError, match="has no rows"):
+        load_data("tweets", split="train[3:3]")
+
+
+def test_unknown_names_get_the_nearest():
+    with pytest.raises(DataError, match=r"unknown data set 'tweet'; expected .* did you mean 'tweets'"):
+        load_data("tweet")
+
+
+@pytest.mark.parametrize("source", ["nothing.jsonl", "data/nothing.csv", "./nothing/here", "/no/such/folder"])
+def test_missing_files_do_not_go_to_the_hub(source, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("asked the Hub"))
+    with pytest.raises(DataError, match="no such file"):
+        load_data(source)
+
+
+def test_empty_and_unreadable_files(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(DataError, match="is empty; expected at least one row"):
+        load_data(tmp_path / "empty.jsonl")
+    (tmp_path / "header.csv").write_text("text,label\n")
+    with pytest.raises(DataError, match="no rows|cannot read"):
+        load_data(tmp_path / "header.csv")
+    (tmp_path / "broken.json").write_text('[{"text": ')
+    with pytest.raises(DataError, match="cannot read .*broken.json"):
+        load_data(tmp_path / "broken.json")
+    (tmp_path / "a.xlsx").write_text("x")
+    with pytest.raises(DataError, match=r"ending '\.xlsx' is none of \.json"):
+        load_data(tmp_path / "a.xlsx")
+    (tmp_path / "hollow").mkdir()
+    with pytest.raises(DataError, match="no data in the directory.*it holds nothing"):
+        load_data(tmp_path / "hollow")
+
+
+def test_scripts_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "raft").mkdir()
+    (tmp_path / "raft" / "raft.py").write_text("raise SystemExit('ran')")
+    for source in (tmp_path / "raft", tmp_path / "raft" / "raft.py"):
+        with pytest.raises(DataError, match=r"made by a Python script.*parquet.*'tweets'"):
+            load_data(source)
+
+    def load_dataset(*args, **kwargs):
+        raise RuntimeError("Dataset scripts are no longer supported, but found raft.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"'ought/raft' is a data set made by a Python script.*'tweets'"):
+        load_data("ought/raft", name="twitter_complaints")
+
+
+def test_hub_ids_reach_load_dataset_without_remote_code(monkeypatch):
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        return datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(load_data("someone/something", split="train[:3]", name="config")) == 3
+    assert calls == [(("someone/something", "config"), {})]
+
+
+def test_hub_failures_say_what_to_do(monkeypatch):
+    def load_dataset(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"(?s)from the Hub.*'quotes' has the same columns"):
+        load_data("Abirate/english_quotes")
+
+
+def test_a_configuration_is_for_the_hub_only():
+    with pytest.raises(DataError, match="name='x' chooses a configuration on the Hub"):
+        load_data("tweets", name="x")
