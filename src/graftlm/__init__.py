@@ -1,24 +1,58 @@
-"""GraftLM: many small adapters on one frozen language model."""
+"""GraftLM: many small adapters on one frozen language model.
 
-from .checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-from .methods import (
-    BottleneckConfig,
-    BottleneckPlacement,
-    LoraConfig,
-    PeftConfig,
-    PeftType,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptEncoderReparameterizationType,
-    PromptLearningConfig,
-    PromptTuningConfig,
-    PromptTuningInit,
-    TaskType,
-)
-from .model import PeftModel, get_peft_model
-from .quantization import prepare_model_for_kbit_training
+The names below are loaded when they are first used, so that `import graftlm` (and the command line's help) is immediate.
+"""
 
-__version__ = "0.1.0"
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+    from .methods import (
+        BottleneckConfig,
+        BottleneckPlacement,
+        LoraConfig,
+        PeftConfig,
+        PeftType,
+        PrefixTuningConfig,
+        PromptEncoderConfig,
+        PromptEncoderReparameterizationType,
+        PromptLearningConfig,
+        PromptTuningConfig,
+        PromptTuningInit,
+        TaskType,
+        get_peft_config,
+    )
+    from .model import PeftModel, get_peft_model
+    from .quantization import prepare_model_for_kbit_training
+    from .training import Trainer
+
+_HOME = {
+    "BottleneckConfig": ".methods",
+    "BottleneckPlacement": ".methods",
+    "LoraConfig": ".methods",
+    "PeftConfig": ".methods",
+    "PeftModel": ".model",
+    "PeftType": ".methods",
+    "PrefixTuningConfig": ".methods",
+    "PromptEncoderConfig": ".methods",
+    "PromptEncoderReparameterizationType": ".methods",
+    "PromptLearningConfig": ".methods",
+    "PromptTuningConfig": ".methods",
+    "PromptTuningInit": ".methods",
+    "TaskType": ".methods",
+    "Trainer": ".training",
+    "get_peft_config": ".methods",
+    "get_peft_model": ".model",
+    "get_peft_model_state_dict": ".checkpoint",
+    "load_peft_weights": ".checkpoint",
+    "prepare_model_for_kbit_training": ".quantization",
+    "set_peft_model_state_dict": ".checkpoint",
+}
 
 __all__ = [
     "BottleneckConfig",
@@ -34,9 +68,22 @@ __all__ = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "TaskType",
+    "Trainer",
+    "__version__",
+    "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
     "set_peft_model_state_dict",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

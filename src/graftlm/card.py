@@ -32,7 +32,7 @@ def card_text(host: PeftModel, name: str) -> str:
     """The card without its notes."""
     config = host.methods[name].config
     base = config.base_model_name_or_path or "not recorded"
-    method = getattr(config.peft_type, "value", config.peft_type)
+    method = str(getattr(config.peft_type, "value", config.peft_type))
     trained = sum(p.numel() for _, p in host.adapter_parameters(name))
     front = f"---\nlibrary_name: graftlm\nbase_model: {base}\ntags:\n- graftlm\n- {method.lower()}\n---\n"
     settings = {k: v for k, v in config.to_dict().items() if v not in (None, {}, [], False) and k not in HIDDEN}

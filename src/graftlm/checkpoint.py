@@ -125,7 +125,7 @@ def write_trainer_file(host: PeftModel, folder: Path) -> None:
     target = folder / TRAINER_NAME
     target.unlink(missing_ok=True)
     if len(host.methods) > 1:
-        named = {k: p for name in host.methods for k, p in host.adapter_parameters(name)}
+        named: dict[str, Tensor] = {k: p for name in host.methods for k, p in host.adapter_parameters(name)}
         write_tensors(target, named, {"format": FORMAT})
         return
     source = folder / (TRAINING_NAME if (folder / TRAINING_NAME).exists() else WEIGHTS_NAME)
@@ -220,8 +220,8 @@ def read_pickle(source: str | os.PathLike, options: LoadOptions) -> dict[str, Te
         find_file(source, WEIGHTS_NAME, **options.hub)  # raises, saying what is there
     if not options.allow_pickle:
         raise CheckpointError(
-            f"{source} has its weights in {PICKLE_NAME}, a pickle file. Pass allow_pickle=True to read it (tensors only), or "
-            "convert it to safetensors."
+            f"{source} has its weights in {PICKLE_NAME}, a pickle file. Pass allow_pickle=True to read it (tensors only), "
+            "or convert it to safetensors."
         )
     return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
 
@@ -293,7 +293,8 @@ def base_tensors(host: PeftModel, tensors: dict[str, Tensor]) -> dict[str, Tenso
             continue
         if own.shape != value.shape or not torch.allclose(own.float(), value.to(own.device).float(), rtol=0.02, atol=1e-4):
             raise CheckpointError(
-                f"{key} {tuple(value.shape)} is an embedding of another base model: this model's {tuple(own.shape)} differs. "
+                f"{key} {tuple(value.shape)} is an embedding of another base model: this model's "
+                f"{tuple(own.shape)} differs. "
                 "Resize and load the base as it was when the adapter was trained (its embeddings included)."
             )
         copies[key] = value

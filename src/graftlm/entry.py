@@ -138,7 +138,9 @@ class Entry:
         past = cache.get_seq_length() if isinstance(cache, Cache) else 0
         if mask is not None and mask.dim() != 2:
             if count or prefix:
-                raise UnsupportedError(f"Soft prompts need an attention_mask [B, T] of ones and zeros, got {tuple(mask.shape)}.")
+                raise UnsupportedError(
+                    f"Soft prompts need an attention_mask [B, T] of ones and zeros, got {tuple(mask.shape)}."
+                )
             return named
         if count or prefix:
             self.refuse_packed(named)
@@ -324,12 +326,12 @@ class Entry:
             return None
         named = dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments)
         named |= named.pop("kwargs", {})
-        given = named.get("input_ids") if named.get("input_ids") is not None else named.get("inputs_embeds")
+        given: Any = named.get("input_ids") if named.get("input_ids") is not None else named.get("inputs_embeds")
         mask = named.get("attention_mask")
         mask = given.new_ones(given.shape[:2], dtype=torch.long) if mask is None else mask
         return (), self.encoder_tokens(plan, named, mask, self.host.counts(plan)[0])
 
-    def place_positions(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def place_positions(self, module: Any, args: tuple, output: Tensor) -> Tensor:
         """Forward hook of an encoder's learned positions (BART counts padding): take them from the mask."""
         plan = self.plan()
         positions = plan.scratch.get("encoder_positions") if plan else None

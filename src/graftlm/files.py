@@ -17,7 +17,7 @@ HEADER_KEY = "graftlm"
 HUB_KEYS = ("cache_dir", "token", "subfolder", "local_files_only", "force_download", "revision")
 
 
-def find_file(source: str | os.PathLike, name: str, required: bool = True, **hub: Any) -> Path | None:
+def find_file(source: str | os.PathLike, name: str, required: bool = True, **hub: Any) -> Any:
     """Path of the file `name` of an adapter.
 
     `source` is a directory, or the id of a hub repository (`owner/name`), which is downloaded unless a directory of
@@ -49,7 +49,7 @@ def download(repo: str, name: str, required: bool, hub: dict[str, Any]) -> Path 
     try:
         return Path(hf_hub_download(repo, name, **hub))
     except LocalEntryNotFoundError as error:
-        problem = error
+        problem: Exception = error
     except EntryNotFoundError as error:
         if not required:
             return None

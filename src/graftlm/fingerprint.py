@@ -19,7 +19,7 @@ TOLERANCE = 0.03  # relative: bf16 rounding is 0.4 %, int8 embeddings do not occ
 SHARE = 0.1  # of the samples that may differ
 
 
-def sampled_modules(base: nn.Module) -> dict[str, nn.Module]:
+def sampled_modules(base: Any) -> dict[str, nn.Module]:
     """The modules whose weights are looked at, by role."""
     found: dict[str, nn.Module] = {}
     embeddings = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
@@ -39,7 +39,7 @@ def is_own(name: str) -> bool:
     return not any(part in name for part in (".lora_", "modules_to_save.", "original_module"))
 
 
-def plain(module: nn.Module) -> nn.Module:
+def plain(module: Any) -> Any:
     """The module of the base inside adapter modules."""
     while hasattr(module, "base_layer") or hasattr(module, "original_module"):
         module = module.base_layer if hasattr(module, "base_layer") else module.original_module

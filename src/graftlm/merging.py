@@ -68,7 +68,7 @@ def untie(host: PeftModel, names: list[str]) -> None:
             config.tie_word_embeddings = False
 
 
-def frozen(module: nn.Module) -> nn.Module:
+def frozen(module: Any) -> Any:
     """The base's module inside adapter modules."""
     while True:
         if isinstance(module, LoraLayer):
@@ -224,5 +224,3 @@ def model_status(host: PeftModel) -> ModelStatus:
         available_adapters=sorted(host.methods),
         devices={n: sorted({p.device.type for p in ps}) for n, ps in parameters.items()},
     )
-
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from . import checkpoint
 from .architectures import backbone_embeddings
 from .entry import Entry
 from .errors import AdapterError, UnsupportedError, nearest
-from .methods import Method, PeftConfig, TaskType, method_for
+from .methods import Method, PeftConfig, method_for
 from .methods.base import TASK_HEADS, replace_module
 from .methods.modules_to_save import ModulesToSaveWrapper, find_modules, saved_modules
 from .quantization import is_quantized, quantized_kind
@@ -59,6 +60,10 @@ class PeftModel(PreTrainedModel):
         autocast_adapter_dtype: keep adapters of a 16-bit base in fp32.
     """
 
+    prompt_encoder: Any
+    bottleneck: Any
+    adapter_biases: Any
+
     def __new__(cls, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> PeftModel:
         return object.__new__(_wrapper_class(cls, type(model)) if model is not None else cls)
 
@@ -76,7 +81,7 @@ class PeftModel(PreTrainedModel):
             raise AdapterError("This model is wrapped already. Add another adapter with model.add_adapter(name, config).")
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise AdapterError(f"Expected a transformers model as the base, got {type(model).__name__}.")
-        self.base_model = AdapterHost(model)
+        self._modules["base_model"] = AdapterHost(model)
         self.switch = Switch()
         self.methods: dict[str, Method] = {}
         self.prompt_encoder = nn.ModuleDict()
@@ -152,10 +157,14 @@ class PeftModel(PreTrainedModel):
     def adapter_device(self) -> torch.device:
         return backbone_embeddings(self.base).weight.device
 
-    def adapter_dtype(self, layer: nn.Module | None = None) -> torch.dtype:
-        """Dtype of new adapter tensors beside `layer`: its own, but fp32 for 16-bit (unless told otherwise) and quantised."""
+    def adapter_dtype(self, layer: Any = None) -> torch.dtype:
+        """Dtype of new adapter tensors beside `layer`: its own, but fp32 for 16-bit (unless told otherwise) or packed."""
         weight = getattr(layer, "weight", None) if layer is not None else None
-        dtype = weight.dtype if weight is not None and quantized_kind(layer) is None else self._float_dtype()
+        dtype = (
+            weight.dtype
+            if layer is not None and weight is not None and quantized_kind(layer) is None
+            else self._float_dtype()
+        )
         if not dtype.is_floating_point or (self.autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16)):
             return torch.float32
         return dtype
@@ -179,7 +188,12 @@ class PeftModel(PreTrainedModel):
             return getattr(self.base, name)
 
     def __reduce__(self) -> Any:
-        return _rebuild, (type(self.base),), self.__dict__
+        self._disconnect()
+        try:
+            state = {k: v for k, v in self.__dict__.items() if k != "entry"}
+            return _rebuild, (type(self.base), pickle.dumps(state))
+        finally:
+            self._connect()
 
     def __deepcopy__(self, memo: dict) -> PeftModel:
         """A copy with a base of its own, its hooks connected anew."""
@@ -196,7 +210,9 @@ class PeftModel(PreTrainedModel):
         return made
 
     # -- attaching ---------------------------------------------------------------------------------------------------
-    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False, **kwargs: Any) -> None:
+    def add_adapter(
+        self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False, **kwargs: Any
+    ) -> None:
         """Attach a new, untrained adapter. It becomes active by `set_adapter`.
 
         Raises:
@@ -209,7 +225,9 @@ class PeftModel(PreTrainedModel):
         if name in self.methods:
             raise AdapterError(f"There is an adapter {name!r} already. Delete it first, or choose another name.")
         if not isinstance(name, str) or not name or "." in name or name == BASE_NAME:
-            raise AdapterError(f"{name!r} cannot name an adapter: expected a string without '.', not empty, not {BASE_NAME!r}.")
+            raise AdapterError(
+                f"{name!r} cannot name an adapter: expected a string without '.', not empty, not {BASE_NAME!r}."
+            )
         method = method_for(config, name)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = getattr(self.base, "name_or_path", None) or None
@@ -371,9 +389,14 @@ class PeftModel(PreTrainedModel):
     def _side_by_side(self, memories: list) -> list[tuple[Tensor, Tensor]]:
         kind = self.adapter_device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self._float_dtype()
-        joined = memories[0] if len(memories) == 1 else [
-            tuple(torch.cat(parts, dim=-2) for parts in zip(*layer, strict=True)) for layer in zip(*memories, strict=True)
-        ]
+        joined = (
+            memories[0]
+            if len(memories) == 1
+            else [
+                tuple(torch.cat(parts, dim=-2) for parts in zip(*layer, strict=True))
+                for layer in zip(*memories, strict=True)
+            ]
+        )
         return [(k.to(dtype), v.to(dtype)) for k, v in joined]
 
     # -- running -----------------------------------------------------------------------------------------------------
@@ -402,6 +425,7 @@ class PeftModel(PreTrainedModel):
         """Let activation checkpointing recompute under the plan of its forward pass."""
         if self.checkpointing is None:
             self.checkpointing = [m for m in self.base.modules() if hasattr(m, "gradient_checkpointing")]
+        module: Any
         for module in self.checkpointing:
             function = getattr(module, "_gradient_checkpointing_func", None)
             if not (module.gradient_checkpointing and function is not None):
@@ -482,7 +506,7 @@ class PeftModel(PreTrainedModel):
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """The base with the adapters folded in for good, without a trace of GraftLM; saves and reloads in plain transformers."""
+        """The base with the adapters folded in for good and nothing of GraftLM left; it saves as plain transformers."""
         from .merging import merge_and_unload
 
         return merge_and_unload(self, safe_merge, adapter_names)
@@ -550,9 +574,7 @@ class PeftModel(PreTrainedModel):
         wrapper.set_adapter(adapter_name, inference_mode=not is_trainable)
         return wrapper if is_trainable else wrapper.eval()
 
-    def load_adapter(
-        self, model_id: str | os.PathLike, adapter_name: str, is_trainable: bool = False, **kwargs: Any
-    ) -> Any:
+    def load_adapter(self, model_id: str | os.PathLike, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> Any:
         """Attach a further saved adapter, or read a saved state into one that is attached under this name.
 
         It does not become active (but the active one stays so). Errors as in `from_pretrained`; after an error the model
@@ -614,9 +636,13 @@ def get_peft_model(
     return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
 
-@functools.cache
-def _wrapper_class(cls: type, base: type) -> type:
+_CLASSES: dict[tuple[Any, Any], Any] = {}
+
+
+def _wrapper_class(cls: Any, base: Any) -> Any:
     """`PeftModel` with the base's own forward signature, which a Trainer reads to keep a data set's columns."""
+    if (cls, base) in _CLASSES:
+        return _CLASSES[cls, base]
     signature = inspect.signature(base.forward)
     names = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     rest = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
@@ -627,11 +653,16 @@ def _wrapper_class(cls: type, base: type) -> type:
         return self._run(*args, **kwargs)
 
     forward.__signature__ = signature.replace(parameters=[*names, mixed, *rest])  # type: ignore[attr-defined]
-    return type("PeftModel", (cls,), {"forward": forward, "__module__": __name__, "__doc__": cls.__doc__})
+    made = type("PeftModel", (cls,), {"forward": forward, "__module__": __name__, "__doc__": cls.__doc__})
+    return _CLASSES.setdefault((cls, base), made)
 
 
-def _rebuild(base: type) -> PeftModel:
-    return object.__new__(_wrapper_class(PeftModel, base))
+def _rebuild(base: type, state: bytes) -> PeftModel:
+    """A wrapper out of its pickle."""
+    made = object.__new__(_wrapper_class(PeftModel, base))
+    made.__dict__.update(pickle.loads(state))
+    made._connect()
+    return made
 
 
 def _answered_by_base(name: str) -> property:

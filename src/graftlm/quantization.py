@@ -1,4 +1,4 @@
-"""Quantised bases: recognising them, dequantising a layer, preparing a base for training. The only importer of bitsandbytes."""
+"""Quantised bases: recognising them, dequantising a layer, preparing a base for training. Alone imports bitsandbytes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from .errors import UnsupportedError
 
 
-def quantized_kind(layer: nn.Module) -> str | None:
-    """"int8" or "4bit" for bitsandbytes' layers, else None."""
+def quantized_kind(layer: Any) -> str | None:
+    """ "int8" or "4bit" for bitsandbytes' layers, else None."""
     name = type(getattr(layer, "weight", None)).__name__
     return {"Int8Params": "int8", "Params4bit": "4bit"}.get(name)
 
@@ -45,7 +45,7 @@ def dequantize(layer: nn.Module) -> Tensor:
 
 
 def prepare_model_for_kbit_training(
-    model: nn.Module,
+    model: Any,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
 ) -> nn.Module:

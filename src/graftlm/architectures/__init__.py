@@ -8,8 +8,8 @@ from .facts import (
     is_encoder_decoder,
     lora_targets,
     model_dims,
-    position_offset,
     pools_last_token,
+    position_offset,
     takes_position_ids,
 )
 

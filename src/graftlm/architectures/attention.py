@@ -60,7 +60,7 @@ def self_attention_call(module: nn.Module, args: tuple, kwargs: dict) -> dict | 
     return None if any(named.get(n) is not None for n in CROSS_NAMES) else named
 
 
-def kv_shapes(base: nn.Module) -> list[tuple[int, int]]:
+def kv_shapes(base: Any) -> list[tuple[int, int]]:
     """(kv_heads, head_dim) of every decoder layer (of every layer, for encoders).
 
     Raises:
@@ -76,9 +76,12 @@ def kv_shapes(base: nn.Module) -> list[tuple[int, int]]:
         model(**inputs)
 
     shapes = _observe(base, run)
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    layers = getattr(text, "decoder_layers", None) or getattr(text, "num_decoder_layers", None)
-    layers = layers if getattr(config, "is_encoder_decoder", False) and layers else text.num_hidden_layers
+    if getattr(config, "is_encoder_decoder", False):
+        text = config
+        layers = getattr(config, "decoder_layers", None) or getattr(config, "num_decoder_layers", None) or len(shapes)
+    else:
+        text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        layers = text.num_hidden_layers
     shared = getattr(text, "num_kv_shared_layers", 0) or 0
     missing = [i for i in range(layers - shared) if i not in shapes]
     if missing or not shapes:
@@ -92,7 +95,7 @@ def kv_shapes(base: nn.Module) -> list[tuple[int, int]]:
 def encoder_kv_shapes(base: nn.Module) -> list[tuple[int, int]]:
     """(kv_heads, head_dim) of every self-attention of the encoder of an encoder-decoder model."""
 
-    def run(model: nn.Module, recorder: _Recorder, device: torch.device) -> None:
+    def run(model: Any, recorder: _Recorder, device: torch.device) -> None:
         encoder = model.get_encoder()
         handles = []
         for index, (_, module) in enumerate(attention_modules(encoder)):
@@ -119,7 +122,7 @@ def encoder_kv_shapes(base: nn.Module) -> list[tuple[int, int]]:
     return [shapes[i] for i in sorted(shapes)]
 
 
-def _observe(base: nn.Module, run: Any) -> dict[int, tuple[int, int]]:
+def _observe(base: Any, run: Any) -> dict[int, tuple[int, int]]:
     """Run one token through a copy of the model without memory; through the model itself where that cannot be had."""
     try:
         with torch.device("meta"):

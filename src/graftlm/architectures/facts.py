@@ -57,7 +57,7 @@ class Dims:
     heads: int
 
 
-def model_dims(base: nn.Module) -> Dims:
+def model_dims(base: Any) -> Dims:
     """Hidden size, layers and heads from the configuration, by the names that families use for them."""
     config = base.config
     if hasattr(config, "get_text_config"):
@@ -76,9 +76,9 @@ def model_dims(base: nn.Module) -> Dims:
     )
 
 
-def backbone_embeddings(base: nn.Module) -> nn.Module:
+def backbone_embeddings(base: nn.Module) -> Any:
     """The module that turns token ids into input embeddings."""
-    embeddings = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+    embeddings: Any = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None  # type: ignore[operator]
     if embeddings is None:
         raise UnsupportedError(f"{type(base).__name__} has no input embeddings; virtual tokens need them.")
     return embeddings

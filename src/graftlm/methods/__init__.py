@@ -1,6 +1,16 @@
 """The registry of methods: importing a file here makes its method known. A new method is its file and a line below."""
 
-from .base import METHODS, Method, PeftConfig, PeftType, PromptLearningConfig, TaskType, config_class, method_for
+from .base import (
+    METHODS,
+    Method,
+    PeftConfig,
+    PeftType,
+    PromptLearningConfig,
+    TaskType,
+    config_class,
+    get_peft_config,
+    method_for,
+)
 from .bottleneck import BottleneckConfig, BottleneckPlacement
 from .lora import LoraConfig
 from .p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
@@ -23,5 +33,6 @@ __all__ = [
     "PromptTuningInit",
     "TaskType",
     "config_class",
+    "get_peft_config",
     "method_for",
 ]

@@ -304,6 +304,11 @@ def as_enum(kind: type[enum.Enum], value: Any, name: str) -> Any:
     raise ConfigError(f"{name}={value!r}: expected one of {', '.join(map(str, names))}" + nearest(text, names))
 
 
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """The configuration that a dictionary with `peft_type` describes."""
+    return PeftConfig.from_dict(config_dict)
+
+
 def positive(config: Any, *names: str) -> None:
     """ConfigError unless each named field is None or an integer above 0."""
     for name in names:
@@ -332,4 +337,3 @@ def replace_module(root: nn.Module, path: str, new: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     owner = root.get_submodule(parent) if parent else root
     setattr(owner, name, new)
-

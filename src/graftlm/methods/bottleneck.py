@@ -195,14 +195,14 @@ class Bottleneck(Method):
                 parameter.copy_(tensors[key])
 
 
-def innermost(module: nn.Module) -> nn.Module:
+def innermost(module: Any) -> Any:
     """The frozen layer inside adapter modules."""
     while hasattr(module, "base_layer"):
         module = module.base_layer
     return module
 
 
-def features(module: nn.Module) -> tuple[int, int]:
+def features(module: Any) -> tuple[int, int]:
     """Input and output width of a linear layer (GPT-2's Conv1D lies the other way round)."""
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.weight.shape[1]

@@ -129,7 +129,7 @@ class Lora(Method):
             return module
         return wrap(module, path, host.switch, dequantize)
 
-    def _biased(self, host: wrapper.PeftModel) -> Iterator[tuple[str, nn.Module]]:
+    def _biased(self, host: wrapper.PeftModel) -> Iterator[tuple[str, Any]]:
         """Modules whose bias is trained: the wrapped layers' own, or every one of the base."""
         config: LoraConfig = self.config  # type: ignore[assignment]
         own = {id(layer.frozen) for _, layer in self.layers(host)}
@@ -147,7 +147,8 @@ class Lora(Method):
             yield path, module
 
     def detach(self, host: wrapper.PeftModel) -> None:
-        host.adapter_biases.pop(self.name, None)
+        if self.name in host.adapter_biases:
+            del host.adapter_biases[self.name]
         for path, layer in list(self.layers(host)):
             layer.remove(self.name)
             if not layer.scaling:
@@ -164,14 +165,14 @@ class Lora(Method):
         if self.name not in host.adapter_biases:
             return []
         handles = []
-        biases = host.adapter_biases[self.name]
+        biases: Any = host.adapter_biases[self.name]
         owners = {id(layer.frozen): layer for _, layer in self.layers(host)}
         for path, module in self._biased(host):
             bias = biases[path.replace(".", "/")]
             if id(module) in owners:
                 owners[id(module)].trained_bias = bias
 
-            def add(module: nn.Module, args: Any, output: Tensor, bias: Tensor = bias) -> Tensor:
+            def add(module: Any, args: Any, output: Tensor, bias: Tensor = bias) -> Tensor:
                 if self.name not in host.active_now():
                     return output
                 return output + (bias - module.bias).to(output.dtype)

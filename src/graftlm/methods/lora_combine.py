@@ -54,7 +54,7 @@ def combine(layer: LoraLayer, target: str, sources: Sequence[str], weights: Sequ
             new_a = torch.cat([layer.factors(n)[0] * (w * layer.scaling[n]) for n, w in pairs], dim=0)
             new_b = torch.cat([layer.factors(n)[1] for n, _ in pairs], dim=1)
         elif kind == "svd":
-            total = sum(layer.update(n, torch.float32) * w for n, w in pairs)
+            total = torch.stack([layer.update(n, torch.float32) * w for n, w in pairs]).sum(0)
             new_a, new_b = truncated_svd(total, a.shape[0], options.get("svd_clamp"))
         else:
             scaled = [w * layer.scaling[n] for n, w in pairs]
@@ -76,8 +76,9 @@ def truncated_svd(matrix: Tensor, rank: int, clamp: float | None) -> tuple[Tenso
     return vh, u
 
 
-def mix(tasks: Tensor, weights: Tensor, kind: str, density: float | None = None, majority_sign_method: str = "total",
-        **_: object) -> Tensor:
+def mix(
+    tasks: Tensor, weights: Tensor, kind: str, density: float | None = None, majority_sign_method: str = "total", **_: object
+) -> Tensor:
     """One tensor out of [tasks, ...] by linear, ties, dare_linear or dare_ties."""
     if kind != "linear":
         if density is None or not 0 <= density <= 1:

@@ -44,6 +44,11 @@ class LoraLayer(nn.Module):
         dequantize: gives the base weight of a quantised layer in floating point.
     """
 
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+    lora_magnitude_vector: Any
+
     def __init__(self, base_layer: nn.Module, switch: Switch, dequantize: Callable[[nn.Module], Tensor]) -> None:
         super().__init__()
         self.base_layer = base_layer
@@ -129,6 +134,7 @@ class LoraLayer(nn.Module):
         """Take an adapter out; a merged one is unmerged first."""
         if name in self.merged_adapters:
             self.unmerge()
+        self.trained_bias = None
         for table in (self.r, self.lora_alpha, self.scaling, self.start):
             table.pop(name, None)
         for module in (self.lora_dropout, self.lora_A, self.lora_B, self.lora_magnitude_vector):
@@ -140,7 +146,7 @@ class LoraLayer(nn.Module):
 
     # -- weights -----------------------------------------------------------------------------------------------------
     @property
-    def frozen(self) -> nn.Module:
+    def frozen(self) -> Any:
         """The innermost frozen layer (a base that is wrapped twice has one LoRA module in another)."""
         layer = self.base_layer
         while isinstance(layer, LoraLayer):
@@ -320,7 +326,7 @@ class Embedding(LoraLayer):
 
     def initialise(self, name: str, init: bool | str) -> None:
         if isinstance(init, str) and init != "gaussian":
-            raise UnsupportedError(f"init_lora_weights={init!r} is for linear layers; leave embeddings out of target_modules.")
+            raise UnsupportedError(f"init_lora_weights={init!r} is for linear layers; leave embeddings out.")
         a, b = self.factors(name)
         with torch.no_grad():
             nn.init.normal_(b)

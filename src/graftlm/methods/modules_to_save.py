@@ -64,7 +64,9 @@ def find_modules(base: nn.Module, names: Iterable[str], wanted: Iterable[str]) -
         TargetError: an entry of `wanted` matches nothing.
     """
     modules = {
-        n: m for n, m in base.named_modules() if n and not re.search(r"(^|\.)(original_module|modules_to_save|lora_\w+)(\.|$)", n)
+        n: m
+        for n, m in base.named_modules()
+        if n and not re.search(r"(^|\.)(original_module|modules_to_save|lora_\w+)(\.|$)", n)
     }
     found = {n: m for n, m in modules.items() if any(n == e or n.endswith(f".{e}") for e in names)}
     for entry in wanted:

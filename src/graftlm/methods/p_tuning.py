@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,8 @@ class PromptEncoder(nn.Module):
 
     def __init__(self, rows: int, width: int, config: PromptEncoderConfig, device: torch.device | str, dtype: torch.dtype):
         super().__init__()
-        hidden, options = config.encoder_hidden_size or width, {"device": device, "dtype": dtype}
+        hidden = config.encoder_hidden_size or width
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.embedding = nn.Embedding(rows, width, **options)
         self.lstm_head: nn.LSTM | None = None
         if config.encoder_reparameterization_type is PromptEncoderReparameterizationType.LSTM:
@@ -99,7 +100,7 @@ class PTuning(SoftPrompt):
         super().fill_config(host)
         self.config.encoder_hidden_size = self.config.encoder_hidden_size or self.config.token_dim  # type: ignore[attr-defined]
 
-    def build(self, host: wrapper.PeftModel, for_loading: bool) -> nn.Module:
+    def build(self, host: wrapper.PeftModel, for_loading: bool) -> Any:
         return PromptEncoder(*self.table_shape, self.config, host.adapter_device, host.adapter_dtype())  # type: ignore[arg-type]
 
 

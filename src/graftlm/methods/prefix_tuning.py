@@ -12,7 +12,7 @@ prefix can also stand in the encoder's self-attention (`prefix_in_encoder`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,7 @@ class PrefixEncoder(nn.Module):
 
     def __init__(self, count: int, token_dim: int, hidden: int, width: int, device: torch.device | str, dtype: torch.dtype):
         super().__init__()
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.embedding = nn.Embedding(count, token_dim, **options)
         self.transform = nn.Sequential(
             nn.Linear(token_dim, hidden, **options), nn.Tanh(), nn.Linear(hidden, width, **options)
@@ -119,16 +119,16 @@ class PrefixTuning(SoftPrompt):
     def reparameterised(self) -> bool:  # type: ignore[override]
         return self.config.prefix_projection  # type: ignore[attr-defined]
 
-    def build(self, host: wrapper.PeftModel, for_loading: bool) -> nn.Module:
+    def build(self, host: wrapper.PeftModel, for_loading: bool) -> Any:
         config: PrefixTuningConfig = self.config  # type: ignore[assignment]
         rows, width = self.table_shape
         if config.prefix_projection:
             hidden, dim = config.encoder_hidden_size, config.token_dim
-            module: nn.Module = PrefixEncoder(rows, dim, hidden, width, host.adapter_device, host.adapter_dtype())  # type: ignore[arg-type]
-            last: list[Tensor] = [module.transform[-1].weight, module.transform[-1].bias]  # type: ignore[index, list-item]
+            module: Any = PrefixEncoder(rows, dim, hidden, width, host.adapter_device, host.adapter_dtype())  # type: ignore[arg-type]
+            last: list[Tensor] = [module.transform[-1].weight, module.transform[-1].bias]
         else:
             module = self.table(host)
-            last = [module.embedding.weight]  # type: ignore[union-attr, list-item]
+            last = [module.embedding.weight]
         if config.init_weights == "zero":
             for tensor in last:
                 nn.init.zeros_(tensor)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -120,11 +120,11 @@ class SoftPrompt(Method):
         rows, width = self.table_shape
         return PromptEmbedding(rows, width, host.adapter_device, host.adapter_dtype())
 
-    def build(self, host: wrapper.PeftModel, for_loading: bool) -> nn.Module:
+    def build(self, host: wrapper.PeftModel, for_loading: bool) -> Any:
         """The trained form."""
         raise NotImplementedError
 
-    def encoder(self, host: wrapper.PeftModel) -> nn.Module:
+    def encoder(self, host: wrapper.PeftModel) -> Any:
         return host.prompt_encoder[self.name]
 
     def detach(self, host: wrapper.PeftModel) -> None:
@@ -172,7 +172,7 @@ class SoftPrompt(Method):
 class PromptTuning(SoftPrompt):
     """One prompt-tuning adapter in a host."""
 
-    def build(self, host: wrapper.PeftModel, for_loading: bool) -> nn.Module:
+    def build(self, host: wrapper.PeftModel, for_loading: bool) -> Any:
         config: PromptTuningConfig = self.config  # type: ignore[assignment]
         module = self.table(host)
         if for_loading or config.prompt_tuning_init is PromptTuningInit.RANDOM:

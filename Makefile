@@ -1,0 +1,46 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test check-all lint types docs pretrain clean setup setup-dev
+
+demo: setup  ## set up, then train every method on the bundled base and data and compare them
+	$(BIN)/graftlm demo
+
+test: setup-dev lint types  ## set up, then lint, types and the tests with their coverage floor
+	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered
+
+check-all: setup-dev lint types  ## the same with the long checks
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+
+lint: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup-dev
+	$(BIN)/mypy
+
+docs: setup-dev  ## regenerate the command line reference
+	$(BIN)/python scripts/cli_reference.py
+
+pretrain: setup  ## rebuild the bundled base model from scratch (about an hour on 2 cores; needs apt)
+	$(BIN)/python scripts/pretrain_base.py
+
+setup: $(VENV)/.ready
+setup-dev: $(VENV)/.ready-dev
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.ready: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.ready-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@ $(VENV)/.ready
+
+clean:
+	rm -rf $(VENV) build runs .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -1,0 +1,130 @@
+"""The command line `graftlm`: one file a command, imported when it is called, so that `--help` is quick.
+
+A mistake of the user (any `GraftError`) is one message on stderr and exit code 2; `--debug`, anywhere on the line, or
+`GRAFTLM_DEBUG=1` shows the traceback too. Ctrl-C is exit code 130.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..errors import GraftError
+from ..version import __version__
+
+# name -> (module below this package, attribute, line in the help)
+COMMANDS = {
+    "demo": ("demo", "demo", "Fine-tune the bundled model with every method and show before and after (minutes)."),
+    "train": ("train", "train", "Train one adapter, from a YAML recipe or from flags."),
+    "evaluate": ("evaluate", "evaluate", "Loss, perplexity and accuracy of a base or an adapter on held-out data."),
+    "compare": ("compare", "compare", "Train every method on one data set; table, JSON and HTML report."),
+    "generate": ("generate", "generate", "Complete prompts with one or several adapters, beside the base."),
+    "chat": ("chat", "chat", "Talk to a model; switch adapters while talking."),
+    "inspect": ("inspect", "inspect", "What is in an adapter directory, and does it fit a base?"),
+    "merge": ("merge", "merge", "Fold an adapter into its base and save a plain model."),
+    "data": ("data", "app", "Look at data sets."),
+}
+DEBUG = "--debug"
+
+
+class LazyGroup(TyperGroup):
+    """A group whose commands are known by name and help line, and imported when one is called."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        before = args[: args.index("--")] if "--" in args else args
+        if DEBUG in before:
+            os.environ["GRAFTLM_DEBUG"] = "1"
+            args = [a for i, a in enumerate(args) if a != DEBUG or i >= len(before)]
+        return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] in COMMANDS:
+            self.commands[args[0]] = load(args[0])
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GraftError as error:
+            fail(error)
+        except KeyboardInterrupt:
+            say("Interrupted. What was finished before is kept.")
+            raise SystemExit(130) from None
+
+
+def load(name: str) -> Any:
+    """The click command (or group) behind a name."""
+    module, attribute, line = COMMANDS[name]
+    found = getattr(import_module(f"{__name__}.{module}"), attribute)
+    if not isinstance(found, typer.Typer):
+        single = typer.Typer(add_completion=False, rich_markup_mode="rich")
+        single.command(name)(found)
+        found = single
+    command = typer.main.get_command(found)
+    command.name = name
+    return command
+
+
+def say(text: str) -> None:
+    """A line on stderr."""
+    typer.secho(text, err=True, fg=typer.colors.YELLOW)
+
+
+def fail(error: GraftError) -> None:
+    """Show a mistake, and leave with exit code 2."""
+    if os.environ.get("GRAFTLM_DEBUG", "0") not in ("", "0"):
+        import traceback
+
+        traceback.print_exception(error)
+    else:
+        typer.secho("Error: ", err=True, fg=typer.colors.RED, bold=True, nl=False)
+        typer.secho(str(error), err=True, fg=typer.colors.RED)
+    raise SystemExit(2)
+
+
+app = typer.Typer(
+    name="graftlm",
+    cls=LazyGroup,
+    help="Train, compare and run small adapters on one frozen language model.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"graftlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    debug: Annotated[bool, typer.Option(DEBUG, help="Show tracebacks; may stand anywhere on the line.")] = False,
+) -> None:
+    """Options of every command."""
+
+
+def placeholder() -> None:
+    """Stands in the list of commands until the command is imported."""
+
+
+for _name, (_, _, _line) in COMMANDS.items():
+    app.command(_name, help=_line)(placeholder)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    app()

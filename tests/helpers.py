@@ -1,0 +1,139 @@
+"""What the tests of the core share: fresh copies of tiny models, configurations by method, padded batches."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+from families import CAUSAL, ENCODERS, SEQ2SEQ, VOCAB, build, task
+from torch import Tensor, nn
+
+import graftlm
+
+EMBEDDINGS = {
+    "bloom": "word_embeddings", "opt": "embed_tokens", "gpt2": "wte", "gpt_neox": "embed_in", "falcon": "word_embeddings",
+    "t5": "shared", "bart": "shared", "bert": "word_embeddings", "roberta": "word_embeddings",
+}  # fmt: skip
+HEADS = {"gpt_neox": "embed_out", "bert": "classifier", "roberta": "classifier"}
+BIASED = ("bloom", "opt", "gpt2", "gpt_neox", "bart", "bert", "roberta", "qwen2")
+UNPADDED_KEYS = ("input_ids", "attention_mask", "labels")
+
+
+@functools.cache
+def _built(name: str, seed: int) -> nn.Module:
+    return build(name, seed)
+
+
+def fresh(name: str, seed: int = 0) -> nn.Module:
+    """A tiny model of a family; every call gives a copy with the same weights."""
+    return copy.deepcopy(_built(name, seed))
+
+
+def embedding_name(name: str) -> str:
+    """Last part of the input embedding's module name."""
+    return EMBEDDINGS.get(name, "embed_tokens")
+
+
+def head_name(name: str) -> str:
+    """Last part of the output head's module name."""
+    return HEADS.get(name, "lm_head")
+
+
+# Each builds the same configuration from either library: `lib` is graftlm or peft.
+CONFIGS: dict[str, Any] = {
+    "lora": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, lora_alpha=8, target_modules="all-linear"),
+    "lora_default": lambda lib, n: lib.LoraConfig(task_type=task(n)),
+    "dora": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, target_modules="all-linear", use_dora=True),
+    "rslora": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, target_modules="all-linear", use_rslora=True),
+    "patterns": lambda lib, n: lib.LoraConfig(
+        task_type=task(n), r=4, lora_alpha=8, target_modules="all-linear",
+        rank_pattern={r".*\.0\..*": 2, r".*\.1\..*": 6}, alpha_pattern={r".*\.1\..*": 3},
+    ),
+    "bias_all": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, bias="all"),
+    "bias_lora_only": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, bias="lora_only"),
+    "modules_to_save": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, modules_to_save=[head_name(n)]),
+    "embedding": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, target_modules=[embedding_name(n)]),
+    "gaussian": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, init_lora_weights="gaussian"),
+    "prompt": lambda lib, n: lib.PromptTuningConfig(task_type=task(n), num_virtual_tokens=3),
+    "p_tuning_mlp": lambda lib, n: lib.PromptEncoderConfig(task_type=task(n), num_virtual_tokens=3, encoder_hidden_size=12),
+    "p_tuning_lstm": lambda lib, n: lib.PromptEncoderConfig(
+        task_type=task(n), num_virtual_tokens=3, encoder_hidden_size=12, encoder_reparameterization_type="LSTM"
+    ),
+    "prefix": lambda lib, n: lib.PrefixTuningConfig(task_type=task(n), num_virtual_tokens=3),
+    "prefix_projection": lambda lib, n: lib.PrefixTuningConfig(
+        task_type=task(n), num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=12
+    ),
+    "houlsby": lambda lib, n: lib.BottleneckConfig(task_type=task(n), placement="houlsby", reduction_factor=4),
+    "pfeiffer": lambda lib, n: lib.BottleneckConfig(task_type=task(n), placement="pfeiffer", reduction_factor=4),
+    "parallel": lambda lib, n: lib.BottleneckConfig(task_type=task(n), placement="parallel", reduction_factor=4),
+}  # fmt: skip
+
+ONE_OF_EACH = ("lora", "prompt", "p_tuning_mlp", "prefix", "houlsby")
+COMPOSITIONS = (("lora", "prompt"), ("prefix", "lora"), ("lora", "houlsby"), ("prompt", "prefix"))
+
+
+def config(method: str, name: str, lib: Any = graftlm) -> Any:
+    """The configuration of a method for a family."""
+    return CONFIGS[method](lib, name)
+
+
+def randomise(model: nn.Module, seed: int = 2, scale: float = 0.1) -> nn.Module:
+    """Give every adapter parameter a value that shows; by name, so that it does not depend on their order."""
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                generator = torch.Generator().manual_seed(seed + sum(key.encode()))
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise.to(parameter.dtype).to(parameter.device) * scale)
+    return model
+
+
+def attach(name: str, method: str | tuple[str, ...], seed: int = 2, base: nn.Module | None = None) -> graftlm.PeftModel:
+    """A fresh model with a randomised adapter of a method, or with several that are active together, in eval mode."""
+    methods = (method,) if isinstance(method, str) else method
+    model = graftlm.get_peft_model(base if base is not None else fresh(name), config(methods[0], name))
+    for other in methods[1:]:
+        model.add_adapter(other, config(other, name))
+    if len(methods) > 1:
+        model.set_adapter(["default", *methods[1:]])
+    return randomise(model, seed).eval()
+
+
+def rows(name: str, lengths: tuple[int, ...] = (7, 4, 5), seed: int = 5) -> list[Tensor]:
+    """Token ids of rows of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCAB, (length,), generator=generator) for length in lengths]
+
+
+def padded(sequences: list[Tensor], side: str, extra: int = 2) -> dict[str, Tensor]:
+    """Rows of ids padded with zeros (the pad token) on one side, `extra` places more than needed, with their mask."""
+    width = max(len(s) for s in sequences) + extra
+    ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, s in enumerate(sequences):
+        at = slice(0, len(s)) if side == "right" else slice(width - len(s), width)
+        ids[i, at], mask[i, at] = s, 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def close(got: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
+    """Equal to 1e-5, absolute and relative."""
+    torch.testing.assert_close(got, wanted, atol=tolerance, rtol=tolerance)
+
+
+def logits_of(model: nn.Module, **inputs: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of all parameters and buffers."""
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+__all__ = [
+    "BIASED", "CAUSAL", "COMPOSITIONS", "CONFIGS", "ENCODERS", "ONE_OF_EACH", "SEQ2SEQ", "attach", "close", "config",
+    "embedding_name", "fresh", "head_name", "logits_of", "padded", "randomise", "rows", "state_of",
+]  # fmt: skip
