@@ -14,11 +14,10 @@ import graftlm
 
 EMBEDDINGS = {
     "bloom": "word_embeddings", "opt": "embed_tokens", "gpt2": "wte", "gpt_neox": "embed_in", "falcon": "word_embeddings",
-    "t5": "shared", "bart": "shared", "bert": "word_embeddings", "roberta": "word_embeddings",
+    "bert": "word_embeddings", "roberta": "word_embeddings",
 }  # fmt: skip
-HEADS = {"gpt_neox": "embed_out", "bert": "classifier", "roberta": "classifier"}
-BIASED = ("bloom", "opt", "gpt2", "gpt_neox", "bart", "bert", "roberta", "qwen2")
-UNPADDED_KEYS = ("input_ids", "attention_mask", "labels")
+HEADS = {"bert": "classifier", "roberta": "classifier"}
+TARGETS = {"glm": ["q_proj", "v_proj"], "phi3": ["qkv_proj"]}  # HF PEFT has no defaults for these
 
 
 @functools.cache
@@ -44,18 +43,18 @@ def head_name(name: str) -> str:
 # Each builds the same configuration from either library: `lib` is graftlm or peft.
 CONFIGS: dict[str, Any] = {
     "lora": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, lora_alpha=8, target_modules="all-linear"),
-    "lora_default": lambda lib, n: lib.LoraConfig(task_type=task(n)),
+    "lora_default": lambda lib, n: lib.LoraConfig(task_type=task(n), target_modules=TARGETS.get(n)),
     "dora": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, target_modules="all-linear", use_dora=True),
     "rslora": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, target_modules="all-linear", use_rslora=True),
     "patterns": lambda lib, n: lib.LoraConfig(
         task_type=task(n), r=4, lora_alpha=8, target_modules="all-linear",
         rank_pattern={r".*\.0\..*": 2, r".*\.1\..*": 6}, alpha_pattern={r".*\.1\..*": 3},
     ),
-    "bias_all": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, bias="all"),
-    "bias_lora_only": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, bias="lora_only"),
-    "modules_to_save": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, modules_to_save=[head_name(n)]),
+    "bias_all": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, target_modules=TARGETS.get(n), bias="all"),
+    "bias_lora_only": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, target_modules=TARGETS.get(n), bias="lora_only"),
+    "modules_to_save": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, target_modules=TARGETS.get(n), modules_to_save=[head_name(n)]),
     "embedding": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, target_modules=[embedding_name(n)]),
-    "gaussian": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, init_lora_weights="gaussian"),
+    "gaussian": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, target_modules=TARGETS.get(n), init_lora_weights="gaussian"),
     "prompt": lambda lib, n: lib.PromptTuningConfig(task_type=task(n), num_virtual_tokens=3),
     "p_tuning_mlp": lambda lib, n: lib.PromptEncoderConfig(task_type=task(n), num_virtual_tokens=3, encoder_hidden_size=12),
     "p_tuning_lstm": lambda lib, n: lib.PromptEncoderConfig(
@@ -134,6 +133,6 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 __all__ = [
-    "BIASED", "CAUSAL", "COMPOSITIONS", "CONFIGS", "ENCODERS", "ONE_OF_EACH", "SEQ2SEQ", "attach", "close", "config",
+    "CAUSAL", "COMPOSITIONS", "CONFIGS", "ENCODERS", "ONE_OF_EACH", "SEQ2SEQ", "attach", "close", "config",
     "embedding_name", "fresh", "head_name", "logits_of", "padded", "randomise", "rows", "state_of",
 ]  # fmt: skip

@@ -26,6 +26,7 @@ from .architectures import (
     attention_modules,
     backbone_embeddings,
     is_encoder_decoder,
+    pools_first_token,
     pools_last_token,
     position_offset,
     self_attention_call,
@@ -34,7 +35,7 @@ from .architectures import (
 from .architectures.attention import CACHE_NAMES, MASK_NAMES
 from .errors import UnsupportedError
 from .methods import TaskType
-from .routing import Plan, current_plan, place_virtual, positions_from_mask, restore_order, virtual_order
+from .routing import Plan, current_plan, place_virtual, positions_from_mask, real_first, reorder, restore_order, virtual_order
 
 if TYPE_CHECKING:
     from .model import PeftModel
@@ -78,6 +79,7 @@ class Entry:
         self.takes_positions = takes_position_ids(base)
         self.offset = position_offset(base)
         self.to_left = pools_last_token(base)
+        self.to_right = pools_first_token(base)
         encoder = base.get_encoder() if self.encoder_decoder else None
         self.encoder_attention = {id(m): i for i, (_, m) in enumerate(attention_modules(encoder))} if encoder else {}
 
@@ -149,6 +151,8 @@ class Entry:
             if past and named.get("position_ids") is not None:
                 named["position_ids"] = named["position_ids"] + count + prefix
             return named
+        if self.to_right and mask.shape == given.shape[:2]:
+            named, mask = self.padding_last(named, mask)
         positions = named.get("position_ids")
         if past == 0 and count:
             named = self.place_tokens(plan, named, mask, count)
@@ -170,6 +174,15 @@ class Entry:
             if positions is not None:
                 named["position_ids"] = positions
         return named
+
+    @staticmethod
+    def padding_last(named: dict, mask: Tensor) -> tuple[dict, Tensor]:
+        """Inputs with each row's real tokens first, for heads that read the first place (left padding would be read)."""
+        order = real_first(mask)
+        for name in ("input_ids", "inputs_embeds", "token_type_ids", "position_ids"):
+            if (value := named.get(name)) is not None:
+                named[name] = reorder(value.expand(mask.shape[0], *value.shape[1:]), order)
+        return named, reorder(mask, order)
 
     def place_tokens(self, plan: Plan, named: dict, mask: Tensor, count: int) -> dict:
         """Put the virtual tokens beside the real ones in everything that runs along the token axis."""
@@ -283,7 +296,9 @@ class Entry:
         elif encoded is not None and mask is not None and count:
             states = encoded[0] if not hasattr(encoded, "last_hidden_state") else encoded.last_hidden_state
             if states.shape[1] == mask.shape[1] + count:
-                named["attention_mask"] = self.with_virtual(mask, virtual_order(mask, count), count)
+                mask = named["attention_mask"] = self.with_virtual(mask, virtual_order(mask, count), count)
+        if encoded is not None and mask is not None and self.host.has_encoder_memory(plan):
+            named["attention_mask"] = reorder(mask, real_first(mask))
         if prefix:
             cache = named.get("past_key_values")
             if cache is None or cache.get_seq_length() == 0:
@@ -296,6 +311,9 @@ class Entry:
     def encoder_tokens(self, plan: Plan, named: dict, mask: Tensor, count: int) -> dict:
         """The encoder's inputs with virtual tokens, and its memory."""
         plan.scratch["encoder_memory"] = self.host.encoder_memory(plan)
+        if plan.scratch["encoder_memory"]:  # relative positions: the prefix stands right before the real tokens
+            named, mask = self.padding_last(named, mask)
+            named["attention_mask"] = mask
         if count:
             embeds = named.get("inputs_embeds")
             if embeds is None:

@@ -254,6 +254,7 @@ class PeftModel(PreTrainedModel):
                 replace_module(self.base, path, module)
             half = self._float_dtype() in (torch.float16, torch.bfloat16)
             module.add(name, torch.float32 if half and self.autocast_adapter_dtype else None)
+            module.is_head = module.is_head or not any(path == w or path.endswith(f".{w}") for w in wanted if w not in heads)
 
     def _unsave_modules(self, name: str) -> None:
         for path, module in list(self.base.named_modules()):
@@ -381,6 +382,9 @@ class PeftModel(PreTrainedModel):
     def memory(self, plan: Plan) -> list[tuple[Tensor, Tensor]]:
         """The active adapters' prefixes, side by side: per layer (K, V) [kv_heads, K, head_dim] in the compute dtype."""
         return self._side_by_side([m for n in plan.adapters if (m := self.methods[n].memory(self))])
+
+    def has_encoder_memory(self, plan: Plan) -> bool:
+        return any(getattr(self.methods[n].config, "prefix_in_encoder", False) for n in plan.adapters)
 
     def encoder_memory(self, plan: Plan) -> list[tuple[Tensor, Tensor]] | None:
         found = [m for n in plan.adapters if (m := self.methods[n].encoder_memory(self))]

@@ -117,18 +117,26 @@ def virtual_order(mask: Tensor, count: int, to_left: bool = False) -> Tensor:
     return torch.where(virtual, slot - first, count + places.gather(1, given))
 
 
+def real_first(mask: Tensor) -> Tensor:
+    """Order [B, T] that puts each row's real tokens first and its padding last."""
+    places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    return torch.argsort(torch.where(mask.bool(), places, places + mask.shape[1]), dim=-1)
+
+
+def reorder(given: Tensor, order: Tensor) -> Tensor:
+    """given [B, T, ...] in the order [B, T] of its token axis."""
+    index = order.view(*order.shape, *(1,) * (given.dim() - 2)).expand(-1, -1, *given.shape[2:])
+    return given.gather(1, index)
+
+
 def place_virtual(virtual: Tensor, given: Tensor, order: Tensor) -> Tensor:
     """Put virtual tokens among the given ones.
 
     virtual [B, P, ...], given [B, T, ...], order [B, P + T] from `virtual_order`; returns [B, P + T, ...].
     """
-    both = torch.cat((virtual.to(given.dtype), given), dim=1)
-    index = order.view(*order.shape, *(1,) * (both.dim() - 2)).expand(-1, -1, *both.shape[2:])
-    return both.gather(1, index)
+    return reorder(torch.cat((virtual.to(given.dtype), given), dim=1), order)
 
 
 def restore_order(placed: Tensor, order: Tensor) -> Tensor:
     """Undo `place_virtual`: [B, P + T, ...] back to the P virtual tokens first, then the T tokens as they were given."""
-    index = torch.argsort(order, dim=-1)
-    index = index.view(*index.shape, *(1,) * (placed.dim() - 2)).expand(-1, -1, *placed.shape[2:])
-    return placed.gather(1, index)
+    return reorder(placed, torch.argsort(order, dim=-1))

@@ -108,6 +108,12 @@ def pools_last_token(base: nn.Module) -> bool:
     return name.endswith("ForSequenceClassification") and hasattr(base, "score")
 
 
+def pools_first_token(base: nn.Module) -> bool:
+    """Whether the model's head reads each row's first token (BERT and its kin)."""
+    name = type(base).__name__
+    return name.endswith("ForSequenceClassification") and not hasattr(base, "score") and not is_encoder_decoder(base)
+
+
 # Where a transformer block's two halves end, and where its feed-forward half begins: the last parts of module names.
 _ATTENTION_OUT = (
     r"self_attention\.dense|attention\.dense|self_attn\.o_proj|self_attn\.out_proj|attn\.c_proj|attn\.out_proj|"

@@ -15,13 +15,18 @@ from ..routing import Switch, active_adapters
 
 
 class ModulesToSaveWrapper(nn.Module):
-    """In place of a module: the original, and the adapters' trained copies by name. HF PEFT's names."""
+    """In place of a module: the original, and the adapters' trained copies by name. HF PEFT's names.
+
+    Where adapters that are active together each bring a copy, a task's head (`is_head`) is the first one's; for any other
+    module that is an error.
+    """
 
     def __init__(self, original_module: nn.Module, switch: Switch) -> None:
         super().__init__()
         self.original_module = original_module
         self.switch = switch
         self.modules_to_save = nn.ModuleDict()
+        self.is_head = False
 
     def add(self, name: str, dtype: torch.dtype | None) -> None:
         """A trainable copy for adapter `name`; 16-bit floats become `dtype`."""
@@ -34,7 +39,7 @@ class ModulesToSaveWrapper(nn.Module):
     def active(self) -> nn.Module:
         """The module that computes now."""
         names = [n for n in active_adapters(self.switch) if n in self.modules_to_save]
-        if len(names) > 1:
+        if len(names) > 1 and not self.is_head:
             raise CompositionError(
                 f"Adapters {', '.join(names)} each bring their own copy of one module (modules_to_save); only one of them "
                 "can be active."

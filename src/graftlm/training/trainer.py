@@ -1,0 +1,290 @@
+"""`transformers.Trainer` with what adapter training wants to show and keep. It adds; it replaces nothing but the bar.
+
+Added to `log_history` (losses in nats a labelled token, exact over unequal batches):
+
+| entry            | keys                                                                                   |
+|------------------|----------------------------------------------------------------------------------------|
+| after each epoch | `epoch_train_loss`, `epoch_train_perplexity`, `tokens_per_second`, `peak_memory_bytes` |
+| each evaluation  | `eval_loss`, `eval_perplexity`                                                         |
+| at the end       | `train_tokens_per_second`, `peak_memory_bytes`                                         |
+
+With label smoothing the training loss is the smoothed one and has no perplexity; the evaluation loss is the plain one.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
+
+from ..errors import CheckpointError, ConfigError
+from ..model import PeftModel
+from .curve import save_curve
+from .meters import EpochMeter, TokenLoss, labelled_tokens, peak_memory, perplexity, real_tokens
+from .progress import RichProgress
+from .resume import checkpoints, last_complete_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C, after a checkpoint and the adapter were saved."""
+
+
+class StopWhenAsked(TrainerCallback):
+    """After `ask()`, stops training at the next step's end, with a checkpoint."""
+
+    def __init__(self) -> None:
+        self.asked = self.stopped = False
+
+    def ask(self, *_: Any) -> None:
+        """The handler of Ctrl-C; a second one interrupts at once."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        log.warning("Stopping after this step; a checkpoint is saved. Ctrl-C again stops at once, without one.")
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.asked:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stopped:
+            control.should_save = control.should_evaluate = False
+
+
+class EpochLog(TrainerCallback):
+    """Logs each epoch's training loss when the epoch has ended."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if abs((state.epoch or 0) - round(state.epoch or 0)) < 1e-9:  # resumed between an epoch's last step and its end
+            self._log(control)
+
+    def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.trainer.stop.stopped:
+            self._log(control)
+
+    def _log(self, control: Any) -> None:
+        entry = self.trainer._epoch_entry()
+        if entry:
+            should_log = control.should_log
+            self.trainer.log(entry)
+            control.should_log = should_log
+
+
+class Trainer(transformers.Trainer):
+    """A `transformers.Trainer` for adapters; every argument and method of it stays as it is.
+
+    * `train(resume_from_checkpoint=True)` takes the last *complete* checkpoint and says which ones it passed over;
+    * Ctrl-C ends the running step, saves a checkpoint and the adapter, and raises `TrainingInterrupted`;
+    * `save_model()` puts `loss.png` beside the adapter and the measures into its model card;
+    * a rich progress bar takes the place of tqdm's (plain lines outside a terminal or with `disable_tqdm=True`).
+
+    Raises:
+        ConfigError: fp16 on a CPU.
+        CheckpointError: `resume_from_checkpoint=True` without a complete checkpoint.
+    """
+
+    def __init__(self, model: Any = None, args: TrainingArguments | None = None, *rest: Any, **kwargs: Any) -> None:
+        check_precision(args)
+        super().__init__(model, args, *rest, **kwargs)
+        self.meter = EpochMeter()
+        self.stop = StopWhenAsked()
+        self.progress = RichProgress(bar=False if self.args.disable_tqdm else None)
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
+        # the meter first: it starts clocks and sums; the stop last: it overrules what others decide
+        for callback in (self.meter, EpochLog(self), self.progress, self.stop):
+            self.add_callback(callback)
+        self._pending: list[Tensor] = []
+        self._evaluated = TokenLoss()
+
+    # -- running -----------------------------------------------------------------------------------------------------
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.train`; see the class for what differs."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._last_complete_checkpoint()
+        self.stop.asked = self.stop.stopped = False
+        try:
+            with interrupts_go_to(self.stop.ask):
+                output = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.progress.close()
+        if self.stop.stopped:
+            self.save_model()
+            raise TrainingInterrupted(
+                f"Training was stopped at step {self.state.global_step} of {self.state.max_steps}. The adapter and a checkpoint "
+                f"are in {self.args.output_dir}; train(resume_from_checkpoint=True) goes on from there."
+            )
+        return output
+
+    def _last_complete_checkpoint(self) -> str:
+        notes: list[str] = []
+        found = last_complete_checkpoint(self.args.output_dir, notes)  # type: ignore[arg-type]
+        for note in notes:
+            log.warning(note)
+        if found is None:
+            have = ", ".join(p.name for p in checkpoints(self.args.output_dir)) or "none"  # type: ignore[arg-type]
+            raise CheckpointError(
+                f"There is no complete checkpoint in {self.args.output_dir} to resume from (found: {have}). "
+                "Train from the start with resume_from_checkpoint=None."
+            )
+        return str(found)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        counts = self._weight(inputs), real_tokens(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:  # the sum over all tokens of the step
+            mean = loss * num_items_in_batch / self.accelerator.num_processes / max(counts[0], 1)
+        else:
+            mean = loss * self.current_gradient_accumulation_steps
+        self._pending.append(torch.stack([mean.detach().float().mean(), *(mean.new_tensor(c).float() for c in counts)]))
+        if len(self._pending) >= 64 or self.accelerator.device.type == "cpu":
+            self._drain()
+        return loss
+
+    def _weight(self, inputs: dict[str, Any]) -> int:
+        """Labelled tokens of a batch; its rows where it has no `labels`."""
+        rows = next((v.shape[0] for v in inputs.values() if isinstance(v, Tensor) and v.dim()), 0)
+        return labelled_tokens(inputs, self._loss_shifts_labels) if "labels" in inputs else rows
+
+    def _drain(self) -> None:
+        """Bring the steps' measures from the device into the meter."""
+        pending, self._pending = self._pending, []
+        for mean, labelled, real in torch.stack(pending).tolist() if pending else ():
+            self.meter.loss.add(mean, int(labelled))
+            self.meter.tokens += int(real)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._drain()
+        super()._save_checkpoint(*args, **kwargs)
+
+    # -- measures ----------------------------------------------------------------------------------------------------
+    @property
+    def _has_perplexity(self) -> bool:
+        model = self.accelerator.unwrap_model(self.model)
+        return bool(getattr(model, "can_generate", lambda: False)())
+
+    def _epoch_entry(self) -> dict[str, float]:
+        """The log entry of the epoch that has just ended; empty where nothing was trained. The sums start anew."""
+        self._drain()
+        sums = self._over_processes(self.meter.loss)
+        self.meter.loss = TokenLoss()
+        if sums.mean is None:
+            return {}
+        entry = {"epoch_train_loss": sums.mean}
+        if self._has_perplexity and self.label_smoother is None:
+            entry["epoch_train_perplexity"] = perplexity(sums.mean)
+        return entry | {"tokens_per_second": self._tokens_per_second(), "peak_memory_bytes": peak_memory()}
+
+    def _tokens_per_second(self) -> float:
+        return self.meter.tokens_per_second * self.accelerator.num_processes
+
+    def _over_processes(self, loss: TokenLoss) -> TokenLoss:
+        if self.accelerator.num_processes == 1:
+            return loss
+        joined = TokenLoss()
+        parts = torch.tensor([loss.total, float(loss.tokens)], device=self.accelerator.device)
+        total, tokens = self.accelerator.reduce(parts, "sum").tolist()
+        joined.total, joined.tokens = total, int(tokens)
+        return joined
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        weight = self._weight(inputs)
+        smoother, self.label_smoother = self.label_smoother, None
+        try:
+            found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self.label_smoother = smoother
+        if found[0] is not None:
+            self._evaluated.add(float(found[0]), weight)
+        return found
+
+    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
+        self._evaluated = TokenLoss()
+        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", args[2] if len(args) > 2 else "eval")
+        loss = self._over_processes(self._evaluated).mean
+        if loss is not None and output.metrics is not None:
+            output.metrics[f"{prefix}_loss"] = loss
+            if self._has_perplexity:
+                output.metrics[f"{prefix}_perplexity"] = perplexity(loss)
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "train_runtime" in logs:
+            self._drain()
+            logs["train_tokens_per_second"] = self._tokens_per_second()
+            logs["peak_memory_bytes"] = peak_memory()
+        super().log(logs, *args, **kwargs)
+
+    # -- files -------------------------------------------------------------------------------------------------------
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `transformers.Trainer.save_model`, with `loss.png` and the measures in the model card."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if isinstance(model, PeftModel):
+            model.card_metrics.update(self.card_metrics())
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save and not _internal_call:
+            save_curve(self.state.log_history, output_dir or self.args.output_dir)  # type: ignore[arg-type]
+
+    def card_metrics(self) -> dict[str, Any]:
+        """The measures of this run for the model card: those of the best checkpoint where it was loaded, else the last."""
+        history = self.state.log_history
+        last: dict[str, Any] = {}
+        for entry in history:
+            last.update(entry)
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        for entry in history:
+            if best and entry.get("step") == best:
+                last.update({k: v for k, v in entry.items() if k.startswith("eval_")})
+        shown = {name: last[key] for key, name in CARD.items() if key in last}
+        arguments = {"learning rate": self.args.learning_rate, "seed": self.args.seed, "steps": self.state.global_step}
+        return shown | arguments
+
+
+CARD = {
+    "epoch_train_loss": "training loss (last epoch)", "epoch_train_perplexity": "training perplexity (last epoch)",
+    "eval_loss": "held-out loss", "eval_perplexity": "held-out perplexity", "eval_accuracy": "held-out accuracy",
+    "train_tokens_per_second": "tokens a second", "peak_memory_bytes": "peak memory in bytes",
+    "train_runtime": "seconds",
+}  # fmt: skip
+
+
+def check_precision(args: TrainingArguments | None) -> None:
+    """ConfigError for fp16 where training runs on a CPU."""
+    if args is not None and args.fp16 and (args.use_cpu or not has_accelerator()):
+        raise ConfigError("fp16=True needs a GPU: a CPU cannot train in fp16. Use bf16=True, or neither for fp32.")
+
+
+def has_accelerator() -> bool:
+    """Whether torch sees any accelerator."""
+    return torch.cuda.is_available() or bool(getattr(torch, "accelerator", None) and torch.accelerator.is_available())
+
+
+@contextmanager
+def interrupts_go_to(handler: Any) -> Iterator[None]:
+    """Within the block Ctrl-C calls `handler`. Only the main thread can do that; elsewhere nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before if before is not None else signal.default_int_handler)
+
+
