@@ -30,6 +30,18 @@ def fresh(name: str, seed: int = 0) -> nn.Module:
     return copy.deepcopy(_built(name, seed))
 
 
+def still(name: str, seed: int = 0) -> nn.Module:
+    """The same without dropout anywhere, for comparing passes in training mode."""
+    model = fresh(name, seed)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for key in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
+            if isinstance(module.__dict__.get(key), float):
+                setattr(module, key, 0.0)
+    return model
+
+
 def embedding_name(name: str) -> str:
     """Last part of the input embedding's module name."""
     return EMBEDDINGS.get(name, "embed_tokens")
@@ -40,21 +52,25 @@ def head_name(name: str) -> str:
     return HEADS.get(name, "lm_head")
 
 
+def _lora(lib: Any, name: str, **options: Any) -> Any:
+    return lib.LoraConfig(**{"task_type": task(name), "r": 4, "target_modules": TARGETS.get(name)} | options)
+
+
 # Each builds the same configuration from either library: `lib` is graftlm or peft.
 CONFIGS: dict[str, Any] = {
     "lora": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, lora_alpha=8, target_modules="all-linear"),
     "lora_default": lambda lib, n: lib.LoraConfig(task_type=task(n), target_modules=TARGETS.get(n)),
-    "dora": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, target_modules="all-linear", use_dora=True),
-    "rslora": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, target_modules="all-linear", use_rslora=True),
+    "dora": lambda lib, n: _lora(lib, n, target_modules="all-linear", use_dora=True),
+    "rslora": lambda lib, n: _lora(lib, n, target_modules="all-linear", use_rslora=True),
     "patterns": lambda lib, n: lib.LoraConfig(
         task_type=task(n), r=4, lora_alpha=8, target_modules="all-linear",
         rank_pattern={r".*\.0\..*": 2, r".*\.1\..*": 6}, alpha_pattern={r".*\.1\..*": 3},
     ),
-    "bias_all": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, target_modules=TARGETS.get(n), bias="all"),
-    "bias_lora_only": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, target_modules=TARGETS.get(n), bias="lora_only"),
-    "modules_to_save": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, target_modules=TARGETS.get(n), modules_to_save=[head_name(n)]),
-    "embedding": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, target_modules=[embedding_name(n)]),
-    "gaussian": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, target_modules=TARGETS.get(n), init_lora_weights="gaussian"),
+    "bias_all": lambda lib, n: _lora(lib, n, bias="all"),
+    "bias_lora_only": lambda lib, n: _lora(lib, n, bias="lora_only"),
+    "modules_to_save": lambda lib, n: _lora(lib, n, modules_to_save=[head_name(n)]),
+    "embedding": lambda lib, n: _lora(lib, n, target_modules=[embedding_name(n)]),
+    "gaussian": lambda lib, n: _lora(lib, n, init_lora_weights="gaussian"),
     "prompt": lambda lib, n: lib.PromptTuningConfig(task_type=task(n), num_virtual_tokens=3),
     "p_tuning_mlp": lambda lib, n: lib.PromptEncoderConfig(task_type=task(n), num_virtual_tokens=3, encoder_hidden_size=12),
     "p_tuning_lstm": lambda lib, n: lib.PromptEncoderConfig(
@@ -80,8 +96,10 @@ def config(method: str, name: str, lib: Any = graftlm) -> Any:
 
 def randomise(model: nn.Module, seed: int = 2, scale: float = 0.1) -> nn.Module:
     """Give every adapter parameter a value that shows; by name, so that it does not depend on their order."""
+    own = getattr(model, "adapter_parameters", None)  # a base that is wrapped twice has another wrapper's, too
+    named = model.named_parameters() if own is None else [(k, p) for n in model.active_adapters for k, p in own(n)]
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
+        for key, parameter in named:
             if parameter.requires_grad:
                 generator = torch.Generator().manual_seed(seed + sum(key.encode()))
                 noise = torch.randn(parameter.shape, generator=generator)
@@ -92,9 +110,11 @@ def randomise(model: nn.Module, seed: int = 2, scale: float = 0.1) -> nn.Module:
 def attach(name: str, method: str | tuple[str, ...], seed: int = 2, base: nn.Module | None = None) -> graftlm.PeftModel:
     """A fresh model with a randomised adapter of a method, or with several that are active together, in eval mode."""
     methods = (method,) if isinstance(method, str) else method
-    model = graftlm.get_peft_model(base if base is not None else fresh(name), config(methods[0], name))
-    for other in methods[1:]:
-        model.add_adapter(other, config(other, name))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = graftlm.get_peft_model(base if base is not None else fresh(name), config(methods[0], name))
+        for other in methods[1:]:
+            model.add_adapter(other, config(other, name))
     if len(methods) > 1:
         model.set_adapter(["default", *methods[1:]])
     return randomise(model, seed).eval()
@@ -134,5 +154,5 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 __all__ = [
     "CAUSAL", "COMPOSITIONS", "CONFIGS", "ENCODERS", "ONE_OF_EACH", "SEQ2SEQ", "attach", "close", "config",
-    "embedding_name", "fresh", "head_name", "logits_of", "padded", "randomise", "rows", "state_of",
+    "embedding_name", "fresh", "head_name", "logits_of", "padded", "randomise", "rows", "state_of", "still",
 ]  # fmt: skip

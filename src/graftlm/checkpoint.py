@@ -79,7 +79,7 @@ def save(
     names = list(host.methods) if selected_adapters is None else list(selected_adapters)
     host._known(*names)
     for name in names:
-        write_adapter(host, name, folder if name == "default" or len(host.methods) == 1 else folder / name)
+        write_adapter(host, name, folder if name == "default" else folder / name)
     if state_dict is not ...:
         write_trainer_file(host, folder)
 
@@ -128,7 +128,9 @@ def write_trainer_file(host: PeftModel, folder: Path) -> None:
         named: dict[str, Tensor] = {k: p for name in host.methods for k, p in host.adapter_parameters(name)}
         write_tensors(target, named, {"format": FORMAT})
         return
-    source = folder / (TRAINING_NAME if (folder / TRAINING_NAME).exists() else WEIGHTS_NAME)
+    name = next(iter(host.methods))
+    source = folder if name == "default" else folder / name
+    source = source / (TRAINING_NAME if (source / TRAINING_NAME).exists() else WEIGHTS_NAME)
     try:
         os.link(source, target)
     except OSError:  # a file system without hard links
@@ -255,6 +257,7 @@ def checked(host: PeftModel, name: str, tensors: dict[str, Tensor], where: str) 
     prefix = host.methods[name].file_prefix
     found = {normalise(k, name, wanted, prefix): v for k, v in tensors.items()}
     extra = base_tensors(host, {k: v for k, v in found.items() if k not in wanted})
+    extra |= doubled(found, wanted)
     missing = sorted(set(wanted) - set(found))
     unexpected = sorted(set(found) - set(wanted) - set(extra))
     shapes = [
@@ -301,6 +304,18 @@ def base_tensors(host: PeftModel, tensors: dict[str, Tensor]) -> dict[str, Tenso
     return copies
 
 
+def doubled(found: dict[str, Tensor], wanted: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Tensors that HF PEFT writes twice with bias="all": a trained head's biases, also under the wrapper's names."""
+    twice = {}
+    for key, value in found.items():
+        plain = re.sub(r"\.(modules_to_save(\.default)?|original_module)(?=\.)", "", key)
+        if key in wanted or plain not in wanted or plain not in found:
+            continue
+        if ".original_module." in key or torch.equal(found[plain], value):
+            twice[key] = value
+    return twice
+
+
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
 
 
@@ -314,7 +329,9 @@ def assign_modules(host: PeftModel, name: str, tensors: dict[str, Tensor]) -> No
     prefix = host.methods[name].file_prefix
     for path, module in saved_modules(host.base, host.switch, name):
         start = f"{prefix}{path}."
+        keys = module.state_dict()
         own = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+        own = {k: v for k, v in own.items() if k in keys}
         if own:
             module.load_state_dict(own)
 

@@ -35,7 +35,16 @@ from .architectures import (
 from .architectures.attention import CACHE_NAMES, MASK_NAMES
 from .errors import UnsupportedError
 from .methods import TaskType
-from .routing import Plan, current_plan, place_virtual, positions_from_mask, real_first, reorder, restore_order, virtual_order
+from .routing import (
+    Plan,
+    current_plan,
+    place_virtual,
+    positions_from_mask,
+    real_first,
+    reorder,
+    restore_order,
+    virtual_order,
+)
 
 if TYPE_CHECKING:
     from .model import PeftModel
@@ -126,9 +135,16 @@ class Entry:
                 named |= named.pop(name, {})
         self.host.protect_checkpointing()
         plan.scratch.clear()
-        plan.scratch |= {"in_base": True, "batch": batch_size(named)}
+        plan.scratch |= {"in_base": True, "batch": batch_size(named), "use_cache": self.keeps_cache(named)}
         named = self.enter_encoder_decoder(plan, named) if self.encoder_decoder else self.enter(plan, named)
         return (), named
+
+    def keeps_cache(self, named: dict) -> bool:
+        """Whether this call's cache is for later steps; without, a prefix is put in front and nothing is kept."""
+        asked = named.get("use_cache")
+        if asked is None:
+            asked = getattr(self.decoder_config(), "use_cache", False)
+        return bool(asked) and not self.host.base.training
 
     def enter(self, plan: Plan, named: dict) -> dict:
         """Inputs of a decoder-only or encoder-only model."""
@@ -154,6 +170,8 @@ class Entry:
         if self.to_right and mask.shape == given.shape[:2]:
             named, mask = self.padding_last(named, mask)
         positions = named.get("position_ids")
+        if past == 0 and not count:
+            self.drop_after_padding(named, mask)
         if past == 0 and count:
             named = self.place_tokens(plan, named, mask, count)
             positions = named.get("position_ids")
@@ -174,6 +192,14 @@ class Entry:
             if positions is not None:
                 named["position_ids"] = positions
         return named
+
+    def drop_after_padding(self, named: dict, mask: Tensor) -> None:
+        """Ignore labels that a padding token would have to predict: a row alone has none of them (its first token)."""
+        labels = named.get("labels")
+        if self.host.task_type is not TaskType.CAUSAL_LM or labels is None or labels.shape != mask.shape:
+            return
+        after = F.pad(mask[:, :-1] == 0, (1, 0), value=False)
+        named["labels"] = labels.masked_fill(after.to(labels.device), -100)
 
     @staticmethod
     def padding_last(named: dict, mask: Tensor) -> tuple[dict, Tensor]:
@@ -245,8 +271,7 @@ class Entry:
         """The cache that holds the prefix, for a pass that starts with none."""
         memory = self.host.memory(plan)
         plan.scratch["memory"] = memory
-        base = self.host.base
-        if cache is None and (base.training or not getattr(base.config, "use_cache", False)):
+        if cache is None and not plan.scratch["use_cache"]:
             return prefix_cache(memory)
         if isinstance(cache, StaticCache):
             raise UnsupportedError(
@@ -273,8 +298,12 @@ class Entry:
         model, or a token-level task, needs one output a given token.
         """
         plan = self.plan()
-        if plan is None or "order" not in plan.scratch:
+        if plan is None:
             return None
+        if plan.scratch.get("memory") and not plan.scratch["use_cache"] and hasattr(output, "pop"):
+            output.past_key_values = None  # it holds the prefix alone and cannot be gone on from
+        if "order" not in plan.scratch:
+            return output
         order, count = plan.scratch["order"], plan.scratch["count"]
         for name in TOKEN_OUTPUTS:
             value = output.get(name) if hasattr(output, "get") else None
@@ -329,7 +358,7 @@ class Entry:
         """Self-attention memory with the prefix; cross-attention starts empty."""
         memory = self.host.memory(plan)
         plan.scratch["memory"] = memory
-        if cache is None and self.host.base.training:
+        if cache is None and not plan.scratch["use_cache"]:
             return EncoderDecoderCache(prefix_cache(memory), DynamicCache())
         if cache is not None and isinstance(cache.self_attention_cache, StaticCache):
             raise UnsupportedError("A static cache has no room for the prefix; leave cache_implementation out.")

@@ -46,7 +46,7 @@ class RecipeError(ConfigError):
     """A training recipe with unknown or impossible entries."""
 
 
-def nearest(word: str, candidates: Iterable[str], n: int = 3) -> str:
+def nearest(word: str, candidates: Iterable[str], n: int = 3, cutoff: float = 0.5) -> str:
     """A hint such as ``; did you mean 'q_proj'?``, or the empty string where nothing is near."""
-    found = difflib.get_close_matches(str(word), [str(c) for c in candidates], n=n, cutoff=0.5)
+    found = difflib.get_close_matches(str(word), [str(c) for c in candidates], n=n, cutoff=cutoff)
     return f"; did you mean {' or '.join(repr(f) for f in found)}?" if found else ""

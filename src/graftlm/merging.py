@@ -22,8 +22,8 @@ def merge_and_unload(host: PeftModel, safe: bool, names: list[str] | None) -> nn
     """The base with adapters folded in. Weights that were tied and now differ are untied, in the configuration too."""
     names = list(names or host.active_adapters)
     host._known(*names)
-    untie(host, names)
     host.unmerge_adapter()
+    untie(host, names)
     host._merge(names, safe=safe, keep=False)
     for path, module in list(host.base.named_modules()):
         if isinstance(module, ModulesToSaveWrapper) and module.switch is host.switch:
@@ -53,19 +53,24 @@ def merge_biases(host: PeftModel, names: list[str]) -> None:
 
 
 def untie(host: PeftModel, names: list[str]) -> None:
-    """Give the head its own weight when merging changes only one of a tied pair."""
+    """Give every module of a tied group its own weight when merging changes some of them."""
     base = host.base
-    inputs, outputs = base.get_input_embeddings(), base.get_output_embeddings()
-    if inputs is None or outputs is None:
-        return
-    ins, outs = frozen(inputs), frozen(outputs)
-    if ins.weight is not outs.weight:
-        return
-    changed = [changes(host, m, names) for m in (inputs, outputs)]
-    if any(changed):
-        outs.weight = nn.Parameter(outs.weight.detach().clone(), requires_grad=False)
-        for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
-            config.tie_word_embeddings = False
+    groups: dict[int, list[nn.Module]] = {}
+    for path, module in base.named_modules(remove_duplicate=False):
+        is_plain = (
+            not isinstance(module, (LoraLayer, ModulesToSaveWrapper))
+            and ".modules_to_save." not in path
+            and ".lora_" not in path
+        )
+        if is_plain and "weight" in module._parameters and module._parameters["weight"] is not None:
+            groups.setdefault(id(module._parameters["weight"]), []).append(module)
+    changed = {id(frozen(m)) for m in base.modules() if changes(host, m, names)}
+    for modules in groups.values():
+        if len(modules) > 1 and any(id(m) in changed for m in modules):
+            for module in modules[1:]:
+                module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)  # type: ignore[operator, union-attr]
+            for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
+                config.tie_word_embeddings = False
 
 
 def frozen(module: Any) -> Any:

@@ -421,9 +421,15 @@ class PeftModel(PreTrainedModel):
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate` of the base model, with the active adapters. Takes all that it takes, and `adapter_names`."""
-        with running(self._plan(kwargs.pop("adapter_names", None))):
-            return self.base.generate(*args, **kwargs)
+        """`generate` of the base model in evaluation mode, with the active adapters. Takes all that it takes."""
+        trained = [m for m in self.modules() if m.training]
+        self.eval()  # in training mode activation checkpointing would throw the cache away, and dropout would apply
+        try:
+            with running(self._plan(kwargs.pop("adapter_names", None))):
+                return self.base.generate(*args, **kwargs)
+        finally:
+            for module in trained:
+                module.training = True
 
     def protect_checkpointing(self) -> None:
         """Let activation checkpointing recompute under the plan of its forward pass."""

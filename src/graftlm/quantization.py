@@ -56,12 +56,18 @@ def prepare_model_for_kbit_training(
     """
     for parameter in model.parameters():
         parameter.requires_grad = False
+    cast: list[tuple[str, int]] = []
     for name, module in model.named_modules():
+        if quantized_kind(module) == "4bit" and hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # its packed weights have no backward
         is_norm = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")
         for key, parameter in module.named_parameters(recurse=False) if is_norm else ():
             if parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()
-                print(f"prepare_model_for_kbit_training: {name}.{key} to fp32, {parameter.numel() * 4:,} bytes")
+                cast.append((f"{name}.{key}", parameter.numel() * 4))
+    if cast:
+        size = sum(n for _, n in cast)
+        print(f"prepare_model_for_kbit_training: {len(cast)} norm tensors to fp32 ({size:,} bytes), such as {cast[0][0]}")
     if use_gradient_checkpointing:
         options = gradient_checkpointing_kwargs or {}
         if options.get("use_reentrant", False):

@@ -18,7 +18,16 @@ from torch import nn
 import graftlm
 
 LORA = ("lora", "dora")
-LORA_VARIANTS = ("lora_default", "rslora", "patterns", "bias_all", "bias_lora_only", "modules_to_save", "embedding", "gaussian")
+LORA_VARIANTS = (
+    "lora_default",
+    "rslora",
+    "patterns",
+    "bias_all",
+    "bias_lora_only",
+    "modules_to_save",
+    "embedding",
+    "gaussian",
+)
 SOFT = ("prompt", "p_tuning_mlp", "p_tuning_lstm", "prefix", "prefix_projection")
 QUICK = ("bloom", "gpt2", "llama", "t5", "bert")
 
@@ -73,9 +82,7 @@ def cases(methods: tuple[str, ...], quick: tuple[str, ...]) -> list[Any]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "method"), cases(LORA, tuple(ALL)) + cases(LORA_VARIANTS, QUICK) + cases(SOFT, tuple(ALL))
-)
+@pytest.mark.parametrize(("name", "method"), cases(LORA, tuple(ALL)) + cases(LORA_VARIANTS, QUICK) + cases(SOFT, tuple(ALL)))
 def test_checkpoints_both_ways(name: str, method: str, tmp_path: Path) -> None:
     both_ways(lambda: fresh(name), lambda lib: config(method, name, lib), batch(name), tmp_path)
 
@@ -114,6 +121,7 @@ HEADS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "FEATURE_EXTRACTION": (t.AutoModel, ("bert", "gpt2", "llama", "qwen3")),
 }
 TASK_CASES = [(k, n) for k, (_, names) in HEADS.items() for n in names]
+SOFT_CASES = [case for case in TASK_CASES if case != ("SEQ_CLS", "bart")]
 
 
 def with_head(kind: str, name: str) -> nn.Module:
@@ -157,9 +165,9 @@ def test_lora_on_task_models(kind: str, name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["prompt", "p_tuning", "prefix"])
-@pytest.mark.parametrize(("kind", "name"), TASK_CASES, ids=[f"{k}-{n}" for k, n in TASK_CASES])
+@pytest.mark.parametrize(("kind", "name"), SOFT_CASES, ids=[f"{k}-{n}" for k, n in SOFT_CASES])
 def test_soft_prompts_on_task_models(kind: str, name: str, method: str, tmp_path: Path) -> None:
-    """Where HF PEFT runs, our outputs are its outputs at the given tokens; everywhere a file comes back as it was."""
+    """Our outputs are HF PEFT's at the given tokens (it gives the virtual ones as well), and a file comes back as it was."""
     inputs = task_batch(kind)
     mine = randomise(graftlm.get_peft_model(with_head(kind, name), task_config(graftlm, method, kind)), seed=9).eval()
     mine.save_pretrained(tmp_path)
@@ -170,19 +178,19 @@ def test_soft_prompts_on_task_models(kind: str, name: str, method: str, tmp_path
         key = "logits" if kind == "TOKEN_CLS" else "start_logits"
         assert wanted[key].shape[1] == length
     unlabelled = {k: inputs[k] for k in ("input_ids", "attention_mask")}
-    try:
-        their = run(from_theirs(with_head(kind, name), tmp_path), unlabelled)
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError):
-        assert (kind, name, method) in PEFT_FAILS
-        return
-    assert (kind, name, method) not in PEFT_FAILS
+    their = run(from_theirs(with_head(kind, name), tmp_path), unlabelled)
     got = run(mine, unlabelled)
     for key in ("logits", "start_logits", "end_logits", "last_hidden_state"):
         if key in got:
             close(got[key][:, -length:], their[key][:, -length:])
 
 
-PEFT_FAILS: set[tuple[str, str, str]] = set()
+@pytest.mark.parametrize("method", ["prompt", "p_tuning", "prefix"])
+def test_bart_classifier_takes_no_soft_prompt(method: str) -> None:
+    """Transformers' classifier takes neither embeddings nor a cache: said, not ignored."""
+    with pytest.raises(NotImplementedError, match="not|cannot|no "):
+        model = graftlm.get_peft_model(with_head("SEQ_CLS", "bart"), task_config(graftlm, method, "SEQ_CLS"))
+        model(**task_batch("SEQ_CLS"))
 
 
 # -- initialisations -----------------------------------------------------------------------------------------------------
@@ -200,7 +208,9 @@ def test_a_new_adapter_computes_what_the_base_does(name: str, init: Any) -> None
 def test_gaussian_is_drawn_as_peft_draws_it() -> None:
     made = []
     for lib in (graftlm, peft):
-        settings = lib.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
+        settings = lib.LoraConfig(
+            task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian"
+        )
         base = fresh("llama")
         torch.manual_seed(11)
         model = lib.get_peft_model(base, settings)
@@ -211,9 +221,10 @@ def test_gaussian_is_drawn_as_peft_draws_it() -> None:
     assert spread[1] == pytest.approx(0.25, rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize(("name", "init"), [("llama", "pissa"), ("gpt2", "pissa"), ("llama", "olora")])
 def test_pissa_and_olora_files_both_ways(name: str, init: str, tmp_path: Path) -> None:
+    """OLoRA on GPT-2 is left out: HF PEFT factorises Conv1D's weight the wrong way round and fails."""
+
     def settings(lib: Any) -> Any:
         return lib.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=init)
 
@@ -231,20 +242,18 @@ def test_pissa_niter_comes_back(tmp_path: Path) -> None:
 
 
 # -- generation ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("method", ["lora", "prompt", "p_tuning_lstm", "prefix"])
-@pytest.mark.parametrize("name", list(CAUSAL | SEQ2SEQ))
+GENERATION = [
+    pytest.param(n, m, id=f"{n}-{m}", marks=[] if n in QUICK or m == "prefix" else [pytest.mark.slow])
+    for n in CAUSAL | SEQ2SEQ for m in ("lora", "prompt", "p_tuning_lstm", "prefix") if (n, m) != ("falcon", "prefix")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "method"), GENERATION)
 def test_generated_tokens(name: str, method: str, tmp_path: Path) -> None:
-    if (name, method) == ("falcon", "prefix"):
-        pytest.skip("HF PEFT's own forward fails there")
     ids = batch(name)["input_ids"]
     mine = randomise(graftlm.get_peft_model(fresh(name), config(method, name))).eval()
     mine.save_pretrained(tmp_path)
     their = from_theirs(fresh(name), tmp_path)
     for options in ({"do_sample": False}, {"do_sample": False, "num_beams": 3}):
-        if name in SEQ2SEQ and method == "prefix" and "num_beams" in options and PEFT_BEAMS_FAIL:
-            continue
         asked = options | {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 6}
         assert torch.equal(mine.generate(**asked), their.generate(**asked)), options
-
-
-PEFT_BEAMS_FAIL = False

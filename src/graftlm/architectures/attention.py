@@ -144,6 +144,10 @@ def _observe(base: Any, run: Any) -> dict[int, tuple[int, int]]:
     try:
         with torch.no_grad():
             run(base.eval(), recorder, device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedError(
+            f"{type(base).__name__} does not take a cache of keys and values ({error}), so a prefix cannot reach its layers."
+        ) from error
     finally:
         base.train(training)
     return recorder.shapes

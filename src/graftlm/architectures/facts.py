@@ -77,7 +77,11 @@ def model_dims(base: Any) -> Dims:
 
 
 def backbone_embeddings(base: nn.Module) -> Any:
-    """The module that turns token ids into input embeddings."""
+    """The module that turns token ids into input embeddings (of the encoder, where there are two halves)."""
+    if is_encoder_decoder(base):
+        inner = base.get_encoder().get_input_embeddings()  # type: ignore[operator]
+        if inner is not None:
+            return inner
     embeddings: Any = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None  # type: ignore[operator]
     if embeddings is None:
         raise UnsupportedError(f"{type(base).__name__} has no input embeddings; virtual tokens need them.")

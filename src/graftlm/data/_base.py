@@ -91,9 +91,7 @@ class Format:
         """This format with its columns found among ``columns``, or None where they are not there."""
         have = set(columns)
         fmt = cls()
-        return (
-            fmt if all(c in have for role, c in fmt.columns().items() if role not in cls.optional) else None
-        )
+        return fmt if all(c in have for role, c in fmt.columns().items() if role not in cls.optional) else None
 
     def columns(self) -> dict[str, str]:
         """``{role: column name}``; roles without a column yet are left out."""
@@ -121,10 +119,7 @@ class Format:
         have = dataset.column_names
         missing = {r: c for r, c in self.columns().items() if c not in have and r not in self.optional}
         if missing:
-            lines = [
-                f"  {role}: {column!r} is not there{nearest(column, have)}"
-                for role, column in missing.items()
-            ]
+            lines = [f"  {role}: {column!r} is not there{nearest(column, have)}" for role, column in missing.items()]
             example = next(iter(missing))
             raise DataError(
                 f"format {self.name!r} needs columns that the data set lacks; it has {have}:\n"
@@ -139,9 +134,7 @@ class Format:
 
     def encode(self, example: Mapping[str, Any], tokens: Tokens) -> tuple[list[int], list[int]]:
         """Token ids and labels, both [T], not yet cut to ``max_length``; labels -100 outside the answer."""
-        return tokens.join(
-            self.pair(example), self.end, max_input=self.max_input_length, max_output=self.max_output_length
-        )
+        return tokens.join(self.pair(example), self.end, max_input=self.max_input_length, max_output=self.max_output_length)
 
     def end_token_id(self, tokenizer: PreTrainedTokenizerBase) -> int | None:
         """Id of the token that ends an answer (what generation should stop at), None for ``end="none"``."""

@@ -80,9 +80,7 @@ class Tokens:
         found = end_token_id(self.tokenizer, end)
         return self.suffix if found is None else [found]
 
-    def encoder_decoder(
-        self, pair: Pair, max_input: int, max_output: int, cut_left: bool
-    ) -> dict[str, list[int]]:
+    def encoder_decoder(self, pair: Pair, max_input: int, max_output: int, cut_left: bool) -> dict[str, list[int]]:
         """For encoder-decoder models: the prompt is the encoder's input, the answer (with eos) the labels."""
         room = max(max_input - len(self.prefix) - len(self.suffix), 0)
         question = self.plain(pair.prompt)

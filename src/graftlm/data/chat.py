@@ -49,9 +49,7 @@ class ChatFormat(Format):
         if messages[-1]["role"] != "assistant":
             raise DataError(f"the conversation ends with role {messages[-1]['role']!r}, expected 'assistant'")
         plain = tokenizer is None or not tokenizer.chat_template
-        return Pair(
-            prompt=render_chat(messages[:-1], tokenizer), target=messages[-1]["content"], special_tokens=plain
-        )
+        return Pair(prompt=render_chat(messages[:-1], tokenizer), target=messages[-1]["content"], special_tokens=plain)
 
     def encode(self, example: Mapping[str, Any], tokens: Tokens) -> tuple[list[int], list[int]]:
         messages = self._messages(example)
@@ -77,16 +75,12 @@ class ChatFormat(Format):
     def _messages(self, example: Mapping[str, Any]) -> list[dict]:
         messages = example[self.messages_column]
         if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-            raise DataError(
-                f"column {self.messages_column!r} should hold a list of {{role, content}}, got {messages!r}"
-            )
+            raise DataError(f"column {self.messages_column!r} should hold a list of {{role, content}}, got {messages!r}")
         found = []
         for i, message in enumerate(messages):
             role, content = message.get("role"), message.get("content")
             if not isinstance(role, str) or not isinstance(content, str):
-                raise DataError(
-                    f"message {i} should have a text 'role' and a text 'content', got {message!r}"
-                )
+                raise DataError(f"message {i} should have a text 'role' and a text 'content', got {message!r}")
             found.append({key: value for key, value in message.items() if value is not None})
         return found
 
@@ -100,15 +94,11 @@ def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase 
     if tokenizer is not None and tokenizer.chat_template:
         return str(_apply(tokenizer, messages, add_generation_prompt=True, tokenize=False))
     eos = "" if tokenizer is None else tokenizer.eos_token or ""
-    turns = [
-        f"Assistant: {m['content']}{eos}" if m["role"] == "assistant" else _plain_turn(m) for m in messages
-    ]
+    turns = [f"Assistant: {m['content']}{eos}" if m["role"] == "assistant" else _plain_turn(m) for m in messages]
     return "".join(turns) + "Assistant: "
 
 
-def chat_ids_and_mask(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
+def chat_ids_and_mask(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Token ids [T] of a conversation by the tokenizer's template, and 1 for each of the assistant's [T]."""
     if _GENERATION.search(str(tokenizer.get_chat_template())):
         out = _apply(tokenizer, messages, return_dict=True, return_assistant_tokens_mask=True)
@@ -118,9 +108,7 @@ def chat_ids_and_mask(
     return ids, mask
 
 
-def _mask_by_prefixes(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int]]:
+def _mask_by_prefixes(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     def encode(k: int, generation_prompt: bool) -> list[int]:
         if k == 0 and not generation_prompt:
             return []
@@ -145,9 +133,7 @@ def _mask_by_prefixes(
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> Any:
     if not messages:
-        raise DataError(
-            "the conversation starts with the assistant, but this chat template needs a message before"
-        )
+        raise DataError("the conversation starts with the assistant, but this chat template needs a message before")
     try:
         return tokenizer.apply_chat_template([dict(m) for m in messages], **options)
     except Exception as error:  # templates raise their own errors, e.g. on the order of roles

@@ -65,9 +65,7 @@ class FixedLengthCollator:
 
     def __call__(self, rows: Rows) -> dict[str, Any]:
         rows = _cut(_checked(rows), self.max_length)
-        return _batch(rows, self.max_length, self.side, pad_token_id(self.tokenizer)) | _extra(
-            rows, self.extra
-        )
+        return _batch(rows, self.max_length, self.side, pad_token_id(self.tokenizer)) | _extra(rows, self.extra)
 
 
 @dataclass(frozen=True)
@@ -107,9 +105,7 @@ class Seq2SeqCollator:
         from transformers import DataCollatorForSeq2Seq
 
         rows = _checked(rows, same_length=False)
-        collate = DataCollatorForSeq2Seq(
-            self.tokenizer, model=self.model, pad_to_multiple_of=self.pad_to_multiple_of
-        )
+        collate = DataCollatorForSeq2Seq(self.tokenizer, model=self.model, pad_to_multiple_of=self.pad_to_multiple_of)
         keys = ("input_ids", "attention_mask", "labels")
         batch = collate([{key: list(row[key]) for key in keys if key in row} for row in rows])
         return {key: value for key, value in batch.items() if value is not None} | _extra(rows, self.extra)
@@ -122,13 +118,9 @@ def _checked(rows: Rows, *, same_length: bool = True) -> Rows:
     keys = rows[0].keys()
     for i, row in enumerate(rows):
         if "input_ids" not in row:
-            raise DataError(
-                f"row {i} has no 'input_ids', only {sorted(row)}; tokenise the data with prepare first"
-            )
+            raise DataError(f"row {i} has no 'input_ids', only {sorted(row)}; tokenise the data with prepare first")
         if row.keys() != keys:
-            raise DataError(
-                f"row {i} has the columns {sorted(row)}, row 0 {sorted(keys)}; they must be the same"
-            )
+            raise DataError(f"row {i} has the columns {sorted(row)}, row 0 {sorted(keys)}; they must be the same")
         for key in ("attention_mask", "labels", "position_ids"):
             if same_length and key in row and len(row[key]) != len(row["input_ids"]):
                 raise DataError(
@@ -168,10 +160,7 @@ def _batch(rows: Rows, length: int, side: str, pad: int) -> dict[str, Tensor]:
             values = [list(row[key]) for row in rows]
         else:
             continue
-        filled = [
-            [fill] * (length - len(v)) + v if side == "left" else v + [fill] * (length - len(v))
-            for v in values
-        ]
+        filled = [[fill] * (length - len(v)) + v if side == "left" else v + [fill] * (length - len(v)) for v in values]
         batch[key] = torch.tensor(filled, dtype=torch.long)
     return batch
 

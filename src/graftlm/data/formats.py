@@ -70,17 +70,13 @@ class LabelFormat(Format):
             names = tuple(name.replace("_", " ") for name in feature.names)
             return dataclasses.replace(fmt, classes=fmt.classes or names, label_ids=True)
         if fmt.classes is not None:
-            return dataclasses.replace(
-                fmt, label_ids=str(getattr(feature, "dtype", "")).startswith(("int", "uint"))
-            )
+            return dataclasses.replace(fmt, label_ids=str(getattr(feature, "dtype", "")).startswith(("int", "uint")))
         distinct = {str(value) for value in dataset.unique(column) if value is not None}
         return dataclasses.replace(fmt, classes=tuple(sorted(distinct)), label_ids=False)
 
     def pair(self, example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None = None) -> Pair:
         text = text_of(example, self.text_column)
-        return Pair(
-            prompt=self.template.format(column=self.text_column, text=text), target=self._label(example)
-        )
+        return Pair(prompt=self.template.format(column=self.text_column, text=text), target=self._label(example))
 
     def _label(self, example: Mapping[str, Any]) -> str:
         column = self.label_column or "text_label"
@@ -237,8 +233,7 @@ def get_format(
     for option in options:
         if option not in names:
             raise DataError(
-                f"format {fmt.name!r} has no option {option!r}; its options are {', '.join(names)}"
-                f"{nearest(option, names)}"
+                f"format {fmt.name!r} has no option {option!r}; its options are {', '.join(names)}{nearest(option, names)}"
             )
     if options.get("classes") is not None:
         options["classes"] = tuple(options["classes"])

@@ -47,9 +47,7 @@ _SOURCES = (
 def load_data(source: str | Path, *, split: None = None, name: str | None = None) -> DatasetDict: ...
 @overload
 def load_data(source: str | Path, *, split: str, name: str | None = None) -> Dataset: ...
-def load_data(
-    source: str | Path, *, split: str | None = None, name: str | None = None
-) -> DatasetDict | Dataset:
+def load_data(source: str | Path, *, split: str | None = None, name: str | None = None) -> DatasetDict | Dataset:
     """Loads a data set: a DatasetDict of all splits, or with ``split`` that one as a Dataset.
 
     Args:
@@ -67,9 +65,7 @@ def load_data(
     text, path = str(source), Path(source)
     is_hub = text not in BUNDLED and not path.exists() and _is_hub_id(text)
     if name is not None and not is_hub:
-        raise DataError(
-            f"name={name!r} chooses a configuration on the Hub; {text!r} is bundled or local and has none"
-        )
+        raise DataError(f"name={name!r} chooses a configuration on the Hub; {text!r} is bundled or local and has none")
     if is_hub:
         data = _load_hub(text, name)
     elif text in BUNDLED:
@@ -82,9 +78,7 @@ def load_data(
         raise DataError(_unknown(text))
     empty = [name for name, part in data.items() if len(part) == 0]
     if empty or not data:
-        raise DataError(
-            f"{text!r} has no rows{' in ' + ', '.join(empty) if empty else ''}; expected at least one"
-        )
+        raise DataError(f"{text!r} has no rows{' in ' + ', '.join(empty) if empty else ''}; expected at least one")
     return data if split is None else _take(data, split, text)
 
 
@@ -110,17 +104,13 @@ def _load_files(paths: list[Path]) -> Dataset:
     if suffix == ".py":
         raise DataError(_script(str(paths[0])))
     if suffix not in _BUILDERS:
-        raise DataError(
-            f"cannot read {str(paths[0])!r}: the ending {suffix!r} is none of {', '.join(_BUILDERS)}"
-        )
+        raise DataError(f"cannot read {str(paths[0])!r}: the ending {suffix!r} is none of {', '.join(_BUILDERS)}")
     for path in paths:
         if path.stat().st_size == 0:
             raise DataError(f"{str(path)!r} is empty; expected at least one row")
     builder, options = _BUILDERS[suffix]
     files = [str(path.resolve()) for path in paths]
-    return _reading(
-        ", ".join(files), lambda: load_dataset(builder, data_files={"train": files}, split="train", **options)
-    )
+    return _reading(", ".join(files), lambda: load_dataset(builder, data_files={"train": files}, split="train", **options))
 
 
 def _load_directory(path: Path) -> DatasetDict:
@@ -134,9 +124,7 @@ def _load_directory(path: Path) -> DatasetDict:
         if any(path.glob("*.py")):
             raise DataError(_script(str(path)))
         have = ", ".join(sorted(f.name for f in path.iterdir())[:8]) or "nothing"
-        raise DataError(
-            f"no data in the directory {str(path)!r}; it holds {have}, expected files of {_SOURCES}"
-        )
+        raise DataError(f"no data in the directory {str(path)!r}; it holds {have}, expected files of {_SOURCES}")
     splits: dict[str, list[Path]] = {}
     for file in files:
         splits.setdefault(_split_of(file), []).append(file)

@@ -60,8 +60,7 @@ def prepare(
     """
     if truncation not in ("end", "prompt") or padding not in (None, "max_length"):
         raise DataError(
-            f"got truncation={truncation!r} and padding={padding!r}; expected 'end' or 'prompt', and None or "
-            "'max_length'"
+            f"got truncation={truncation!r} and padding={padding!r}; expected 'end' or 'prompt', and None or 'max_length'"
         )
     if max_length is not None:
         options["max_length"] = max_length
@@ -94,9 +93,7 @@ def prompts_and_targets(
     without). Raises DataError as ``prepare`` does, and for a DatasetDict (choose a split).
     """
     if isinstance(dataset, dict):
-        raise DataError(
-            f"got a DatasetDict; choose one of its splits, {list(dataset)}, for example data['test']"
-        )
+        raise DataError(f"got a DatasetDict; choose one of its splits, {list(dataset)}, for example data['test']")
     fmt = get_format(format, available=dataset.column_names, columns=columns, **options).bind(dataset)
     pairs = [_at_row(i, partial(fmt.pair, row, tokenizer)) for i, row in enumerate(dataset)]
     return [pair.prompt for pair in pairs], [pair.target for pair in pairs]
@@ -106,9 +103,7 @@ def _splits(dataset: Any) -> dict[str, Dataset]:
     parts = dict(dataset) if isinstance(dataset, dict) else {"": dataset}
     for name, part in parts.items():
         if not hasattr(part, "column_names"):
-            raise DataError(
-                f"expected a datasets.Dataset or DatasetDict, got {type(part).__name__}; see load_data"
-            )
+            raise DataError(f"expected a datasets.Dataset or DatasetDict, got {type(part).__name__}; see load_data")
         if len(part) == 0:
             raise DataError(f"the data set{_split_name(name)} is empty; expected at least one row")
     if not parts:
@@ -116,18 +111,12 @@ def _splits(dataset: Any) -> dict[str, Dataset]:
     return parts
 
 
-def _check(
-    fmt: Format, tokenizer: Any, truncation: str, padding: Any, seq2seq: bool, for_generation: bool
-) -> None:
+def _check(fmt: Format, tokenizer: Any, truncation: str, padding: Any, seq2seq: bool, for_generation: bool) -> None:
     """Combinations that cannot be done raise, before any row is touched."""
     if truncation == "prompt" and fmt.name == "chat":
-        raise DataError(
-            "truncation='prompt' would cut into the chat template; use 'end', or raise max_length"
-        )
+        raise DataError("truncation='prompt' would cut into the chat template; use 'end', or raise max_length")
     if seq2seq and fmt.name == "text" and not for_generation:
-        raise DataError(
-            "seq2seq needs a prompt and an answer; format 'text' has none. Use format='completion'"
-        )
+        raise DataError("seq2seq needs a prompt and an answer; format 'text' has none. Use format='completion'")
     if padding and seq2seq:
         raise DataError("padding='max_length' is for decoder-only models; let Seq2SeqCollator pad")
     if padding:
@@ -165,9 +154,7 @@ def _encoder(
         }
 
     def encoder_decoder(example: Mapping[str, Any]) -> Row:
-        return tokens.encoder_decoder(
-            fmt.pair(example, tokenizer), longest_input, longest_output, keep_answer
-        )
+        return tokens.encoder_decoder(fmt.pair(example, tokenizer), longest_input, longest_output, keep_answer)
 
     def causal(example: Mapping[str, Any]) -> Row:
         ids, labels = fmt.encode(example, tokens)
@@ -177,9 +164,7 @@ def _encoder(
     return generation if for_generation else encoder_decoder if seq2seq else causal
 
 
-def _padded(
-    encode: Callable[[Mapping[str, Any]], Row], length: int, pad: int, side: str
-) -> Callable[..., Row]:
+def _padded(encode: Callable[[Mapping[str, Any]], Row], length: int, pad: int, side: str) -> Callable[..., Row]:
     fill = {"input_ids": pad, "attention_mask": 0, "labels": IGNORE_INDEX}
 
     def encode_and_pad(example: Mapping[str, Any]) -> Row:
@@ -192,9 +177,7 @@ def _padded(
     return encode_and_pad
 
 
-def _prepare_split(
-    part: Dataset, name: str, fmt: Format, encode: Callable, seq2seq: bool, for_generation: bool
-) -> Dataset:
+def _prepare_split(part: Dataset, name: str, fmt: Format, encode: Callable, seq2seq: bool, for_generation: bool) -> Dataset:
     fmt.bind(part)  # every split must have the columns
     done = part.map(
         lambda example, i: _at_row(i, partial(encode, example)),

@@ -53,12 +53,8 @@ def _show(dataset: Dataset, tokenizer: Any, n: int, seed: int, title: str) -> Re
     if "input_ids" not in dataset.column_names:
         return _table(dataset, picks, title)
     if tokenizer is None:
-        raise DataError(
-            "prepared data is shown as decoded tokens: pass the tokenizer, show(dataset, tokenizer)"
-        )
-    panels = [
-        Panel(tokens_as_text(dataset[i], tokenizer), title=f"row {i}", title_align="left") for i in picks
-    ]
+        raise DataError("prepared data is shown as decoded tokens: pass the tokenizer, show(dataset, tokenizer)")
+    panels = [Panel(tokens_as_text(dataset[i], tokenizer), title=f"row {i}", title_align="left") for i in picks]
     return Group(title, *panels)
 
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import lora_targets
-from ..errors import ConfigError, UnsupportedError, nearest
+from ..architectures import backbone_embeddings, is_encoder_decoder, lora_targets
+from ..errors import ConfigError, TargetError, UnsupportedError, nearest
 from ..quantization import dequantize, is_quantized
 from .base import Method, PeftConfig, PeftType, positive, register, replace_module
 from .lora_layers import LoraLayer, wrap
@@ -106,6 +106,7 @@ class Lora(Method):
         if config.bias != "none":
             self._one_bias(host)
         targets = find_targets(host.base, config, skip=(LoraLayer, *host.container_types))
+        self._refuse_shared(host, targets)
         layers = {path: self._layer(host, path, module) for path, module in targets.items()}
         for path, layer in layers.items():
             if host.base.get_submodule(path) is not layer:
@@ -117,6 +118,18 @@ class Lora(Method):
             host.adapter_biases[self.name] = nn.ParameterDict(
                 {path.replace(".", "/"): module.bias.detach().clone() for path, module in self._biased(host)}
             )
+
+    def _refuse_shared(self, host: wrapper.PeftModel, targets: dict[str, nn.Module]) -> None:
+        """T5 and BART keep a module that only holds the embeddings' weight and never runs: an update there is lost."""
+        if not is_encoder_decoder(host.base):
+            return
+        holder, used = host.base.get_input_embeddings(), backbone_embeddings(host.base)
+        for path, module in targets.items():
+            if module is holder and holder is not used:
+                raise TargetError(
+                    f"target_modules selects {path!r}, which only holds the weight of both halves' embeddings "
+                    "and computes nothing. Name 'embed_tokens' instead."
+                )
 
     def _one_bias(self, host: wrapper.PeftModel) -> None:
         others = [n for n, m in host.methods.items() if n != self.name and getattr(m.config, "bias", "none") != "none"]
@@ -137,7 +150,7 @@ class Lora(Method):
             bias = module._parameters.get("bias")
             if bias is None or isinstance(module, LoraLayer) or (config.bias == "lora_only" and id(module) not in own):
                 continue
-            if any(part in path for part in (".lora_", "modules_to_save")):
+            if any(part in path for part in (".lora_", "modules_to_save", "original_module")):
                 continue
             if not isinstance(module, (nn.Linear, Conv1D, nn.LayerNorm)):
                 raise UnsupportedError(

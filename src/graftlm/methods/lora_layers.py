@@ -48,6 +48,7 @@ class LoraLayer(nn.Module):
     lora_B: Any
     lora_dropout: Any
     lora_magnitude_vector: Any
+    saved_weight: nn.Parameter | None
 
     def __init__(self, base_layer: nn.Module, switch: Switch, dequantize: Callable[[nn.Module], Tensor]) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ class LoraLayer(nn.Module):
         self.lora_magnitude_vector = nn.ModuleDict()
         self.start: dict[str, tuple[Tensor, Tensor]] = {}  # PiSSA / OLoRA: A0, B0
         self.merged_adapters: list[str] = []
-        self.saved_weight: Tensor | None = None  # the base weight before a merge, while merged
+        self.__dict__["saved_weight"] = None  # the base weight before a merge, while merged; registered nowhere
         self.trained_bias: Tensor | None = None  # set by the method where `bias` is trained
         self.train(base_layer.training)
 
@@ -202,15 +203,16 @@ class LoraLayer(nn.Module):
             if safe and not torch.isfinite(new).all():
                 raise ValueError(f"Merging {', '.join(names)} gives NaN or infinite weights; nothing was changed.")
             if self.saved_weight is None and keep:
-                self.saved_weight = weight.detach().clone()  # type: ignore[operator]
-            weight.data = new.to(weight.dtype).contiguous()
+                self.__dict__["saved_weight"] = weight
+            # a parameter of its own: the old one may be tied to another layer
+            self.frozen.weight = nn.Parameter(new.to(weight.dtype).contiguous(), requires_grad=False)
         self.merged_adapters += names
 
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit."""
         if self.saved_weight is not None:
-            self.frozen.weight.data = self.saved_weight
-        self.saved_weight = None
+            self.frozen.weight = self.saved_weight
+        self.__dict__["saved_weight"] = None
         self.merged_adapters = []
 
     def plain_output(self, result: Tensor) -> Tensor:

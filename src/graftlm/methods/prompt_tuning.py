@@ -2,9 +2,8 @@
 
 Table ``E`` [P, H] (twice P on encoder-decoder models, HF PEFT's layout: the second half is kept, only the first enters).
 
-What differs from HF PEFT: virtual tokens stand next to the real ones in padded rows; SAMPLE_VOCAB draws from the rows
-of the tokenizer's vocabulary (the embedding may be padded beyond it); a configuration's `tokenizer_kwargs` cannot
-switch on remote code.
+What differs from HF PEFT: virtual tokens stand next to the real ones in padded rows; a configuration's
+`tokenizer_kwargs` cannot switch on remote code.
 """
 
 from __future__ import annotations

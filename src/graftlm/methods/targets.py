@@ -61,13 +61,12 @@ def find_targets(base: nn.Module, config: Any, skip: tuple[type, ...] = ()) -> d
     names = module_names(base, skip)
     targets = config.target_modules
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        targets = linear_names(base, names, config.task_type)
-    reserved = config.modules_to_save or ()
+        targets = linear_names(base, names, config)
     found: dict[str, nn.Module] = {}
     for name, module in names.items():
         if not matches(targets, name) or matches(config.exclude_modules, name):
             continue
-        if any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in reserved):
+        if is_reserved(name, config):
             continue
         if not in_layers(name, config) and not isinstance(targets, str):
             continue
@@ -77,6 +76,11 @@ def find_targets(base: nn.Module, config: Any, skip: tuple[type, ...] = ()) -> d
     if not found:
         raise TargetError(no_match(targets, names, config))
     return found
+
+
+def is_reserved(name: str, config: Any) -> bool:
+    """Whether a module belongs to one that is trained in full (`modules_to_save`)."""
+    return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save or ())
 
 
 def in_layers(name: str, config: Any) -> bool:
@@ -101,15 +105,15 @@ def module_names(base: nn.Module, skip: tuple[type, ...]) -> dict[str, nn.Module
     return names
 
 
-def linear_names(base: nn.Module, names: dict[str, nn.Module], task: Any) -> list[str]:
-    """Every linear layer's full name, without the output embeddings and without a classification head."""
+def linear_names(base: Any, names: dict[str, nn.Module], config: Any) -> list[str]:
+    """Every linear layer's full name, without the output embeddings and without heads that are trained in full."""
     head = getattr(base, "get_output_embeddings", lambda: None)()
     found = []
     for name, module in names.items():
-        linear = isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "lora_A")
         is_head = module is head or getattr(module, "base_layer", None) is head and head is not None
-        classifies = task == TaskType.SEQ_CLS and name.rpartition(".")[2] in SEQ_CLS_HEADS
-        if linear and not is_head and not classifies and not isinstance(module, nn.Embedding):
+        classifies = config.task_type == TaskType.SEQ_CLS and name.rpartition(".")[2] in SEQ_CLS_HEADS
+        classifies = classifies or is_reserved(name, config)
+        if is_linear(module) and not is_head and not classifies:
             found.append(name)
     return found
 
@@ -118,8 +122,10 @@ def report_unmatched(targets: Iterable[str], names: dict[str, nn.Module], found:
     """One warning that names each entry which selects no module, with the nearest module names."""
     missing = [t for t in targets if not any(matches([t], name) for name in names)]
     if missing and found:
-        leaves = sorted({n.rpartition(".")[2] for n in names})
-        listed = ", ".join(f"{t!r}{nearest(t, leaves).replace('; did', ' (did').replace('?', '?)')}" for t in missing)
+        leaves = linear_leaves(names)
+        listed = ", ".join(
+            f"{t!r}{nearest(t, leaves, cutoff=0.4).replace('; did', ' (did').replace('?', '?)')}" for t in missing
+        )
         warnings.warn(
             f"target_modules: no module of this model matches {listed}. The other entries were used. "
             f"Its linear layers are called {', '.join(linear_leaves(names))}.",
@@ -129,8 +135,12 @@ def report_unmatched(targets: Iterable[str], names: dict[str, nn.Module], found:
 
 def linear_leaves(names: dict[str, nn.Module]) -> list[str]:
     """Last parts of the linear layers' names, sorted."""
-    kinds = (nn.Linear, Conv1D)
-    return sorted({n.rpartition(".")[2] for n, m in names.items() if isinstance(m, kinds) or hasattr(m, "lora_A")})
+    return sorted({n.rpartition(".")[2] for n, m in names.items() if is_linear(m)})
+
+
+def is_linear(module: Any) -> bool:
+    """Whether a module is a linear layer, itself or inside adapter modules."""
+    return isinstance(getattr(module, "frozen", module), (nn.Linear, Conv1D))
 
 
 def no_match(targets: Any, names: dict[str, nn.Module], config: Any) -> str:

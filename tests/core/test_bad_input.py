@@ -1,0 +1,426 @@
+"""Mistakes raise: what was got, what was expected, and the nearest right name."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import peft
+import pytest
+import torch
+from families import batch
+from helpers import attach, config, fresh, logits_of, state_of
+from torch import nn
+from transformers import DynamicCache, StaticCache
+
+import graftlm
+from graftlm.errors import (
+    AdapterError,
+    CheckpointError,
+    CompositionError,
+    ConfigError,
+    GraftError,
+    TargetError,
+    UnsupportedError,
+)
+
+INPUTS = batch("llama")
+SOFT = ("prompt", "p_tuning_mlp", "prefix")
+
+
+def lora(**options: Any) -> graftlm.LoraConfig:
+    return graftlm.LoraConfig(task_type="CAUSAL_LM", **options)
+
+
+# -- configurations ----------------------------------------------------------------------------------------------------
+CONFIG_MISTAKES: list[tuple[Any, dict[str, Any], str]] = [
+    (graftlm.LoraConfig, {"r": 0}, r"r=0: expected a whole number above 0"),
+    (graftlm.LoraConfig, {"r": -4}, r"r=-4: expected a whole number above 0"),
+    (graftlm.LoraConfig, {"r": 2.5}, r"r=2.5: expected a whole number above 0"),
+    (graftlm.LoraConfig, {"r": True}, r"r=True: expected a whole number"),
+    (graftlm.LoraConfig, {"r": "8"}, r"r='8': expected a whole number"),
+    (graftlm.LoraConfig, {"lora_dropout": 1.0}, r"lora_dropout=1.0: expected a probability, 0 <= p < 1"),
+    (graftlm.LoraConfig, {"lora_dropout": -0.1}, r"lora_dropout=-0.1: expected a probability"),
+    (graftlm.LoraConfig, {"bias": "lora"}, r"bias='lora': expected 'none', 'all' or 'lora_only'"),
+    (graftlm.LoraConfig, {"init_lora_weights": "pisa"}, r"init_lora_weights='pisa': expected True, False.*mean 'pissa'"),
+    (graftlm.LoraConfig, {"init_lora_weights": "loftq"}, r"init_lora_weights='loftq'"),
+    (graftlm.LoraConfig, {"layers_pattern": "layers"}, r"layers_pattern is given without layers_to_transform"),
+    (graftlm.LoraConfig, {"layers_to_transform": [0], "target_modules": "all-linear"}, r"needs target_modules as a list"),
+    (graftlm.LoraConfig, {"task_type": "CAUSAL"}, r"task_type='CAUSAL': expected one of .*did you mean 'CAUSAL_LM'"),
+    (graftlm.PromptTuningConfig, {"num_virtual_tokens": 0}, r"num_virtual_tokens=0"),
+    (graftlm.PromptTuningConfig, {"num_virtual_tokens": -3}, r"num_virtual_tokens=-3"),
+    (graftlm.PromptTuningConfig, {"prompt_tuning_init": "RANDM"}, r"prompt_tuning_init='RANDM'.*did you mean 'RANDOM'"),
+    (graftlm.PromptTuningConfig, {"prompt_tuning_init": "TEXT"}, r"needs tokenizer_name_or_path \(got None\)"),
+    (graftlm.PromptTuningConfig, {"tokenizer_kwargs": {"use_fast": True}}, r"only for prompt_tuning_init=TEXT"),
+    (graftlm.PromptEncoderConfig, {"encoder_reparameterization_type": "GRU"}, r"'GRU': expected one of MLP, LSTM"),
+    (graftlm.PromptEncoderConfig, {"encoder_hidden_size": -1}, r"encoder_hidden_size=-1"),
+    (graftlm.PromptEncoderConfig, {"encoder_num_layers": 0}, r"encoder_num_layers=0"),
+    (graftlm.PromptEncoderConfig, {"encoder_dropout": 1.5}, r"encoder_dropout=1.5: expected a probability"),
+    (graftlm.PrefixTuningConfig, {"init_weights": "random"}, r"init_weights='random': expected None \(random\), 'zero'"),
+    (graftlm.PrefixTuningConfig, {"init_weights": "text"}, r"needs init_text and tokenizer_name_or_path"),
+    (graftlm.PrefixTuningConfig, {"encoder_hidden_size": 0}, r"encoder_hidden_size=0"),
+    (graftlm.PrefixTuningConfig,
+     {"init_weights": "text", "init_text": "a", "tokenizer_name_or_path": "b", "prefix_projection": True},
+     r"prefix_projection=False"),
+    (graftlm.BottleneckConfig, {"placement": "houlsbi"}, r"placement='houlsbi': expected one of HOULSBY, PFEIFFER"),
+    (graftlm.BottleneckConfig, {"reduction_factor": 0}, r"reduction_factor=0: expected a number above 0"),
+    (graftlm.BottleneckConfig, {"dropout": 2}, r"dropout=2: expected a probability"),
+    (graftlm.BottleneckConfig, {"activation": "relv"}, r"activation='relv' is unknown to transformers.*'relu'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    CONFIG_MISTAKES,
+    ids=[f"{kind.__name__}-{'-'.join(options)}-{i}" for i, (kind, options, _) in enumerate(CONFIG_MISTAKES)],
+)
+def test_configuration_values(kind: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        kind(**options)
+    assert isinstance(caught.value, GraftError)
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("kind", [graftlm.LoraConfig, graftlm.PromptTuningConfig, graftlm.PrefixTuningConfig])
+def test_unknown_fields(kind: Any) -> None:
+    with pytest.raises(TypeError, match="no_such_field"):
+        kind(no_such_field=1)
+
+
+def test_enum_values_in_any_case() -> None:
+    assert graftlm.LoraConfig(task_type="causal_lm").task_type is graftlm.TaskType.CAUSAL_LM
+    assert graftlm.BottleneckConfig(placement="Houlsby").placement is graftlm.BottleneckPlacement.HOULSBY
+    assert graftlm.LoraConfig(task_type=peft.TaskType.CAUSAL_LM).task_type is graftlm.TaskType.CAUSAL_LM
+    assert graftlm.LoraConfig().task_type is None
+
+
+def test_mlp_layers_are_fixed() -> None:
+    with pytest.warns(UserWarning, match="encoder_num_layers is for the LSTM"):
+        graftlm.PromptEncoderConfig(encoder_num_layers=4)
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, {"peft_type": "LORA"}, "lora", graftlm.LoraConfig, graftlm.PeftConfig(), peft.LoraConfig(r=4)],
+    ids=["none", "dict", "string", "class", "bare", "peft"],
+)  # fmt: skip
+def test_wrong_kinds_of_configuration(wrong: Any) -> None:
+    base = fresh("llama")
+    before = state_of(base)
+    with pytest.raises((ConfigError, TypeError), match="configuration|LoraConfig"):
+        graftlm.get_peft_model(base, wrong)
+    assert state_of(base).keys() == before.keys()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
+
+
+def test_peft_configurations_are_told_where_to_come_from() -> None:
+    with pytest.raises(ConfigError, match=r"got peft\..*LoraConfig. Import it from graftlm"):
+        graftlm.get_peft_model(fresh("llama"), peft.LoraConfig(r=4))
+
+
+def test_from_dict() -> None:
+    with pytest.raises(CheckpointError, match="peft_type 'LORAA' is not a method.*did you mean 'LORA'"):
+        graftlm.PeftConfig.from_peft_type(peft_type="LORAA")
+    with pytest.raises(CheckpointError, match="peft_type None"):
+        graftlm.PeftConfig.from_peft_type(r=4)
+    assert graftlm.PeftConfig.from_peft_type(peft_type="LORA", r=4) == graftlm.LoraConfig(r=4)
+
+
+# -- target modules ----------------------------------------------------------------------------------------------------
+TARGET_MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"target_modules": ["q_projj"]}, r"\['q_projj'\] matches no module of this model; did you mean 'q_proj'"),
+    ({"target_modules": ["nothing", "at_all"]}, r"linear layers are called down_proj, gate_proj, k_proj.*'all-linear'"),
+    ({"target_modules": r".*\.nowhere"}, r"matches no module"),
+    ({"target_modules": []}, r"matches no module"),
+    ({"target_modules": ["q_proj"], "layers_to_transform": [7]}, r"within layers_to_transform=\[7\]"),
+    ({"target_modules": ["q_proj"], "layers_to_transform": 2}, r"within layers_to_transform=2"),
+    ({"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "blocks"}, r"matches no module"),
+    ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, r"outside exclude_modules=\['q_proj'\]"),
+    ({"target_modules": ["q_proj"], "modules_to_save": ["lm_haed"]}, r"is called 'lm_haed'; did you mean 'lm_head'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "message"), TARGET_MISTAKES, ids=[str(i) for i in range(len(TARGET_MISTAKES))])
+def test_target_modules(options: dict[str, Any], message: str) -> None:
+    base = fresh("llama")
+    before = state_of(base)
+    with pytest.raises(TargetError, match=message):
+        graftlm.get_peft_model(base, lora(**options))
+    assert state_of(base).keys() == before.keys()
+    model = attach("llama", "prompt")
+    before = state_of(model)
+    with pytest.raises(TargetError):
+        model.add_adapter("second", lora(**options))
+    assert state_of(model).keys() == before.keys()
+    assert list(model.peft_config) == ["default"]
+
+
+def test_each_unmatched_target_is_named_once() -> None:
+    with pytest.warns(UserWarning) as caught:
+        graftlm.get_peft_model(fresh("llama"), lora(target_modules=["q_proj", "v_prj", "ffn_down"]))
+    texts = [str(w.message) for w in caught if "target_modules" in str(w.message)]
+    assert len(texts) == 1
+    assert "'v_prj' (did you mean 'v_proj'" in texts[0]
+    assert "'ffn_down'" in texts[0]
+    assert "'q_proj'," not in texts[0].split("matches")[1].split(".")[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        graftlm.get_peft_model(fresh("llama"), lora(target_modules=["q_proj", "v_proj"]))
+
+
+def test_layers_that_do_not_exist_beside_some_that_do() -> None:
+    """A number out of range is named, although others match."""
+    with pytest.warns(UserWarning, match="layers_to_transform.*9"):
+        graftlm.get_peft_model(fresh("llama"), lora(target_modules=["q_proj"], layers_to_transform=[0, 9]))
+
+
+def test_pattern_keys_that_match_nothing() -> None:
+    """A rank or alpha for a module that is not there would be silently ignored."""
+    with pytest.warns(UserWarning, match="rank_pattern.*q_prj"):
+        graftlm.get_peft_model(fresh("llama"), lora(target_modules=["q_proj"], rank_pattern={"q_prj": 2}))
+    with pytest.warns(UserWarning, match="alpha_pattern.*v_proj"):
+        graftlm.get_peft_model(fresh("llama"), lora(target_modules=["q_proj"], alpha_pattern={"v_proj": 2}))
+
+
+@pytest.mark.parametrize("rank", [0, -2, 1.5])
+def test_pattern_values(rank: Any) -> None:
+    with pytest.raises(ConfigError, match="rank_pattern"):
+        graftlm.get_peft_model(fresh("llama"), lora(target_modules=["q_proj"], rank_pattern={"q_proj": rank}))
+
+
+def test_modules_that_lora_cannot_take() -> None:
+    base = fresh("llama")
+    before = state_of(base)
+    with pytest.raises(UnsupportedError, match=r"LoRA has no form for '.*norm', a LlamaRMSNorm"):
+        graftlm.get_peft_model(base, lora(target_modules=["q_proj", "norm"]))
+    assert state_of(base).keys() == before.keys()
+    with pytest.raises(UnsupportedError, match="is for linear layers"):
+        graftlm.get_peft_model(base, lora(target_modules=["embed_tokens"], init_lora_weights="pissa"))
+    assert state_of(base).keys() == before.keys(), "a failed attach left modules behind"
+    graftlm.get_peft_model(base, lora())
+
+
+def test_no_defaults_for_an_unknown_family() -> None:
+    base = fresh("llama")
+    base.config.model_type = "lama"
+    with pytest.raises(TargetError, match="no default target_modules for model type 'lama'; did you mean 'llama'"):
+        graftlm.get_peft_model(base, lora())
+
+
+def test_bottleneck_places() -> None:
+    with pytest.raises(TargetError, match="leaves no block"):
+        graftlm.get_peft_model(fresh("llama"), graftlm.BottleneckConfig(layers_to_transform=[5]))
+    with pytest.raises(TargetError, match=r"feed_forward_modules=\['down'\] matches no module"):
+        graftlm.get_peft_model(fresh("llama"), graftlm.BottleneckConfig(feed_forward_modules=["down"]))
+
+
+def test_prefix_and_prompt_sizes_given_wrong() -> None:
+    with pytest.raises(ConfigError, match="token_dim=16: the input embeddings of this model are 32 wide"):
+        graftlm.get_peft_model(fresh("llama"), graftlm.PromptTuningConfig(token_dim=16))
+    with pytest.raises(ConfigError, match="does not fit: this model's 2 layers keep 2 x 8 = 16"):
+        graftlm.get_peft_model(fresh("llama"), graftlm.PrefixTuningConfig(token_dim=32))
+    with pytest.raises(ConfigError, match="num_layers=5"):
+        graftlm.get_peft_model(fresh("llama"), graftlm.PrefixTuningConfig(num_layers=5))
+    with pytest.raises(ConfigError, match="no separate encoder"):
+        graftlm.get_peft_model(fresh("llama"), graftlm.PrefixTuningConfig(prefix_in_encoder=True))
+
+
+# -- the wrapper -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["", "a.b", "__base__", None, 3, "default"])
+def test_adapter_names(name: Any) -> None:
+    model = attach("llama", "lora")
+    before = state_of(model)
+    with pytest.raises(AdapterError, match="cannot name an adapter|already"):
+        model.add_adapter(name, config("lora", "llama"))
+    assert state_of(model).keys() == before.keys()
+    if name != "default":
+        with pytest.raises(AdapterError, match="cannot name an adapter"):
+            graftlm.get_peft_model(fresh("llama"), config("lora", "llama"), adapter_name=name)
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt", "houlsby", "prefix", "bias_all"])
+@pytest.mark.parametrize("name", ["weight", "items", "keys", "training", "with/slash", "with space", "模型", "0"])
+def test_unusual_adapter_names(name: str, method: str, tmp_path: Any) -> None:
+    """What is not refused works: names of container methods, of attributes, of other scripts."""
+    try:
+        model = graftlm.get_peft_model(fresh("llama"), config(method, "llama"), adapter_name=name).eval()
+    except AdapterError as error:
+        assert name in str(error)
+        return
+    wanted = logits_of(model, **INPUTS)
+    model.save_pretrained(tmp_path)
+    folder = next(p.parent for p in tmp_path.rglob("adapter_config.json"))
+    again = graftlm.PeftModel.from_pretrained(fresh("llama"), folder, adapter_name=name)
+    assert torch.allclose(logits_of(again, **INPUTS), wanted, atol=1e-6)
+
+
+def test_names_that_contain_each_other() -> None:
+    model = graftlm.get_peft_model(fresh("llama"), config("lora", "llama"), adapter_name="a")
+    model.add_adapter("a_b", config("dora", "llama"))
+    model.add_adapter("weight_a", config("embedding", "llama"))
+    model.add_adapter("lora_A", config("lora", "llama"))
+    keys = {n: {k for k, _ in model.adapter_parameters(n)} for n in model.peft_config}
+    names = list(keys)
+    for i, one in enumerate(names):
+        assert keys[one]
+        for other in names[i + 1 :]:
+            assert not keys[one] & keys[other], (one, other)
+    trained = {k for k, _ in model.named_parameters() if ".lora_" in k}
+    assert set.union(*keys.values()) == trained
+
+
+def test_wrapping_twice() -> None:
+    model = attach("llama", "lora")
+    with pytest.raises(AdapterError, match=r"wrapped already. Add another adapter with model.add_adapter"):
+        graftlm.get_peft_model(model, config("prompt", "llama"))
+
+
+@pytest.mark.parametrize("wrong", [nn.Linear(2, 2), "llama", None, dict])
+def test_no_model(wrong: Any) -> None:
+    with pytest.raises(AdapterError, match="Expected a transformers model as the base"):
+        graftlm.get_peft_model(wrong, config("lora", "llama"))
+
+
+def test_unknown_adapters_everywhere() -> None:
+    model = attach("llama", "lora")
+    for call in (
+        lambda: model.set_adapter("defualt"), lambda: model.delete_adapter("defualt"),
+        lambda: model.merge_adapter("defualt"), lambda: model.set_requires_grad("defualt"), lambda: model.save_pretrained("/nowhere", selected_adapters=["defualt"]),
+        lambda: model(**INPUTS, adapter_names=["defualt"] * 3), lambda: model.merge_and_unload(adapter_names=["defualt"]),
+    ):  # fmt: skip
+        with pytest.raises(AdapterError, match="There is no adapter 'defualt'; attached: 'default'; did you mean 'default'"):
+            call()
+
+
+def test_second_adapter_that_trains_biases() -> None:
+    model = attach("gpt2", "bias_all")
+    before = state_of(model)
+    with pytest.raises(ConfigError, match="trains biases too"):
+        model.add_adapter("second", config("bias_lora_only", "gpt2"))
+    assert state_of(model).keys() == before.keys()
+
+
+# -- forward -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", SOFT)
+def test_masks_of_four_dimensions(method: str) -> None:
+    model = attach("llama", method)
+    mask = torch.zeros(3, 1, 7, 7)
+    with pytest.raises(UnsupportedError, match=r"need an attention_mask \[B, T\] of ones and zeros, got \(3, 1, 7, 7\)"):
+        model(input_ids=INPUTS["input_ids"], attention_mask=mask)
+
+
+def test_masks_of_four_dimensions_with_lora() -> None:
+    """Nothing stands against them without virtual tokens."""
+    model = attach("llama", "lora")
+    causal = torch.full((7, 7), torch.finfo(torch.float32).min).triu(1)[None, None].expand(3, 1, 7, 7)
+    got = logits_of(model, input_ids=INPUTS["input_ids"], attention_mask=causal)
+    assert torch.allclose(got, logits_of(model, input_ids=INPUTS["input_ids"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", SOFT)
+def test_packed_rows(method: str) -> None:
+    model = attach("llama", method)
+    packed = torch.tensor([[0, 1, 2, 0, 1, 2, 3]]).expand(3, -1)
+    with pytest.raises(UnsupportedError, match="several sequences packed into one"):
+        model(**INPUTS, position_ids=packed)
+
+
+def test_packed_rows_with_lora() -> None:
+    """Two sequences in one row equal the two rows: position_ids go through."""
+    model = attach("llama", "lora")
+    ids = INPUTS["input_ids"][:1]
+    packed = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    got = logits_of(model, input_ids=ids, position_ids=packed, use_cache=False)  # transformers' own condition for it
+    alone = torch.cat((logits_of(model, input_ids=ids[:, :3]), logits_of(model, input_ids=ids[:, 3:])), 1)
+    assert torch.allclose(got, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", SOFT)
+def test_static_cache(method: str) -> None:
+    """Refused, or right: never silently wrong."""
+    model = attach("llama", method)
+    ids = INPUTS["input_ids"]
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    wanted = model.generate(ids, **options)
+    try:
+        got = model.generate(ids, **options, cache_implementation="static")
+    except UnsupportedError as error:
+        assert "static cache" in str(error)
+    else:
+        assert torch.equal(got, wanted)
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    try:
+        with torch.no_grad():
+            got = model(input_ids=ids, past_key_values=cache).logits
+    except UnsupportedError as error:
+        assert "static cache" in str(error)
+    else:
+        assert torch.allclose(got[:, -7:], logits_of(model, input_ids=ids)[:, -7:], atol=1e-5)
+
+
+def test_static_cache_with_lora() -> None:
+    model = attach("llama", "lora")
+    options = {"max_new_tokens": 4, "do_sample": False}
+    got = model.generate(INPUTS["input_ids"], **options, cache_implementation="static")
+    assert torch.equal(got, model.generate(INPUTS["input_ids"], **options))
+
+
+@pytest.mark.parametrize("method", ["lora", *SOFT])
+def test_a_cache_by_hand(method: str) -> None:
+    """Two forwards with a cache of one's own equal one over the whole row."""
+    model = attach("llama", method)
+    ids = INPUTS["input_ids"]
+    whole = logits_of(model, input_ids=ids)
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(input_ids=ids[:, :4], past_key_values=cache, use_cache=True)
+        rest = model(input_ids=ids[:, 4:], past_key_values=cache, use_cache=True, attention_mask=torch.ones_like(ids)).logits
+    assert torch.allclose(rest, whole[:, -3:], atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", *SOFT])
+def test_no_input_at_all(method: str) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        attach("llama", method)()
+
+
+@pytest.mark.parametrize("length", [5, 9])
+@pytest.mark.parametrize("method", SOFT)
+def test_mask_of_the_wrong_length(method: str, length: int) -> None:
+    model = attach("llama", method)
+    with pytest.raises(GraftError, match="attention_mask"):
+        model(input_ids=INPUTS["input_ids"], attention_mask=torch.ones(3, length, dtype=torch.long))
+
+
+@pytest.mark.parametrize("method", ["lora", *SOFT])
+def test_positional_and_tuple_calls(method: str) -> None:
+    model = attach("llama", method)
+    with torch.no_grad():
+        by_place = model(INPUTS["input_ids"], INPUTS["attention_mask"]).logits
+        plain = model(input_ids=INPUTS["input_ids"], attention_mask=INPUTS["attention_mask"], return_dict=False)
+    assert isinstance(plain, tuple)
+    wanted = logits_of(model, input_ids=INPUTS["input_ids"], attention_mask=INPUTS["attention_mask"])
+    assert torch.equal(by_place, wanted)
+    assert torch.equal(plain[0], wanted)
+
+
+def test_base_that_was_never_wrapped_is_not_touched_by_a_mistake() -> None:
+    """After any of the refusals above the base still works as before."""
+    base = fresh("llama")
+    wanted = logits_of(base, **INPUTS)
+    for wrong in (
+        lora(target_modules=["nothing"]), lora(target_modules=["norm"]), graftlm.PrefixTuningConfig(num_layers=9),
+        graftlm.BottleneckConfig(layers_to_transform=[9]), lora(target_modules=["q_proj"], modules_to_save=["nothing"]),
+    ):  # fmt: skip
+        with pytest.raises(GraftError):
+            graftlm.get_peft_model(base, wrong)
+        assert torch.equal(logits_of(base, **INPUTS), wanted)
+        assert not any("lora" in n for n, _ in base.named_modules())
+
+
+def test_the_error_tree() -> None:
+    for kind, builtin in (
+        (ConfigError, ValueError), (TargetError, ConfigError), (AdapterError, ValueError), (CompositionError, AdapterError),
+        (UnsupportedError, NotImplementedError), (CheckpointError, ValueError),
+    ):  # fmt: skip
+        assert issubclass(kind, GraftError)
+        assert issubclass(kind, builtin)
