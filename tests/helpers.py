@@ -6,6 +6,7 @@ import copy
 import functools
 from typing import Any
 
+import pytest
 import torch
 from families import CAUSAL, ENCODERS, SEQ2SEQ, VOCAB, build, task
 from torch import Tensor, nn
@@ -137,6 +138,20 @@ def padded(sequences: list[Tensor], side: str, extra: int = 2) -> dict[str, Tens
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def cases(names: Any, methods: Any, quick: Any) -> list[Any]:
+    """Every family with every method; those for which `quick(name, method)` is false are the long tail."""
+    return [
+        pytest.param(n, m, id=f"{n}-{label(m)}", marks=[] if quick(n, m) else [pytest.mark.slow])
+        for n in names
+        for m in methods
+    ]
+
+
+def label(method: str | tuple[str, ...]) -> str:
+    """Name of a method or a composition in a test's id."""
+    return method if isinstance(method, str) else "+".join(method)
+
+
 def close(got: Tensor, wanted: Tensor, tolerance: float = 1e-5) -> None:
     """Equal to 1e-5, absolute and relative."""
     torch.testing.assert_close(got, wanted, atol=tolerance, rtol=tolerance)
@@ -153,6 +168,6 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 __all__ = [
-    "CAUSAL", "COMPOSITIONS", "CONFIGS", "ENCODERS", "ONE_OF_EACH", "SEQ2SEQ", "attach", "close", "config",
-    "embedding_name", "fresh", "head_name", "logits_of", "padded", "randomise", "rows", "state_of", "still",
+    "CAUSAL", "COMPOSITIONS", "CONFIGS", "ENCODERS", "ONE_OF_EACH", "SEQ2SEQ", "attach", "cases", "close", "config",
+    "embedding_name", "fresh", "head_name", "label", "logits_of", "padded", "randomise", "rows", "state_of", "still",
 ]  # fmt: skip

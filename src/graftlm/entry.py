@@ -154,6 +154,13 @@ class Entry:
             return named
         mask, cache = named.get("attention_mask"), named.get("past_key_values")
         past = cache.get_seq_length() if isinstance(cache, Cache) else 0
+        if (count or prefix) and isinstance(cache, StaticCache):
+            raise UnsupportedError("Soft prompts do not work with a static cache; leave cache_implementation out.")
+        if (count or prefix) and mask is not None and not past and mask.shape[:2] != given.shape[:2] and mask.dim() == 2:
+            raise UnsupportedError(
+                f"attention_mask {tuple(mask.shape)} does not fit the inputs {tuple(given.shape[:2])}: expected one place a "
+                "given token, without the virtual ones."
+            )
         if mask is not None and mask.dim() != 2:
             if count or prefix:
                 raise UnsupportedError(

@@ -22,6 +22,7 @@ def merge_and_unload(host: PeftModel, safe: bool, names: list[str] | None) -> nn
     """The base with adapters folded in. Weights that were tied and now differ are untied, in the configuration too."""
     names = list(names or host.active_adapters)
     host._known(*names)
+    host._check_mergeable(names)
     host.unmerge_adapter()
     untie(host, names)
     host._merge(names, safe=safe, keep=False)
@@ -37,7 +38,11 @@ def merge_and_unload(host: PeftModel, safe: bool, names: list[str] | None) -> nn
     for path, module in list(host.base.named_modules()):
         if isinstance(module, LoraLayer) and module.switch is host.switch:
             replace_module(host.base, path, module.base_layer)
-    host._disconnect()
+    for part in (host.prompt_encoder, host.bottleneck, host.adapter_biases):
+        part.clear()
+    host.methods.clear()
+    host.switch.active = ()
+    host._forget()
     return host.base
 
 
@@ -47,8 +52,7 @@ def merge_biases(host: PeftModel, names: list[str]) -> None:
         if name not in host.adapter_biases:
             continue
         for key, bias in host.adapter_biases[name].items():
-            module = host.base.get_submodule(key.replace("/", "."))
-            module = getattr(module, "frozen", module)
+            module = frozen(host.base.get_submodule(key.replace("/", ".")))
             module.bias.data = bias.detach().to(module.bias.dtype)
 
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,11 @@ class PeftModel(PreTrainedModel):
     adapter_biases: Any
 
     def __new__(cls, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> PeftModel:
-        return object.__new__(_wrapper_class(cls, type(model)) if model is not None else cls)
+        if isinstance(model, PeftModel):
+            raise AdapterError("This model is wrapped already. Add another adapter with model.add_adapter(name, config).")
+        if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+            raise AdapterError(f"Expected a transformers model as the base, got {model if model is None else type(model)}.")
+        return object.__new__(_wrapper_class(cls, type(model)))
 
     def __init__(
         self,
@@ -77,10 +82,6 @@ class PeftModel(PreTrainedModel):
         **kwargs: Any,
     ) -> None:
         nn.Module.__init__(self)
-        if isinstance(model, PeftModel):
-            raise AdapterError("This model is wrapped already. Add another adapter with model.add_adapter(name, config).")
-        if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-            raise AdapterError(f"Expected a transformers model as the base, got {type(model).__name__}.")
         self._modules["base_model"] = AdapterHost(model)
         self.switch = Switch()
         self.methods: dict[str, Method] = {}
@@ -133,7 +134,7 @@ class PeftModel(PreTrainedModel):
 
     @property
     def task_type(self) -> Any:
-        return self.active_peft_config.task_type
+        return self.active_peft_config.task_type if self.methods else None
 
     @property
     def word_embeddings(self) -> nn.Module:
@@ -187,6 +188,15 @@ class PeftModel(PreTrainedModel):
                 raise
             return getattr(self.base, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What the base has and the wrapper has not is set on the base (`model.generation_config = …`)."""
+        base = self.__dict__.get("_modules", {}).get("base_model")
+        known = name in self.__dict__ or hasattr(type(self), name) or isinstance(value, (nn.Module, nn.Parameter))
+        if base is not None and not known and name != "entry" and hasattr(base.model, name):
+            setattr(base.model, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def __reduce__(self) -> Any:
         self._disconnect()
         try:
@@ -224,10 +234,9 @@ class PeftModel(PreTrainedModel):
     def _attach(self, name: str, config: PeftConfig, *, for_loading: bool = False) -> None:
         if name in self.methods:
             raise AdapterError(f"There is an adapter {name!r} already. Delete it first, or choose another name.")
-        if not isinstance(name, str) or not name or "." in name or name == BASE_NAME:
-            raise AdapterError(
-                f"{name!r} cannot name an adapter: expected a string without '.', not empty, not {BASE_NAME!r}."
-            )
+        reserved = not isinstance(name, str) or name == BASE_NAME or hasattr(nn.ModuleDict(), name)
+        if reserved or not name or "." in name or "/" in name:
+            raise AdapterError(f"{name!r} cannot name an adapter: expected a word without '.' and '/', not {BASE_NAME!r}.")
         method = method_for(config, name)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = getattr(self.base, "name_or_path", None) or None
@@ -239,6 +248,7 @@ class PeftModel(PreTrainedModel):
             raise
         self.methods[name] = method
         self._connect()
+        self._reconnect_others()
 
     def _save_modules(self, name: str, config: PeftConfig) -> None:
         """Give the adapter its own copies of the modules that it trains in full."""
@@ -268,9 +278,16 @@ class PeftModel(PreTrainedModel):
         self._disconnect()
         self.entry = Entry(self)
         self.handles = self.entry.connect()
+        _HOSTS.setdefault(self.base, WeakSet()).add(self)
         for method in self.methods.values():
             self.handles += method.connect(self)
         self.checkpointing = None
+
+    def _reconnect_others(self) -> None:
+        """Modules of a shared base were put in or taken out: the other wrappers' hooks must follow."""
+        for other in _HOSTS.setdefault(self.base, WeakSet()):
+            if other is not self:
+                other._connect()
 
     def _disconnect(self) -> None:
         for handle in self.handles:
@@ -284,6 +301,7 @@ class PeftModel(PreTrainedModel):
         del self.methods[adapter_name]
         self._unsave_modules(adapter_name)
         self._connect()
+        self._reconnect_others()
         if adapter_name in self.switch.active:
             rest = tuple(n for n in self.switch.active if n != adapter_name) or tuple(self.methods)[:1]
             self.switch.active = rest
@@ -495,6 +513,11 @@ class PeftModel(PreTrainedModel):
     def _merge(self, adapter_names: str | list[str] | None, *, safe: bool, keep: bool) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names or self.switch.active)
         self._known(*names)
+        self._check_mergeable(names)
+        for method in {type(self.methods[n]): self.methods[n] for n in names}.values():
+            method.merge(self, names, safe=safe, keep=keep)  # type: ignore[attr-defined]
+
+    def _check_mergeable(self, names: list[str]) -> None:
         for name in names:
             if not self.methods[name].mergeable:
                 kind = self.methods[name].config.peft_type
@@ -504,8 +527,6 @@ class PeftModel(PreTrainedModel):
                 )
         if is_quantized(self.base):
             raise UnsupportedError("The base is quantised: load it unquantised, attach the adapter and merge there.")
-        for method in {type(self.methods[n]): self.methods[n] for n in names}.values():
-            method.merge(self, names, safe=safe, keep=keep)  # type: ignore[attr-defined]
 
     def unmerge_adapter(self) -> None:
         """Undo `merge_adapter`; the base weights come back bit for bit."""
@@ -528,9 +549,15 @@ class PeftModel(PreTrainedModel):
             self.methods[name].detach(self)
             self._unsave_modules(name)
         self.methods.clear()
-        self._disconnect()
         self.switch.active = ()
+        self._forget()
         return self.base
+
+    def _forget(self) -> None:
+        """Take this wrapper's hooks off the base; others over the same base find their places again."""
+        self._disconnect()
+        _HOSTS.get(self.base, WeakSet()).discard(self)
+        self._reconnect_others()
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **options: Any) -> None:
         """A new LoRA adapter out of several; see `graftlm.merging.add_weighted_adapter`."""
@@ -646,6 +673,7 @@ def get_peft_model(
     return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
 
+_HOSTS: WeakKeyDictionary[nn.Module, WeakSet[PeftModel]] = WeakKeyDictionary()  # the wrappers over each base
 _CLASSES: dict[tuple[Any, Any], Any] = {}
 
 

@@ -284,7 +284,9 @@ def test_unknown_adapters_everywhere() -> None:
     model = attach("llama", "lora")
     for call in (
         lambda: model.set_adapter("defualt"), lambda: model.delete_adapter("defualt"),
-        lambda: model.merge_adapter("defualt"), lambda: model.set_requires_grad("defualt"), lambda: model.save_pretrained("/nowhere", selected_adapters=["defualt"]),
+        lambda: model.merge_adapter("defualt"),
+        lambda: model.set_requires_grad("defualt"),
+        lambda: model.save_pretrained("/nowhere", selected_adapters=["defualt"]),
         lambda: model(**INPUTS, adapter_names=["defualt"] * 3), lambda: model.merge_and_unload(adapter_names=["defualt"]),
     ):  # fmt: skip
         with pytest.raises(AdapterError, match="There is no adapter 'defualt'; attached: 'default'; did you mean 'default'"):

@@ -8,7 +8,20 @@ import pytest
 import torch
 import transformers as t
 from families import ALL, CAUSAL, ENCODERS, SEQ2SEQ, VOCAB
-from helpers import COMPOSITIONS, ONE_OF_EACH, attach, close, config, fresh, logits_of, padded, randomise, rows
+from helpers import (
+    COMPOSITIONS,
+    ONE_OF_EACH,
+    attach,
+    cases,
+    close,
+    config,
+    fresh,
+    label,
+    logits_of,
+    padded,
+    randomise,
+    rows,
+)
 from torch import Tensor, nn
 
 import graftlm
@@ -18,16 +31,8 @@ QUICK = ("bloom", "gpt2", "opt", "llama")
 SIDES = ("left", "right")
 
 
-def label(method: Any) -> str:
-    return method if isinstance(method, str) else "+".join(method)
-
-
-def cases(names: Any, methods: Any, quick: Any = QUICK) -> list[Any]:
-    """Single methods everywhere; compositions of the families outside `quick` are the long tail."""
-    return [
-        pytest.param(n, m, id=f"{n}-{label(m)}", marks=[] if n in quick or isinstance(m, str) else [pytest.mark.slow])
-        for n in names for m in methods
-    ]  # fmt: skip
+def quick(name: str, method: Any) -> bool:
+    return name in QUICK or method in ("lora", "prompt", "prefix")
 
 
 def tail(logits: Tensor, length: int) -> Tensor:
@@ -43,7 +48,7 @@ def extra_inputs(name: str, count: int, row: int | None = None) -> dict[str, Ten
     return {"decoder_input_ids": ids if row is None else ids[row : row + 1]}
 
 
-@pytest.mark.parametrize(("name", "method"), cases(ALL, METHODS))
+@pytest.mark.parametrize(("name", "method"), cases(ALL, METHODS, quick))
 def test_rows_forward(name: str, method: Any) -> None:
     model = attach(name, method)
     sequences = rows(name)
@@ -86,7 +91,7 @@ def answers(model: nn.Module, sequences: list[Tensor], **options: Any) -> list[T
     return [model.generate(input_ids=s[None], attention_mask=torch.ones_like(s)[None], **asked)[0][-5:] for s in sequences]
 
 
-@pytest.mark.parametrize(("name", "method"), cases(CAUSAL | SEQ2SEQ, METHODS))
+@pytest.mark.parametrize(("name", "method"), cases(CAUSAL | SEQ2SEQ, METHODS, quick))
 def test_rows_generate(name: str, method: Any) -> None:
     model = attach(name, method)
     sequences = rows(name)

@@ -12,7 +12,13 @@ import pytest
 import torch
 import transformers as t
 from families import ALL, CAUSAL, SEQ2SEQ, VOCAB, batch
-from helpers import close, config, fresh, randomise
+from helpers import (
+    cases,
+    close,
+    config,
+    fresh,
+    randomise,
+)
 from torch import nn
 
 import graftlm
@@ -75,14 +81,14 @@ def both_ways(base: Callable[[], nn.Module], settings: Callable[[Any], Any], inp
     same(run(from_theirs(base(), folder / "mine"), inputs), run(mine, inputs))
 
 
-def cases(methods: tuple[str, ...], quick: tuple[str, ...]) -> list[Any]:
-    return [
-        pytest.param(n, m, id=f"{n}-{m}", marks=[] if n in quick else [pytest.mark.slow])
-        for n in ALL for m in methods if not (n == "falcon" and m.startswith("prefix"))
-    ]  # fmt: skip
+CHECKPOINTS = [
+    case
+    for case in cases(ALL, LORA + LORA_VARIANTS + SOFT, lambda n, m: n in QUICK or m in ("lora", "prompt", "prefix"))
+    if case.values not in (("falcon", "prefix"), ("falcon", "prefix_projection"))
+]
 
 
-@pytest.mark.parametrize(("name", "method"), cases(LORA, tuple(ALL)) + cases(LORA_VARIANTS, QUICK) + cases(SOFT, tuple(ALL)))
+@pytest.mark.parametrize(("name", "method"), CHECKPOINTS)
 def test_checkpoints_both_ways(name: str, method: str, tmp_path: Path) -> None:
     both_ways(lambda: fresh(name), lambda lib: config(method, name, lib), batch(name), tmp_path)
 
@@ -243,7 +249,7 @@ def test_pissa_niter_comes_back(tmp_path: Path) -> None:
 
 # -- generation ----------------------------------------------------------------------------------------------------------
 GENERATION = [
-    pytest.param(n, m, id=f"{n}-{m}", marks=[] if n in QUICK or m == "prefix" else [pytest.mark.slow])
+    pytest.param(n, m, id=f"{n}-{m}", marks=[] if n in QUICK else [pytest.mark.slow])
     for n in CAUSAL | SEQ2SEQ for m in ("lora", "prompt", "p_tuning_lstm", "prefix") if (n, m) != ("falcon", "prefix")
 ]  # fmt: skip
 

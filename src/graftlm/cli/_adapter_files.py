@@ -73,9 +73,9 @@ class AdapterFiles:
             ("task", str(self.config.get("task_type") or "not recorded")),
             ("base", str(self.config.get("base_model_name_or_path") or "not recorded")),
             ("base fingerprint", self.fingerprint()),
-            ("parameters", f"{self.parameters:,} in {len(self.tensors)} tensors ({dtypes})"),
+            ("parameters", f"{self.parameters:,} ({dtypes})"),
             ("weights file", f"{self.file_bytes:,} bytes"),
-            ("training state", "yes: training can go on" if self.has_training_state else "no separate file"),
+            ("training state", "a file of its own" if self.has_training_state else "none beside the weights"),
         ]
 
     def fingerprint(self) -> str:
@@ -98,9 +98,7 @@ class AdapterFiles:
             "parameters": self.parameters,
             "file_bytes": self.file_bytes,
             "training_state": self.has_training_state,
-            "tensors": [
-                {"key": t.key, "shape": list(t.shape), "dtype": t.dtype, "bytes": t.nbytes} for t in self.tensors
-            ],
+            "tensors": [{"key": t.key, "shape": list(t.shape), "dtype": t.dtype, "bytes": t.nbytes} for t in self.tensors],
             "notes": self.notes,
             "problems": self.problems,
         }

@@ -34,12 +34,17 @@ def console(stderr: bool = False) -> Console:
 
 def quiet_libraries() -> None:
     """Leave progress bars and advice of the libraries below to the libraries' own users."""
+    import logging
+    import warnings
+
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils import logging as hf
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    hf.disable_progress_bar()
+    hf.set_verbosity_error()
 
 
 @contextlib.contextmanager
@@ -104,7 +109,7 @@ def base_for(base: str | None, adapters: dict[str, str]) -> str:
 def load_base(base: str) -> tuple[Any, Any]:
     """Model in eval mode, and tokenizer."""
     quiet_libraries()
-    from ..training import resolve_base
+    from ..training.bases import resolve_base
 
     with notices_on_stderr():
         model, tokenizer = resolve_base(base)

@@ -67,7 +67,7 @@ def chat(
     model, tokenizer = _base.load_base(_base.base_for(base, adapters))
     model = _base.attach(model, adapters)
     session = Session(model, tokenizer, sampling, list(adapters), list(adapters)[:1], system)
-    say(f"Base with {len(adapters)} adapter(s): {', '.join(adapters) or 'none'}. Answering: {session.title}. /help lists commands.")
+    say(f"Adapters: {', '.join(adapters) or 'none'}. Answering: {session.title}. /help lists the commands.")
     while (line := ask(session)) is not None:
         if line.startswith("/"):
             if not command(session, line):

@@ -11,14 +11,12 @@ from . import _base
 if TYPE_CHECKING:
     from ._adapter_files import AdapterFiles
 
-MANY = 12  # rows of a table before the rest is counted
-
 
 def inspect(
     path: Annotated[str, typer.Argument(metavar="DIR", help="Adapter directory, of GraftLM or of HF PEFT.")],
     base: Annotated[str | None, typer.Option("--base", "-b", help=_base.BASE_HELP + " Checks the fit.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor, layer by layer.")] = False,
 ) -> None:
     """What is in an adapter directory, and does it fit this base?
 
@@ -81,20 +79,22 @@ def show(out: Any, adapter: AdapterFiles, every_tensor: bool) -> None:
 
 
 def tensor_table(adapter: AdapterFiles, every: bool) -> Any:
-    """Key, shape, dtype and bytes of tensors: the first ones, unless all are asked for."""
+    """Key, shape, dtype and bytes; keys that differ in numbers only (the layers) in one row, unless all are asked for."""
+    import re
+
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=f"{len(adapter.tensors)} tensors", title_justify="left", box=None, padding=(0, 2))
+    groups: dict[tuple[str, tuple[int, ...], str], list[int]] = {}
+    for tensor in adapter.tensors:
+        key = tensor.key if every else re.sub(r"\.\d+\.", ".*.", tensor.key)
+        groups.setdefault((key, tensor.shape, tensor.dtype), []).append(tensor.nbytes)
+    table = Table(title=f"tensors ({len(adapter.tensors)})", title_justify="left", box=None, padding=(0, 2))
     table.add_column("key", overflow="fold")
-    for title in ("shape", "dtype", "bytes"):
-        table.add_column(title, justify="right")
-    shown = adapter.tensors if every or len(adapter.tensors) <= MANY else adapter.tensors[:MANY]
-    for tensor in shown:
-        shape = " x ".join(map(str, tensor.shape)) or "scalar"
-        table.add_row(Text(tensor.key), shape, tensor.dtype, f"{tensor.nbytes:,}")
-    if len(shown) < len(adapter.tensors):
-        table.add_row(f"… and {len(adapter.tensors) - len(shown)} more (--tensors lists all)", "", "", "")
+    for title in ("times", "shape", "dtype", "bytes"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for (key, shape, dtype), sizes in groups.items():
+        table.add_row(Text(key), str(len(sizes)), " x ".join(map(str, shape)) or "scalar", dtype, f"{sum(sizes):,}")
     return table
 
 
@@ -112,5 +112,3 @@ def show_fit(out: Any, fit: dict[str, Any]) -> None:
                 out.print(f"    {entry}", style="red", markup=False)
     if fit.get("error"):
         out.print(f"  {fit['error']}", style="red", markup=False)
-
-

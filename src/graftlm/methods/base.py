@@ -17,6 +17,7 @@ import dataclasses
 import enum
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -330,6 +331,11 @@ def as_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return as_json(dataclasses.asdict(value))
     return value
+
+
+def clean_path(path: str) -> str:
+    """A module's dotted name in the bare base, whatever adapter modules it stands in now."""
+    return re.sub(r"\.(base_layer|original_module)(?=\.|$)", "", path)
 
 
 def replace_module(root: nn.Module, path: str, new: nn.Module) -> None:

@@ -23,9 +23,9 @@ from transformers.pytorch_utils import Conv1D
 from ..architectures import backbone_embeddings, is_encoder_decoder, lora_targets
 from ..errors import ConfigError, TargetError, UnsupportedError, nearest
 from ..quantization import dequantize, is_quantized
-from .base import Method, PeftConfig, PeftType, positive, register, replace_module
+from .base import Method, PeftConfig, PeftType, clean_path, positive, register, replace_module
 from .lora_layers import LoraLayer, wrap
-from .targets import find_targets, pattern_value
+from .targets import find_targets, pattern_value, report_unused
 
 if TYPE_CHECKING:
     from .. import model as wrapper
@@ -86,6 +86,9 @@ class LoraConfig(PeftConfig):
                     f"init_lora_weights={init!r}: expected True, False, {', '.join(map(repr, INITS))} or "
                     f"'pissa_niter_<n>'{nearest(init, INITS)}"
                 )
+        for key, rank in (self.rank_pattern or {}).items():
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
+                raise ConfigError(f"rank_pattern[{key!r}]={rank!r}: expected a whole number above 0.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern is given without layers_to_transform; name the layers' numbers there.")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -105,8 +108,16 @@ class Lora(Method):
             config.target_modules = lora_targets(host.base)
         if config.bias != "none":
             self._one_bias(host)
+        try:
+            self._attach(host, config, for_loading)
+        except Exception:
+            self.detach(host)
+            raise
+
+    def _attach(self, host: wrapper.PeftModel, config: LoraConfig, for_loading: bool) -> None:
         targets = find_targets(host.base, config, skip=(LoraLayer, *host.container_types))
         self._refuse_shared(host, targets)
+        report_unused(config, list(targets))
         layers = {path: self._layer(host, path, module) for path, module in targets.items()}
         for path, layer in layers.items():
             if host.base.get_submodule(path) is not layer:
@@ -116,7 +127,10 @@ class Lora(Method):
             layer.add(self.name, r, alpha, config, host.adapter_dtype(layer.frozen), initialise=not for_loading)
         if config.bias != "none":
             host.adapter_biases[self.name] = nn.ParameterDict(
-                {path.replace(".", "/"): module.bias.detach().clone() for path, module in self._biased(host)}
+                {
+                    path.replace(".", "/"): module.bias.detach().to(host.adapter_dtype(module), copy=True)
+                    for path, module in self._biased(host)
+                }
             )
 
     def _refuse_shared(self, host: wrapper.PeftModel, targets: dict[str, nn.Module]) -> None:
@@ -157,21 +171,24 @@ class Lora(Method):
                     f"bias={config.bias!r} would train the bias of {path!r}, a {type(module).__name__}, which may not "
                     "simply be added to its output. Use bias='lora_only' or 'none'."
                 )
-            yield path, module
+            yield clean_path(path), module
 
     def detach(self, host: wrapper.PeftModel) -> None:
         if self.name in host.adapter_biases:
             del host.adapter_biases[self.name]
-        for path, layer in list(self.layers(host)):
-            layer.remove(self.name)
+        for path, layer in list(host.base.named_modules()):
+            if not isinstance(layer, LoraLayer) or layer.switch is not host.switch:
+                continue
+            if self.name in layer.scaling:
+                layer.remove(self.name)
             if not layer.scaling:
                 replace_module(host.base, path, layer.base_layer)
 
     def layers(self, host: wrapper.PeftModel) -> Iterator[tuple[str, LoraLayer]]:
-        """This adapter's layers with their dotted names in the base."""
+        """This adapter's layers with their dotted names in the bare base."""
         for path, module in host.base.named_modules():
             if isinstance(module, LoraLayer) and module.switch is host.switch and self.name in module.scaling:
-                yield path, module
+                yield clean_path(path), module
 
     def connect(self, host: wrapper.PeftModel) -> list[Any]:
         """Add the trained biases, as differences to the base's, to the outputs of their modules."""
@@ -194,9 +211,10 @@ class Lora(Method):
         return handles
 
     def named_parameters(self, host: wrapper.PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
-        for path, layer in self.layers(host):
-            for key, parameter in layer.parts(self.name):
-                yield f"base_model.model.{path}.{key}", parameter
+        for path, layer in host.base.named_modules():
+            if isinstance(layer, LoraLayer) and layer.switch is host.switch:
+                for key, parameter in layer.parts(self.name):
+                    yield f"base_model.model.{path}.{key}", parameter
         if self.name in host.adapter_biases:
             for key, parameter in host.adapter_biases[self.name].items():
                 yield f"adapter_biases.{self.name}.{key}", parameter
@@ -208,8 +226,11 @@ class Lora(Method):
                 if short.startswith("lora_magnitude_vector"):
                     short = "lora_magnitude_vector"
                 yield f"{self.file_prefix}{path}.{short}", parameter
-        for key, parameter in host.adapter_biases[self.name].items() if self.name in host.adapter_biases else ():
-            yield f"{self.file_prefix}{key.replace('/', '.')}.bias", parameter
+        if self.name in host.adapter_biases:
+            own = {path for path, _ in self.layers(host)}
+            for key, parameter in host.adapter_biases[self.name].items():
+                path = key.replace("/", ".")
+                yield f"{self.file_prefix}{path}{'.base_layer' if path in own else ''}.bias", parameter
 
     def tensors(self, host: wrapper.PeftModel) -> dict[str, Tensor]:
         return {key: parameter.detach() for key, parameter in self._file_parameters(host)}

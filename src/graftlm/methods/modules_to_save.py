@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import CompositionError, TargetError, nearest
 from ..routing import Switch, active_adapters
+from .base import clean_path, replace_module
 
 
 class ModulesToSaveWrapper(nn.Module):
@@ -30,7 +31,7 @@ class ModulesToSaveWrapper(nn.Module):
 
     def add(self, name: str, dtype: torch.dtype | None) -> None:
         """A trainable copy for adapter `name`; 16-bit floats become `dtype`."""
-        made = copy.deepcopy(self.original_module)
+        made = bare_copy(self.original_module)
         for parameter in made.parameters():
             parameter.requires_grad = True
         self.modules_to_save[name] = made.to(dtype) if dtype is not None else made
@@ -62,6 +63,18 @@ class ModulesToSaveWrapper(nn.Module):
             return getattr(self.active, name)
 
 
+def bare_copy(module: nn.Module) -> Any:
+    """A copy of a module of the base, without what other wrappers put around or into it."""
+    inner: Any = module
+    while hasattr(inner, "original_module") or hasattr(inner, "base_layer"):
+        inner = inner.original_module if hasattr(inner, "original_module") else inner.base_layer
+    made = copy.deepcopy(inner)
+    for path, part in list(made.named_modules()):
+        if hasattr(part, "base_layer"):
+            replace_module(made, path, part.frozen)
+    return made
+
+
 def find_modules(base: nn.Module, names: Iterable[str], wanted: Iterable[str]) -> dict[str, nn.Module]:
     """Modules whose dotted name ends with an entry of `names`. Entries of `wanted` must each match something.
 
@@ -85,4 +98,4 @@ def saved_modules(base: nn.Module, switch: Switch, name: str) -> Iterator[tuple[
     """Adapter `name`'s copies with the dotted names of their places."""
     for path, module in base.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and module.switch is switch and name in module.modules_to_save:
-            yield path, module.modules_to_save[name]
+            yield clean_path(path), module.modules_to_save[name]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .base import PeftType, PromptLearningConfig, as_enum, positive, register
-from .prompt_tuning import SoftPrompt
+from .soft_prompt import SoftPrompt
 
 if TYPE_CHECKING:
     from .. import model as wrapper

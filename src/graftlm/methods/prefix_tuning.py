@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from ..architectures import encoder_kv_shapes, is_encoder_decoder, kv_shapes, model_dims
 from ..errors import ConfigError, UnsupportedError
 from .base import PeftType, PromptLearningConfig, positive, register
-from .prompt_tuning import SoftPrompt
+from .soft_prompt import SoftPrompt
 
 if TYPE_CHECKING:
     from .. import model as wrapper

@@ -9,16 +9,16 @@ What differs from HF PEFT: virtual tokens stand next to the real ones in padded 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..architectures import backbone_embeddings, is_encoder_decoder, model_dims
+from ..architectures import backbone_embeddings
 from ..errors import ConfigError
-from .base import Method, PeftType, PromptLearningConfig, as_enum, register
+from .base import PeftType, PromptLearningConfig, as_enum, register
+from .soft_prompt import SoftPrompt
 
 if TYPE_CHECKING:
     from .. import model as wrapper
@@ -62,110 +62,6 @@ class PromptTuningConfig(PromptLearningConfig):
             raise ConfigError("tokenizer_kwargs is only for prompt_tuning_init=TEXT.")
         if (self.tokenizer_kwargs or {}).get("trust_remote_code"):
             raise ConfigError("tokenizer_kwargs switches on trust_remote_code; a configuration never runs code. Remove it.")
-
-
-class PromptEmbedding(nn.Module):
-    """The trained table: `embedding.weight` [virtual tokens, H]."""
-
-    def __init__(self, count: int, width: int, device: torch.device | str, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(count, width, device=device, dtype=dtype)
-
-    def forward(self) -> Tensor:
-        return self.embedding.weight
-
-
-class SoftPrompt(Method):
-    """What Prompt Tuning, P-Tuning and Prefix Tuning share: one encoder module in `host.prompt_encoder`.
-
-    Its inference form is a bare table (`PromptEmbedding`), and that is what the file holds as `prompt_embeddings`.
-    """
-
-    file_prefix = "base_model."
-    #: whether the trained module is more than the table, so that further training needs a file of its own
-    reparameterised = False
-
-    def attach(self, host: wrapper.PeftModel, *, for_loading: bool = False) -> None:
-        self.fill_config(host)
-        encoder = self.table(host) if self.config.inference_mode else self.build(host, for_loading)
-        host.prompt_encoder[self.name] = encoder
-
-    def fill_config(self, host: wrapper.PeftModel) -> None:
-        """Read what the configuration leaves open from the base model."""
-        config: PromptLearningConfig = self.config  # type: ignore[assignment]
-        dims = model_dims(host.base)
-        config.num_transformer_submodules = config.num_transformer_submodules or (1 + is_encoder_decoder(host.base))
-        config.num_layers = config.num_layers or dims.layers
-        config.num_attention_heads = config.num_attention_heads or dims.heads
-        config.token_dim = config.token_dim or dims.hidden
-        self.check_config(host)
-
-    def check_config(self, host: wrapper.PeftModel) -> None:
-        config: PromptLearningConfig = self.config  # type: ignore[assignment]
-        width = backbone_embeddings(host.base).weight.shape[1]
-        if config.token_dim != width:
-            raise ConfigError(
-                f"token_dim={config.token_dim}: the input embeddings of this model are {width} wide. Leave token_dim out; "
-                "a file with another width belongs to another base model."
-            )
-
-    @property
-    def table_shape(self) -> tuple[int, int]:
-        config: PromptLearningConfig = self.config  # type: ignore[assignment]
-        return config.num_virtual_tokens * config.num_transformer_submodules, config.token_dim  # type: ignore[operator, return-value]
-
-    def table(self, host: wrapper.PeftModel) -> PromptEmbedding:
-        """The inference form."""
-        rows, width = self.table_shape
-        return PromptEmbedding(rows, width, host.adapter_device, host.adapter_dtype())
-
-    def build(self, host: wrapper.PeftModel, for_loading: bool) -> Any:
-        """The trained form."""
-        raise NotImplementedError
-
-    def encoder(self, host: wrapper.PeftModel) -> Any:
-        return host.prompt_encoder[self.name]
-
-    def detach(self, host: wrapper.PeftModel) -> None:
-        del host.prompt_encoder[self.name]
-
-    def named_parameters(self, host: wrapper.PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
-        for key, parameter in self.encoder(host).named_parameters():
-            yield f"prompt_encoder.{self.name}.{key}", parameter
-
-    def virtual_tokens(self, host: wrapper.PeftModel) -> Tensor | None:
-        return self.encoder(host)()[: self.config.num_virtual_tokens]  # type: ignore[attr-defined]
-
-    def tensors(self, host: wrapper.PeftModel) -> dict[str, Tensor]:
-        encoder = self.encoder(host)
-        training = encoder.training
-        encoder.eval()  # what is kept must not hold one random draw of dropout
-        try:
-            with torch.no_grad():
-                return {"prompt_embeddings": encoder().detach()}
-        finally:
-            encoder.train(training)
-
-    def expected_shapes(self, host: wrapper.PeftModel) -> dict[str, torch.Size]:
-        return {"prompt_embeddings": torch.Size(self.table_shape)}
-
-    def load(self, host: wrapper.PeftModel, tensors: dict[str, Tensor]) -> None:
-        """Take the table. A reparameterised encoder cannot be found back from it: training goes on with the bare table."""
-        if not isinstance(self.encoder(host), PromptEmbedding):
-            host.prompt_encoder[self.name] = self.table(host).train(self.encoder(host).training)
-        with torch.no_grad():
-            self.encoder(host).embedding.weight.copy_(tensors["prompt_embeddings"])
-
-    def training_tensors(self, host: wrapper.PeftModel) -> dict[str, Tensor]:
-        encoder = self.encoder(host)
-        if isinstance(encoder, PromptEmbedding):
-            return {}
-        return {key: value.detach() for key, value in encoder.state_dict().items()}
-
-    def load_training(self, host: wrapper.PeftModel, tensors: dict[str, Tensor]) -> None:
-        if isinstance(self.encoder(host), PromptEmbedding) and set(tensors) != {"embedding.weight"}:
-            host.prompt_encoder[self.name] = self.build(host, for_loading=True)
-        self.encoder(host).load_state_dict(tensors)
 
 
 class PromptTuning(SoftPrompt):

@@ -133,6 +133,24 @@ def report_unmatched(targets: Iterable[str], names: dict[str, nn.Module], found:
         )
 
 
+def report_unused(config: Any, found: list[str]) -> None:
+    """One warning that names layer numbers and rank or alpha patterns that select none of the targets."""
+    unused = []
+    wanted = config.layers_to_transform
+    indices = {layer_index(name, config.layers_pattern) for name in found}
+    for number in wanted if isinstance(wanted, (list, tuple)) else ():
+        if number not in indices:
+            unused.append(f"layers_to_transform: {number}")
+    for title in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, title) or {}:
+            if not any(pattern_value({key: True}, name, False) for name in found):
+                unused.append(f"{title}: {key!r}{nearest(key, sorted({n.rpartition('.')[2] for n in found}), cutoff=0.4)}")
+    if unused:
+        warnings.warn(
+            "These entries select none of the target modules and have no effect: " + ", ".join(unused), stacklevel=2
+        )
+
+
 def linear_leaves(names: dict[str, nn.Module]) -> list[str]:
     """Last parts of the linear layers' names, sorted."""
     return sorted({n.rpartition(".")[2] for n, m in names.items() if is_linear(m)})

@@ -8,6 +8,22 @@ print(result.metrics["loss_before"], result.metrics["loss"])
 
 from __future__ import annotations
 
+from .evaluation import Evaluation, evaluate, evaluation, generate_texts
+from .recipes import BaseModelError, Recipe, RunResult, measure, recipe_of, resolve_base, run
 from .trainer import Trainer, TrainingInterrupted
 
-__all__ = ["Trainer", "TrainingInterrupted"]
+__all__ = [
+    "BaseModelError",
+    "Evaluation",
+    "Recipe",
+    "RunResult",
+    "Trainer",
+    "TrainingInterrupted",
+    "evaluate",
+    "evaluation",
+    "generate_texts",
+    "measure",
+    "recipe_of",
+    "resolve_base",
+    "run",
+]

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 CURVE_NAME = "loss.png"
-SERIES = (("loss", "training", "#9ecae1"), ("epoch_train_loss", "training, by epoch", "#3182bd"), ("eval_loss", "held out", "#e6550d"))
+SERIES = (
+    ("loss", "training", "#9ecae1"),
+    ("epoch_train_loss", "training, by epoch", "#3182bd"),
+    ("eval_loss", "held out", "#e6550d"),
+)
 
 
 def points(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:

@@ -71,8 +71,12 @@ class RichProgress(TrainerCallback):
         is_step = "loss" in logs and self.progress is not None
         text = line(logs)
         if state.is_world_process_zero and text and not is_step:
-            epochs = f"epoch {logs.get('epoch', state.epoch or 0):.4g}/{args.num_train_epochs:g}" if args.max_steps <= 0 else ""
-            self.console.print(f"step {state.global_step}/{state.max_steps} {epochs}  {text}", highlight=False, soft_wrap=True)
+            epochs = (
+                f"epoch {logs.get('epoch', state.epoch or 0):.4g}/{args.num_train_epochs:g}" if args.max_steps <= 0 else ""
+            )
+            self.console.print(
+                f"step {state.global_step}/{state.max_steps} {epochs}  {text}", highlight=False, soft_wrap=True
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()

@@ -14,6 +14,7 @@ With label smoothing the training loss is the smoothed one and has no perplexity
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -96,6 +97,9 @@ class Trainer(transformers.Trainer):
         CheckpointError: `resume_from_checkpoint=True` without a complete checkpoint.
     """
 
+    label_smoother: Any
+    _loss_shifts_labels: bool
+
     def __init__(self, model: Any = None, args: TrainingArguments | None = None, *rest: Any, **kwargs: Any) -> None:
         check_precision(args)
         super().__init__(model, args, *rest, **kwargs)
@@ -109,6 +113,11 @@ class Trainer(transformers.Trainer):
             self.add_callback(callback)
         self._pending: list[Tensor] = []
         self._evaluated = TokenLoss()
+        self._smoothing_mask: Tensor | None = None
+        if self._loss_shifts_labels and has_virtual_tokens(self.accelerator.unwrap_model(self.model)):
+            self._loss_shifts_labels = False  # the last virtual token predicts the first real one: every label counts
+        if self.label_smoother is not None:
+            self.label_smoother = AlignedSmoother(self)
 
     # -- running -----------------------------------------------------------------------------------------------------
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -122,10 +131,10 @@ class Trainer(transformers.Trainer):
         finally:
             self.progress.close()
         if self.stop.stopped:
-            self.save_model()
+            self.save_adapter()
             raise TrainingInterrupted(
-                f"Training was stopped at step {self.state.global_step} of {self.state.max_steps}. The adapter and a checkpoint "
-                f"are in {self.args.output_dir}; train(resume_from_checkpoint=True) goes on from there."
+                f"Training was stopped at step {self.state.global_step} of {self.state.max_steps}. The adapter and a "
+                f"checkpoint are in {self.args.output_dir}; train(resume_from_checkpoint=True) goes on from there."
             )
         return output
 
@@ -141,6 +150,10 @@ class Trainer(transformers.Trainer):
                 "Train from the start with resume_from_checkpoint=None."
             )
         return str(found)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self._smoothing_mask = inputs.get("attention_mask")
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         counts = self._weight(inputs), real_tokens(inputs)
@@ -204,7 +217,8 @@ class Trainer(transformers.Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
         weight = self._weight(inputs)
-        smoother, self.label_smoother = self.label_smoother, None
+        smoother: Any = self.label_smoother
+        self.label_smoother = None
         try:
             found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         finally:
@@ -241,6 +255,17 @@ class Trainer(transformers.Trainer):
         if self.args.should_save and not _internal_call:
             save_curve(self.state.log_history, output_dir or self.args.output_dir)  # type: ignore[arg-type]
 
+    def save_adapter(self, output_dir: str | os.PathLike | None = None) -> None:
+        """Like `save_model`, without the files that only a resuming Trainer reads."""
+        if not self.args.should_save:
+            return
+        folder: Any = output_dir or self.args.output_dir
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if isinstance(model, PeftModel):
+            model.card_metrics.update(self.card_metrics())
+        model.save_pretrained(folder)
+        save_curve(self.state.log_history, folder)
+
     def card_metrics(self) -> dict[str, Any]:
         """The measures of this run for the model card: those of the best checkpoint where it was loaded, else the last."""
         history = self.state.log_history
@@ -254,6 +279,33 @@ class Trainer(transformers.Trainer):
         shown = {name: last[key] for key, name in CARD.items() if key in last}
         arguments = {"learning rate": self.args.learning_rate, "seed": self.args.seed, "steps": self.state.global_step}
         return shown | arguments
+
+
+class AlignedSmoother:
+    """transformers' label smoothing for outputs with virtual tokens in front (logits [B, P + T, V], labels [B, T])."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.plain = trainer, trainer.label_smoother
+
+    def __call__(self, outputs: Any, labels: Tensor, shift_labels: bool = False, num_items_in_batch: Any = None) -> Tensor:
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        virtual = logits.shape[1] - labels.shape[1] if shift_labels else 0
+        if virtual <= 0:
+            return self.plain(outputs, labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch)
+        before = logits[:, virtual - 1 : -1]  # what stands before each given token: [B, T, V]
+        mask = self.trainer._smoothing_mask
+        if mask is not None:  # after left padding, the last virtual token stands before the first real one
+            first = mask.long().cumsum(-1).eq(1) & mask.bool()
+            before = torch.where(first[..., None], logits[:, virtual - 1, None], before)
+        return self.plain({"logits": before}, labels, num_items_in_batch=num_items_in_batch)
+
+
+def has_virtual_tokens(model: Any) -> bool:
+    """Whether virtual tokens stand in front of a model's input embeddings."""
+    if not isinstance(model, PeftModel):
+        return False
+    with torch.no_grad():
+        return any(model.methods[name].virtual_tokens(model) is not None for name in model.active_adapters)
 
 
 CARD = {
@@ -286,5 +338,3 @@ def interrupts_go_to(handler: Any) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before if before is not None else signal.default_int_handler)
-
-

@@ -1,0 +1,103 @@
+"""LoRA on English quotes.
+
+    python examples/lora_quotes.py
+    python examples/lora_quotes.py --model facebook/opt-125m --max-steps 100
+    python examples/lora_quotes.py --target-modules q_proj v_proj --model facebook/opt-125m
+    python examples/lora_quotes.py --load-in-8bit          # an int8 base, by bitsandbytes
+
+Data: a column `quote`, `prompt` or `text`.
+"""
+
+import argparse
+
+import rich
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Trainer,
+    TrainingArguments,
+)
+
+from graftlm import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from graftlm.bundled import resolve
+from graftlm.data import CausalLMCollator, load_data, prepare, show
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", default="graftlm-base", help="id or path of the base model")
+parser.add_argument("--data", default="quotes", help="bundled name, file, folder or id")
+parser.add_argument(
+    "--target-modules", nargs="+", default=None, help="layers to adapt; the model family's usual ones if none"
+)
+parser.add_argument("--load-in-8bit", action="store_true", help="hold the base in int8 (slow on a CPU)")
+parser.add_argument("--epochs", type=float, default=2)
+parser.add_argument("--max-steps", type=int, default=-1)
+parser.add_argument("--learning-rate", type=float, default=2e-3)
+parser.add_argument("--output", default="runs/lora-quotes")
+args = parser.parse_args()
+
+name = resolve(args.model)
+gpu = torch.cuda.is_available()
+
+# 1. The base.
+options = {"dtype": "auto" if gpu else "float32"}
+if args.load_in_8bit:
+    options = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": "auto" if gpu else "cpu"}
+base = AutoModelForCausalLM.from_pretrained(name, **options)
+tokenizer = AutoTokenizer.from_pretrained(name)
+if tokenizer.pad_token_id is None:
+    tokenizer.pad_token = tokenizer.eos_token
+
+
+def complete(model, text: str) -> str:
+    inputs = tokenizer(text, return_tensors="pt").to(model.device)
+    outputs = model.generate(**inputs, max_new_tokens=25, do_sample=False, repetition_penalty=1.2)
+    return tokenizer.decode(outputs[0], skip_special_tokens=True)
+
+
+texts = ["The best thing about", "A good friend is", "It is better to"]
+before = [complete(base, text) for text in texts]
+if args.load_in_8bit:
+    base = prepare_model_for_kbit_training(base)
+print(f"The base takes {base.get_memory_footprint() / 2**20:.1f} MiB.")
+
+# 2. The adapter.
+config = LoraConfig(
+    r=8,
+    lora_alpha=32,
+    target_modules=args.target_modules,
+    lora_dropout=0.05,
+    bias="none",
+    task_type="CAUSAL_LM",
+)
+model = get_peft_model(base, config)
+model.print_trainable_parameters()
+
+# 3. A look at the data, then training.
+raw = load_data(args.data)
+rich.print(show(raw["train"], n=3))
+trainer = Trainer(
+    model=model,
+    args=TrainingArguments(
+        output_dir=args.output,
+        per_device_train_batch_size=4,
+        learning_rate=args.learning_rate,
+        num_train_epochs=args.epochs,
+        max_steps=args.max_steps,
+        fp16=gpu,
+        logging_steps=20,
+        save_strategy="no",
+        report_to="none",
+    ),
+    train_dataset=prepare(raw["train"], tokenizer, "text", max_length=128, end="eos"),
+    data_collator=CausalLMCollator(tokenizer),
+)
+trainer.train()
+
+# 4. Save, and the same beginnings again.
+model.save_pretrained(args.output)
+model.eval()
+for text, plain in zip(texts, before, strict=True):
+    print(f"\nBefore {plain!r}\nAfter  {complete(model, text)!r}")
+print(f"\nSaved in {args.output}")

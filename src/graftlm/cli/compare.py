@@ -1,0 +1,97 @@
+"""`graftlm compare`: every method on one data set, in a table, JSON and a report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import ConfigError
+from . import _base
+
+if TYPE_CHECKING:
+    from ..comparison import ComparisonResult
+
+
+def compare(
+    data: Annotated[str, typer.Option("--data", "-d", help="Bundled name, file, directory, or hub id.")] = "tweets",
+    base: Annotated[str, typer.Option("--base", "-b", help=_base.BASE_HELP)] = _base.DEFAULT_BASE,
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", "-m", help="METHOD or METHOD:OPTION=VALUE,…; may be repeated. Default: all five methods."),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of adapters and report.")] = Path("comparison"),
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data, for every method.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps, for every method.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="May be repeated: mean and deviation are shown.")] = None,
+    format: Annotated[str | None, typer.Option(help="Format of the data; default: by the column names.")] = None,
+    split: Annotated[str | None, typer.Option(help="Rows to train on.")] = None,
+    eval_split: Annotated[str | None, typer.Option(help="Rows held out.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--override", "--set", help="key=value of every recipe: training.learning_rate=1e-3.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier comparison in --output.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the table at the end.")] = False,
+) -> None:
+    """Train every method on one data set; table, JSON and HTML report.
+
+    The base is loaded once. Quality is measured on held-out rows, before and after. A method that fails has its error in
+    its row; Ctrl-C keeps what is finished. Exit code 1 if no method finished.
+
+    A method's options follow its name: lora:r=16,use_dora=true. Keys with a dot are parts of the recipe:
+    prompt-tuning:training.learning_rate=0.3.
+    """
+    from .. import comparison
+
+    settings = recipe_settings(epochs, max_steps, batch_size, set_)
+    given = {"source": data, "format": format, "split": split, "eval_split": eval_split}
+    model, tokenizer = _base.load_base(base)
+    result = comparison.compare(
+        base=base, data={k: v for k, v in given.items() if v is not None}, methods=method or comparison.METHODS,
+        output_dir=output, overwrite=overwrite, seeds=seed or [0], settings=settings, model=model, tokenizer=tokenizer,
+        quiet=quiet, command=shlex.join(["graftlm", *sys.argv[1:]]),
+    )  # fmt: skip
+    finish(result)
+
+
+def recipe_settings(
+    epochs: float | None, max_steps: int | None, batch_size: int | None, paths: list[str] | None
+) -> dict[str, Any]:
+    """What holds for every recipe.
+
+    Raises:
+        ConfigError: an --override without '='.
+    """
+    from ..comparison.spec import put, read
+
+    training = {"epochs": epochs, "max_steps": max_steps, "batch_size": batch_size}
+    settings: dict[str, Any] = {"training": {k: v for k, v in training.items() if v is not None}}
+    for text in paths or ():
+        path, given, value = text.partition("=")
+        if not given or not path:
+            raise ConfigError(f"--override {text!r}: expected key=value, as in training.learning_rate=1e-3.")
+        put(settings, path, read(value))
+    return settings
+
+
+def finish(result: ComparisonResult) -> None:
+    """The table, the errors, and where the files are.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted. Exit: no method finished (code 1).
+    """
+    from ..comparison.table import errors, rich_table
+
+    out = _base.console()
+    out.print(rich_table(result))
+    for line in errors(result):
+        out.print(line, style="red", markup=False)
+    out.print(f"Report: {result.report_path}   JSON: {result.json_path}", markup=False, soft_wrap=True)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    if result.best is None:
+        raise typer.Exit(1)

@@ -1,0 +1,101 @@
+"""`graftlm train`: an adapter from a recipe file, from flags, or from both (flags win)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ..training import Recipe, RunResult
+
+# flag -> where it stands in a recipe; what a flag leaves out is the recipe's default
+FLAGS = {
+    "base": "base", "data": "data.source", "data_format": "data.format", "method": "method", "epochs": "training.epochs",
+    "steps": "training.max_steps", "lr": "training.learning_rate", "batch_size": "training.batch_size",
+    "max_length": "data.max_length", "seed": "training.seed", "init_from": "init_from", "output": "output_dir",
+}  # fmt: skip
+
+
+def train(
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe (YAML). Without one: flags over the defaults.")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option("--override", "-o", help="key=value of the recipe: training.epochs=3. Repeatable.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Base model: graftlm-base (bundled), a path or a hub id.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data: a bundled name, a file, a folder or a hub id.")] = None,
+    data_format: Annotated[str | None, typer.Option("--format", help="How an example becomes text.")] = None,
+    method: Annotated[str | None, typer.Option(help="lora, prompt-tuning, p-tuning, prefix-tuning or bottleneck.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of epochs.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; without it the method's measured default.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest example, in tokens.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    init_from: Annotated[str | None, typer.Option(help="Adapter directory to train further.")] = None,
+    output: Annotated[str | None, typer.Option(help="Directory for the adapter.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output directory.")] = False,
+    show: Annotated[bool, typer.Option("--show-recipe", help="Print the recipe with all defaults, and stop.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Train an adapter and measure it before and after.
+
+    Ctrl-C ends the running step, saves the adapter and a checkpoint; --resume goes on from there.
+    """
+    given = locals()
+    from rich.console import Console
+
+    from ..training import TrainingInterrupted, run
+
+    flags = {key: given[flag] for flag, key in FLAGS.items() if given[flag] is not None}
+    flags |= {name: True for name in ("resume", "overwrite") if given[name]}
+    chosen = build_recipe(recipe, flags, override or [])
+    console = Console()
+    if show:
+        console.print(chosen.to_yaml(), end="", highlight=False, markup=False)
+        return
+    try:
+        result = run(chosen, quiet=quiet)
+    except TrainingInterrupted:
+        folder = chosen.output_dir
+        console.print(f"Stopped. The adapter so far is in {folder}; go on with --resume and the same recipe.", markup=False)
+        raise typer.Exit(130) from None
+    report(console, chosen, result)
+
+
+def build_recipe(path: Path | None, flags: dict[str, Any], overrides: list[str]) -> Recipe:
+    """The recipe of a file (or of the defaults), flags and `key=value` texts put over it in this order."""
+    import json
+
+    from ..training import Recipe
+
+    texts = [f"{key}={json.dumps(value)}" for key, value in flags.items()] + overrides
+    return Recipe.from_dict({}, texts, "the flags") if path is None else Recipe.from_yaml(path, texts)
+
+
+def report(console: Any, recipe: Recipe, result: RunResult) -> None:
+    """What the training changed, as a table with a few samples."""
+    from rich.table import Table
+
+    from .evaluate import shown
+
+    m = result.metrics
+    table = Table(title=f"{recipe.method} on {recipe.data.source}", title_justify="left")
+    for name in ("", "before", "after"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name in ("loss", "perplexity", "accuracy"):
+        if m[name] is not None:
+            table.add_row(f"held-out {name}", shown(name, m[f"{name}_before"]), shown(name, m[name]))
+    console.print(table)
+    console.print(
+        f"{m['trainable_parameters']:,} trainable parameters, {m['file_bytes']:,} bytes, {m['seconds']:.1f} s, "
+        f"{m['tokens_per_second']:.0f} tokens/s, peak memory {m['peak_memory_bytes'] / 2**20:.0f} MiB",
+        highlight=False,
+    )
+    for sample in result.samples[:3]:
+        console.print(f"\n{sample['prompt'].strip()}", style="dim", markup=False, highlight=False)
+        for name in ("before", "after"):
+            console.print(f"  {name}: {sample[name].strip()}", markup=False, highlight=False)
+    console.print(f"\nSaved in {result.output_dir}", markup=False, highlight=False)

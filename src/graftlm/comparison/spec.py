@@ -1,0 +1,114 @@
+"""A method with its options, in one line of text.
+
+    lora
+    lora:r=16,use_dora=true
+    prompt-tuning:num_virtual_tokens=8,training.learning_rate=0.3,training.epochs=10
+
+A key without a dot is an option of the method; one with a dot is a path in the recipe. Values are read as YAML.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import ConfigError, nearest
+
+METHODS = ("lora", "prompt-tuning", "p-tuning", "prefix-tuning", "bottleneck")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSpec:
+    """One row of a comparison.
+
+    Attributes:
+        label: what it is called in tables; the text it was made from.
+        method: name of the method.
+        options: options of the method's configuration.
+        overrides: parts of the recipe, nested.
+    """
+
+    label: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def slug(self) -> str:
+        """The label as a folder name."""
+        return re.sub(r"[^A-Za-z0-9]+", "-", self.label).strip("-")
+
+
+def parse(text: str) -> MethodSpec:
+    """A line as above; ConfigError with what is wrong in it."""
+    method, _, rest = text.strip().partition(":")
+    if method not in METHODS:
+        raise ConfigError(f"{method!r} is not a method; methods are {', '.join(METHODS)}{nearest(method, METHODS)}")
+    options: dict[str, Any] = {}
+    overrides: dict[str, Any] = {}
+    for part in split(rest):
+        key, given, value = part.partition("=")
+        key = key.strip()
+        if not given or not key:
+            raise ConfigError(f"{part!r} in {text!r}: expected OPTION=VALUE, as in lora:r=16,use_dora=true.")
+        if "." in key:
+            put(overrides, key, read(value))
+        else:
+            options[key] = read(value)
+    return MethodSpec(label=text.strip(), method=method, options=options, overrides=overrides)
+
+
+def split(text: str) -> list[str]:
+    """Parts between commas that stand in no bracket."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{(") - (letter in "]})")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [p for p in parts if p.strip()]
+
+
+def read(text: str) -> Any:
+    """A value as YAML reads it, and 1e-3 as the number that it is."""
+    import yaml
+
+    try:
+        return float(text) if re.fullmatch(r"\s*[-+]?\d+(\.\d*)?e[-+]?\d+\s*", text, re.IGNORECASE) else yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{text!r} is no YAML value: {error}") from error
+
+
+def put(target: dict[str, Any], path: str, value: Any) -> None:
+    """Set a dotted path in nested mappings."""
+    *parents, last = path.split(".")
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"{path!r}: {parent!r} has a value already and cannot hold {last!r}.")
+    target[last] = value
+
+
+def merged(*layers: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Nested mappings, later ones over earlier ones."""
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in (layer or {}).items():
+            old = result.get(key)
+            result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return result
+
+
+def parse_all(methods: Sequence[str | MethodSpec]) -> list[MethodSpec]:
+    """All rows; ConfigError where there are none, or two of one name."""
+    specs = [m if isinstance(m, MethodSpec) else parse(m) for m in methods]
+    if not specs:
+        raise ConfigError("No methods to compare.")
+    folders = [s.slug for s in specs]
+    twice = sorted({f for f in folders if folders.count(f) > 1})
+    if twice:
+        raise ConfigError(f"These methods stand in the list twice: {', '.join(twice)}. Use seeds to repeat one.")
+    return specs

@@ -1,0 +1,75 @@
+"""What a recipe takes per method where it says nothing: learning rates found by measurement, and better start values.
+
+The learning rates are the best of a grid on the bundled tweets with the bundled base (docs/dev-log-lr.md has the table).
+Start values: soft prompts that start at random learn slowly and end lower, so recipes start them from the base model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import ConfigError, nearest
+from ..methods import METHODS, PeftConfig, PeftType
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodDefaults:
+    """Defaults of one method.
+
+    Attributes:
+        learning_rate: for AdamW.
+        options: configuration fields that differ from the library's defaults in recipes.
+        text_init: fields that start the adapter from a text; used where the recipe names no other start.
+    """
+
+    learning_rate: float
+    options: dict[str, Any] = field(default_factory=dict)
+    text_init: dict[str, Any] = field(default_factory=dict)
+
+
+DEFAULTS: dict[PeftType, MethodDefaults] = {
+    PeftType.LORA: MethodDefaults(learning_rate=2e-3),
+    PeftType.PROMPT_TUNING: MethodDefaults(learning_rate=3e-2, options={"prompt_tuning_init": "SAMPLE_VOCAB"}),
+    PeftType.P_TUNING: MethodDefaults(learning_rate=1e-3),
+    PeftType.PREFIX_TUNING: MethodDefaults(learning_rate=1e-2, text_init={"init_weights": "text"}),
+    PeftType.BOTTLENECK: MethodDefaults(learning_rate=2e-3),
+}
+OTHER = MethodDefaults(learning_rate=1e-3)
+
+# Fields that a run fills in by itself.
+HIDDEN_FIELDS = frozenset(
+    {"task_type", "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
+)
+
+
+def method_names() -> dict[str, PeftType]:
+    """Names of the methods in recipes: `lora`, `prompt-tuning`, …"""
+    return {kind.value.lower().replace("_", "-"): kind for kind in METHODS}
+
+
+ALIASES = {"p-tuning-v2": "prefix-tuning", "adapters": "bottleneck"}
+
+
+def method_type(name: str) -> PeftType:
+    """The method of a recipe's name (any case, `_` or `-`, and the aliases above).
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    names = method_names()
+    plain = str(name).lower().replace("_", "-").replace(" ", "-")
+    plain = ALIASES.get(plain, plain)
+    if plain not in names:
+        raise ConfigError(f"unknown method {name!r}; expected one of {', '.join(names)}{nearest(plain, [*names, *ALIASES])}")
+    return names[plain]
+
+
+def config_type(name: str) -> type[PeftConfig]:
+    """The configuration class of a recipe's method name."""
+    return METHODS[method_type(name)][0]
+
+
+def defaults_of(name: str) -> MethodDefaults:
+    """The recipe defaults of a method."""
+    return DEFAULTS.get(method_type(name), OTHER)

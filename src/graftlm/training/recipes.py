@@ -1,0 +1,265 @@
+"""Running a recipe: base and data in, a trained and measured adapter directory out.
+
+    output_dir/
+      adapter_config.json, adapter_model.safetensors, README.md    the adapter, as `save_pretrained` writes it
+      recipe.yaml      the recipe with every default filled in
+      metrics.json     measures before and after, the log, sample texts
+      loss.png         the loss curve
+      checkpoint-<n>/  what `resume` goes on from
+
+The same recipe on the same machine gives the same adapter bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
+
+from ..errors import RecipeError
+from ..model import PeftModel
+from .bases import BaseModelError, resolve_base
+from .evaluation import Evaluation, evaluation, generate_texts, is_encoder_decoder
+from .output import METRICS_NAME, open_output, write_recipe, write_text
+from .progress import RichProgress
+from .resume import last_complete_checkpoint
+from .schema import DataSection, Recipe, TrainingSection
+from .setup import RunData, attach, load_data_of
+from .trainer import Trainer, log
+
+__all__ = ["BaseModelError", "DataSection", "Recipe", "RunResult", "TrainingSection", "measure", "resolve_base", "run"]
+
+SAMPLES = 5
+SAMPLE_TOKENS = 40
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run gave.
+
+    Attributes:
+        output_dir: the adapter directory.
+        metrics: loss_before, loss (nats a labelled held-out token), perplexity_before, perplexity, accuracy_before,
+            accuracy (None where the data has no labels), trainable_parameters, file_bytes (the weights file), seconds and
+            tokens_per_second (training only, evaluation within it counted in seconds), peak_memory_bytes.
+        history: the Trainer's log_history.
+        samples: dicts with prompt, target, before, after.
+    """
+
+    output_dir: Path
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, str]] = field(default_factory=list)
+
+
+def run(
+    recipe: Recipe,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    quiet: bool = False,
+    baseline: Evaluation | None = None,
+) -> RunResult:
+    """Train the recipe's adapter, measure it and save it.
+
+    Args:
+        model, tokenizer: a loaded base to use in place of `recipe.base`; it is given back as it was.
+        callbacks: further Trainer callbacks.
+        quiet: no progress bar and no lines.
+        baseline: `measure(…)` of the plain base on the same held-out data, where it is known already.
+
+    Raises:
+        RecipeError, DataError, ConfigError, BaseModelError: mistakes in the recipe.
+        TrainingInterrupted: Ctrl-C; the adapter so far and a checkpoint are saved.
+    """
+    if (model is None) != (tokenizer is None):
+        raise RecipeError("run(model=…, tokenizer=…): give both, or neither")
+    output = open_output(recipe)
+    with threads(recipe.training.threads):
+        set_seed(recipe.training.seed)
+        if model is None:
+            model, tokenizer = resolve_base(recipe.base, task=recipe.task, dtype=recipe.dtype)
+        data = load_data_of(recipe, tokenizer, is_encoder_decoder(model))
+        before = baseline if baseline is not None else measure(recipe, model, tokenizer, data)
+        set_seed(recipe.training.seed)
+        wrapped, recipe = attach(recipe, model, tokenizer, data)
+        write_recipe(recipe, output)
+        try:
+            trainer = make_trainer(recipe, wrapped, tokenizer, data, callbacks, quiet)
+            fit(trainer, recipe, output)
+            after = measure(recipe, wrapped, tokenizer, data)
+            return finish(trainer, wrapped, output, before, after)
+        finally:
+            if recipe.training.gradient_checkpointing:
+                model.gradient_checkpointing_disable()
+            wrapped.unload()
+
+
+def measure(recipe: Recipe, model: Any, tokenizer: Any, data: RunData | None = None) -> Evaluation | None:
+    """Loss and (for label tasks) accuracy on the recipe's held-out data, and generated texts of at least its first rows.
+
+    None where the recipe holds out nothing.
+    """
+    data = data or load_data_of(recipe, tokenizer, is_encoder_decoder(model))
+    if data.held_out is None:
+        return None
+    found = evaluation(
+        model, tokenizer, data.held_out, data.format, batch_size=recipe.training.eval_batch_size,
+        truncation=recipe.data.truncation,
+    )  # fmt: skip
+    if found.outputs:
+        return found
+    prompts, targets = data.sample_texts(SAMPLES, tokenizer)
+    outputs = generate_texts(model, tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS)
+    return Evaluation(metrics=found.metrics, prompts=tuple(prompts), targets=tuple(targets), outputs=tuple(outputs))
+
+
+def training_arguments(recipe: Recipe, held_out: bool, bf16: bool) -> TrainingArguments:
+    """The recipe in transformers' words."""
+    t = recipe.training
+    evaluates = t.eval_strategy if held_out else "no"
+    return TrainingArguments(
+        output_dir=recipe.output_dir,
+        num_train_epochs=t.epochs,
+        max_steps=t.max_steps or -1,
+        per_device_train_batch_size=t.batch_size,
+        per_device_eval_batch_size=t.eval_batch_size,
+        gradient_accumulation_steps=t.accumulation,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=t.schedule,
+        warmup_steps=t.warmup_ratio,
+        weight_decay=t.weight_decay,
+        max_grad_norm=t.max_grad_norm,
+        label_smoothing_factor=t.label_smoothing,
+        seed=t.seed,
+        data_seed=t.seed,
+        bf16=bf16,
+        eval_strategy=evaluates,
+        save_strategy=t.save_strategy,
+        eval_steps=t.interval,
+        save_steps=t.interval,
+        logging_steps=t.logging_steps,
+        save_total_limit=t.keep_checkpoints,
+        load_best_model_at_end=t.load_best and evaluates == t.save_strategy != "no",
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        **checkpointing(t.gradient_checkpointing),
+        report_to=t.report_to or "none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=False,
+    )
+
+
+def checkpointing(wanted: bool) -> dict[str, Any]:
+    """The arguments that switch activation checkpointing on, under the name that this version of transformers has."""
+    if not wanted:
+        return {}
+    names = {f.name for f in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def make_trainer(
+    recipe: Recipe, model: PeftModel, tokenizer: Any, data: RunData, callbacks: Sequence[TrainerCallback], quiet: bool
+) -> Trainer:
+    """The trainer of a run."""
+    bf16 = next(p for p in model.base.parameters() if p.is_floating_point()).dtype is torch.bfloat16
+    trainer = Trainer(
+        model,
+        training_arguments(recipe, data.held_out_rows is not None, bf16),
+        data_collator=data.collator,
+        train_dataset=data.train_rows,
+        eval_dataset=data.held_out_rows,
+        callbacks=list(callbacks),
+    )
+    if recipe.training.early_stopping and data.held_out_rows is not None:
+        trainer.add_callback(EarlyStoppingCallback(recipe.training.early_stopping))
+    if quiet:
+        trainer.remove_callback(RichProgress)
+    return trainer
+
+
+def fit(trainer: Trainer, recipe: Recipe, output: Path) -> None:
+    """Train, from the last complete checkpoint where the recipe resumes."""
+    checkpoint = None
+    if recipe.resume:
+        notes: list[str] = []
+        checkpoint = last_complete_checkpoint(output, notes)
+        for note in notes:
+            log.warning(note)
+        if checkpoint is None:
+            log.warning("There is no complete checkpoint in %s; training starts from the beginning.", output)
+    trainer.train(str(checkpoint) if checkpoint else None)
+    trainer.save_adapter(output)
+
+
+def finish(
+    trainer: Trainer, model: PeftModel, output: Path, before: Evaluation | None, after: Evaluation | None
+) -> RunResult:
+    """Collect the measures, put them into the card and `metrics.json`."""
+    metrics: dict[str, Any] = {}
+    for name in ("loss", "perplexity", "accuracy"):
+        metrics[f"{name}_before"] = before.metrics[name] if before else None
+        metrics[name] = after.metrics[name] if after else None
+    end: dict[str, Any] = next((e for e in reversed(trainer.state.log_history) if "train_runtime" in e), {})
+    metrics |= {
+        "trainable_parameters": model.get_nb_trainable_parameters()[0],
+        "file_bytes": sum(p.stat().st_size for p in output.glob("adapter_model.safetensors")),
+        "seconds": end.get("train_runtime"),
+        "tokens_per_second": end.get("train_tokens_per_second"),
+        "peak_memory_bytes": end.get("peak_memory_bytes"),
+    }
+    samples = [
+        {"prompt": p, "target": t, "before": b, "after": a}
+        for p, t, b, a in zip(after.prompts, after.targets, before.outputs, after.outputs, strict=True)
+    ][:SAMPLES] if before and after else []  # fmt: skip
+    shown = {CARD_NAMES[k]: v for k, v in metrics.items() if k in CARD_NAMES and v is not None}
+    model.card_metrics.update(shown)
+    model.create_or_update_model_card(output)
+    result = RunResult(output_dir=output, metrics=metrics, history=trainer.state.log_history, samples=samples)
+    write_text(
+        output / METRICS_NAME, json.dumps(finite(asdict(result) | {"output_dir": str(output)}), indent=1, ensure_ascii=False)
+    )
+    return result
+
+
+CARD_NAMES = {
+    "loss_before": "held-out loss of the base", "loss": "held-out loss",
+    "perplexity_before": "held-out perplexity of the base", "perplexity": "held-out perplexity",
+    "accuracy_before": "held-out accuracy of the base", "accuracy": "held-out accuracy",
+}  # fmt: skip
+
+
+def finite(value: Any) -> Any:
+    """The value with infinities and NaN as None, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Within the block torch runs on `count` CPU threads."""
+    before = torch.get_num_threads()
+    if count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def recipe_of(folder: str | os.PathLike) -> Recipe:
+    """The recipe that an adapter directory was trained with."""
+    return Recipe.from_yaml(Path(folder) / "recipe.yaml")

@@ -1,0 +1,249 @@
+"""The recipe: one YAML file that says everything about a training run. All defaults stand here and in `defaults`.
+
+base: graftlm-base            # the bundled model, a local path or a hub id
+method: lora                  # prompt-tuning, p-tuning, prefix-tuning, bottleneck
+method_options: {r: 8}        # fields of the method's configuration
+data: {source: tweets}
+training: {epochs: 10}
+output_dir: my-adapter
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import ConfigError, RecipeError, nearest
+from .defaults import HIDDEN_FIELDS, config_type, defaults_of
+
+Cut = Literal["end", "prompt"]
+Strategy = Literal["no", "steps", "epoch"]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are refused, values cannot be changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSection(Section):
+    """Where the examples come from and how they become text."""
+
+    source: str = Field(default="tweets", description="bundled name, file, folder or hub id")
+    name: str | None = Field(default=None, description="configuration of a hub data set")
+    format: str | None = Field(default=None, description="how an example becomes text; guessed from the columns")
+    columns: dict[str, str] = Field(default_factory=dict, description="{role: column name}")
+    options: dict[str, Any] = Field(default_factory=dict, description="other fields of the format")
+    split: str = Field(default="train", description="split or slice to train on, e.g. train[:80%]")
+    eval_split: str | None = Field(default=None, description="split to evaluate on; validation or test where there is one")
+    holdout: float = Field(default=0.1, ge=0, lt=1, description="share of `split` held out otherwise; 0 for none")
+    max_length: int | None = Field(default=None, ge=1, description="longest example, in tokens; the format's own")
+    truncation: Cut = Field(default="prompt", description="what is cut from longer examples")
+    max_examples: int | None = Field(default=None, ge=1, description="train on at most so many")
+    max_eval_examples: int | None = Field(default=None, ge=1, description="evaluate on at most so many")
+
+
+class TrainingSection(Section):
+    """How the adapter is trained (on `transformers.Trainer`)."""
+
+    epochs: float = Field(default=10, gt=0, description="passes over the data")
+    max_steps: int | None = Field(default=None, ge=1, description="optimizer steps; overrides epochs")
+    batch_size: int = Field(default=8, ge=1, description="rows a step and device")
+    eval_batch_size: int = Field(default=32, ge=1, description="rows a batch in evaluation")
+    accumulation: int = Field(default=1, ge=1, description="steps that make one update")
+    learning_rate: float | None = Field(default=None, gt=0, description="measured default of the method")
+    schedule: str = Field(default="linear", description="transformers' name of the learning-rate schedule")
+    warmup_ratio: float = Field(default=0.05, ge=0, lt=1, description="share of the steps")
+    weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
+    max_grad_norm: float = Field(default=1.0, ge=0, description="gradients are clipped to this norm; 0 for never")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share of the target spread over the vocabulary")
+    seed: int = Field(default=42, ge=0, description="of everything random")
+    eval_strategy: Strategy = Field(default="epoch", description="when to evaluate")
+    save_strategy: Strategy = Field(default="epoch", description="when to save checkpoints")
+    interval: int = Field(default=50, ge=1, description="steps, for the strategy `steps`")
+    logging_steps: int = Field(default=10, ge=1, description="steps between log entries")
+    keep_checkpoints: int = Field(default=2, ge=1, description="checkpoints that are kept (the best is always)")
+    load_best: bool = Field(default=True, description="end with the best checkpoint by held-out loss")
+    early_stopping: int | None = Field(default=None, ge=1, description="stop after so many evaluations without gain")
+    gradient_checkpointing: bool = Field(default=False, description="recompute activations to save memory")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of torch")
+    report_to: list[str] = Field(default_factory=list, description="trackers of transformers, e.g. tensorboard")
+
+
+class Recipe(Section):
+    """A whole run. Build it from YAML (`from_yaml`) or a dict (`from_dict`); both collect every error in one RecipeError."""
+
+    base: str = Field(default="graftlm-base", description="base model: graftlm-base (bundled), a path or a hub id")
+    task: Literal["auto", "causal-lm", "seq2seq"] = Field(default="auto", description="kind of model; by its configuration")
+    method: str = Field(default="lora", description="method; prompt-tuning, p-tuning, prefix-tuning, bottleneck, lora")
+    method_options: dict[str, Any] = Field(default_factory=dict, description="fields of the method's configuration")
+    init_from: str | None = Field(default=None, description="adapter directory to train further")
+    data: DataSection = Field(default=DataSection(), description="the examples")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="bf16 on GPUs that have it, else fp32")
+    training: TrainingSection = Field(default=TrainingSection(), description="how to train")
+    output_dir: str = Field(default="graftlm-out", description="where the adapter goes")
+    overwrite: bool = Field(default=False, description="replace an earlier run in output_dir")
+    resume: bool = Field(default=False, description="go on from the last complete checkpoint in output_dir")
+
+    @property
+    def learning_rate(self) -> float:
+        """The recipe's own, or the method's measured default."""
+        return self.training.learning_rate or defaults_of(self.method).learning_rate
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], overrides: Iterable[str] = (), where: str = "recipe") -> Recipe:
+        """A checked recipe; `overrides` are `key.key=value` texts, their values YAML.
+
+        Raises:
+            RecipeError: lists every unknown key (with the nearest name) and every impossible value.
+        """
+        content: dict[str, Any] = plain_copy(dict(values))
+        problems = apply_overrides(content, overrides)
+        made = None
+        try:
+            made = cls.model_validate(content)
+        except ValidationError as error:
+            problems += [describe(cls, item) for item in error.errors()]
+        problems += method_problems(content.get("method", cls.model_fields["method"].default), content.get("method_options"))
+        if made is not None:
+            problems += made.conflicts()
+        if problems or made is None:
+            raise RecipeError(f"{where}: {len(problems)} problem(s)\n" + "\n".join(f"  {p}" for p in problems))
+        return made
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike, overrides: Iterable[str] = ()) -> Recipe:
+        """Read a recipe file; errors as in `from_dict`."""
+        try:
+            values = load_yaml(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"cannot read the recipe {str(path)!r}: {error.strerror or error}") from error
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{path} is not valid YAML: {error}") from error
+        if values is not None and not isinstance(values, dict):
+            raise RecipeError(f"{path}: expected keys and values at the top level, got {type(values).__name__}")
+        return cls.from_dict(values or {}, overrides, str(path))
+
+    def to_yaml(self) -> str:
+        """The whole recipe, defaults included."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+    def replace(self, *overrides: str, **values: Any) -> Recipe:
+        """A changed copy, checked anew: `recipe.replace("training.epochs=3", method="p-tuning")`."""
+        return type(self).from_dict(self.model_dump() | values, overrides)
+
+    def conflicts(self) -> list[str]:
+        """Entries that do not go together."""
+        training, found = self.training, []
+        if self.overwrite and self.resume:
+            found.append("overwrite and resume: choose one; resume needs the run that overwrite would delete")
+        if training.early_stopping and not (training.eval_strategy == training.save_strategy != "no"):
+            found.append("training.early_stopping needs equal eval_strategy and save_strategy, epoch or steps")
+        from transformers import SchedulerType
+
+        names = [s.value for s in SchedulerType]
+        if training.schedule not in names:
+            found.append(f"training.schedule: {training.schedule!r} is unknown{nearest(training.schedule, names)}")
+        return found
+
+
+def plain_copy(values: Any) -> Any:
+    return {k: plain_copy(v) for k, v in values.items()} if isinstance(values, dict) else values
+
+
+class Loader(yaml.SafeLoader):
+    """YAML's safe loader that also reads `1e-3` as a number."""
+
+
+NUMBER = re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$")
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
+
+
+def load_yaml(text: str) -> Any:
+    return yaml.load(text, Loader)  # noqa: S506  (a SafeLoader)
+
+
+def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> list[str]:
+    """Put `a.b=value` texts into nested values; returns what could not be read."""
+    problems = []
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        if not sign or not key.strip():
+            problems.append(f"{text!r}: expected key=value, for example training.epochs=3")
+            continue
+        try:
+            read = load_yaml(value)
+        except yaml.YAMLError:
+            problems.append(f"{text!r}: the value is not valid YAML")
+            continue
+        *parents, last = key.strip().split(".")
+        place = values
+        for parent in parents:
+            inner = place.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                inner = place[parent] = {}
+            place = inner
+        place[last] = read
+    return problems
+
+
+def describe(model: type[BaseModel], item: Any) -> str:
+    """A pydantic error in one line, with the nearest key for an unknown one."""
+    path = [str(part) for part in item["loc"]]
+    name = ".".join(path)
+    if item["type"] == "extra_forbidden":
+        known = fields_at(model, path[:-1])
+        hint = elsewhere(model, path[-1]) or nearest(path[-1], known) or "; known: " + ", ".join(known)
+        return f"{name}: unknown key{hint}"
+    if item["type"] == "model_type":
+        return f"{name}: expected keys and values, got {item.get('input')!r}"
+    return f"{name}: {item['msg'][0].lower()}{item['msg'][1:]} (got {item.get('input')!r})"
+
+
+def fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    """Names of the fields of the section at `path`."""
+    for part in path:
+        inner = model.model_fields[part].annotation
+        model = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else Section
+    return list(model.model_fields)
+
+
+def elsewhere(model: type[BaseModel], key: str) -> str:
+    """A hint for a key that stands in the wrong section."""
+    places = {"": model, **{f"{name}.": Recipe.model_fields[name].annotation for name in ("data", "training")}}
+    found = next((place for place, section in places.items() if key in getattr(section, "model_fields", ())), None)
+    return "" if found is None else f"; did you mean '{found}{key}'?"
+
+
+def method_problems(method: Any, options: Any) -> list[str]:
+    """What is wrong with a method's name and options."""
+    try:
+        kind = config_type(method)
+    except ConfigError as error:
+        return [f"method: {error}"]
+    if not isinstance(options, dict):
+        return []
+    known = [f.name for f in dataclasses.fields(kind) if f.name not in HIDDEN_FIELDS]
+    unknown = [k for k in options if k not in known]
+    problems = [
+        f"method_options.{k}: {kind.__name__} has no such field{nearest(str(k), known) or '; it has ' + ', '.join(known)}"
+        for k in unknown
+    ]
+    try:
+        checked = {k: v for k, v in options.items() if k in known}
+        later = {
+            k: "filled in by the run"
+            for k in ("tokenizer_name_or_path", "init_text", "prompt_tuning_init_text")
+            if k in known
+        }
+        kind(**later | checked)
+    except (ConfigError, TypeError) as error:
+        problems.append(f"method_options: {error}")
+    return problems

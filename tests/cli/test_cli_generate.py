@@ -1,0 +1,129 @@
+"""`graftlm generate` and `graftlm chat`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from graftlm.errors import ConfigError
+from graftlm.inference import Sampling
+from graftlm.inference.text import cut
+
+
+def answers(result) -> list[dict]:
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_base_beside_adapters(cli, base, adapters):
+    result = cli("generate", "Hello", "Good", "-b", base, "-a", adapters["lora"], "-a", f"soft={adapters['prompt']}",
+                 "--compare-base", "--max-new-tokens", "4", "--json")  # fmt: skip
+    rows = answers(result)
+    assert [r["prompt"] for r in rows] == ["Hello", "Good"]
+    assert list(rows[0]["answers"]) == ["base", "lora", "soft"]
+
+
+def test_each_answer_is_that_of_the_adapter_alone(cli, base, adapters):
+    options = ["generate", "Hello", "-b", base, "--max-new-tokens", "6", "--json"]
+    both = answers(cli(*options, "-a", adapters["lora"], "-a", adapters["prompt"], "--compare-base"))[0]["answers"]
+    for name in ("lora", "prompt"):
+        assert answers(cli(*options, "-a", adapters[name]))[0]["answers"] == {name: both[name]}
+    assert answers(cli(*options))[0]["answers"] == {"base": both["base"]}
+
+
+def test_together_composes(cli, base, adapters):
+    result = cli("generate", "Hello", "-b", base, "-a", adapters["lora"], "-a", adapters["prompt"], "--together",
+                 "--max-new-tokens", "3", "--json")  # fmt: skip
+    assert list(answers(result)[0]["answers"]) == ["lora + prompt"]
+
+
+def test_base_is_taken_from_the_adapter(cli, adapters):
+    assert cli("generate", "Hello", "-a", adapters["lora"], "--max-new-tokens", "2").exit_code == 0
+
+
+def test_prompts_from_stdin_and_files(cli, base, tmp_path):
+    options = ["-b", base, "--max-new-tokens", "2"]
+    lines = cli("generate", *options, stdin="one\n\ntwo\n")
+    assert lines.exit_code == 0
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"one"\n{"prompt": "two"}\n')
+    assert [r["prompt"] for r in answers(cli("generate", *options, "--prompts-file", file, "--json"))] == ["one", "two"]
+
+
+def test_sampling_repeats_with_a_seed(cli, base):
+    options = ["generate", "Hello", "-b", base, "--temperature", "1", "--max-new-tokens", "8", "--json"]
+    first, again, other = (answers(cli(*options, "--seed", s)) for s in ("1", "1", "2"))
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x", "--temperature", "-1"], "temperature=-1.0"),
+        (["x", "--top-p", "0"], "top_p"),
+        (["x", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["x", "--together"], "--adapter twice"),
+        (["x", "-a", "nowhere"], "nowhere"),
+        (["x", "--prompts-file", "nowhere.txt"], "give one of them"),
+        (["--prompts-file", "nowhere.txt"], "cannot be read"),
+        (["x", "-b", "./nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input(cli, arguments, message):
+    result = cli("generate", *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+
+
+def test_empty_stdin(cli):
+    result = cli("generate", stdin="\n\n")
+    assert result.exit_code == 2
+    assert "no prompts" in result.stderr
+
+
+def test_another_base_is_refused(cli, adapters, tmp_path, base):
+    from conftest import tiny_model
+
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    tiny_model(seed=5).save_pretrained(other)
+    refused = cli("generate", "x", "-b", other, "-a", adapters["lora"])
+    assert refused.exit_code == 2
+    assert "another base" in refused.stderr
+
+
+def test_stop_texts():
+    assert cut("abc END def", ["END", "c "]) == "ab"
+    with pytest.raises(ConfigError, match="stop"):
+        Sampling(stop=("",))
+
+
+def test_chat_switches_adapters(cli, base, adapters):
+    lines = "Hello\n/adapter prompt\nHow are you?\n/adapter lora+prompt\n/adapter nix\n/base\n/system Be brief.\n/reset\n/bad\n/help\nHi\n/quit\n"
+    result = cli("chat", "-b", base, "-a", adapters["lora"], "-a", adapters["prompt"], "--max-new-tokens", "3", stdin=lines)
+    assert result.exit_code == 0, result.output
+    for text in ("Answering: lora.", "Answering: prompt.", "Answering: lora + prompt.", "no adapter 'nix'", "Answering: base.",
+                 "forgotten", "no command /bad", "Instruction set."):  # fmt: skip
+        assert text in result.stderr
+
+
+def test_chat_ends_with_its_input(cli, base):
+    assert cli("chat", "-b", base, "--max-new-tokens", "2", stdin="Hi\n").exit_code == 0
+
+
+def test_chat_forgets_what_does_not_fit(base):
+    from types import SimpleNamespace
+
+    from transformers import AutoTokenizer
+
+    from graftlm.cli.chat import Session, fitting_prompt
+
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=80))
+    session = Session(model, AutoTokenizer.from_pretrained(base), Sampling(max_new_tokens=10), [])
+    session.turns = [{"role": r, "content": "many words here " * 5} for r in ("user", "assistant")] * 4
+    session.turns.append({"role": "user", "content": "the question"})
+    prompt, templated = fitting_prompt(session)
+    assert prompt.endswith("Human: the question\n\nAssistant: ") and not templated
+    assert len(session.turns) < 9

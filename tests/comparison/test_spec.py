@@ -1,0 +1,27 @@
+"""Methods in one line."""
+
+from __future__ import annotations
+
+import pytest
+
+from graftlm.comparison import parse
+from graftlm.comparison.spec import merged
+from graftlm.errors import ConfigError
+
+
+def test_options_and_recipe_paths():
+    spec = parse("lora:r=16,use_dora=true,target_modules=[a, b],training.learning_rate=1e-3,training.epochs=2")
+    assert spec.method == "lora"
+    assert spec.options == {"r": 16, "use_dora": True, "target_modules": ["a", "b"]}
+    assert spec.overrides == {"training": {"learning_rate": 1e-3, "epochs": 2}}
+    assert "/" not in spec.slug and ":" not in spec.slug
+
+
+@pytest.mark.parametrize("text", ["", "lroa", "lora:r", "lora:=3", "lora:a.b=1,a.b.c=2", "lora:r=[1"])
+def test_mistakes(text):
+    with pytest.raises(ConfigError):
+        parse(text)
+
+
+def test_later_layers_win():
+    assert merged({"a": {"b": 1, "c": 2}}, {"a": {"b": 3}}, None) == {"a": {"b": 3, "c": 2}}

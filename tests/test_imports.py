@@ -1,0 +1,190 @@
+"""Imports run one way, optional and heavy libraries stay where they belong, and the public names are these."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import graftlm
+
+SOURCE = Path(graftlm.__file__).parent
+PACKAGE = "graftlm"
+
+# Lower floors first. A module may import from its own floor and from those below it.
+FLOORS: list[set[str]] = [
+    {"errors", "files", "version", "bundled"},
+    {"routing"},
+    {"architectures", "quantization"},
+    {"methods"},
+    {"fingerprint", "card", "checkpoint", "entry", "merging", "model"},
+    {"data", "planning"},
+    {"training", "inference"},
+    {"comparison", "serving", "cli", "utils", "__init__", "__main__"},
+]
+APART = [("training", "inference"), ("inference", "training")]
+# What a method's file may take from another: shared modules, not other methods.
+SHARED = {"base", "soft_prompt", "lora_layers", "lora_combine", "modules_to_save", "targets"}
+METHOD_IMPORTS = {
+    "lora": {"lora_layers", "targets"},
+    "lora_combine": {"lora_layers"},
+    "bottleneck": {"targets"},
+    "p_tuning": {"soft_prompt"},
+    "prompt_tuning": {"soft_prompt"},
+    "prefix_tuning": {"soft_prompt"},
+}
+
+
+def files() -> list[Path]:
+    return sorted(p for p in SOURCE.rglob("*.py") if "assets" not in p.parts)
+
+
+def dotted(path: Path) -> str:
+    """graftlm.methods.lora for src/graftlm/methods/lora.py; a package's __init__ is the package."""
+    parts = [PACKAGE, *path.relative_to(SOURCE).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def package_of(path: Path) -> list[str]:
+    """The package that relative imports of this file start from."""
+    return [PACKAGE, *path.relative_to(SOURCE).parts[:-1]]
+
+
+def only_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def imports(path: Path) -> Iterator[tuple[str, int]]:
+    """Every module that a file imports when it runs, absolute, with the line; `from x import y` gives x and x.y."""
+    pending: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while pending:
+        node = pending.pop()
+        if only_for_types(node):
+            pending += node.orelse  # type: ignore[attr-defined]
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = package_of(path)[: len(package_of(path)) - node.level + 1] if node.level else []
+            source = ".".join([*start, *([node.module] if node.module else [])])
+            yield source, node.lineno
+            yield from ((f"{source}.{alias.name}", node.lineno) for alias in node.names)
+        pending += ast.iter_child_nodes(node)
+
+
+def own_imports(path: Path) -> Iterator[tuple[str, int]]:
+    """Those of the package itself, as module paths that exist."""
+    for name, line in imports(path):
+        parts = name.split(".")
+        if parts[0] == PACKAGE and len(parts) > 1 and exists(parts[1:]):
+            yield name, line
+
+
+def exists(parts: list[str]) -> bool:
+    place = SOURCE.joinpath(*parts)
+    return place.is_dir() or place.with_suffix(".py").is_file()
+
+
+def top(name: str) -> str:
+    """First part below the package: `methods` for graftlm.methods.lora."""
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def floor(part: str) -> int:
+    return next(i for i, names in enumerate(FLOORS) if part in names)
+
+
+def test_every_file_has_its_floor() -> None:
+    known = set.union(*FLOORS)
+    assert {top(dotted(p)) for p in files()} <= known
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: dotted(p))
+def test_imports_run_one_way(path: Path) -> None:
+    here = top(dotted(path))
+    for name, line in own_imports(path):
+        there = top(name)
+        assert floor(there) <= floor(here), f"{path.name}:{line}: {here} imports {there}, which stands above it"
+        assert (here, there) not in APART, f"{path.name}:{line}: {here} imports {there}"
+
+
+@pytest.mark.parametrize("path", sorted((SOURCE / "methods").glob("*.py")), ids=lambda p: p.stem)
+def test_no_method_imports_another(path: Path) -> None:
+    if path.stem == "__init__":
+        return
+    for name, line in own_imports(path):
+        parts = name.split(".")
+        if parts[1] != "methods" or len(parts) < 3:
+            continue
+        allowed = METHOD_IMPORTS.get(path.stem, set()) | {"base"}
+        assert parts[2] in allowed, f"{path.name}:{line}: imports {parts[2]}"
+    assert METHOD_IMPORTS.get(path.stem, set()) - {"soft_prompt"} <= SHARED
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: dotted(p))
+def test_foreign_libraries_stay_where_they_belong(path: Path) -> None:
+    roots = {name.split(".")[0] for name, _ in imports(path)}
+    assert "peft" not in roots
+    if path != SOURCE / "quantization.py":
+        assert "bitsandbytes" not in roots
+    here = top(dotted(path))
+    if here not in ("cli", "training", "comparison", "data", "serving"):
+        assert not roots & {"typer", "rich", "pydantic", "yaml", "matplotlib", "fastapi", "datasets", "accelerate"}
+    if path != SOURCE / "model.py":  # a wrapper can be pickled; no file is read that way
+        assert "pickle" not in roots
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda p: dotted(p))
+def test_nothing_switches_on_remote_code_or_pickle(path: Path) -> None:
+    """`trust_remote_code` is only ever False, and `torch.load` only ever `weights_only=True`."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+        assert given.get("trust_remote_code", "False") == "False"
+        if ast.unparse(node.func) == "torch.load":
+            assert given.get("weights_only") == "True"
+
+
+def test_the_checker_sees_what_it_should(tmp_path: Path) -> None:
+    """The reading of imports itself: relative, nested, by name, and not those for types."""
+    found = {name for name, _ in own_imports(SOURCE / "methods" / "lora.py")}
+    assert {"graftlm.methods.base", "graftlm.errors", "graftlm.quantization", "graftlm.architectures"} <= found
+    assert "graftlm.model" not in found
+    assert "graftlm.merging" in {name for name, _ in own_imports(SOURCE / "model.py")}
+    assert "bitsandbytes.functional" in {name for name, _ in imports(SOURCE / "quantization.py")}
+
+
+def test_public_names() -> None:
+    assert sorted(graftlm.__all__) == list(graftlm.__all__) == sorted(PUBLIC)
+    for name in PUBLIC:
+        assert getattr(graftlm, name) is not None
+    assert set(PUBLIC) <= set(dir(graftlm))
+
+
+PUBLIC = [
+    "BottleneckConfig",
+    "BottleneckPlacement",
+    "LoraConfig",
+    "PeftConfig",
+    "PeftModel",
+    "PeftType",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
+    "PromptLearningConfig",
+    "PromptTuningConfig",
+    "PromptTuningInit",
+    "TaskType",
+    "Trainer",
+    "__version__",
+    "get_peft_config",
+    "get_peft_model",
+    "get_peft_model_state_dict",
+    "load_peft_weights",
+    "prepare_model_for_kbit_training",
+    "set_peft_model_state_dict",
+]

@@ -1,0 +1,204 @@
+"""A plain `transformers.Trainer` trains, saves, resumes and unwraps our model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+import transformers as t
+from safetensors.torch import load_file
+from training_helpers import Kill, arguments, equal, examples, losses, trained, wrapped
+
+import graftlm
+from graftlm.training import Trainer
+
+
+def trainer_of(method: str, folder: Path, cls: type = t.Trainer, **changes) -> t.Trainer:
+    evaluates = {"eval_dataset": examples(4, seed=9)} if "eval_strategy" in changes else {}
+    return cls(wrapped(method), arguments(folder, **changes), train_dataset=examples(), **evaluates)
+
+
+@pytest.mark.parametrize("cls", [t.Trainer, Trainer], ids=["plain", "own"])
+@pytest.mark.parametrize("method", ["lora_dropout", "prompt", "prefix_projection", "p_tuning_lstm_dropout", "bottleneck"])
+def test_interrupted_equals_uninterrupted(cls: type, method: str, tmp_path: Path) -> None:
+    whole = trainer_of(method, tmp_path / "whole", cls)
+    whole.train()
+    killed = trainer_of(method, tmp_path / "cut", cls)
+    killed.add_callback(Kill(4))
+    with pytest.raises(RuntimeError, match="killed"):
+        killed.train()
+    resumed = trainer_of(method, tmp_path / "cut", cls)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
+    assert equal(trained(resumed.model), trained(whole.model))
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix_projection", "p_tuning_lstm"])
+def test_checkpoints_hold_only_the_adapter(method: str, tmp_path: Path) -> None:
+    trainer = trainer_of(method, tmp_path)
+    trainer.train()
+    folder = tmp_path / "checkpoint-6"
+    assert {"adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "trainer_state.json"} <= {
+        p.name for p in folder.iterdir()
+    }
+    base = set(trainer.model.get_base_model().state_dict())
+    for path in folder.glob("*.safetensors"):
+        keys = load_file(path)
+        assert not base & {k.removeprefix("base_model.model.") for k in keys}
+    assert not (folder / "config.json").exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt", "p_tuning_lstm_dropout", "prefix_projection"])
+def test_best_checkpoint_is_loaded(method: str, tmp_path: Path) -> None:
+    trainer = trainer_of(
+        method, tmp_path, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, learning_rate=0.5,
+        num_train_epochs=1,
+    )  # fmt: skip
+    trainer.train()
+    scores = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    best = min(scores.values())
+    assert trainer.state.best_metric == pytest.approx(best)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(best, abs=1e-6)
+
+
+@pytest.mark.parametrize("cls, method", [(t.Trainer, "lora"), (t.Trainer, "prefix"), (Trainer, "lora"), (Trainer, "prefix")])
+def test_label_smoothing_is_exact(cls: type, method: str, tmp_path: Path) -> None:
+    trainer = trainer_of(method, tmp_path, cls, label_smoothing_factor=0.1)
+    trainer.model.eval()
+    rows = examples(3)
+    batch = {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
+    with torch.no_grad():
+        got = trainer.compute_loss(trainer.model, dict(batch))
+        logits = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    assert float(got) == pytest.approx(smoothed(logits[:, :-1], batch["labels"][:, 1:]), abs=1e-5)
+
+
+def smoothed(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1))
+
+
+@pytest.mark.parametrize("method", ["prompt", "p_tuning_mlp"])
+def test_label_smoothing_with_virtual_tokens_is_exact(method: str, tmp_path: Path) -> None:
+    """Left-padded, every real token labelled: the last virtual token predicts the first real one of each row."""
+    trainer = trainer_of(method, tmp_path, Trainer, label_smoothing_factor=0.1)
+    model = trainer.model.eval()
+    lengths, virtual = (7, 4, 5), 3
+    ids = [torch.arange(5, 5 + n) + 3 * i for i, n in enumerate(lengths)]
+    batch = {k: torch.zeros(3, 7, dtype=torch.long) for k in ("input_ids", "attention_mask")}
+    batch["labels"] = torch.full((3, 7), -100)
+    for i, row in enumerate(ids):
+        for key, value in (("input_ids", row), ("attention_mask", 1), ("labels", row)):
+            batch[key][i, 7 - len(row) :] = value
+    with torch.no_grad():
+        got = trainer.compute_loss(model, dict(batch))
+        alone = [model(input_ids=row[None]).logits[0, virtual - 1 : -1] for row in ids]
+    assert float(got) == pytest.approx(smoothed(torch.cat(alone)[None], torch.cat(ids)[None]), abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
+def test_seq2seq_trainer_predicts_with_generate(method: str, tmp_path: Path) -> None:
+    values = arguments(tmp_path).to_dict()
+    keep = {k: values[k] for k in ("output_dir", "learning_rate", "use_cpu", "disable_tqdm", "dataloader_pin_memory")}
+    made = t.Seq2SeqTrainingArguments(
+        **keep,
+        report_to="none",
+        max_steps=2,
+        per_device_train_batch_size=4,
+        predict_with_generate=True,
+        generation_max_length=5,
+    )
+    trainer = t.Seq2SeqTrainer(
+        wrapped(method, "t5"), made, train_dataset=examples(family="t5"), eval_dataset=examples(3, "t5"),
+        compute_metrics=lambda p: {"beyond": int((p.predictions[:, 5:] > 0).sum()), "rows": len(p.predictions)},
+    )  # fmt: skip
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_rows"] == 3 and metrics["eval_beyond"] == 0 and metrics["eval_loss"] > 0
+
+
+def test_unwrap_gives_the_wrapper_back() -> None:
+    model = wrapped("lora")
+    accelerator = accelerate.Accelerator(cpu=True)
+    assert accelerator.unwrap_model(model) is model
+    compiled = torch.compile(model, backend="eager")
+    assert accelerator.unwrap_model(compiled, keep_torch_compile=False) is model
+    assert isinstance(accelerator.unwrap_model(accelerator.prepare_model(model)), graftlm.PeftModel)
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt"])
+def test_torch_compile_trains(method: str, tmp_path: Path) -> None:
+    trainer = trainer_of(method, tmp_path, torch_compile=True, torch_compile_backend="eager", max_steps=2)
+    trainer.train()
+    assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").exists()
+    reference = trainer_of(method, tmp_path / "plain", max_steps=2)
+    reference.train()
+    assert losses(trainer) == pytest.approx(losses(reference), abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"gradient_accumulation_steps": 2}, {"bf16": True}, {"auto_find_batch_size": True}])
+def test_options_of_transformers_work(options: dict, tmp_path: Path) -> None:
+    trainer = trainer_of("prefix", tmp_path, max_steps=2, **options)
+    trainer.train()
+    assert len(losses(trainer)) == 2
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt", "prefix_projection"])
+def test_accumulation_equals_the_large_batch(method: str, tmp_path: Path) -> None:
+    one = trainer_of(method, tmp_path / "1", max_steps=3)
+    two = trainer_of(method, tmp_path / "2", max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    one.train()
+    two.train()
+    assert losses(two) == pytest.approx(losses(one), abs=1e-4)
+
+
+ALONE = """
+import sys, socket
+sys.path[:0] = [{tests!r}, {here!r}]
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name == "peft" or name.startswith("peft."):
+            raise ModuleNotFoundError("No module named 'peft'", name="peft")
+sys.meta_path.insert(0, Block())
+import importlib.metadata as md
+real = md.version
+def version(name):
+    if name == "peft": raise md.PackageNotFoundError(name)
+    return real(name)
+md.version = version
+def refuse(*a, **k): raise OSError("sockets are blocked")
+socket.socket.connect = refuse
+socket.create_connection = refuse
+socket.getaddrinfo = refuse
+import transformers as t
+from pathlib import Path
+from training_helpers import arguments, examples, wrapped, equal, trained, losses, Kill
+from graftlm.training import Trainer
+from graftlm import PeftModel
+from families import build
+folder = Path({folder!r})
+for cls in (t.Trainer, Trainer):
+    for method in ("lora_dropout", "p_tuning_lstm_dropout"):
+        place = folder / cls.__module__ / method
+        rows = dict(train_dataset=examples(), eval_dataset=examples(3))
+        make = lambda f: cls(wrapped(method), arguments(f, eval_strategy="epoch"), **rows)
+        whole = make(place / "whole"); whole.train()
+        cut = make(place / "cut"); cut.add_callback(Kill(3))
+        try: cut.train()
+        except RuntimeError: pass
+        again = make(place / "cut"); again.train(resume_from_checkpoint=True); again.save_model()
+        assert equal(trained(whole.model), trained(again.model)), (cls, method)
+        PeftModel.from_pretrained(build("bloom"), place / "cut")
+assert "peft" not in sys.modules
+print("ALONE OK")
+"""
+
+
+def test_without_peft_and_without_network(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    code = ALONE.format(tests=str(here.parent), here=str(here), folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert "ALONE OK" in done.stdout, done.stderr[-3000:]

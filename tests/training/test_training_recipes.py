@@ -1,0 +1,271 @@
+"""Recipes and runs: reading, refusing, training, resuming, and giving the base back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as t
+from safetensors.torch import load_file
+from training_helpers import Kill, equal, save_base, save_tweets
+
+from graftlm import PeftModel
+from graftlm.errors import RecipeError
+from graftlm.training import BaseModelError, Recipe, evaluate, generate_texts, measure, recipe_of, resolve_base, run
+from graftlm.training.defaults import DEFAULTS, config_type, method_names, method_type
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    save_base(folder / "base")
+    save_tweets(folder / "tweets")
+    return folder
+
+
+def recipe(place: Path, output: Path, *overrides: str, **values) -> Recipe:
+    training = {"epochs": 2, "batch_size": 4, "learning_rate": 0.02, "logging_steps": 1, "threads": 1}
+    start = {"base": str(place / "base"), "data": {"source": str(place / "tweets")}, "training": training}
+    return Recipe.from_dict(start | {"output_dir": str(output)} | values, overrides)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+def test_unknown_keys_name_the_nearest() -> None:
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_dict(
+            {
+                "trainig": {},
+                "epochs": 3,
+                "data": {"sorce": "x", "seed": 3},
+                "training": {"epochs": -1, "schedule": "linaer"},
+            },
+            ["training.learnin_rate=1e-3", "nonsense"],
+        )
+    text = str(caught.value)
+    for part in (
+        "trainig: unknown key; did you mean 'training'?", "epochs: unknown key; did you mean 'training.epochs'?",
+        "data.sorce: unknown key; did you mean 'source'?", "data.seed: unknown key; did you mean 'training.seed'?",
+        "training.learnin_rate: unknown key; did you mean 'learning_rate'",
+        "training.epochs: input should be greater than 0",
+        "'nonsense': expected key=value",
+    ):  # fmt: skip
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    "values, told",
+    [
+        ({"method": "lorra"}, "did you mean 'lora'"),
+        (
+            {"method_options": {"lora_alfa": 3}},
+            "method_options.lora_alfa: LoraConfig has no such field; did you mean 'lora_alpha'",
+        ),
+        ({"method_options": {"lora_dropout": 2}}, "lora_dropout=2"),
+        ({"method_options": 3}, "method_options"),
+        ({"overwrite": True, "resume": True}, "choose one"),
+        ({"training": {"early_stopping": 1, "eval_strategy": "no"}}, "early_stopping needs"),
+        ({"training": {"schedule": "linaer"}}, "did you mean 'linear'"),
+        ({"data": 3}, "data: expected keys and values, got 3"),
+    ],
+)
+def test_impossible_entries(values: dict, told: str) -> None:
+    with pytest.raises(RecipeError, match=told.replace("(", r"\(")):
+        Recipe.from_dict(values)
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    made = Recipe.from_dict({"method": "p-tuning"}, ["training.learning_rate=1e-3", "data.columns={text: tweet}"])
+    assert made.training.learning_rate == 1e-3 and made.data.columns == {"text": "tweet"}
+    path = tmp_path / "r.yaml"
+    path.write_text(made.to_yaml(), encoding="utf-8")
+    assert Recipe.from_yaml(path) == made
+    assert Recipe.from_yaml(path, ["training.seed=5"]).training.seed == 5
+    assert made.replace("training.epochs=3", method="lora").training.epochs == 3
+
+
+@pytest.mark.parametrize("text, told", [("- a", "top level"), ("a: [", "not valid YAML"), (None, "cannot read")])
+def test_files_that_are_no_recipes(text: str | None, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match=told):
+        Recipe.from_yaml(path)
+
+
+def test_every_method_has_a_name_and_a_default() -> None:
+    assert set(method_names()) == {"lora", "prompt-tuning", "p-tuning", "prefix-tuning", "bottleneck"}
+    assert set(DEFAULTS) == set(method_names().values())
+    assert method_type("Prefix_Tuning") is method_type("p-tuning-v2")
+    for name in method_names():
+        config_type(name)(**DEFAULTS[method_type(name)].options)
+        assert Recipe(method=name).learning_rate == DEFAULTS[method_type(name)].learning_rate
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_example_recipes_are_valid(path: Path) -> None:
+    assert Recipe.from_yaml(path).base == "graftlm-base"
+
+
+# -- bases -------------------------------------------------------------------------------------------------------------
+def test_bases_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "config.json").write_text("{}")
+    for name, told in (
+        ("graftlm-bse", "did you mean 'graftlm-base'"), (str(tmp_path / "none"), "no base model directory"),
+        (str(tmp_path / "adapter"), "It is an adapter"), ("nobody/nothing", "there is no network"),
+        (str(tmp_path / "bad"), "incomplete"),
+    ):  # fmt: skip
+        with pytest.raises(BaseModelError, match=told):
+            resolve_base(name)
+    with pytest.raises(BaseModelError, match="trust_remote_code"):
+        resolve_base("graftlm-base", trust_remote_code=True)
+
+
+@pytest.mark.parametrize("family, cls", [("t5", "T5ForConditionalGeneration"), ("llama", "LlamaForCausalLM"),
+                                         ("bert", "BertForSequenceClassification")])  # fmt: skip
+def test_kind_of_base_follows_its_configuration(family: str, cls: str, tmp_path: Path) -> None:
+    model, tokenizer = resolve_base(str(save_base(tmp_path, family)), dtype="bf16")
+    assert type(model).__name__ == cls and model.dtype is torch.bfloat16 and tokenizer.pad_token == "<pad>"
+
+
+# -- runs --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", sorted(method_names()))
+def test_a_run_learns_and_gives_the_base_back(method: str, place: Path, tmp_path: Path) -> None:
+    model, tokenizer = resolve_base(str(place / "base"))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    result = run(recipe(place, tmp_path, method=method), model=model, tokenizer=tokenizer, quiet=True)
+    m = result.metrics
+    assert m["loss"] < m["loss_before"] and m["accuracy"] is not None
+    assert m["file_bytes"] == (tmp_path / "adapter_model.safetensors").stat().st_size and m["trainable_parameters"] > 0
+    assert m["tokens_per_second"] > 0 and m["peak_memory_bytes"] > 0 and m["seconds"] > 0
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
+    assert {"recipe.yaml", "metrics.json", "loss.png", "README.md", "adapter_config.json"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
+    assert json.loads((tmp_path / "metrics.json").read_text())["metrics"]["loss"] == m["loss"]
+    assert len(result.samples) == 5 and set(result.samples[0]) == {"prompt", "target", "before", "after"}
+    last = [e["eval_loss"] for e in result.history if "eval_loss" in e]
+    assert min(last) == pytest.approx(m["loss"], abs=1e-5)
+    assert "held-out accuracy of the base" in (tmp_path / "README.md").read_text()
+    loaded = PeftModel.from_pretrained(model, tmp_path)
+    again = measure(recipe_of(tmp_path), loaded, tokenizer)
+    assert again is not None and again.metrics["loss"] == pytest.approx(m["loss"], abs=1e-5)
+
+
+def test_runs_are_equal_bit_for_bit(place: Path, tmp_path: Path) -> None:
+    options = {"method": "prompt-tuning"}
+    for name in "ab":
+        run(recipe(place, tmp_path / name, **options), quiet=True)
+    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
+    assert equal(a, b)
+    run(recipe_of(tmp_path / "a").replace(output_dir=str(tmp_path / "c")), quiet=True)
+    assert equal(load_file(tmp_path / "c" / "adapter_model.safetensors"), a)
+
+
+def test_resume_overwrite_and_continue(place: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run(recipe(place, whole), quiet=True)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(recipe(place, cut), quiet=True, callbacks=[Kill(4)])
+    with pytest.raises(RecipeError, match="--resume"):
+        run(recipe(place, cut), quiet=True)
+    with pytest.raises(RecipeError, match="cannot be resumed"):
+        run(recipe(place, cut, resume=True, method="bottleneck"), quiet=True)
+    run(recipe(place, cut, resume=True), quiet=True)
+    name = "adapter_model.safetensors"
+    assert equal(load_file(cut / name), load_file(whole / name))
+    run(recipe(place, cut, "training.max_steps=1", overwrite=True), quiet=True)
+    assert [p.name for p in cut.glob("checkpoint-*")] == ["checkpoint-1"]
+    further = run(recipe(place, tmp_path / "more", init_from=str(whole)), quiet=True)
+    assert further.metrics["loss"] < json.loads((whole / "metrics.json").read_text())["metrics"]["loss"]
+    with pytest.raises(RecipeError, match="leave one out"):
+        run(recipe(place, tmp_path / "no", init_from=str(whole), method="bottleneck"), quiet=True)
+    with pytest.raises(RecipeError, match="leave method_options out"):
+        run(recipe(place, tmp_path / "no", init_from=str(whole), method_options={"r": 2}), quiet=True)
+
+
+def test_text_data_with_holdout_and_checkpointing(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"text": f"the train was late w{i} w3 yes"}) + "\n" for i in range(9))
+    )
+    made = recipe(
+        place, tmp_path / "out", "training.gradient_checkpointing=true", "training.early_stopping=1",
+        "training.accumulation=2",
+        data={"source": str(tmp_path / "texts.jsonl"), "holdout": 0.3, "max_examples": 5}, method="prefix-tuning",
+    )  # fmt: skip
+    result = run(made, quiet=True)
+    evaluated = [e["eval_loss"] for e in result.history if "eval_loss" in e]
+    assert result.metrics["accuracy"] is None and result.metrics["loss"] == pytest.approx(min(evaluated), abs=1e-5)
+    assert result.samples and result.samples[0]["prompt"]
+    none = run(
+        recipe(place, tmp_path / "none", "data.holdout=0", data={"source": str(tmp_path / "texts.jsonl")}), quiet=True
+    )
+    assert none.metrics["loss"] is None and none.samples == []
+
+
+def test_encoder_decoder_run(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    save_base(place / "base", "t5")
+    save_tweets(place / "tweets")
+    result = run(recipe(place, tmp_path / "out", method="prompt-tuning"), quiet=True)
+    assert result.metrics["loss"] < result.metrics["loss_before"]
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------------
+def test_evaluation_does_not_depend_on_batches(place: Path) -> None:
+    from graftlm.data import load_data, prepare
+
+    model, tokenizer = resolve_base(str(place / "base"))
+    rows = load_data(str(place / "tweets"), split="test")
+    one, many = (evaluate(model, tokenizer, rows, batch_size=size) for size in (1, 4))
+    assert one["loss"] == pytest.approx(many["loss"], abs=1e-5) and one["accuracy"] == many["accuracy"]
+    total, count = 0.0, 0
+    for row in prepare(rows, tokenizer, "label"):
+        labels = torch.tensor([row["labels"]])
+        n = int(labels[:, 1:].ne(-100).sum())
+        with torch.no_grad():
+            total += float(model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss) * n
+        count += n
+    assert one["loss"] == pytest.approx(total / count, abs=1e-5) and one["tokens"] == count
+    assert evaluate(model, tokenizer, prepare(rows, tokenizer, "label"))["loss"] == pytest.approx(one["loss"], abs=1e-6)
+
+
+def test_accuracy_counts_exact_answers(place: Path) -> None:
+    from graftlm.data import load_data
+
+    class Says:
+        """A model whose generation always writes `good` and the end."""
+
+        def __init__(self, inner: t.PreTrainedModel, ids: list[int]) -> None:
+            self.inner, self.ids = inner, ids
+
+        def __getattr__(self, name: str):
+            return getattr(self.inner, name)
+
+        def __call__(self, **inputs):
+            return self.inner(**inputs)
+
+        def generate(self, input_ids, **options):
+            return torch.cat([input_ids, torch.tensor([self.ids] * len(input_ids))], dim=1)
+
+    model, tokenizer = resolve_base(str(place / "base"))
+    rows = load_data(str(place / "tweets"), split="test")
+    for words, wanted in ((["good", "<pad>", "bad"], 0.5), (["good", "good"], 0.0), (["bad", "</s>"], 0.5)):
+        said = Says(model, tokenizer.convert_tokens_to_ids(words))
+        assert evaluate(said, tokenizer, rows)["accuracy"] == wanted
+
+
+def test_generated_texts_are_those_of_each_prompt_alone(place: Path) -> None:
+    model, tokenizer = resolve_base(str(place / "base"))
+    prompts = ["the train was", "great", "late again thanks yes"]
+    together = generate_texts(model, tokenizer, prompts, max_new_tokens=6)
+    assert together == [generate_texts(model, tokenizer, [p], max_new_tokens=6)[0] for p in prompts]
+    assert generate_texts(model, tokenizer, []) == [] and not model.training
