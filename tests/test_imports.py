@@ -19,7 +19,7 @@ FLOORS: list[set[str]] = [
     {"routing"},
     {"architectures", "quantization"},
     {"methods"},
-    {"fingerprint", "card", "checkpoint", "entry", "merging", "model"},
+    {"fingerprint", "card", "checkpoint", "entry", "merging", "host", "model"},
     {"data", "planning"},
     {"training", "inference"},
     {"comparison", "serving", "cli", "utils", "__init__", "__main__"},

@@ -21,8 +21,10 @@ def test_help_lists_every_command(cli):
 
 
 def test_help_imports_nothing_heavy():
-    code = f"import sys; sys.argv=['graftlm','--help']\nfrom graftlm.cli import app\ntry:\n app()\nexcept SystemExit: pass\n" \
-        f"print([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"  # fmt: skip
+    code = (
+        "import sys; sys.argv=['graftlm','--help']\nfrom graftlm.cli import app\ntry:\n app()\nexcept SystemExit: pass\n"
+        f"print([m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stderr.strip().endswith("[]")
 

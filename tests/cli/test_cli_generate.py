@@ -84,7 +84,7 @@ def test_empty_stdin(cli):
 
 
 def test_another_base_is_refused(cli, adapters, tmp_path, base):
-    from conftest import tiny_model
+    from cli_helpers import tiny_model
 
     other = tmp_path / "other"
     shutil.copytree(base, other)
@@ -101,11 +101,13 @@ def test_stop_texts():
 
 
 def test_chat_switches_adapters(cli, base, adapters):
-    lines = "Hello\n/adapter prompt\nHow are you?\n/adapter lora+prompt\n/adapter nix\n/base\n/system Be brief.\n/reset\n/bad\n/help\nHi\n/quit\n"
+    said = ["Hello", "/adapter prompt", "How are you?", "/adapter lora+prompt", "/adapter nix", "/base", "/system Be brief.",
+            "/reset", "/bad", "/help", "Hi", "/quit"]  # fmt: skip
+    lines = "\n".join(said) + "\n"
     result = cli("chat", "-b", base, "-a", adapters["lora"], "-a", adapters["prompt"], "--max-new-tokens", "3", stdin=lines)
     assert result.exit_code == 0, result.output
-    for text in ("Answering: lora.", "Answering: prompt.", "Answering: lora + prompt.", "no adapter 'nix'", "Answering: base.",
-                 "forgotten", "no command /bad", "Instruction set."):  # fmt: skip
+    for text in ("Answering: lora.", "Answering: prompt.", "Answering: lora + prompt.", "no adapter 'nix'",
+                 "Answering: base.", "forgotten", "no command /bad", "Instruction set."):  # fmt: skip
         assert text in result.stderr
 
 

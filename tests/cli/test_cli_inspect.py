@@ -8,7 +8,7 @@ from pathlib import Path
 
 import peft
 import pytest
-from conftest import rewrite, tiny_model
+from cli_helpers import rewrite, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import BloomForCausalLM
 

@@ -6,15 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparison_helpers import BROKEN, DATA, DIVERGING, SETTINGS
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
 
 from graftlm.bundled import base_path
 from graftlm.comparison import ComparisonResult, compare
-
-BROKEN = "lora:r=-1"
-DIVERGING = "bottleneck:training.learning_rate=1e30"
-DATA = {"source": "tweets", "max_examples": 8, "max_eval_examples": 6}
-SETTINGS = {"training": {"epochs": 2, "batch_size": 4, "logging_steps": 1}}
 
 
 @pytest.fixture(scope="session")

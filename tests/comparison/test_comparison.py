@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import BROKEN, DATA, DIVERGING, SETTINGS
+from comparison_helpers import BROKEN, DATA, DIVERGING, SETTINGS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graftlm import PeftModel
@@ -17,6 +19,12 @@ from graftlm.errors import ConfigError, DataError, GraftError
 from graftlm.training import Recipe, TrainingInterrupted
 
 GOOD = ["lora:r=2", "prompt-tuning", "p-tuning", "prefix-tuning", "bottleneck"]
+
+
+def small(base: str, folder: Path, *methods: str, **options: Any) -> ComparisonResult:
+    """A comparison below `folder`."""
+    made = {"base": base, "data": DATA, "methods": methods, "output_dir": folder / "o", "settings": SETTINGS, "quiet": True}
+    return compare(**made | options)
 
 
 def runs(result: ComparisonResult) -> dict[str, MethodRun]:
@@ -64,7 +72,7 @@ def test_recipes_repeat_the_runs(result, tmp_path):
 
 def test_order_does_not_matter(result, base, tmp_path):
     """A method trained after the others on the shared base is the method trained alone."""
-    alone = compare(base=base, data=DATA, methods=["bottleneck"], output_dir=tmp_path / "o", settings=SETTINGS, quiet=True)
+    alone = small(base, tmp_path, "bottleneck")
     assert alone.runs[0].metrics["loss"] == pytest.approx(runs(result)["bottleneck"].metrics["loss"], rel=1e-5)
 
 
@@ -78,16 +86,14 @@ def test_json_holds_it_all(result):
 def test_the_given_base_is_given_back(base, tmp_path):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    compare(base=base, data=DATA, methods=["lora", "prefix-tuning"], output_dir=tmp_path / "o", settings={"training": {"max_steps": 1}},
-            model=model, tokenizer=tokenizer, quiet=True)  # fmt: skip
+    few = {"training": {"max_steps": 1}}
+    small(base, tmp_path, "lora", "prefix-tuning", settings=few, model=model, tokenizer=tokenizer)
     after = model.state_dict()
     assert set(before) == set(after) and all(torch.equal(before[k], after[k]) for k in before)
 
 
 def test_several_seeds(base, tmp_path):
-    result = compare(
-        base=base, data=DATA, methods=["lora"], seeds=[0, 1], output_dir=tmp_path / "o", settings=SETTINGS, quiet=True
-    )
+    result = small(base, tmp_path, "lora", seeds=[0, 1])
     (row,) = result.rows
     assert [r.directory for r in row.runs] == ["lora-seed0", "lora-seed1"]
     assert row.deviation("loss") is not None
@@ -106,8 +112,7 @@ def test_ctrl_c_keeps_what_is_finished(base, tmp_path, monkeypatch):
         return real(recipe, **options)
 
     monkeypatch.setattr(training, "run", interrupted)
-    result = compare(base=base, data=DATA, methods=["lora", "prompt-tuning", "bottleneck"], output_dir=tmp_path / "o", settings=SETTINGS,
-                     quiet=True)  # fmt: skip
+    result = small(base, tmp_path, "lora", "prompt-tuning", "bottleneck")
     assert [r.status for r in result.runs] == ["done", "interrupted", "not started"]
     assert result.interrupted and calls == ["lora", "prompt-tuning"]
     assert ComparisonResult.load(tmp_path / "o").runs[0].status == "done"
@@ -127,9 +132,7 @@ def test_a_run_that_leaves_something_in_the_base(base, tmp_path, monkeypatch):
         return real(recipe, model=model, **options)
 
     monkeypatch.setattr(training, "run", messy)
-    result = compare(
-        base=base, data=DATA, methods=["lora", "bottleneck"], output_dir=tmp_path / "o", settings=SETTINGS, quiet=True
-    )
+    result = small(base, tmp_path, "lora", "bottleneck")
     assert [r.status for r in result.runs] == ["failed", "done"]
     assert seen[0] is not seen[1]
 
@@ -175,6 +178,4 @@ def test_nothing_is_overwritten_unasked(result, base, tmp_path):
 
 def test_bad_data_is_no_row(base, tmp_path):
     with pytest.raises(DataError):
-        compare(
-            base=base, data={"source": "tweets", "format": "alpaca"}, methods=["lora"], output_dir=tmp_path / "o", quiet=True
-        )
+        small(base, tmp_path, "lora", data={"source": "tweets", "format": "alpaca"})

@@ -7,13 +7,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import BROKEN
+from comparison_helpers import BROKEN
 
 from graftlm.comparison import ComparisonResult, MethodRun
 from graftlm.comparison.charts import Series, line_chart, scatter_chart, spread_out
 from graftlm.comparison.report import page
 
-VOID = {"meta", "br", "circle", "rect", "line", "path", "polyline"}
+VOID = {"meta", "br"}
 
 
 class Page(HTMLParser):

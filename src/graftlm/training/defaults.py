@@ -1,6 +1,7 @@
 """What a recipe takes per method where it says nothing: learning rates found by measurement, and better start values.
 
-The learning rates are the best of a grid on the bundled tweets with the bundled base (docs/dev-log-lr.md has the table).
+The learning rates are chosen on the bundled tweets with the bundled base; docs/dev-log-lr.md has the figures, and says which
+rates are measured and which still stand on custom (`recipes/learning_rates.py` measures them).
 Start values: soft prompts that start at random learn slowly and end lower, so recipes start them from the base model.
 """
 
@@ -29,7 +30,7 @@ class MethodDefaults:
 
 
 DEFAULTS: dict[PeftType, MethodDefaults] = {
-    PeftType.LORA: MethodDefaults(learning_rate=2e-3),
+    PeftType.LORA: MethodDefaults(learning_rate=1e-2),
     PeftType.PROMPT_TUNING: MethodDefaults(learning_rate=3e-2, options={"prompt_tuning_init": "SAMPLE_VOCAB"}),
     PeftType.P_TUNING: MethodDefaults(learning_rate=1e-3),
     PeftType.PREFIX_TUNING: MethodDefaults(learning_rate=1e-2, text_init={"init_weights": "text"}),

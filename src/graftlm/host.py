@@ -1,0 +1,343 @@
+"""What adapters hang on: the base model, its adapters by name, which are switched on, and what the entry points ask.
+
+Methods and entry points talk to this part (they call it the *host*); `model.PeftModel` adds what users call.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .architectures import backbone_embeddings
+from .entry import Entry
+from .errors import AdapterError, nearest
+from .methods import Method, PeftConfig, method_for
+from .methods.base import TASK_HEADS, replace_module
+from .methods.modules_to_save import ModulesToSaveWrapper, find_modules, saved_modules
+from .quantization import quantized_kind
+from .routing import Plan, Switch, current_plan, running
+
+BASE_NAME = "__base__"
+
+
+class AdapterHost(nn.Module):
+    """The level between wrapper and base, so that modules are found under `base_model.model.…` as with HF PEFT."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+
+class Host(PreTrainedModel):
+    """A frozen base model and its adapters. See `model.PeftModel`, its only subclass, for the arguments."""
+
+    prompt_encoder: Any
+    bottleneck: Any
+    adapter_biases: Any
+
+    def __init__(self, model: nn.Module, autocast_adapter_dtype: bool) -> None:
+        nn.Module.__init__(self)
+        self._modules["base_model"] = AdapterHost(model)
+        self.switch = Switch()
+        self.methods: dict[str, Method] = {}
+        self.prompt_encoder = nn.ModuleDict()
+        self.bottleneck = nn.ModuleDict()
+        self.adapter_biases = nn.ModuleDict()
+        self.autocast_adapter_dtype = autocast_adapter_dtype
+        self.card_metrics: dict[str, Any] = {}
+        self.handles: list[Any] = []
+        self.checkpointing: list[nn.Module] | None = None
+        self.train(model.training)
+        freeze_base(model)
+
+    # -- what it is made of ------------------------------------------------------------------------------------------
+    @property
+    def base(self) -> Any:
+        """The transformers model."""
+        return self.base_model.model
+
+    def get_base_model(self) -> Any:
+        """The transformers model."""
+        return self.base
+
+    @property
+    def base_model(self) -> AdapterHost:  # type: ignore[override]
+        return self._modules["base_model"]  # type: ignore[return-value]
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """Configurations by adapter name."""
+        return {name: method.config for name, method in self.methods.items()}
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.switch.active)
+
+    @property
+    def active_adapter(self) -> str:
+        return self.switch.active[0] if self.switch.active else next(iter(self.methods), "default")
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        return self.methods[self.active_adapter].config
+
+    @property
+    def peft_type(self) -> Any:
+        return self.active_peft_config.peft_type
+
+    @property
+    def task_type(self) -> Any:
+        return self.active_peft_config.task_type if self.methods else None
+
+    @property
+    def word_embeddings(self) -> nn.Module:
+        return backbone_embeddings(self.base)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        names = {n for c in self.peft_config.values() for n in getattr(c, "modules_to_save", None) or ()}
+        return names or None
+
+    @property
+    def container_types(self) -> tuple[type, ...]:
+        """Modules whose inside belongs to adapters."""
+        return (ModulesToSaveWrapper,)
+
+    @property
+    def _hf_peft_config_loaded(self) -> bool:  # a plain Trainer lets a quantised model with adapters pass by this
+        return True
+
+    @property
+    def adapter_device(self) -> torch.device:
+        return backbone_embeddings(self.base).weight.device
+
+    def adapter_dtype(self, layer: Any = None) -> torch.dtype:
+        """Dtype of new adapter tensors beside `layer`: its own, but fp32 for 16-bit (unless told otherwise) or packed."""
+        weight = getattr(layer, "weight", None) if layer is not None else None
+        dtype = (
+            weight.dtype
+            if layer is not None and weight is not None and quantized_kind(layer) is None
+            else self._float_dtype()
+        )
+        if not dtype.is_floating_point or (self.autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16)):
+            return torch.float32
+        return dtype
+
+    def _float_dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.base.parameters() if p.is_floating_point()), torch.float32)
+
+    # -- attaching ---------------------------------------------------------------------------------------------------
+    def add_adapter(
+        self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False, **kwargs: Any
+    ) -> None:
+        """Attach a new, untrained adapter. It becomes active by `set_adapter`.
+
+        Raises:
+            AdapterError: the name is taken or cannot be used.
+        """
+        self._attach(adapter_name, peft_config, **kwargs)
+        self._update_requires_grad()
+
+    def _attach(self, name: str, config: PeftConfig, *, for_loading: bool = False) -> None:
+        if name in self.methods:
+            raise AdapterError(f"There is an adapter {name!r} already. Delete it first, or choose another name.")
+        reserved = not isinstance(name, str) or name == BASE_NAME or hasattr(nn.ModuleDict(), name)
+        if reserved or not name or "." in name or "/" in name:
+            raise AdapterError(f"{name!r} cannot name an adapter: expected a word without '.' and '/', not {BASE_NAME!r}.")
+        method = method_for(config, name)
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = getattr(self.base, "name_or_path", None) or None
+        try:
+            self._save_modules(name, config)
+            method.attach(self, for_loading=for_loading)
+        except Exception:
+            self._unsave_modules(name)
+            raise
+        self.methods[name] = method
+        self._connect()
+        self._reconnect_others()
+
+    def _save_modules(self, name: str, config: PeftConfig) -> None:
+        """Give the adapter its own copies of the modules that it trains in full."""
+        wanted = list(dict.fromkeys(getattr(config, "modules_to_save", None) or ()))
+        heads = TASK_HEADS.get(config.task_type, ())  # type: ignore[call-overload]
+        entries = list(dict.fromkeys([*wanted, *heads]))
+        if not entries:
+            return
+        config.modules_to_save = entries  # type: ignore[attr-defined]
+        for path, module in find_modules(self.base, entries, [w for w in wanted if w not in heads]).items():
+            if not isinstance(module, ModulesToSaveWrapper) or module.switch is not self.switch:
+                module = ModulesToSaveWrapper(module, self.switch)
+                replace_module(self.base, path, module)
+            half = self._float_dtype() in (torch.float16, torch.bfloat16)
+            module.add(name, torch.float32 if half and self.autocast_adapter_dtype else None)
+            module.is_head = module.is_head or not any(path == w or path.endswith(f".{w}") for w in wanted if w not in heads)
+
+    def _unsave_modules(self, name: str) -> None:
+        for path, module in list(self.base.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper) and module.switch is self.switch and name in module.modules_to_save:
+                del module.modules_to_save[name]
+                if not module.modules_to_save:
+                    replace_module(self.base, path, module.original_module)
+
+    def _connect(self) -> None:
+        """(Re)register every hook: after modules were put in or taken out."""
+        self._disconnect()
+        self.entry = Entry(self)
+        self.handles = self.entry.connect()
+        _HOSTS.setdefault(self.base, WeakSet()).add(self)
+        for method in self.methods.values():
+            self.handles += method.connect(self)
+        self.checkpointing = None
+
+    def _reconnect_others(self) -> None:
+        """Modules of a shared base were put in or taken out: the other wrappers' hooks must follow."""
+        for other in _HOSTS.setdefault(self.base, WeakSet()):
+            if other is not self:
+                other._connect()
+
+    def _disconnect(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off the base and forget it."""
+        self._known(adapter_name)
+        self.methods[adapter_name].detach(self)
+        del self.methods[adapter_name]
+        self._unsave_modules(adapter_name)
+        self._connect()
+        self._reconnect_others()
+        if adapter_name in self.switch.active:
+            rest = tuple(n for n in self.switch.active if n != adapter_name) or tuple(self.methods)[:1]
+            self.switch.active = rest
+            if rest:
+                warnings.warn(f"Adapter {adapter_name!r} was active; active now: {', '.join(rest)}.", stacklevel=2)
+        self._update_requires_grad()
+
+    def _known(self, *names: str) -> None:
+        for name in names:
+            if name not in self.methods:
+                have = ", ".join(map(repr, self.methods)) or "none"
+                raise AdapterError(f"There is no adapter {name!r}; attached: {have}{nearest(str(name), self.methods)}")
+
+    # -- switching ---------------------------------------------------------------------------------------------------
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter, or several together, active and (unless `inference_mode`) trainable; freeze the others.
+
+        Raises:
+            AdapterError: an unknown name, or the same name twice.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._known(*names)
+        if len(set(names)) != len(names) or not names:
+            raise AdapterError(f"set_adapter({adapter_name!r}): expected one or more different names.")
+        self.switch.active = tuple(names)
+        self._update_requires_grad(frozen=inference_mode)
+
+    def _update_requires_grad(self, frozen: bool = False) -> None:
+        for name in self.methods:
+            for _, parameter in self.adapter_parameters(name):
+                parameter.requires_grad = name in self.switch.active and not frozen
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Freeze or unfreeze adapters without changing which are active."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self._known(name)
+            for _, parameter in self.adapter_parameters(name):
+                parameter.requires_grad = requires_grad
+
+    def adapter_parameters(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """All trained parameters of an adapter (its modules to save included), under their `state_dict` names."""
+        yield from self.methods[name].named_parameters(self)
+        for path, module in saved_modules(self.base, self.switch, name):
+            for key, parameter in module.named_parameters():
+                yield f"base_model.model.{path}.modules_to_save.{name}.{key}", parameter
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Run the base directly, without adapters and without gradients."""
+        with torch.no_grad(), running(Plan(self.switch, ())):
+            yield
+
+    def active_now(self) -> tuple[str, ...]:
+        """Adapters that apply at this moment: those of the running plan, if it is this wrapper's.
+
+        Hooks ask this; unlike LoRA's modules they do nothing when the base is called directly.
+        """
+        plan = current_plan()
+        return plan.adapters if plan is not None and plan.switch is self.switch else ()
+
+    # -- what the entry points ask -----------------------------------------------------------------------------------
+    @property
+    def has_memory(self) -> bool:
+        return any(type(m).memory is not Method.memory for m in self.methods.values())
+
+    def counts(self, plan: Plan) -> tuple[int, int]:
+        """Number of virtual tokens and of prefix entries under a plan."""
+        count = prefix = 0
+        for name in plan.adapters:
+            method = self.methods[name]
+            if type(method).memory is not Method.memory:
+                prefix += method.config.num_virtual_tokens  # type: ignore[attr-defined]
+            elif type(method).virtual_tokens is not Method.virtual_tokens:
+                count += method.config.num_virtual_tokens  # type: ignore[attr-defined]
+        return count, prefix
+
+    def virtual_tokens(self, plan: Plan) -> Tensor:
+        """The active adapters' virtual tokens, side by side [P, H]."""
+        parts = [t for n in plan.adapters if (t := self.methods[n].virtual_tokens(self)) is not None]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def memory(self, plan: Plan) -> list[tuple[Tensor, Tensor]]:
+        """The active adapters' prefixes, side by side: per layer (K, V) [kv_heads, K, head_dim] in the compute dtype."""
+        return self._side_by_side([m for n in plan.adapters if (m := self.methods[n].memory(self))])
+
+    def has_encoder_memory(self, plan: Plan) -> bool:
+        return any(getattr(self.methods[n].config, "prefix_in_encoder", False) for n in plan.adapters)
+
+    def encoder_memory(self, plan: Plan) -> list[tuple[Tensor, Tensor]] | None:
+        found = [m for n in plan.adapters if (m := self.methods[n].encoder_memory(self))]
+        return self._side_by_side(found) if found else None
+
+    def _side_by_side(self, memories: list) -> list[tuple[Tensor, Tensor]]:
+        kind = self.adapter_device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self._float_dtype()
+        joined = (
+            memories[0]
+            if len(memories) == 1
+            else [
+                tuple(torch.cat(parts, dim=-2) for parts in zip(*layer, strict=True))
+                for layer in zip(*memories, strict=True)
+            ]
+        )
+        return [(k.to(dtype), v.to(dtype)) for k, v in joined]
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Freeze the base's own parameters; adapters of another wrapper over it are left alone."""
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name and ".modules_to_save." not in name:
+            parameter.requires_grad = False
+
+
+_HOSTS: WeakKeyDictionary[nn.Module, WeakSet[Host]] = WeakKeyDictionary()  # the wrappers over each base
