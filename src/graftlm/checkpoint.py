@@ -116,7 +116,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]
     """A safetensors file with our header, put in place in one step."""
     ready = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
     temporary = path.with_suffix(".tmp")
-    save_file(ready, temporary, metadata={"format": "pt", HEADER_KEY: json.dumps(header)})
+    save_file(ready, temporary, metadata={HEADER_KEY: json.dumps(header)})
     os.replace(temporary, path)
 
 

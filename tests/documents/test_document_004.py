@@ -1,7 +1,7 @@
 """Document 004: LoRA on an OPT with English quotes, and QLoRA on a ChatGLM-like model with advertising copy.
 
-On a CPU. Left out of its lines: `fp16=True` where results are compared (it rounds), remote code, and what transformers 5 took
-away (`load_in_8bit=` of `from_pretrained`, `warmup_ratio`).
+On a CPU. Left out of its lines: `fp16=True` where results are compared (it rounds), remote code, and what transformers 5
+took away (`load_in_8bit=` of `from_pretrained`, `warmup_ratio`).
 """
 
 import os
