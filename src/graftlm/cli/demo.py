@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 DATA = "tweets"
 # Learning rates and epochs by measurement: docs/dev-log-demo.md.
 SETTINGS: dict[str, Any] = {
-    "training": {"epochs": 20, "batch_size": 4, "eval_batch_size": 50, "eval_strategy": "steps", "interval": 65}
+    "training": {"epochs": 12, "batch_size": 4, "eval_batch_size": 50, "eval_strategy": "steps", "interval": 52}
 }
 OVERRIDES: dict[str, dict[str, Any]] = {
     method: {"training": {"learning_rate": rate}}

@@ -21,7 +21,7 @@ FLAGS = {
 def train(
     recipe: Annotated[Path | None, typer.Argument(help="Recipe (YAML). Without one: flags over the defaults.")] = None,
     override: Annotated[
-        list[str] | None, typer.Option("--override", "-o", help="key=value of the recipe: training.epochs=3. Repeatable.")
+        list[str] | None, typer.Option("--override", "--set", help="key=value of the recipe: training.epochs=3. Repeatable.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="Base model: graftlm-base (bundled), a path or a hub id.")] = None,
     data: Annotated[str | None, typer.Option(help="Data: a bundled name, a file, a folder or a hub id.")] = None,
@@ -34,7 +34,7 @@ def train(
     max_length: Annotated[int | None, typer.Option(help="Longest example, in tokens.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     init_from: Annotated[str | None, typer.Option(help="Adapter directory to train further.")] = None,
-    output: Annotated[str | None, typer.Option(help="Directory for the adapter.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Directory for the adapter.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output directory.")] = False,
     show: Annotated[bool, typer.Option("--show-recipe", help="Print the recipe with all defaults, and stop.")] = False,

@@ -113,11 +113,8 @@ class Trainer(transformers.Trainer):
             self.add_callback(callback)
         self._pending: list[Tensor] = []
         self._evaluated = TokenLoss()
-        self._smoothing_mask: Tensor | None = None
-        if self._loss_shifts_labels and has_virtual_tokens(self.accelerator.unwrap_model(self.model)):
+        if self.label_smoother is None and has_virtual_tokens(self.accelerator.unwrap_model(self.model)):
             self._loss_shifts_labels = False  # the last virtual token predicts the first real one: every label counts
-        if self.label_smoother is not None:
-            self.label_smoother = AlignedSmoother(self)
 
     # -- running -----------------------------------------------------------------------------------------------------
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -150,10 +147,6 @@ class Trainer(transformers.Trainer):
                 "Train from the start with resume_from_checkpoint=None."
             )
         return str(found)
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        self._smoothing_mask = inputs.get("attention_mask")
-        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         counts = self._weight(inputs), real_tokens(inputs)
@@ -279,25 +272,6 @@ class Trainer(transformers.Trainer):
         shown = {name: last[key] for key, name in CARD.items() if key in last}
         arguments = {"learning rate": self.args.learning_rate, "seed": self.args.seed, "steps": self.state.global_step}
         return shown | arguments
-
-
-class AlignedSmoother:
-    """transformers' label smoothing for outputs with virtual tokens in front (logits [B, P + T, V], labels [B, T])."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer, self.plain = trainer, trainer.label_smoother
-
-    def __call__(self, outputs: Any, labels: Tensor, shift_labels: bool = False, num_items_in_batch: Any = None) -> Tensor:
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        virtual = logits.shape[1] - labels.shape[1] if shift_labels else 0
-        if virtual <= 0:
-            return self.plain(outputs, labels, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch)
-        before = logits[:, virtual - 1 : -1]  # what stands before each given token: [B, T, V]
-        mask = self.trainer._smoothing_mask
-        if mask is not None:  # after left padding, the last virtual token stands before the first real one
-            first = mask.long().cumsum(-1).eq(1) & mask.bool()
-            before = torch.where(first[..., None], logits[:, virtual - 1, None], before)
-        return self.plain({"logits": before}, labels, num_items_in_batch=num_items_in_batch)
 
 
 def has_virtual_tokens(model: Any) -> bool:
