@@ -12,11 +12,13 @@ VOCAB = 96
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **SPECIAL}
 _GQA = {**_SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 128}
+_OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 128}
+_GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, **SPECIAL}
 
 CAUSAL: dict[str, Callable[[], tuple[type, object]]] = {
     "bloom": lambda: (t.BloomForCausalLM, t.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, **SPECIAL)),
-    "opt": lambda: (t.OPTForCausalLM, t.OPTConfig(**_SIZES, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=128)),
-    "gpt2": lambda: (t.GPT2LMHeadModel, t.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128, **SPECIAL)),
+    "opt": lambda: (t.OPTForCausalLM, t.OPTConfig(**_SIZES, **_OPT)),
+    "gpt2": lambda: (t.GPT2LMHeadModel, t.GPT2Config(**_GPT2)),
     "llama": lambda: (t.LlamaForCausalLM, t.LlamaConfig(**_GQA)),
     "mistral": lambda: (t.MistralForCausalLM, t.MistralConfig(**_GQA, sliding_window=None)),
     "qwen2": lambda: (t.Qwen2ForCausalLM, t.Qwen2Config(**_GQA)),

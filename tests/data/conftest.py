@@ -82,7 +82,5 @@ class ChatGLMTokenizer(PreTrainedTokenizerFast):
 @pytest.fixture
 def chatglm_tokenizer(bpe_json):
     bpe = Tokenizer.from_str(bpe_json)
-    bpe.post_processor = processors.TemplateProcessing(
-        single="[gMASK] sop $A", special_tokens=[("[gMASK]", 3), ("sop", 4)]
-    )
+    bpe.post_processor = processors.TemplateProcessing(single="[gMASK] sop $A", special_tokens=[("[gMASK]", 3), ("sop", 4)])
     return ChatGLMTokenizer(tokenizer_object=bpe, **NAMES)

@@ -53,11 +53,7 @@ def test_no_test_row_is_near_a_train_row(name):
 def test_texts_are_unique():
     for name in BUNDLED:
         data = load_data(name)
-        texts = [
-            str(row)
-            for part in data.values()
-            for row in part.remove_columns("ID" if name == "tweets" else [])
-        ]
+        texts = [str(row) for part in data.values() for row in part.remove_columns("ID" if name == "tweets" else [])]
         assert len(set(texts)) == len(texts)
 
 
@@ -87,9 +83,7 @@ def test_readme_names_every_data_set_and_its_sizes():
 def test_files_are_plain_jsonl():
     for name in BUNDLED:
         for split in ("train", "test"):
-            text = (files("graftlm") / "assets" / "datasets" / name / f"{split}.jsonl").read_text(
-                encoding="utf-8"
-            )
+            text = (files("graftlm") / "assets" / "datasets" / name / f"{split}.jsonl").read_text(encoding="utf-8")
             assert all(isinstance(json.loads(line), dict) for line in text.strip().split("\n"))
 
 

@@ -25,8 +25,7 @@ MARKED = (
 )
 # forgets all earlier answers, so that no prefix agrees
 FORGETFUL = (
-    "{% for m in messages %}{% if m.role != 'assistant' or loop.last %}"
-    "<|im_start|>{{ m.content }}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role != 'assistant' or loop.last %}<|im_start|>{{ m.content }}{% endif %}{% endfor %}"
 )
 
 
@@ -74,9 +73,7 @@ def test_a_template_brings_its_own_bos(data, bos_tokenizer):
 
 def test_templates_that_rewrite_history_raise(data, tokenizer):
     tokenizer.chat_template = FORGETFUL
-    with pytest.raises(
-        DataError, match="row 0: the chat template does not build the conversation turn by turn"
-    ):
+    with pytest.raises(DataError, match="row 0: the chat template does not build the conversation turn by turn"):
         prepare(data, tokenizer)
 
 
@@ -95,10 +92,7 @@ def test_without_a_template_one_question_is_the_alpaca_layout(tokenizer, bos_tok
 
 def test_the_plain_template_with_several_turns(data, tokenizer):
     row = prepare(data, tokenizer)[0]
-    text = (
-        "System: Be short.\n\nHuman: Hello\n\nAssistant: Hi there.</s>"
-        "Human: How are you?\n\nAssistant: Fine.</s>"
-    )
+    text = "System: Be short.\n\nHuman: Hello\n\nAssistant: Hi there.</s>Human: How are you?\n\nAssistant: Fine.</s>"
     assert tokenizer.decode(row["input_ids"]) == text
     assert answers(row, tokenizer) == ["Hi there.</s>", "Fine.</s>"]
     assert render_chat(MESSAGES[:4], tokenizer) + "Fine.</s>" == text

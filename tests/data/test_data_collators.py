@@ -103,9 +103,7 @@ def test_cutting_all_labels_raises(tokenizer):
     ):
         with pytest.raises(DataError, match="a row of 4 tokens has no labelled token in its first 3"):
             collator([row])
-    assert FixedLengthCollator(tokenizer, max_length=3)([{"input_ids": [1, 2, 3, 4]}])[
-        "input_ids"
-    ].tolist() == [[1, 2, 3]]
+    assert FixedLengthCollator(tokenizer, max_length=3)([{"input_ids": [1, 2, 3, 4]}])["input_ids"].tolist() == [[1, 2, 3]]
 
 
 def test_seq2seq_is_transformers(t5_tokenizer):
@@ -115,9 +113,7 @@ def test_seq2seq_is_transformers(t5_tokenizer):
     assert batch.pop("name") == ["x"] * 4 and batch.keys() == set(expected)
     for key in batch:
         assert torch.equal(batch[key], expected[key])
-    config = T5Config(
-        vocab_size=420, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0
-    )
+    config = T5Config(vocab_size=420, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
     with_decoder = Seq2SeqCollator(t5_tokenizer, model=T5ForConditionalGeneration(config))(rows)
     assert with_decoder["decoder_input_ids"].shape == with_decoder["labels"].shape
 
@@ -126,9 +122,7 @@ def test_seq2seq_without_labels(t5_tokenizer):
     assert Seq2SeqCollator(t5_tokenizer)([{"input_ids": [3, 2]}]).keys() == {"input_ids", "attention_mask"}
 
 
-@pytest.mark.parametrize(
-    "kind", [CausalLMCollator, FixedLengthCollator, LengthSortedCollator, Seq2SeqCollator]
-)
+@pytest.mark.parametrize("kind", [CausalLMCollator, FixedLengthCollator, LengthSortedCollator, Seq2SeqCollator])
 def test_no_pad_token(kind, tokenizer):
     tokenizer.pad_token = None
     with pytest.raises(DataError, match=r"no pad token.*tokenizer\.pad_token = tokenizer\.eos_token"):

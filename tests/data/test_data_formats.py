@@ -31,9 +31,7 @@ def document_001(examples, classes, tokenizer, max_length=64):
 
 
 def document_003(example, tokenizer, MAX_LENGTH=256):
-    instruction = tokenizer(
-        "\n".join(["Human: " + example["instruction"], example["input"]]).strip() + "\n\nAssistant: "
-    )
+    instruction = tokenizer("\n".join(["Human: " + example["instruction"], example["input"]]).strip() + "\n\nAssistant: ")
     response = tokenizer(example["output"] + tokenizer.eos_token)
     input_ids = instruction["input_ids"] + response["input_ids"]
     attention_mask = instruction["attention_mask"] + response["attention_mask"]
@@ -78,9 +76,7 @@ def test_label_text_column_made_as_in_document_001(tokenizer):
     names = data.features["Label"].names
     with_text = data.map(lambda row: {"text_label": names[row["Label"]]})
     assert get_format("label", available=with_text.column_names).bind(with_text).label_column == "text_label"
-    assert list(prepare(with_text, tokenizer, max_length=200)) == list(
-        prepare(data, tokenizer, max_length=200)
-    )
+    assert list(prepare(with_text, tokenizer, max_length=200)) == list(prepare(data, tokenizer, max_length=200))
 
 
 def test_alpaca_is_document_003(tokenizer):
@@ -143,9 +139,7 @@ def test_one_bos_and_only_in_front(bos_tokenizer):
 
 def test_completion_with_any_columns(tokenizer):
     data = Dataset.from_list([{"frage": "Why?", "antwort": "Because."}])
-    done = prepare(
-        data, tokenizer, "completion", columns={"prompt": "frage", "completion": "antwort"}, separator="\n"
-    )
+    done = prepare(data, tokenizer, "completion", columns={"prompt": "frage", "completion": "antwort"}, separator="\n")
     prompt = tokenizer("Why?\n")["input_ids"]
     answer = tokenizer("Because.")["input_ids"] + [tokenizer.eos_token_id]
     assert done[0]["input_ids"] == prompt + answer
@@ -188,9 +182,7 @@ def test_guess_format():
 
 def test_mistakes_are_explained(tokenizer):
     data = Dataset.from_list([{"Instruction": "a", "output": "b"}])
-    with pytest.raises(
-        DataError, match=r"(?s)'alpaca'.*'instruction' is not there; did you mean 'Instruction'"
-    ):
+    with pytest.raises(DataError, match=r"(?s)'alpaca'.*'instruction' is not there; did you mean 'Instruction'"):
         prepare(data, tokenizer, "alpaca")
     with pytest.raises(DataError, match="unknown format 'alpca'.*did you mean 'alpaca'"):
         prepare(data, tokenizer, "alpca")
@@ -228,9 +220,7 @@ def test_a_tokenizer_without_pad_or_eos(bpe_json):
 def test_dropped_examples_are_counted(tokenizer):
     rows = [{"text": "word " * n, "label": "yes"} for n in (1, 30, 2)]
     data = DatasetDict({"train": Dataset.from_list(rows), "test": Dataset.from_list(rows[:1])})
-    with pytest.warns(
-        UserWarning, match=r"1 of 3 examples of split 'train' have no labelled token"
-    ) as caught:
+    with pytest.warns(UserWarning, match=r"1 of 3 examples of split 'train' have no labelled token") as caught:
         done = prepare(data, tokenizer, max_length=40)
     assert len(caught) == 1 and len(done["train"]) == 2 and len(done["test"]) == 1
     with warnings.catch_warnings():
@@ -247,11 +237,7 @@ def test_cutting_the_prompt_keeps_bos_and_its_end(bos_tokenizer):
     data = Dataset.from_list([{"prompt": "0123456789" * 20, "completion": "ok"}])
     row = prepare(data, bos_tokenizer, max_length=20, truncation="prompt")[0]
     answer = bos_tokenizer("ok", add_special_tokens=False)["input_ids"] + [2]
-    assert (
-        len(row["input_ids"]) == 20
-        and row["input_ids"][0] == 1
-        and row["input_ids"][-len(answer) :] == answer
-    )
+    assert len(row["input_ids"]) == 20 and row["input_ids"][0] == 1 and row["input_ids"][-len(answer) :] == answer
     whole = bos_tokenizer("0123456789" * 20, add_special_tokens=False)["input_ids"]
     assert row["input_ids"][1 : -len(answer)] == whole[-(19 - len(answer)) :]
 
@@ -276,9 +262,7 @@ def test_prompts_and_targets(tokenizer):
     prompts, targets = prompts_and_targets(load_data("tweets", split="test"))
     assert len(prompts) == 200 and set(targets) == {"complaint", "no complaint"}
     assert prompts[0].startswith("Tweet text : ") and prompts[0].endswith(" Label : ")
-    texts = Dataset.from_list(
-        [{"text": t} for t in ("one two three four five", "one two", "one", "春眠不觉晓")]
-    )
+    texts = Dataset.from_list([{"text": t} for t in ("one two three four five", "one two", "one", "春眠不觉晓")])
     prompts, targets = prompts_and_targets(texts)
     assert prompts == ["one two three four", "one", "", "春眠不觉"]
     assert targets == [" five", " two", "one", "晓"]

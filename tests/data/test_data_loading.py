@@ -72,9 +72,7 @@ def test_save_to_disk_folders(tmp_path):
 def test_splits_and_their_parts():
     assert len(load_data("tweets", split="test")) == 200
     assert len(load_data("tweets", split="train[:10%]+test[:3]")) == 8
-    with pytest.raises(
-        DataError, match=r"no split 'tets'; it has train \(50 rows\), test.*did you mean 'test'"
-    ):
+    with pytest.raises(DataError, match=r"no split 'tets'; it has train \(50 rows\), test.*did you mean 'test'"):
         load_data("tweets", split="tets")
     with pytest.raises(DataError, match="has no rows"):
         load_data("tweets", split="train[3:3]")

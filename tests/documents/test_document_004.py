@@ -164,7 +164,7 @@ def test_qlora_workflow_unquantised(workplace, models):
         workplace.run("document_004_qlora", "peft", UNQUANTISED, ChatGLMTokenizer=ChatGLMTokenizer, start=start).trainer
     )
     assert logged[:2] == pytest.approx(theirs[:2], abs=1e-3)
-    assert logged == pytest.approx(theirs, abs=0.03)  # its learning rate makes rounding grow
+    assert logged == pytest.approx(theirs, abs=5e-3)
 
 
 def test_nf4_base(workplace, models):

@@ -35,7 +35,7 @@ def invoke(*args: str | Path):
 
 def test_train_and_evaluate(place: Path, tmp_path: Path) -> None:
     flags = ["--base", place / "base", "--data", place / "tweets", "--epochs", 1, "--lr", 0.02, "--output", tmp_path / "out"]
-    done = invoke("train", *flags, "-o", "training.threads=1", "--quiet")
+    done = invoke("train", *flags, "--set", "training.threads=1", "--quiet")
     assert done.exit_code == 0, done.output
     assert "held-out loss" in done.output and "trainable parameters" in done.output
     measured = invoke(
@@ -50,7 +50,7 @@ def test_train_and_evaluate(place: Path, tmp_path: Path) -> None:
 def test_recipe_file_with_flags_over_it(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("method: bottleneck\ntraining: {epochs: 5, seed: 1}\n")
-    shown = invoke("train", path, "--epochs", 2, "-o", "training.seed=3", "--show-recipe").output
+    shown = invoke("train", path, "--epochs", 2, "--set", "training.seed=3", "--show-recipe").output
     assert "method: bottleneck" in shown and "epochs: 2" in shown and "seed: 3" in shown
 
 
@@ -64,7 +64,7 @@ def test_every_flag_stands_for_a_field_of_the_recipe() -> None:
 
 
 def test_mistakes_raise_a_recipe_error() -> None:
-    done = invoke("train", "-o", "trainig.epochs=3")
+    done = invoke("train", "--set", "trainig.epochs=3")
     assert isinstance(done.exception, RecipeError) and "did you mean 'training'" in str(done.exception)
 
 
