@@ -203,7 +203,7 @@ def load_training(host: PeftModel, name: str, tensors: dict[str, Tensor]) -> Non
     modules = {k: v for k, v in tensors.items() if k.startswith(method.file_prefix)}
     method.load_training(host, {k: v for k, v in tensors.items() if k not in modules})
     assign_modules(host, name, modules)
-    host._update_requires_grad()
+    host._update_requires_grad([name])
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -154,7 +154,7 @@ class Host(PreTrainedModel):
             AdapterError: the name is taken or cannot be used.
         """
         self._attach(adapter_name, peft_config, **kwargs)
-        self._update_requires_grad()
+        self._update_requires_grad([adapter_name])
 
     def _attach(self, name: str, config: PeftConfig, *, for_loading: bool = False) -> None:
         if name in self.methods:
@@ -232,7 +232,7 @@ class Host(PreTrainedModel):
             self.switch.active = rest
             if rest:
                 warnings.warn(f"Adapter {adapter_name!r} was active; active now: {', '.join(rest)}.", stacklevel=2)
-        self._update_requires_grad()
+            self._update_requires_grad(rest)
 
     def _known(self, *names: str) -> None:
         for name in names:
@@ -251,11 +251,12 @@ class Host(PreTrainedModel):
         self._known(*names)
         if len(set(names)) != len(names) or not names:
             raise AdapterError(f"set_adapter({adapter_name!r}): expected one or more different names.")
-        self.switch.active = tuple(names)
-        self._update_requires_grad(frozen=inference_mode)
+        before, self.switch.active = self.switch.active, tuple(names)
+        self._update_requires_grad({*before, *names}, frozen=inference_mode)
 
-    def _update_requires_grad(self, frozen: bool = False) -> None:
-        for name in self.methods:
+    def _update_requires_grad(self, names: Iterable[str] | None = None, frozen: bool = False) -> None:
+        """Active adapters train, the others do not; only `names` are looked at (all), so that switching stays fast."""
+        for name in self.methods if names is None else names:
             for _, parameter in self.adapter_parameters(name):
                 parameter.requires_grad = name in self.switch.active and not frozen
 
