@@ -10,10 +10,10 @@ demo: setup  ## set up, then train every method on the bundled base and data and
 	$(BIN)/graftlm demo
 
 test: setup-dev lint types  ## set up, then lint, types and the tests with their coverage floor
-	$(BIN)/python -m pytest -m "not slow" --cov --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" --cov --cov-report=term:skip-covered
 
 check-all: setup-dev lint types  ## the same with the long checks
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered
 
 lint: setup-dev
 	$(BIN)/ruff check .

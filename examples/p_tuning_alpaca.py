@@ -19,7 +19,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--model", default="graftlm-base", help="id or path of the base model")
 parser.add_argument("--data", default="alpaca-zh", help="bundled name, file, folder (save_to_disk too) or id")
 parser.add_argument("--encoder", choices=("mlp", "lstm"), default="mlp")
-parser.add_argument("--epochs", type=float, default=3)
+parser.add_argument("--epochs", type=float, default=2)
 parser.add_argument("--max-steps", type=int, default=-1)
 parser.add_argument("--learning-rate", type=float, default=1e-3)
 parser.add_argument("--output", default="runs/p-tuning-alpaca")

@@ -7,6 +7,7 @@ python examples/prompt_two_adapters.py --model bigscience/bloomz-560m --epochs 6
 import argparse
 from pathlib import Path
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from graftlm import PeftModel, PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
@@ -17,7 +18,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--model", default="graftlm-base", help="id or path of the base model")
 parser.add_argument("--data", default="prompts", help="data of the first adapter: bundled name, file, folder or id")
 parser.add_argument("--data2", default="quotes", help="data of the second adapter")
-parser.add_argument("--epochs", type=float, default=4)
+parser.add_argument("--epochs", type=float, default=3)
 parser.add_argument("--max-steps", type=int, default=-1)
 parser.add_argument("--learning-rate", type=float, default=3e-2)
 parser.add_argument("--virtual-tokens", type=int, default=4)
@@ -29,7 +30,7 @@ questions = ["I want you to act as a motivational coach. ", "There are two nice 
 
 # 1. The base, and what it says by itself.
 tokenizer = AutoTokenizer.from_pretrained(name)
-base = AutoModelForCausalLM.from_pretrained(name)
+base = AutoModelForCausalLM.from_pretrained(name, dtype="auto" if torch.cuda.is_available() else "float32")
 
 
 def answer(model, question: str) -> str:

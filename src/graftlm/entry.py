@@ -177,8 +177,6 @@ class Entry:
         if self.to_right and mask.shape == given.shape[:2]:
             named, mask = self.padding_last(named, mask)
         positions = named.get("position_ids")
-        if past == 0 and not count:
-            self.drop_after_padding(named, mask)
         if past == 0 and count:
             named = self.place_tokens(plan, named, mask, count)
             positions = named.get("position_ids")
@@ -199,14 +197,6 @@ class Entry:
             if positions is not None:
                 named["position_ids"] = positions
         return named
-
-    def drop_after_padding(self, named: dict, mask: Tensor) -> None:
-        """Ignore labels that a padding token would have to predict: a row alone has none of them (its first token)."""
-        labels = named.get("labels")
-        if self.host.task_type is not TaskType.CAUSAL_LM or labels is None or labels.shape != mask.shape:
-            return
-        after = F.pad(mask[:, :-1] == 0, (1, 0), value=False)
-        named["labels"] = labels.masked_fill(after.to(labels.device), -100)
 
     @staticmethod
     def padding_last(named: dict, mask: Tensor) -> tuple[dict, Tensor]:

@@ -269,3 +269,10 @@ def test_generated_texts_are_those_of_each_prompt_alone(place: Path) -> None:
     together = generate_texts(model, tokenizer, prompts, max_new_tokens=6)
     assert together == [generate_texts(model, tokenizer, [p], max_new_tokens=6)[0] for p in prompts]
     assert generate_texts(model, tokenizer, []) == [] and not model.training
+
+
+def test_yaml_reads_a_bare_no_as_the_word(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("training: {eval_strategy: no, save_strategy: no}\n")
+    recipe = Recipe.from_yaml(path, overrides=["training.save_strategy=no"])
+    assert (recipe.training.eval_strategy, recipe.training.save_strategy) == ("no", "no")

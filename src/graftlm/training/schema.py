@@ -15,16 +15,17 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ..errors import ConfigError, RecipeError, nearest
 from .defaults import HIDDEN_FIELDS, config_type, defaults_of
 
 Cut = Literal["end", "prompt"]
-Strategy = Literal["no", "steps", "epoch"]
+# YAML reads a bare `no` as false.
+Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(lambda v: "no" if v is False else v)]
 
 
 class Section(BaseModel):
