@@ -193,11 +193,12 @@ def kind(field: Any) -> str:
 
 def method_table() -> str:
     """What a recipe takes where it names no learning rate or start values."""
-    rows = ["| method | learning rate | other defaults |", "|---|---:|---|"]
+    rows = ["| method | learning rate | on the bundled base | other defaults |", "|---|---:|---:|---|"]
     for name, peft_type in sorted(method_names().items()):
         own = DEFAULTS[peft_type]
         options = own.options | own.text_init
-        rows.append(f"| `{name}` | {own.learning_rate:g} | {', '.join(f'`{k}: {v}`' for k, v in options.items())} |")
+        rates = f"{own.learning_rate:g} | {own.bundled_rate:g}"
+        rows.append(f"| `{name}` | {rates} | {', '.join(f'`{k}: {v}`' for k, v in options.items())} |")
     return "\n".join(rows)
 
 

@@ -1,7 +1,6 @@
 """What a recipe takes per method where it says nothing: learning rates found by measurement, and better start values.
 
-The learning rates are chosen on the bundled tweets with the bundled base; docs/dev-log-lr.md has the figures, and says which
-rates are measured and which still stand on custom (`recipes/learning_rates.py` measures them).
+The learning rates of the bundled base are measured on the bundled tweets (`recipes/learning_rates.py`, docs/dev-log.md).
 Start values: soft prompts that start at random learn slowly and end lower, so recipes start them from the base model.
 """
 
@@ -19,24 +18,28 @@ class MethodDefaults:
     """Defaults of one method.
 
     Attributes:
-        learning_rate: for AdamW.
+        learning_rate: for AdamW, on bases of ordinary size: what the methods' papers and the documents use.
+        bundled_rate: on the bundled base of ten million parameters, measured (docs/dev-log.md); it takes larger steps.
         options: configuration fields that differ from the library's defaults in recipes.
         text_init: fields that start the adapter from a text; used where the recipe names no other start.
     """
 
     learning_rate: float
+    bundled_rate: float
     options: dict[str, Any] = field(default_factory=dict)
     text_init: dict[str, Any] = field(default_factory=dict)
 
 
 DEFAULTS: dict[PeftType, MethodDefaults] = {
-    PeftType.LORA: MethodDefaults(learning_rate=1e-2),
-    PeftType.PROMPT_TUNING: MethodDefaults(learning_rate=3e-2, options={"prompt_tuning_init": "SAMPLE_VOCAB"}),
-    PeftType.P_TUNING: MethodDefaults(learning_rate=1e-3),
-    PeftType.PREFIX_TUNING: MethodDefaults(learning_rate=1e-2, text_init={"init_weights": "text"}),
-    PeftType.BOTTLENECK: MethodDefaults(learning_rate=2e-3),
+    PeftType.LORA: MethodDefaults(learning_rate=2e-4, bundled_rate=3e-3),
+    PeftType.PROMPT_TUNING: MethodDefaults(
+        learning_rate=3e-3, bundled_rate=3e-2, options={"prompt_tuning_init": "SAMPLE_VOCAB"}
+    ),
+    PeftType.P_TUNING: MethodDefaults(learning_rate=1e-3, bundled_rate=2e-3),
+    PeftType.PREFIX_TUNING: MethodDefaults(learning_rate=5e-3, bundled_rate=5e-2, text_init={"init_weights": "text"}),
+    PeftType.BOTTLENECK: MethodDefaults(learning_rate=3e-4, bundled_rate=2e-3),
 }
-OTHER = MethodDefaults(learning_rate=1e-3)
+OTHER = MethodDefaults(learning_rate=1e-3, bundled_rate=1e-3)
 
 # Fields that a run fills in by itself.
 HIDDEN_FIELDS = frozenset(

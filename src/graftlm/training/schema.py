@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from ..bundled import BASE_NAME as BUNDLED
 from ..errors import ConfigError, RecipeError, nearest
 from .defaults import HIDDEN_FIELDS, config_type, defaults_of
 
@@ -96,7 +97,8 @@ class Recipe(Section):
     @property
     def learning_rate(self) -> float:
         """The recipe's own, or the method's measured default."""
-        return self.training.learning_rate or defaults_of(self.method).learning_rate
+        own = defaults_of(self.method)
+        return self.training.learning_rate or (own.bundled_rate if self.base == BUNDLED else own.learning_rate)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], overrides: Iterable[str] = (), where: str = "recipe") -> Recipe:
