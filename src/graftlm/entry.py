@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicLayer, StaticCache
 from .architectures import (
     attention_modules,
     backbone_embeddings,
+    counts_from_mask,
     is_encoder_decoder,
     pools_first_token,
     pools_last_token,
@@ -86,6 +87,7 @@ class Entry:
         self.signature = inspect.signature(base.forward)
         self.encoder_decoder = is_encoder_decoder(base)
         self.takes_positions = takes_position_ids(base)
+        self.counts_from_mask = counts_from_mask(base)
         self.offset = position_offset(base)
         self.to_left = pools_last_token(base)
         self.to_right = pools_first_token(base)
@@ -185,6 +187,11 @@ class Entry:
             mask = self.with_virtual(mask, virtual_order(mask, count), count)
             positions = None if positions is None else positions + count
         if prefix:
+            if not self.counts_from_mask and bool((mask[:, 0] == 0).any()):
+                raise UnsupportedError(
+                    f"{type(self.host.base).__name__} counts positions by place, so padding between a prefix and the tokens "
+                    "would change the result. Pad on the right, or give rows of one length."
+                )
             mask = torch.cat((mask.new_ones(mask.shape[0], prefix), mask), dim=1)
             positions = None if positions is None else positions + prefix
             if past == 0:

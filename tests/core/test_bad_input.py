@@ -426,3 +426,18 @@ def test_the_error_tree() -> None:
     ):  # fmt: skip
         assert issubclass(kind, GraftError)
         assert issubclass(kind, builtin)
+
+
+def test_prefix_where_positions_cannot_follow_the_mask() -> None:
+    """MPT's ALiBi counts places: left padding would stand between the prefix and the tokens."""
+    from transformers import MptConfig, MptForCausalLM
+
+    torch.manual_seed(0)
+    base = MptForCausalLM(MptConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=64)).eval()
+    model = graftlm.get_peft_model(base, graftlm.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    right = model(input_ids=torch.tensor([[5, 6, 7, 8, 0]]), attention_mask=torch.tensor([[1, 1, 1, 1, 0]])).logits
+    torch.testing.assert_close(alone, right[:, :4], atol=1e-5, rtol=0)
+    with pytest.raises(graftlm.errors.UnsupportedError, match="Pad on the right"):
+        model(input_ids=torch.tensor([[0, 5, 6, 7, 8]]), attention_mask=torch.tensor([[0, 1, 1, 1, 1]]))

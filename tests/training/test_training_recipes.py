@@ -100,7 +100,8 @@ def test_every_method_has_a_name_and_a_default() -> None:
     assert method_type("Prefix_Tuning") is method_type("p-tuning-v2")
     for name in method_names():
         config_type(name)(**DEFAULTS[method_type(name)].options)
-        assert Recipe(method=name).learning_rate == DEFAULTS[method_type(name)].learning_rate
+        assert Recipe(method=name).learning_rate == DEFAULTS[method_type(name)].bundled_rate
+        assert Recipe(method=name, base="owner/model").learning_rate == DEFAULTS[method_type(name)].learning_rate
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)

@@ -93,6 +93,11 @@ def takes_position_ids(base: nn.Module) -> bool:
     return "position_ids" in inspect.signature(base.forward).parameters
 
 
+def counts_from_mask(base: nn.Module) -> bool:
+    """Whether positions can follow the attention mask: handed in, or (ALiBi of Bloom and Falcon) summed up from it."""
+    return takes_position_ids(base) or model_type(base) in ("bloom", "falcon")
+
+
 def position_offset(base: nn.Module) -> int:
     """Position of a row's first token: RoBERTa and its kin count from `padding_idx + 1`, all others from 0."""
     for module in base.modules():
