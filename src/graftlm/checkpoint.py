@@ -177,6 +177,23 @@ def config_for(source: str | os.PathLike, config: PeftConfig | None, trainable: 
     return config
 
 
+# Fields that say nothing about what an attached adapter computes.
+NEUTRAL = frozenset(
+    {"inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "task_type", "lora_dropout", "dropout"}
+    | {"encoder_dropout", "tokenizer_name_or_path", "tokenizer_kwargs", "init_weights", "init_text", "fan_in_fan_out"}
+    | {"prompt_tuning_init", "prompt_tuning_init_text", "target_modules", "exclude_modules", "modules_to_save"}
+)  # which modules: the files' keys are checked
+
+
+def check_same(config: PeftConfig, source: str | os.PathLike, name: str, hub: dict[str, Any]) -> None:
+    """AdapterError where a directory's adapter computes otherwise than the one attached under its name."""
+    stored, own = PeftConfig.from_pretrained(source, **hub).to_dict(), config.to_dict()
+    different = [k for k in own if k not in NEUTRAL and own[k] != stored.get(k)]
+    if different:
+        listed = ", ".join(f"{k}={stored.get(k)!r} (attached: {own[k]!r})" for k in different)
+        raise AdapterError(f"{source} does not fit the attached adapter {name!r}: {listed}. Load it under another name.")
+
+
 def fill(host: PeftModel, source: str | os.PathLike, name: str, options: LoadOptions) -> None:
     """Read a directory's tensors into the attached adapter `name`, after every check has passed."""
     path = find_file(source, WEIGHTS_NAME, required=False, **options.hub)

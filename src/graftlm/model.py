@@ -317,13 +317,15 @@ class PeftModel(Host):
         if fresh:
             config = checkpoint.config_for(model_id, None, is_trainable, options.hub)
             self._attach(adapter_name, config, for_loading=True)
+        else:
+            checkpoint.check_same(self.peft_config[adapter_name], model_id, adapter_name, options.hub)
         try:
             checkpoint.fill(self, model_id, adapter_name, options)
         except Exception:
             if fresh:
                 self.delete_adapter(adapter_name)
             raise
-        self.set_requires_grad(adapter_name, is_trainable)
+        self.set_requires_grad(adapter_name, is_trainable and adapter_name in self.switch.active)
         if not is_trainable:
             self.eval()
         return checkpoint.nothing_missing()

@@ -792,3 +792,17 @@ def test_every_method_on_every_family_trains(name: str, method: str) -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert not any(p.grad is not None for p in model.base.parameters() if not p.requires_grad)
+
+
+def test_loading_into_an_attached_adapter_checks_what_it_computes(tmp_path: Path) -> None:
+    """Equal shapes do not make equal adapters: the scale is in the configuration."""
+    saved = graftlm.get_peft_model(fresh("llama"), graftlm.LoraConfig(r=4, lora_alpha=32, task_type="CAUSAL_LM"))
+    saved.save_pretrained(tmp_path)
+    model = graftlm.get_peft_model(fresh("llama"), graftlm.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM"))
+    with pytest.raises(AdapterError, match=r"lora_alpha=32 \(attached: 8\)"):
+        model.load_adapter(tmp_path, "default")
+    model.load_adapter(tmp_path, "other", is_trainable=True)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".other." in n)
+    model.set_adapter("other")
+    assert all(p.requires_grad for n, p in model.named_parameters() if ".other." in n)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".default." in n)
