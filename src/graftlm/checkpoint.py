@@ -32,6 +32,7 @@ from .card import write_card
 from .errors import AdapterError, CheckpointError
 from .files import HEADER_KEY, HUB_KEYS, PICKLE_NAME, WEIGHTS_NAME, find_file, header_of
 from .methods import PeftConfig
+from .methods.base import clean_path
 from .methods.modules_to_save import saved_modules
 
 if TYPE_CHECKING:
@@ -63,7 +64,9 @@ def save(
         is_main_process: False writes nothing.
         state_dict: given (even as None) by a `transformers.Trainer`; the directory is then one of its checkpoints, and a
             `model.safetensors` is added that it resumes from.
-        save_embedding_layers: accepted for HF PEFT's sake; an embedding is saved where an adapter trains it.
+        save_embedding_layers: save the base's input and output embeddings along: True, False, or "auto": where the
+            vocabulary has another size than in the configuration file that the base was loaded from (new tokens' rows
+            would be lost otherwise).
 
     Raises:
         AdapterError: an unknown adapter name.
@@ -79,19 +82,20 @@ def save(
     names = list(host.methods) if selected_adapters is None else list(selected_adapters)
     host._known(*names)
     for name in names:
-        write_adapter(host, name, folder if name == "default" else folder / name)
+        target = folder if name == "default" else folder / name
+        write_adapter(host, name, target, embedding_tensors(host, name, save_embedding_layers))
     if state_dict is not ...:
         write_trainer_file(host, folder)
 
 
-def write_adapter(host: PeftModel, name: str, folder: Path) -> None:
+def write_adapter(host: PeftModel, name: str, folder: Path, embeddings: dict[str, Tensor]) -> None:
     """One adapter into one directory; each file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     method = host.methods[name]
     config = method.config
     own = {k: v for k, v in config.to_dict().items() if k in config.own_fields}
     header = {"format": FORMAT, "config": own, "base": fingerprint.of(host.base)}
-    write_tensors(folder / WEIGHTS_NAME, adapter_tensors(host, name), header)
+    write_tensors(folder / WEIGHTS_NAME, embeddings | adapter_tensors(host, name), header)
     training = method.training_tensors(host)
     if training:
         training |= {k: v for k, v in adapter_tensors(host, name).items() if k not in method.tensors(host)}
@@ -110,6 +114,30 @@ def adapter_tensors(host: PeftModel, name: str) -> dict[str, Tensor]:
         for key, value in module.state_dict().items():
             tensors[f"{method.file_prefix}{path}.{key}"] = value
     return tensors
+
+
+def embedding_tensors(host: PeftModel, name: str, choice: str | bool) -> dict[str, Tensor]:
+    """The base's embeddings under HF PEFT's keys, where `save_embedding_layers` asks for them."""
+    if choice not in (True, False, "auto"):
+        raise AdapterError(f"save_embedding_layers={choice!r}: expected True, False or 'auto'.")
+    if choice is False or (choice == "auto" and not vocabulary_resized(host.base)):
+        return {}
+    tensors = {}
+    wanted = {id(m) for m in (host.base.get_input_embeddings(), host.base.get_output_embeddings()) if m is not None}
+    for path, module in host.base.named_modules(remove_duplicate=False):
+        if id(module) in wanted and not hasattr(module, "original_module"):
+            inner = ".base_layer" if hasattr(module, "base_layer") else ""
+            tensors[f"{host.methods[name].file_prefix}{clean_path(path)}{inner}.weight"] = fingerprint.plain(module).weight
+    return tensors
+
+
+def vocabulary_resized(base: Any) -> bool:
+    """Whether the vocabulary has another size than in the local configuration file that the base came from."""
+    path = Path(getattr(base, "name_or_path", "") or "", "config.json")
+    if not getattr(base, "name_or_path", None) or not path.is_file():
+        return False
+    stored = json.loads(path.read_text(encoding="utf-8")).get("vocab_size")
+    return stored is not None and stored != getattr(base.config, "vocab_size", stored)
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
@@ -155,7 +183,7 @@ class LoadOptions:
 
 # Arguments of HF PEFT's loading that need nothing here: tensors go where the base model is.
 PASSED_OVER = ("device_map", "torch_device", "max_memory", "offload_folder", "offload_dir", "low_cpu_mem_usage",
-               "autocast_adapter_dtype", "ephemeral_gpu_offload", "key_mapping")  # fmt: skip
+               "ephemeral_gpu_offload")  # fmt: skip
 
 
 def load_options(kwargs: dict[str, Any]) -> LoadOptions:
@@ -201,7 +229,9 @@ def fill(host: PeftModel, source: str | os.PathLike, name: str, options: LoadOpt
     header = header_of(path) if path else {}
     fingerprint.check(host.base, header.get("base"), str(source), options.allow_base_mismatch)
     method = host.methods[name]
-    assign(host, name, checked(host, name, tensors, str(source)))
+    found = checked(host, name, tensors, str(source))
+    assign(host, name, found)
+    restore_embeddings(host, found, str(source))
     if method.config.inference_mode:
         return
     training = find_file(source, TRAINING_NAME, required=False, **options.hub)
@@ -309,6 +339,9 @@ def base_tensors(host: PeftModel, tensors: dict[str, Tensor]) -> dict[str, Tenso
             continue
         module = getattr(module, "frozen", module)
         own = getattr(module, part, None)
+        if isinstance(own, Tensor) and own.shape == value.shape and share_of_equal_rows(own, value) > 0.5:
+            copies[key] = value
+            continue
         if module_path.rpartition(".")[2] not in EMBEDDINGS or not isinstance(own, Tensor):
             continue
         if own.shape != value.shape or not torch.allclose(own.float(), value.to(own.device).float(), rtol=0.02, atol=1e-4):
@@ -319,6 +352,34 @@ def base_tensors(host: PeftModel, tensors: dict[str, Tensor]) -> dict[str, Tenso
             )
         copies[key] = value
     return copies
+
+
+def share_of_equal_rows(a: Tensor, b: Tensor) -> float:
+    """Share of rows of two tables [rows, width] that are equal up to rounding."""
+    return rows_that_differ(a, b).logical_not().float().mean().item()
+
+
+def rows_that_differ(a: Tensor, b: Tensor) -> Tensor:
+    x, y = a.detach().float().flatten(1), b.to(a.device).float().flatten(1)
+    return ((x - y).abs() > 0.02 * torch.maximum(x.abs(), y.abs()) + 1e-4).any(dim=1)
+
+
+def restore_embeddings(host: PeftModel, tensors: dict[str, Tensor], where: str) -> None:
+    """Rows of the base's embeddings that the file brings along and that differ here (new tokens) are taken from it."""
+    for key, value in tensors.items():
+        path = re.sub(r"^base_model\.(model\.)?", "", key).replace(".base_layer", "")
+        module_path, _, part = path.rpartition(".")
+        if module_path.rpartition(".")[2] not in EMBEDDINGS or part != "weight":
+            continue
+        module = host.base.get_submodule(module_path)
+        if hasattr(module, "original_module"):  # the adapter's own copy was filled already
+            continue
+        weight = fingerprint.plain(module).weight
+        rows = rows_that_differ(weight, value)
+        if rows.any():
+            with torch.no_grad():
+                weight[rows] = value.to(weight.device, weight.dtype)[rows]
+            print(f"{where}: {int(rows.sum())} rows of {module_path} (new tokens) were taken from the adapter's file.")
 
 
 def doubled(found: dict[str, Tensor], wanted: dict[str, torch.Size]) -> dict[str, Tensor]:
@@ -389,14 +450,19 @@ def load_state(host: PeftModel, state: dict[str, Tensor], plain: Callable, stric
 
 
 def get_peft_model_state_dict(
-    model: PeftModel, state_dict: dict[str, Tensor] | None = None, adapter_name: str = "default", **kwargs: Any
+    model: PeftModel,
+    state_dict: dict[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: str | bool = "auto",
 ) -> dict[str, Tensor]:
     """An adapter's tensors under the keys of its file (HF PEFT's), adapter name removed.
 
     `state_dict`, where given, supplies the values under the model's own parameter names.
     """
+    model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
     model._known(adapter_name)
-    tensors = adapter_tensors(model, adapter_name)
+    tensors = embedding_tensors(model, adapter_name, save_embedding_layers) | adapter_tensors(model, adapter_name)
     if state_dict is None:
         return tensors
     own = dict(model.adapter_parameters(adapter_name))

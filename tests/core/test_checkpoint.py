@@ -693,3 +693,29 @@ def test_padded_generation_after_reload(tmp_path: Path) -> None:
 def test_a_module_that_is_no_model_is_refused(saved: Path) -> None:
     with pytest.raises(AdapterError, match="Expected a transformers model"):
         graftlm.PeftModel.from_pretrained(nn.Linear(2, 2), saved)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_rows_of_new_tokens_travel_with_the_adapter(name: str, tmp_path: Path) -> None:
+    """A vocabulary that grew: the new rows are random, so they are saved along (as HF PEFT does) and come back."""
+    fresh(name).save_pretrained(tmp_path / "base")
+
+    def grown(seed: int) -> Any:
+        base = t.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+        torch.manual_seed(seed)
+        base.resize_token_embeddings(base.config.vocab_size + 5)
+        for module in (base.get_input_embeddings(), base.get_output_embeddings()):
+            module.weight.data[-5:] = torch.randn(5, module.weight.shape[1])
+        return base
+
+    ids = torch.tensor([[5, 6, grown(0).config.vocab_size - 1]])
+    ours = graftlm.get_peft_model(grown(1), graftlm.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).eval()
+    ours.save_pretrained(tmp_path / "ours")
+    wanted = ours(input_ids=ids).logits
+    for library in (graftlm, peft):
+        again = library.PeftModel.from_pretrained(grown(2), tmp_path / "ours").eval()
+        torch.testing.assert_close(again(input_ids=ids).logits, wanted, atol=1e-5, rtol=0)
+    theirs = peft.get_peft_model(grown(3), peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).eval()
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    again = graftlm.PeftModel.from_pretrained(grown(4), tmp_path / "theirs")
+    torch.testing.assert_close(again(input_ids=ids).logits, theirs(input_ids=ids).logits, atol=1e-5, rtol=0)
