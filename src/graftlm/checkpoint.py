@@ -430,9 +430,11 @@ def load_state(host: PeftModel, state: dict[str, Tensor], plain: Callable, stric
     if any(k.startswith("base_model.") and k not in parameters for k in state) and set(parameters) <= set(state):
         return plain(state, strict, assign_)
     if state and set(state) <= set(parameters):
-        missing = sorted(set(parameters) - set(state))
-        if missing and len(host.methods) == 1:
-            raise CheckpointError("The state lacks " + ", ".join(missing))
+        for name in host.methods:
+            own = {k for k, _ in host.adapter_parameters(name)}
+            missing = sorted(own - set(state))
+            if missing and (own & set(state) or strict):
+                raise CheckpointError(f"The state lacks tensors of adapter {name!r}: " + ", ".join(missing))
         with torch.no_grad():
             for key, value in state.items():
                 parameters[key].copy_(value)

@@ -314,6 +314,9 @@ class Entry:
             if value is not None and value.dim() >= 2 and value.shape[:2] == order.shape:
                 value = restore_order(value, order)
                 output[name] = value[:, count:] if plan.scratch["drop"] else value
+        if getattr(output, "hidden_states", None):
+            states = [restore_order(h, order) if h.shape[:2] == order.shape else h for h in output.hidden_states]
+            output.hidden_states = tuple(h[:, count:] if plan.scratch["drop"] else h for h in states)
         return output.to_tuple() if plan.scratch.get("tuple") else output
 
     # -- encoder-decoder models --------------------------------------------------------------------------------------

@@ -34,6 +34,12 @@ def find_file(source: str | os.PathLike, name: str, required: bool = True, **hub
         if not required:
             return None
         here = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
+        inside = [p.parent.name for p in sorted(folder.glob(f"*/{name}"))]
+        if inside:
+            raise CheckpointError(
+                f"{folder} holds no {name} itself, but its folders {', '.join(inside)} do (adapters saved by their names). "
+                f"Pass {folder / inside[0]}, or subfolder={inside[0]!r}."
+            )
         raise CheckpointError(f"{folder} holds no {name}. It holds {here}. Pass the folder that `save_pretrained` wrote.")
     text = str(source)
     if folder.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")) or "\\" in text:
