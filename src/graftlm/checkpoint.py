@@ -462,7 +462,8 @@ def get_peft_model_state_dict(
 
     `state_dict`, where given, supplies the values under the model's own parameter names.
     """
-    model = getattr(model, "_orig_mod", model) if unwrap_compiled else model
+    if unwrap_compiled and hasattr(model, "_orig_mod"):
+        model = model._orig_mod
     model._known(adapter_name)
     tensors = embedding_tensors(model, adapter_name, save_embedding_layers) | adapter_tensors(model, adapter_name)
     if state_dict is None:
