@@ -339,10 +339,10 @@ def base_tensors(host: PeftModel, tensors: dict[str, Tensor]) -> dict[str, Tenso
             continue
         module = getattr(module, "frozen", module)
         own = getattr(module, part, None)
+        if module_path.rpartition(".")[2] not in EMBEDDINGS or not isinstance(own, Tensor) or own.dim() != 2:
+            continue
         if isinstance(own, Tensor) and own.shape == value.shape and share_of_equal_rows(own, value) > 0.5:
             copies[key] = value
-            continue
-        if module_path.rpartition(".")[2] not in EMBEDDINGS or not isinstance(own, Tensor):
             continue
         if own.shape != value.shape or not torch.allclose(own.float(), value.to(own.device).float(), rtol=0.02, atol=1e-4):
             raise CheckpointError(
