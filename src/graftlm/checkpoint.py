@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -491,10 +491,3 @@ def load_peft_weights(model_id: str | os.PathLike, device: str | None = None, **
     path = find_file(model_id, WEIGHTS_NAME, required=False, **options.hub)
     tensors = read_tensors(path) if path else read_pickle(model_id, options)
     return {k: v.to(device or "cpu") for k, v in tensors.items()}
-
-
-def adapter_folders(folder: Path) -> Iterator[Path]:
-    """Adapter directories at and just below a folder."""
-    for candidate in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
-        if (candidate / WEIGHTS_NAME).is_file():
-            yield candidate

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architectures import backbone_embeddings, is_encoder_decoder, lora_targets
 from ..errors import ConfigError, TargetError, UnsupportedError, nearest
-from ..quantization import dequantize, is_quantized
+from ..quantization import dequantize
 from .base import Method, PeftConfig, PeftType, clean_path, positive, register, replace_module
 from .lora_layers import LoraLayer, wrap
 from .targets import find_targets, pattern_value, report_unused
@@ -245,13 +245,6 @@ class Lora(Method):
         for _, module in host.base.named_modules():
             if isinstance(module, LoraLayer) and module.switch is host.switch:
                 module.merge(names, safe=safe, keep=keep)
-
-
-def merge_problem(host: wrapper.PeftModel) -> str | None:
-    """Why adapters cannot be merged into this base, or None."""
-    if is_quantized(host.base):
-        return "the base is quantised; load it unquantised, attach the adapter and merge there"
-    return None
 
 
 register(PeftType.LORA, LoraConfig, Lora)
