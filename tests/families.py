@@ -8,6 +8,8 @@ import torch
 import transformers as t
 from torch import nn
 
+from graftlm.architectures.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+
 VOCAB = 96
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **SPECIAL}
@@ -29,6 +31,12 @@ CAUSAL: dict[str, Callable[[], tuple[type, object]]] = {
                            layer_types=["sliding_attention", "full_attention"]),
     ),
     "glm": lambda: (t.GlmForCausalLM, t.GlmConfig(**_GQA, head_dim=8)),
+    "glm4": lambda: (t.Glm4ForCausalLM, t.Glm4Config(**_GQA, head_dim=8)),
+    "chatglm": lambda: (
+        ChatGLMForConditionalGeneration,
+        ChatGLMConfig(num_layers=2, padded_vocab_size=VOCAB, hidden_size=32, ffn_hidden_size=48, kv_channels=8,
+                      num_attention_heads=4, multi_query_group_num=2, seq_length=128, **SPECIAL),
+    ),
     "gpt_neox": lambda: (t.GPTNeoXForCausalLM, t.GPTNeoXConfig(**_SIZES, intermediate_size=48, max_position_embeddings=128)),
     "phi3": lambda: (t.Phi3ForCausalLM, t.Phi3Config(**_GQA)),
     "falcon": lambda: (t.FalconForCausalLM, t.FalconConfig(**_SIZES)),

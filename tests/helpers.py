@@ -15,10 +15,10 @@ import graftlm
 
 EMBEDDINGS = {
     "bloom": "word_embeddings", "opt": "embed_tokens", "gpt2": "wte", "gpt_neox": "embed_in", "falcon": "word_embeddings",
-    "bert": "word_embeddings", "roberta": "word_embeddings",
+    "bert": "word_embeddings", "roberta": "word_embeddings", "chatglm": "word_embeddings",
 }  # fmt: skip
-HEADS = {"bert": "classifier", "roberta": "classifier"}
-TARGETS = {"glm": ["q_proj", "v_proj"], "phi3": ["qkv_proj"]}  # HF PEFT has no defaults for these
+HEADS = {"bert": "classifier", "roberta": "classifier", "chatglm": "output_layer"}
+TARGETS = {"glm": ["q_proj", "v_proj"], "glm4": ["q_proj", "v_proj"], "phi3": ["qkv_proj"]}  # not in HF PEFT's table
 
 
 @functools.cache
@@ -57,6 +57,12 @@ def _lora(lib: Any, name: str, **options: Any) -> Any:
     return lib.LoraConfig(**{"task_type": task(name), "r": 4, "target_modules": TARGETS.get(name)} | options)
 
 
+def _prefix(lib: Any, name: str, **options: Any) -> Any:
+    """HF PEFT looks for `num_key_value_heads` in the configuration's dict, and ChatGLM's has another name for it."""
+    sizes = {"token_dim": 16, "num_attention_heads": 2} if name == "chatglm" and lib is not graftlm else {}
+    return lib.PrefixTuningConfig(task_type=task(name), num_virtual_tokens=3, **sizes, **options)
+
+
 # Each builds the same configuration from either library: `lib` is graftlm or peft.
 CONFIGS: dict[str, Any] = {
     "lora": lambda lib, n: lib.LoraConfig(task_type=task(n), r=4, lora_alpha=8, target_modules="all-linear"),
@@ -77,10 +83,8 @@ CONFIGS: dict[str, Any] = {
     "p_tuning_lstm": lambda lib, n: lib.PromptEncoderConfig(
         task_type=task(n), num_virtual_tokens=3, encoder_hidden_size=12, encoder_reparameterization_type="LSTM"
     ),
-    "prefix": lambda lib, n: lib.PrefixTuningConfig(task_type=task(n), num_virtual_tokens=3),
-    "prefix_projection": lambda lib, n: lib.PrefixTuningConfig(
-        task_type=task(n), num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=12
-    ),
+    "prefix": _prefix,
+    "prefix_projection": lambda lib, n: _prefix(lib, n, prefix_projection=True, encoder_hidden_size=12),
     "houlsby": lambda lib, n: lib.BottleneckConfig(task_type=task(n), placement="houlsby", reduction_factor=4),
     "pfeiffer": lambda lib, n: lib.BottleneckConfig(task_type=task(n), placement="pfeiffer", reduction_factor=4),
     "parallel": lambda lib, n: lib.BottleneckConfig(task_type=task(n), placement="parallel", reduction_factor=4),

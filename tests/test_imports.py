@@ -17,7 +17,7 @@ PACKAGE = "graftlm"
 FLOORS: list[set[str]] = [
     {"errors", "files", "version", "bundled"},
     {"routing"},
-    {"architectures", "quantization"},
+    {"architectures", "quantization", "preparation"},
     {"methods"},
     {"fingerprint", "card", "checkpoint", "entry", "merging", "host", "model"},
     {"data", "planning"},
@@ -26,9 +26,10 @@ FLOORS: list[set[str]] = [
 ]
 APART = [("training", "inference"), ("inference", "training")]
 # What a method's file may take from another: shared modules, not other methods.
-SHARED = {"base", "soft_prompt", "lora_layers", "lora_combine", "modules_to_save", "targets"}
+SHARED = {"base", "soft_prompt", "lora_layers", "lora_init", "lora_combine", "modules_to_save", "targets"}
 METHOD_IMPORTS = {
     "lora": {"lora_layers", "targets"},
+    "lora_layers": {"lora_init"},
     "lora_combine": {"lora_layers"},
     "bottleneck": {"targets"},
     "p_tuning": {"soft_prompt"},
@@ -168,6 +169,7 @@ def test_public_names() -> None:
 PUBLIC = [
     "BottleneckConfig",
     "BottleneckPlacement",
+    "LoftQConfig",
     "LoraConfig",
     "PeftConfig",
     "PeftModel",

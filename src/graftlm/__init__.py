@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .methods import (
         BottleneckConfig,
         BottleneckPlacement,
+        LoftQConfig,
         LoraConfig,
         PeftConfig,
         PeftType,
@@ -28,12 +29,13 @@ if TYPE_CHECKING:
         get_peft_config,
     )
     from .model import PeftModel, get_peft_model
-    from .quantization import prepare_model_for_kbit_training
+    from .preparation import prepare_model_for_kbit_training
     from .training import Trainer
 
 _HOME = {
     "BottleneckConfig": ".methods",
     "BottleneckPlacement": ".methods",
+    "LoftQConfig": ".methods",
     "LoraConfig": ".methods",
     "PeftConfig": ".methods",
     "PeftModel": ".model",
@@ -50,13 +52,14 @@ _HOME = {
     "get_peft_model": ".model",
     "get_peft_model_state_dict": ".checkpoint",
     "load_peft_weights": ".checkpoint",
-    "prepare_model_for_kbit_training": ".quantization",
+    "prepare_model_for_kbit_training": ".preparation",
     "set_peft_model_state_dict": ".checkpoint",
 }
 
 __all__ = [
     "BottleneckConfig",
     "BottleneckPlacement",
+    "LoftQConfig",
     "LoraConfig",
     "PeftConfig",
     "PeftModel",
@@ -81,6 +84,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
+        import_module(".architectures", __name__)  # makes the architectures that are ours known to transformers
         return getattr(import_module(_HOME[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -1,4 +1,4 @@
-"""Finding an adapter's files (local directory or hub) and the header of its weights file."""
+"""Finding an adapter's files (local directory or hub), the header of its weights file, and single weights of a base."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from .errors import CheckpointError
+from .errors import CheckpointError, UnsupportedError
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -84,3 +84,43 @@ def header_of(path: Path) -> dict[str, Any]:
             f"{path} is not a readable safetensors file ({error}); it may be cut off. Save or download the adapter again."
         ) from error
     return json.loads(text) if text else {}
+
+
+def checkpoint_weight(base: Any, key: str, shape: tuple[int, ...]) -> Any:
+    """A tensor of the checkpoint that a base was loaded from, read alone: `key` with or without the model's own prefix.
+
+    Raises:
+        UnsupportedError: no such checkpoint or tensor, or one of another shape (a quantised checkpoint).
+    """
+    source = str(getattr(base, "name_or_path", "") or "")
+    prefix = getattr(base, "base_model_prefix", "")
+    names = [key, f"{prefix}.{key}", key.removeprefix(f"{prefix}.")]
+    for path in weight_files(source):
+        with safe_open(path, framework="pt") as file:
+            name = next((n for n in names if n in file.keys()), None)  # noqa: SIM118  (no mapping)
+            if name is None:
+                continue
+            found = tuple(file.get_slice(name).get_shape())
+            if found != shape:
+                raise UnsupportedError(
+                    f"LoftQ needs the unquantised weight of {key!r} {list(shape)}, but {path} holds {list(found)}: a "
+                    "quantised checkpoint. Load the base from the unquantised one and quantise it while loading."
+                )
+            return file.get_tensor(name)
+    raise UnsupportedError(
+        f"LoftQ needs the unquantised weight of {key!r}, which is not in safetensors files of {source or 'the base'!r}. "
+        "Load the base from a directory (or cached id) that holds model.safetensors."
+    )
+
+
+def weight_files(source: str) -> list[Path]:
+    """The safetensors files of a model's directory, or of a hub id in the cache."""
+    folder = Path(source)
+    if source and not folder.is_dir():
+        from transformers.utils import cached_file
+
+        for name in ("model.safetensors", "model.safetensors.index.json"):
+            found = cached_file(source, name, local_files_only=True, _raise_exceptions_for_missing_entries=False,
+                                _raise_exceptions_for_connection_errors=False)  # fmt: skip
+            folder = Path(found).parent if found else folder
+    return sorted(folder.glob("*.safetensors")) if source and folder.is_dir() else []

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .errors import BaseMismatchError
-from .quantization import is_quantized, quantized_kind
+from .quantization import is_quantized, quantized_kind, scheme_of
 
 SAMPLES = 32
 TOLERANCE = 0.03  # relative: bf16 rounding is 0.4 %, int8 embeddings do not occur
@@ -55,17 +55,22 @@ def of(base: nn.Module) -> dict[str, Any] | None:
             continue
         if weight.device.type == "meta":
             return None
-        values["samples"][role] = sample(merged_origin(base, module, weight))
+        origin = merged_origin(base, module, weight)
+        if origin is not None:
+            values["samples"][role] = sample(origin)
     values["quantized"] = is_quantized(base)
+    values["form"] = scheme_of(base) or str(getattr(base, "dtype", "float32")).removeprefix("torch.")
     return values
 
 
-def merged_origin(base: nn.Module, module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-    """The weight before a merge, where an adapter is merged in."""
+def merged_origin(base: nn.Module, module: nn.Module, weight: torch.Tensor) -> torch.Tensor | None:
+    """The weight before a merge, where an adapter is merged in; None where a quantised layer stood there."""
     for layer in base.modules():
-        saved = getattr(layer, "saved_weight", None)
-        if saved is not None and getattr(layer, "frozen", None) is module:
-            return saved
+        if getattr(layer, "frozen", None) is module:
+            if getattr(layer, "saved_layer", None) is not None:
+                return None
+            if getattr(layer, "saved_weight", None) is not None:
+                return layer.saved_weight  # type: ignore[return-value]
     return weight
 
 
@@ -102,9 +107,11 @@ def check(base: nn.Module, stored: dict[str, Any] | None, where: str, allowed: b
             f"{where} was trained on another base model ({'; '.join(different)}). Load that base; or, if you are sure, pass "
             "allow_base_mismatch=True."
         )
-    if not different and stored.get("quantized") != own["quantized"]:
-        state = "quantised" if own["quantized"] else "unquantised"
-        print(f"{where}: trained on the same base in another form; it is {state} here, so outputs differ slightly.")
+    if different:
+        return
+    before, now = stored.get("form", "quantised" if stored.get("quantized") else "unquantised"), own["form"]
+    if stored.get("quantized") != own["quantized"] or (own["quantized"] and before != now and "form" in stored):
+        print(f"{where}: trained on the same base in another form ({before}); here it is {now}, so outputs differ slightly.")
 
 
 def share_that_differs(a: list[float], b: list[float]) -> float:

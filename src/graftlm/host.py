@@ -21,7 +21,7 @@ from .errors import AdapterError, nearest
 from .methods import Method, PeftConfig, method_for
 from .methods.base import TASK_HEADS, replace_module
 from .methods.modules_to_save import ModulesToSaveWrapper, find_modules, saved_modules
-from .quantization import quantized_kind
+from .quantization import quantized_kind, settle
 from .routing import Plan, Switch, current_plan, running
 
 BASE_NAME = "__base__"
@@ -67,6 +67,7 @@ class Host(PreTrainedModel):
         self.checkpointing: list[nn.Module] | None = None
         self.train(model.training)
         freeze_base(model)
+        settle(model)
 
     # -- what it is made of ------------------------------------------------------------------------------------------
     @property
@@ -142,7 +143,8 @@ class Host(PreTrainedModel):
         return dtype
 
     def _float_dtype(self) -> torch.dtype:
-        return next((p.dtype for p in self.base.parameters() if p.is_floating_point()), torch.float32)
+        floats = (p.dtype for p in self.base.parameters() if p.is_floating_point() and type(p).__name__ != "Params4bit")
+        return next(floats, torch.float32)
 
     # -- attaching ---------------------------------------------------------------------------------------------------
     def add_adapter(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .errors import AdapterError, UnsupportedError
 from .methods.base import replace_module
@@ -13,19 +17,21 @@ from .methods.lora import LoraConfig
 from .methods.lora_combine import combine, new_rank
 from .methods.lora_layers import LoraLayer
 from .methods.modules_to_save import ModulesToSaveWrapper, saved_modules
+from .quantization import DequantizedLinear, quantized_kind, quantized_layers
+from .routing import Plan, running
 
 if TYPE_CHECKING:
     from .model import PeftModel
 
 
-def merge_and_unload(host: PeftModel, safe: bool, names: list[str] | None) -> nn.Module:
+def merge_and_unload(host: PeftModel, safe: bool, names: list[str] | None, requantize: bool = False) -> nn.Module:
     """The base with adapters folded in. Weights that were tied and now differ are untied, in the configuration too."""
     names = list(names or host.active_adapters)
     host._known(*names)
     host._check_mergeable(names)
     host.unmerge_adapter()
     untie(host, names)
-    host._merge(names, safe=safe, keep=False)
+    host._merge(names, safe=safe, keep=False, requantize=requantize)
     for path, module in list(host.base.named_modules()):
         if isinstance(module, ModulesToSaveWrapper) and module.switch is host.switch:
             kept = [n for n in names if n in module.modules_to_save]
@@ -38,12 +44,74 @@ def merge_and_unload(host: PeftModel, safe: bool, names: list[str] | None) -> nn
     for path, module in list(host.base.named_modules()):
         if isinstance(module, LoraLayer) and module.switch is host.switch:
             replace_module(host.base, path, module.base_layer)
+    describe_quantization(host.base, host._float_dtype())
     for part in (host.prompt_encoder, host.bottleneck, host.adapter_biases):
         part.clear()
     host.methods.clear()
     host.switch.active = ()
     host._forget()
     return host.base
+
+
+@contextmanager
+def drift_printed(host: PeftModel, names: list[str], requantize: bool) -> Iterator[None]:
+    """Around a merge: prints by how much the logits of a fixed probe move, where quantised layers are changed."""
+    kinds = Counter(
+        quantized_kind(m.frozen)
+        for m in host.base.modules()
+        if isinstance(m, LoraLayer) and m.switch is host.switch and any(n in m.scaling for n in names)
+    )
+    kinds.pop(None, None)
+    before = probe_logits(host, names) if kinds else None
+    yield
+    if before is None:
+        return
+    after: Any = probe_logits(host, names)
+    moved, largest = (after - before).abs().max().item(), before.abs().max().item()
+    same = (after.argmax(-1) == before.argmax(-1)).float().mean().item()
+    layers = " and ".join(f"{count} {kind} layers" for kind, count in kinds.items())
+    how = "were quantised anew with the adapter in them" if requantize else "became bfloat16 copies with the adapter in them"
+    print(f"merge: {layers} {how}.")
+    print(f"merge: logits move by up to {moved:.3g} (largest {largest:.3g}); {same:.0%} of the likeliest tokens stay.")
+
+
+def probe_logits(host: PeftModel, names: list[str]) -> Tensor | None:
+    """Logits (or last hidden states) of 32 fixed token ids under some adapters, fp32; None for a base without token ids."""
+    config = host.base.config
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if size is None:
+        return None
+    ids = torch.randint(0, size, (1, 32), generator=torch.Generator().manual_seed(0)).to(host.adapter_device)
+    more = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
+    trained = [m for m in host.base.modules() if m.training]
+    host.base.eval()
+    try:
+        with torch.no_grad(), running(Plan(host.switch, tuple(names))):
+            return host.base(input_ids=ids, **more)[0].float()
+    finally:
+        for module in trained:
+            module.training = True
+
+
+def describe_quantization(base: Any, dtype: torch.dtype) -> None:
+    """Let a base's configuration say which of its layers are still quantised, so that it can be saved and loaded.
+
+    Beside quantised layers transformers loads every weight as it was saved: there the copies take the activations' dtype.
+    """
+    if getattr(base, "hf_quantizer", None) is None:
+        return
+    if any(True for _ in quantized_layers(base)):
+        settings = base.config.quantization_config
+        plain = {n: m.to(dtype) for n, m in base.named_modules() if type(m) is DequantizedLinear}
+        if hasattr(settings, "llm_int8_skip_modules"):
+            kept = settings.llm_int8_skip_modules or base.hf_quantizer.modules_to_not_convert or ()
+            settings.llm_int8_skip_modules = list(dict.fromkeys([*kept, *plain]))
+        return
+    del base.config.quantization_config
+    base.hf_quantizer, base.is_quantized, base.quantization_method = None, False, None
+    for flag in ("is_loaded_in_8bit", "is_loaded_in_4bit"):
+        if hasattr(base, flag):
+            setattr(base, flag, False)
 
 
 def merge_biases(host: PeftModel, names: list[str]) -> None:

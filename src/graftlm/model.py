@@ -19,7 +19,6 @@ from . import checkpoint
 from .errors import AdapterError, UnsupportedError
 from .host import _HOSTS, BASE_NAME, Host
 from .methods import PeftConfig
-from .quantization import is_quantized
 from .routing import Plan, keep_plan, running
 
 
@@ -116,8 +115,24 @@ class PeftModel(Host):
         return Plan(self.switch, tuple(n for n in names[:1] if n != BASE_NAME))
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
+        self._refuse_half_on_cpu()
         with running(self._plan(kwargs.pop("adapter_names", None))):
             return self.base_model(*args, **kwargs)
+
+    def _refuse_half_on_cpu(self) -> None:
+        """UnsupportedError for training in float16 on a CPU, where no gradient scaler keeps small gradients alive."""
+        if not (self.training and torch.is_grad_enabled() and self.adapter_device.type == "cpu"):
+            return
+        if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.float16:
+            raise UnsupportedError(
+                "fp16 training on a CPU: there is no gradient scaling, small gradients become zero. Use bf16=True instead "
+                "of fp16=True in TrainingArguments (torch.autocast('cpu', torch.bfloat16) in a loop of your own)."
+            )
+        if self._float_dtype() is torch.float16:
+            raise UnsupportedError(
+                "The base is in float16, which cannot be trained on a CPU (no gradient scaling). Load it with "
+                "dtype=torch.bfloat16 (or float32); a quantised base can also go through prepare_model_for_kbit_training."
+            )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the base model in evaluation mode, with the active adapters. Takes all that it takes."""
@@ -197,20 +212,28 @@ class PeftModel(Host):
                 names.update(dict.fromkeys(getattr(module, "merged_adapters", ())))
         return list(names)
 
-    def merge_adapter(self, adapter_names: str | list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: str | list[str] | None = None, safe_merge: bool = False, requantize: bool = False
+    ) -> None:
         """Fold adapters (the active ones) into the base weights, reversibly: the model computes the same, faster.
 
-        Raises:
-            UnsupportedError: a method without merge (soft prompts, bottleneck adapters), or a quantised base.
-        """
-        self._merge(adapter_names, safe=safe_merge, keep=True)
+        A quantised layer becomes a bf16 copy, or with `requantize` a layer of its own kind again; by how much the logits
+        move is printed.
 
-    def _merge(self, adapter_names: str | list[str] | None, *, safe: bool, keep: bool) -> None:
+        Raises:
+            UnsupportedError: a method without merge (soft prompts, bottleneck adapters).
+        """
+        self._merge(adapter_names, safe=safe_merge, keep=True, requantize=requantize)
+
+    def _merge(self, adapter_names: str | list[str] | None, *, safe: bool, keep: bool, requantize: bool) -> None:
+        from .merging import drift_printed
+
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names or self.switch.active)
         self._known(*names)
         self._check_mergeable(names)
-        for method in {type(self.methods[n]): self.methods[n] for n in names}.values():
-            method.merge(self, names, safe=safe, keep=keep)  # type: ignore[attr-defined]
+        with drift_printed(self, names, requantize):
+            for method in {type(self.methods[n]): self.methods[n] for n in names}.values():
+                method.merge(self, names, safe=safe, keep=keep, requantize=requantize)  # type: ignore[attr-defined]
 
     def _check_mergeable(self, names: list[str]) -> None:
         for name in names:
@@ -220,8 +243,6 @@ class PeftModel(Host):
                     f"Adapter {name!r} is {getattr(kind, 'value', kind)}: it is no change of weights, so it cannot be "
                     "merged. Keep it attached."
                 )
-        if is_quantized(self.base):
-            raise UnsupportedError("The base is quantised: load it unquantised, attach the adapter and merge there.")
 
     def unmerge_adapter(self) -> None:
         """Undo `merge_adapter`; the base weights come back bit for bit."""
@@ -230,12 +251,16 @@ class PeftModel(Host):
                 module.unmerge()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        requantize: bool = False,
     ) -> nn.Module:
-        """The base with the adapters folded in for good and nothing of GraftLM left; it saves as plain transformers."""
+        """The base with the adapters folded in for good; it saves as plain transformers. As `merge_adapter` otherwise."""
         from .merging import merge_and_unload
 
-        return merge_and_unload(self, safe_merge, adapter_names)
+        return merge_and_unload(self, safe_merge, adapter_names, requantize)
 
     def unload(self) -> nn.Module:
         """The base as it was, without any adapter."""

@@ -5,7 +5,7 @@ from .checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_m
 from .files import WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
 from .methods import PeftType, TaskType
 from .methods.base import CONFIG_NAME
-from .quantization import prepare_model_for_kbit_training
+from .preparation import prepare_model_for_kbit_training
 
 __all__ = [
     "CONFIG_NAME",

@@ -1,5 +1,9 @@
-"""Facts about model families: what layers are called, what shapes attention keeps, how positions are counted."""
+"""Facts about model families: what layers are called, what shapes attention keeps, how positions are counted.
 
+Importing this package registers ChatGLM, which transformers itself does not have.
+"""
+
+from . import chatglm, chatglm_tokenizer
 from .attention import attention_modules, encoder_kv_shapes, kv_shapes, self_attention_call
 from .facts import (
     LORA_TARGETS,
@@ -32,3 +36,6 @@ __all__ = [
     "self_attention_call",
     "takes_position_ids",
 ]
+
+chatglm.register()
+chatglm_tokenizer.register_tokenizer(chatglm.ChatGLMConfig)

@@ -54,11 +54,15 @@ def end_token_id(tokenizer: PreTrainedTokenizerBase, end: End) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """One example as text. ``special_tokens``: whether the tokenizer's leading tokens (BOS) go in front."""
+    """One example as text. ``special_tokens``: whether the tokenizer's leading tokens (BOS) go in front.
+
+    ``prompt_ids`` are the prompt's tokens where its text alone does not tell them (a chat through a template).
+    """
 
     prompt: str
     target: str
     special_tokens: bool = True
+    prompt_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,7 @@ class Tokens:
         The left is cut so that the end of the prompt, where the answer is asked for, stays.
         """
         prefix = self.prefix if pair.special_tokens else []
-        ids = self.plain(pair.prompt)
+        ids = self._question(pair)
         excess = 0 if limit is None else len(prefix) + len(ids) - limit
         return prefix + ids[max(excess, 0) :]
 
@@ -83,7 +83,7 @@ class Tokens:
     def encoder_decoder(self, pair: Pair, max_input: int, max_output: int, cut_left: bool) -> dict[str, list[int]]:
         """For encoder-decoder models: the prompt is the encoder's input, the answer (with eos) the labels."""
         room = max(max_input - len(self.prefix) - len(self.suffix), 0)
-        question = self.plain(pair.prompt)
+        question = self._question(pair)
         if len(question) > room:
             question = question[len(question) - room :] if cut_left else question[:room]
         ids = self.prefix + question + self.suffix
@@ -92,6 +92,10 @@ class Tokens:
         if eos is not None and (not labels or labels[-1] != eos):
             labels.append(eos)
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels[:max_output]}
+
+    def _question(self, pair: Pair) -> list[int]:
+        """Ids of the prompt alone, [T]."""
+        return self.plain(pair.prompt) if pair.prompt_ids is None else list(pair.prompt_ids)
 
     def _build(self, question: list[int], answer: list[int]) -> list[int]:
         tokenizer: Any = self.tokenizer

@@ -10,6 +10,9 @@ Labels are on the assistant's turns only. How they are found:
 3. The tokenizer has no template: a plain one, which for one question is the Alpaca layout of document 003:
 
        System: {content}\n\nHuman: {content}\n\nAssistant: {content}{eos}Human: …
+
+A template also says how an answer ends. ChatGLM3's says nothing: there the next role's token ends it, or the
+end token after the last answer. `ChatFormat` labels those (`answer_end_ids` of our ChatGLMTokenizer).
 """
 
 from __future__ import annotations
@@ -48,14 +51,17 @@ class ChatFormat(Format):
         messages = self._messages(example)
         if messages[-1]["role"] != "assistant":
             raise DataError(f"the conversation ends with role {messages[-1]['role']!r}, expected 'assistant'")
-        plain = tokenizer is None or not tokenizer.chat_template
-        return Pair(prompt=render_chat(messages[:-1], tokenizer), target=messages[-1]["content"], special_tokens=plain)
+        prompt, target = render_chat(messages[:-1], tokenizer), messages[-1]["content"]
+        if tokenizer is None or not tokenizer.chat_template:
+            return Pair(prompt=prompt, target=target)
+        ids = _apply(tokenizer, messages[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+        return Pair(prompt=prompt, target=target, special_tokens=False, prompt_ids=tuple(ids))
 
     def encode(self, example: Mapping[str, Any], tokens: Tokens) -> tuple[list[int], list[int]]:
         messages = self._messages(example)
         if not tokens.tokenizer.chat_template:
             return self._encode_plain(messages, tokens)
-        ids, mask = chat_ids_and_mask(messages, tokens.tokenizer)
+        ids, mask = _with_ends(*chat_ids_and_mask(messages, tokens.tokenizer), tokens.tokenizer)
         return ids, [token if kept else IGNORE_INDEX for token, kept in zip(ids, mask, strict=True)]
 
     def _encode_plain(self, messages: list[dict], tokens: Tokens) -> tuple[list[int], list[int]]:
@@ -129,6 +135,16 @@ def _mask_by_prefixes(messages: Sequence[Message], tokenizer: PreTrainedTokenize
             )
         mask[len(before) : len(after)] = [1] * (len(after) - len(before))
     return ids, mask
+
+
+def _with_ends(ids: list[int], mask: list[int], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The same with the token after each answer labelled, where the tokenizer tells ends that its template lacks."""
+    ends = getattr(tokenizer, "answer_end_ids", None)
+    if not ends:
+        return ids, mask
+    follows = [0, *mask[:-1]]
+    labelled = [int(own or (before and token in ends)) for token, own, before in zip(ids, mask, follows, strict=True)]
+    return (ids + [tokenizer.eos_token_id], labelled + [1]) if mask[-1] else (ids, labelled)
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], **options: Any) -> Any:

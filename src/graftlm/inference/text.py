@@ -49,13 +49,17 @@ class Sampling:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected {expected}.")
 
     def options(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """Keyword arguments of transformers' `generate`. The padding token ends a completion as the end token does."""
+        """Keyword arguments of transformers' `generate`. The padding token ends a completion as the end token does.
+
+        So do the next speakers' tokens where the tokenizer says so (`answer_end_ids`, ChatGLM's).
+        """
         ends = [i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None]
+        others = [i for i in getattr(tokenizer, "answer_end_ids", None) or [] if i not in ends]
         options: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "do_sample": self.temperature > 0,
             "repetition_penalty": self.repetition_penalty,
-            "eos_token_id": ends or None,
+            "eos_token_id": others + ends or None,
             "pad_token_id": ends[-1] if ends else None,
         }
         if self.temperature > 0:
@@ -101,7 +105,8 @@ def encode(tokenizer: Any, prompts: Sequence[str], device: Any, special_tokens: 
     """Token ids and mask, both [B, T], padded on the left whatever the tokenizer's own side is."""
     import torch
 
-    rows = [tokenizer(p, add_special_tokens=special_tokens)["input_ids"] for p in prompts]
+    named = {} if special_tokens else {"split_special_tokens": False}  # a template wrote special tokens' names
+    rows = [tokenizer(p, add_special_tokens=special_tokens, **named)["input_ids"] for p in prompts]
     empty = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     rows = [row or [empty] for row in rows]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0

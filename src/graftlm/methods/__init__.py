@@ -12,7 +12,7 @@ from .base import (
     method_for,
 )
 from .bottleneck import BottleneckConfig, BottleneckPlacement
-from .lora import LoraConfig
+from .lora import LoftQConfig, LoraConfig
 from .p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from .prefix_tuning import PrefixTuningConfig
 from .prompt_tuning import PromptTuningConfig, PromptTuningInit
@@ -21,6 +21,7 @@ __all__ = [
     "METHODS",
     "BottleneckConfig",
     "BottleneckPlacement",
+    "LoftQConfig",
     "LoraConfig",
     "Method",
     "PeftConfig",

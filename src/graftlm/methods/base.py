@@ -260,7 +260,7 @@ METHODS: dict[PeftType, tuple[type[PeftConfig], type[Method]]] = {}
 
 # Keys of other versions' files that carry no computation of their own.
 PASSIVE_KEYS = frozenset(
-    {"peft_version", "megatron_core", "megatron_config", "qalora_group_size", "loftq_config", "eva_config"}
+    {"peft_version", "megatron_core", "megatron_config", "qalora_group_size", "eva_config"}
     | {"corda_config", "ensure_weight_tying", "lora_ga_config", "runtime_config", "layer_replication_version"}
 )
 

@@ -11,6 +11,7 @@ Decisions, and what differs from HF PEFT (whose field names, defaults, maths and
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,7 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architectures import backbone_embeddings, is_encoder_decoder, lora_targets
 from ..errors import ConfigError, TargetError, UnsupportedError, nearest
-from ..quantization import dequantize
+from ..files import checkpoint_weight
+from ..quantization import quantized_kind
 from .base import Method, PeftConfig, PeftType, clean_path, positive, register, replace_module
 from .lora_layers import LoraLayer, wrap
 from .targets import find_targets, pattern_value, report_unused
@@ -30,7 +32,15 @@ from .targets import find_targets, pattern_value, report_unused
 if TYPE_CHECKING:
     from .. import model as wrapper
 
-INITS = ("gaussian", "pissa", "olora")
+INITS = ("gaussian", "pissa", "olora", "loftq")
+
+
+@dataclass(kw_only=True)
+class LoftQConfig:
+    """How LoftQ's start values are made: bits of the quantised base (4: NF4, 8: int8) and steps (1; see `lora_init`)."""
+
+    loftq_bits: int = 4
+    loftq_iter: int = 1
 
 
 @dataclass(kw_only=True)
@@ -48,7 +58,8 @@ class LoraConfig(PeftConfig):
         bias: "none", "all" or "lora_only": which biases are trained along.
         use_rslora: scale by lora_alpha / sqrt(r).
         modules_to_save: modules that are trained in full and saved along.
-        init_lora_weights: True (B = 0), False (both random), "gaussian", "pissa", "pissa_niter_<n>", "olora".
+        init_lora_weights: True (B = 0), False (both random), "gaussian", "pissa", "pissa_niter_<n>", "olora", "loftq".
+        loftq_config: a `LoftQConfig` or its fields, for "loftq".
         layers_to_transform, layers_pattern: only layers with these numbers (in a module list of that name).
         rank_pattern, alpha_pattern: other ranks and alphas for modules that match a name or regular expression.
         use_dora: train the length of every output row apart from its direction.
@@ -64,6 +75,7 @@ class LoraConfig(PeftConfig):
     use_rslora: bool = False
     modules_to_save: list[str] | None = None
     init_lora_weights: bool | str = True
+    loftq_config: dict[str, Any] | LoftQConfig = field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
@@ -86,6 +98,7 @@ class LoraConfig(PeftConfig):
                     f"init_lora_weights={init!r}: expected True, False, {', '.join(map(repr, INITS))} or "
                     f"'pissa_niter_<n>'{nearest(init, INITS)}"
                 )
+        self.loftq_config = loftq_fields(self.loftq_config, init)
         for key, rank in (self.rank_pattern or {}).items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
                 raise ConfigError(f"rank_pattern[{key!r}]={rank!r}: expected a whole number above 0.")
@@ -95,6 +108,28 @@ class LoraConfig(PeftConfig):
             raise ConfigError("layers_to_transform needs target_modules as a list; write the layers into the expression.")
         if isinstance(self.target_modules, (set, tuple)):
             self.target_modules = sorted(self.target_modules)
+
+
+def loftq_fields(given: Any, init: Any) -> dict[str, Any]:
+    """The fields of a LoftQ configuration as they are stored; {} unless the start values are LoftQ's.
+
+    Raises:
+        ConfigError: other bits than 4 and 8, more than one step, unknown fields.
+    """
+    if init != "loftq":
+        return {}
+    values = dataclasses.asdict(given) if isinstance(given, LoftQConfig) else dict(given or {})
+    known = {f.name: f.default for f in dataclasses.fields(LoftQConfig)}
+    for key in values.keys() - known.keys():
+        raise ConfigError(f"loftq_config has no field {key!r}{nearest(key, known)}; it has {', '.join(known)}.")
+    values = known | values
+    if values["loftq_bits"] not in (4, 8):
+        raise ConfigError(f"loftq_bits={values['loftq_bits']!r}: expected 4 (NF4) or 8 (int8).")
+    if values["loftq_iter"] != 1:
+        raise ConfigError(
+            f"loftq_iter={values['loftq_iter']!r}: expected 1. Further steps quantise the base anew, which adapters share."
+        )
+    return values
 
 
 class Lora(Method):
@@ -124,7 +159,9 @@ class Lora(Method):
                 replace_module(host.base, path, layer)
             r = pattern_value(config.rank_pattern, path, config.r)
             alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
-            layer.add(self.name, r, alpha, config, host.adapter_dtype(layer.frozen), initialise=not for_loading)
+            dtype = host.adapter_dtype(layer.frozen)
+            original = None if for_loading else self._original(host, config, path, layer)
+            layer.add(self.name, r, alpha, config, dtype, initialise=not for_loading, original=original)
         if config.bias != "none":
             host.adapter_biases[self.name] = nn.ParameterDict(
                 {
@@ -132,6 +169,16 @@ class Lora(Method):
                     for path, module in self._biased(host)
                 }
             )
+
+    def _original(self, host: wrapper.PeftModel, config: LoraConfig, path: str, layer: LoraLayer) -> Tensor | None:
+        """For LoftQ: the weight [out, in] that a quantised layer was made from, out of the base's checkpoint."""
+        kind = quantized_kind(layer.frozen)
+        if config.init_lora_weights != "loftq" or kind is None:
+            return None
+        bits, have = config.loftq_config["loftq_bits"], 4 if kind == "4bit" else 8  # type: ignore[index]
+        if bits != have:
+            raise ConfigError(f"loftq_bits={bits}, but {path!r} holds {have}-bit weights; set loftq_bits={have}.")
+        return checkpoint_weight(host.base, f"{clean_path(path)}.weight", tuple(layer.float_weight().shape))
 
     def _refuse_shared(self, host: wrapper.PeftModel, targets: dict[str, nn.Module]) -> None:
         """T5 and BART keep a module that only holds the embeddings' weight and never runs: an update there is lost."""
@@ -154,7 +201,7 @@ class Lora(Method):
         """The LoRA module at `path`: this wrapper's own where one stands already."""
         if isinstance(module, LoraLayer) and module.switch is host.switch:
             return module
-        return wrap(module, path, host.switch, dequantize)
+        return wrap(module, path, host.switch)
 
     def _biased(self, host: wrapper.PeftModel) -> Iterator[tuple[str, Any]]:
         """Modules whose bias is trained: the wrapped layers' own, or every one of the base."""
@@ -240,11 +287,12 @@ class Lora(Method):
             for key, parameter in self._file_parameters(host):
                 parameter.copy_(tensors[key])
 
-    def merge(self, host: wrapper.PeftModel, names: list[str], *, safe: bool, keep: bool = True) -> None:
+    def merge(
+        self, host: wrapper.PeftModel, names: list[str], *, safe: bool, keep: bool = True, requantize: bool = False
+    ) -> None:
         """Fold the named adapters into the base (all of this method's layers at once)."""
-        for _, module in host.base.named_modules():
-            if isinstance(module, LoraLayer) and module.switch is host.switch:
-                module.merge(names, safe=safe, keep=keep)
+        for module in [m for m in host.base.modules() if isinstance(m, LoraLayer) and m.switch is host.switch]:
+            module.merge(names, safe=safe, keep=keep, requantize=requantize)
 
 
 register(PeftType.LORA, LoraConfig, Lora)

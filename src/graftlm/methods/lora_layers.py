@@ -5,7 +5,7 @@ Shapes: x [..., in]; A [r, in]; B [out, r]; the update is ``scale * B(A(x))`` [.
 * LoRA, https://arxiv.org/abs/2106.09685 eq. 3; scale = lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732).
 * DoRA, https://arxiv.org/abs/2402.09353 eq. 5: ``W' = m * (W + scale*BA) / ||W + scale*BA||`` by rows of the output, the
   norm held constant in the gradient.
-* PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) start from factors of W itself and train against the residual
+* PiSSA, OLoRA and LoftQ (see `lora_init`) start from factors that come from W and train against the residual
   ``W - scale*B0*A0``. HF PEFT overwrites the base weight by that residual; here the base stays as it is, the start
   factors are kept beside the trained ones and subtracted, so that the base can be shared, switched back and wrapped twice.
 
@@ -15,7 +15,7 @@ Parameter names are HF PEFT's (`lora_A.<adapter>.weight`, `lora_embedding_A.<ada
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedError
+from ..quantization import dequantize, dequantized, quantized_kind, requantized
 from ..routing import Switch, active_adapters
+from .lora_init import start_factors
 
 
 class Magnitude(nn.Module):
@@ -41,7 +43,6 @@ class LoraLayer(nn.Module):
     Args:
         base_layer: the module that stood here.
         switch: of the wrapper that put this in place; it says which adapters apply.
-        dequantize: gives the base weight of a quantised layer in floating point.
     """
 
     lora_A: Any
@@ -49,12 +50,12 @@ class LoraLayer(nn.Module):
     lora_dropout: Any
     lora_magnitude_vector: Any
     saved_weight: nn.Parameter | None
+    saved_layer: nn.Module | None
 
-    def __init__(self, base_layer: nn.Module, switch: Switch, dequantize: Callable[[nn.Module], Tensor]) -> None:
+    def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.switch = switch
-        self.dequantize = dequantize
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
@@ -64,9 +65,10 @@ class LoraLayer(nn.Module):
         self.lora_embedding_A = nn.ParameterDict()
         self.lora_embedding_B = nn.ParameterDict()
         self.lora_magnitude_vector = nn.ModuleDict()
-        self.start: dict[str, tuple[Tensor, Tensor]] = {}  # PiSSA / OLoRA: A0, B0
+        self.start: dict[str, tuple[Tensor, Tensor]] = {}  # PiSSA, OLoRA, LoftQ: A0, B0
         self.merged_adapters: list[str] = []
-        self.__dict__["saved_weight"] = None  # the base weight before a merge, while merged; registered nowhere
+        # while merged, what stood here before: the base weight, or the whole layer if it is quantised; registered nowhere
+        self.__dict__["saved_weight"] = self.__dict__["saved_layer"] = None
         self.trained_bias: Tensor | None = None  # set by the method where `bias` is trained
         self.train(base_layer.training)
 
@@ -107,8 +109,11 @@ class LoraLayer(nn.Module):
                 yield key, parameter
 
     # -- building ----------------------------------------------------------------------------------------------------
-    def add(self, name: str, r: int, alpha: float, config: Any, dtype: torch.dtype, *, initialise: bool) -> None:
-        """Put an adapter in. `config` is a `LoraConfig`."""
+    def add(
+        self, name: str, r: int, alpha: float, config: Any, dtype: torch.dtype, *, initialise: bool,
+        original: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Put an adapter in. `config` is a `LoraConfig`; `original` [out, in] the unquantised weight, for LoftQ."""
         self.r[name] = r
         self.lora_alpha[name] = alpha
         self.scaling[name] = alpha / math.sqrt(r) if config.use_rslora else alpha / r
@@ -116,15 +121,16 @@ class LoraLayer(nn.Module):
         self.lora_dropout[name].train(self.training)
         self.create(name, r, dtype, self.frozen.weight.device)  # type: ignore[arg-type]
         init = config.init_lora_weights
-        if initialise or (isinstance(init, str) and init != "gaussian"):
-            self.initialise(name, init)
+        quantised = quantized_kind(self.frozen) is not None
+        if initialise or (isinstance(init, str) and init != "gaussian" and not (init == "loftq" and quantised)):
+            self.initialise(name, config, original)
         if config.use_dora:
             self.lora_magnitude_vector[name] = Magnitude(self.adapted_norm(name, torch.float32).to(dtype))
 
     def create(self, name: str, r: int, dtype: torch.dtype, device: torch.device) -> None:
         raise NotImplementedError
 
-    def initialise(self, name: str, init: bool | str) -> None:
+    def initialise(self, name: str, config: Any, original: Tensor | None) -> None:
         raise NotImplementedError
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
@@ -147,16 +153,23 @@ class LoraLayer(nn.Module):
 
     # -- weights -----------------------------------------------------------------------------------------------------
     @property
-    def frozen(self) -> Any:
-        """The innermost frozen layer (a base that is wrapped twice has one LoRA module in another)."""
-        layer = self.base_layer
-        while isinstance(layer, LoraLayer):
+    def innermost(self) -> LoraLayer:
+        """The LoRA module that holds the base's own layer (a base that is wrapped twice has one in another)."""
+        layer: LoraLayer = self
+        while isinstance(layer.base_layer, LoraLayer):
             layer = layer.base_layer
         return layer
 
+    @property
+    def frozen(self) -> Any:
+        """The base's own layer."""
+        return self.innermost.base_layer
+
     def float_weight(self) -> Tensor:
         """The base weight before any merge, in floating point, [out, in] whatever the layer's own layout."""
-        return self.as_rows(self.dequantize(self.frozen) if self.saved_weight is None else self.saved_weight)
+        if self.saved_weight is not None:
+            return self.as_rows(self.saved_weight)
+        return self.as_rows(dequantize(self.frozen if self.saved_layer is None else self.saved_layer))
 
     def as_rows(self, weight: Tensor) -> Tensor:
         """Between the layer's layout and [out, in]; its own inverse."""
@@ -185,34 +198,36 @@ class LoraLayer(nn.Module):
             update = ratio[:, None] * (weight + update) - weight
         return self.as_rows(update)
 
-    def merge(self, names: list[str], *, safe: bool, keep: bool = True) -> None:
+    def merge(self, names: list[str], *, safe: bool, keep: bool = True, requantize: bool = False) -> None:
         """Fold adapters into the base weight.
 
-        With `safe` a result with NaN or infinity is refused and nothing changes; without `keep` there is no way back.
+        With `safe` a result with NaN or infinity is refused and nothing changes; without `keep` there is no way back. A
+        quantised layer is replaced by a bf16 copy, or with `requantize` by a quantised one (which rounds the update away
+        in part).
         """
         names = [n for n in names if n in self.scaling and n not in self.merged_adapters]
         if not names:
             return
-        weight = self.frozen.weight
-        if not weight.is_floating_point() or hasattr(weight, "quant_state"):  # type: ignore[operator]
-            raise UnsupportedError(
-                f"Merging {', '.join(names)} into a quantised layer: load the base unquantised and merge there."
-            )
+        frozen, quantised = self.frozen, quantized_kind(self.frozen) is not None
         with torch.no_grad():
-            new = weight.float() + sum(self.get_delta_weight(n) for n in names)  # type: ignore[operator]
+            new = dequantize(frozen).float() + sum(self.get_delta_weight(n) for n in names)
             if safe and not torch.isfinite(new).all():
                 raise ValueError(f"Merging {', '.join(names)} gives NaN or infinite weights; nothing was changed.")
-            if self.saved_weight is None and keep:
-                self.__dict__["saved_weight"] = weight
-            # a parameter of its own: the old one may be tied to another layer
-            self.frozen.weight = nn.Parameter(new.to(weight.dtype).contiguous(), requires_grad=False)
+            if keep and self.saved_weight is None and self.saved_layer is None:
+                self.__dict__["saved_layer" if quantised else "saved_weight"] = frozen if quantised else frozen.weight
+            if quantised:
+                self.innermost.base_layer = requantized(frozen, new) if requantize else dequantized(frozen, new)
+            else:  # a parameter of its own: the old one may be tied to another layer
+                frozen.weight = nn.Parameter(new.to(frozen.weight.dtype).contiguous(), requires_grad=False)
         self.merged_adapters += names
 
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit."""
-        if self.saved_weight is not None:
+        if self.saved_layer is not None:
+            self.innermost.base_layer = self.saved_layer.train(self.training)
+        elif self.saved_weight is not None:
             self.frozen.weight = self.saved_weight
-        self.__dict__["saved_weight"] = None
+        self.__dict__["saved_weight"] = self.__dict__["saved_layer"] = None
         self.merged_adapters = []
 
     def plain_output(self, result: Tensor) -> Tensor:
@@ -236,8 +251,8 @@ class LoraLayer(nn.Module):
 class Linear(LoraLayer):
     """Over nn.Linear, quantised linears, and GPT-2's Conv1D (whose weight lies [in, out])."""
 
-    def __init__(self, base_layer: nn.Module, switch: Switch, dequantize: Callable[[nn.Module], Tensor]) -> None:
-        super().__init__(base_layer, switch, dequantize)
+    def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
+        super().__init__(base_layer, switch)
         self.fan_in_fan_out = isinstance(self.frozen, Conv1D)
         if self.fan_in_fan_out:
             self.in_features, self.out_features = self.frozen.weight.shape  # type: ignore[misc]
@@ -255,39 +270,23 @@ class Linear(LoraLayer):
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         return self.lora_A[name].weight, self.lora_B[name].weight
 
-    def initialise(self, name: str, init: bool | str) -> None:
+    def initialise(self, name: str, config: Any, original: Tensor | None) -> None:
         a, b = self.factors(name)
+        init = config.init_lora_weights
         with torch.no_grad():
             if init == "gaussian":
                 nn.init.normal_(a, std=1 / self.r[name])
                 nn.init.zeros_(b)
             elif isinstance(init, str):
-                self.factorise(name, init)
+                weight = self.float_weight().float()
+                start_a, start_b = start_factors(config, weight, original, self.r[name], self.scaling[name])
+                a.copy_(start_a)
+                b.copy_(start_b)
+                if original is None:  # a LoftQ adapter of a quantised base makes up for its rounding: nothing to subtract
+                    self.start[name] = (a.detach().clone(), b.detach().clone())
             else:  # True as in the paper's code; False (for tests) keeps both random
                 nn.init.kaiming_uniform_(a, a=math.sqrt(5))
                 nn.init.zeros_(b) if init else nn.init.kaiming_uniform_(b, a=math.sqrt(5))
-
-    def factorise(self, name: str, init: str) -> None:
-        """PiSSA (`pissa`, `pissa_niter_<n>`) and OLoRA start values, from the base weight."""
-        a, b = self.factors(name)
-        r, weight = self.r[name], self.float_weight().float()
-        if init == "olora":
-            q, upper = torch.linalg.qr(weight)
-            start_a, start_b = upper[:r], q[:, :r]
-        else:
-            if init == "pissa":
-                u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-                u, s, vh = u[:, :r], s[:r], vh[:r]
-            else:  # randomised; a fixed seed makes loading find the same factors again
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(0)
-                    u, s, v = torch.svd_lowrank(weight, q=r, niter=int(init.rpartition("_")[2]))
-                    vh = v.T
-            root = (s / self.scaling[name]).sqrt()
-            start_a, start_b = root[:, None] * vh, u * root
-        a.copy_(start_a)
-        b.copy_(start_b)
-        self.start[name] = (a.detach().clone(), b.detach().clone())
 
     def delta(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """What one adapter adds to the base layer's output."""
@@ -312,8 +311,8 @@ class Linear(LoraLayer):
 class Embedding(LoraLayer):
     """Over nn.Embedding: A [r, vocabulary], B [hidden, r]; the update of token t is ``scale * B A[:, t]``."""
 
-    def __init__(self, base_layer: nn.Module, switch: Switch, dequantize: Callable[[nn.Module], Tensor]) -> None:
-        super().__init__(base_layer, switch, dequantize)
+    def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
+        super().__init__(base_layer, switch)
         self.num_embeddings, self.embedding_dim = self.frozen.weight.shape  # type: ignore[misc]
 
     def as_rows(self, weight: Tensor) -> Tensor:
@@ -326,7 +325,8 @@ class Embedding(LoraLayer):
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         return self.lora_embedding_A[name], self.lora_embedding_B[name]
 
-    def initialise(self, name: str, init: bool | str) -> None:
+    def initialise(self, name: str, config: Any, original: Tensor | None) -> None:
+        init = config.init_lora_weights
         if isinstance(init, str) and init != "gaussian":
             raise UnsupportedError(f"init_lora_weights={init!r} is for linear layers; leave embeddings out.")
         a, b = self.factors(name)
@@ -346,15 +346,15 @@ class Embedding(LoraLayer):
         return update if scale is None else update * scale
 
 
-def wrap(layer: nn.Module, path: str, switch: Switch, dequantize: Callable[[nn.Module], Tensor]) -> LoraLayer:
+def wrap(layer: nn.Module, path: str, switch: Switch) -> LoraLayer:
     """The LoRA module for a layer; UnsupportedError for a kind that has none."""
     inner = layer
     while isinstance(inner, LoraLayer):  # another wrapper's: the weights are those of the innermost
         inner = inner.base_layer
     if isinstance(inner, nn.Embedding):
-        return Embedding(layer, switch, dequantize)
+        return Embedding(layer, switch)
     if isinstance(inner, (nn.Linear, Conv1D)):
-        return Linear(layer, switch, dequantize)
+        return Linear(layer, switch)
     raise UnsupportedError(
         f"LoRA has no form for {path!r}, a {type(inner).__name__}; it takes linear layers (torch's, bitsandbytes', Conv1D) "
         "and embeddings. Name other modules in target_modules."

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import CompositionError, TargetError, nearest
+from ..quantization import dequantize, dequantized, quantized_kind
 from ..routing import Switch, active_adapters
 from .base import clean_path, replace_module
 
@@ -68,6 +69,8 @@ def bare_copy(module: nn.Module) -> Any:
     inner: Any = module
     while hasattr(inner, "original_module") or hasattr(inner, "base_layer"):
         inner = inner.original_module if hasattr(inner, "original_module") else inner.base_layer
+    if quantized_kind(inner) is not None:
+        return dequantized(inner, dequantize(inner)).float()
     made = copy.deepcopy(inner)
     for path, part in list(made.named_modules()):
         if hasattr(part, "base_layer"):

@@ -1,0 +1,186 @@
+"""`prepare_model_for_kbit_training`: a (quantised) base made ready for adapter training.
+
+HF PEFT copies every 16-bit tensor to fp32: embeddings, head, norms; the activations then run in fp32 as well, and QLoRA
+needs more memory than LoRA on the bf16 model. Here only what training needs is cast, each cast is printed with its bytes:
+
+* norms: weights in fp32, input and output in the dtype of the activations;
+* the head: its product in fp32, tile by tile over the vocabulary; its weight (often the embeddings') stays as it is;
+* float16 on a CPU, where there is no gradient scaling: everything that is not packed becomes fp32.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import UnsupportedError
+from .quantization import is_quantized, quantized_kind, quantized_layers, settle
+
+HALF = (torch.float16, torch.bfloat16)
+TILE = 2**24  # elements of the head's weight that are held in fp32 at a time
+
+
+def prepare_model_for_kbit_training(
+    model: Any,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
+) -> nn.Module:
+    """Freeze a base, cast what training needs, switch activation checkpointing on. HF PEFT's signature.
+
+    Args:
+        model: a transformers model, quantised or not.
+        use_gradient_checkpointing: recompute activations in the backward pass (quantised models only, as with HF PEFT).
+        gradient_checkpointing_kwargs: for `gradient_checkpointing_enable`.
+        auto_clear_cache: give the memory that casting has freed back to the GPU's driver.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        UnsupportedError: the model takes no `gradient_checkpointing_kwargs`.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    settle(model)
+    casts = list(cast_on_cpu(model) if half_on_cpu(model) else [*cast_norms(model), *cast_head(model)])
+    for line in table(casts):
+        print(f"prepare_model_for_kbit_training: {line}")
+    if auto_clear_cache and casts and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if use_gradient_checkpointing and is_quantized(model):
+        enable_checkpointing(model, gradient_checkpointing_kwargs or {})
+    return model
+
+
+def half_on_cpu(model: nn.Module) -> bool:
+    """Whether some of the model is, or computes in, float16 on a CPU."""
+    return any(
+        p.device.type == "cpu" and p.dtype is torch.float16 and quantized_kind(m) is None
+        for m in model.modules() for p in m.parameters(recurse=False)
+    ) or any(
+        kind == "4bit" and layer.compute_dtype is torch.float16 and layer.weight.device.type == "cpu"
+        for kind, layer in quantized_layers(model)
+    )  # fmt: skip
+
+
+def cast_on_cpu(model: nn.Module) -> Iterator[tuple[str, str, int]]:
+    """All 16-bit tensors that are not packed to fp32, and 4-bit layers' float16 products with them."""
+    computing = [m for kind, m in quantized_layers(model) if kind == "4bit" and m.compute_dtype is torch.float16]
+    for layer in computing:
+        layer.compute_dtype = torch.float32
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            packed = key == "weight" and quantized_kind(module) is not None
+            if parameter.dtype in HALF and not packed:
+                before = str(parameter.dtype).removeprefix("torch.")
+                parameter.data = parameter.data.float()
+                yield f"{name}.{key}", f"{before} -> float32 (a CPU cannot train in float16)", parameter.numel() * 4
+    if computing:
+        yield f"{len(computing)} 4-bit layers", "products in float32 instead of float16 (bfloat16 is faster)", 0
+
+
+def cast_norms(model: nn.Module) -> Iterator[tuple[str, str, int]]:
+    """16-bit norms to fp32, with hooks that keep the activations' dtype."""
+    for name, module in model.named_modules():
+        parameters = list(module.named_parameters(recurse=False))
+        if "norm" not in type(module).__name__.lower() or any(p.dim() > 1 for _, p in parameters):
+            continue
+        for key, parameter in parameters:
+            if parameter.dtype in HALF:
+                before = str(parameter.dtype).removeprefix("torch.")
+                parameter.data = parameter.data.float()
+                if _restore not in module._forward_hooks.values():
+                    module.register_forward_pre_hook(_remember)
+                    module.register_forward_hook(_restore)
+                yield f"{name}.{key}", f"{before} -> float32", parameter.numel() * 4
+
+
+def _remember(module: nn.Module, args: tuple) -> tuple | None:
+    """Forward pre-hook of a norm: note the input's dtype; to fp32 where torch has no kernel for the mixture."""
+    module.__dict__["input_dtype"] = args[0].dtype
+    mixes = isinstance(module, nn.LayerNorm) and args[0].device.type == "cpu"
+    takes_one = isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)) and not mixes
+    return (args[0].float(), *args[1:]) if takes_one else None
+
+
+def _restore(module: nn.Module, args: tuple, output: Any) -> Any:
+    """Forward hook of a norm: the output in the input's dtype."""
+    return output.to(module.__dict__["input_dtype"]) if torch.is_tensor(output) else output
+
+
+def cast_head(model: Any) -> Iterator[tuple[str, str, int]]:
+    """The product of a frozen 16-bit head in fp32; its weight is not copied."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if type(head) is nn.Linear and head.weight.dtype in HALF:
+        head.__class__ = Float32Head
+        name = next(n for n, m in model.named_modules() if m is head)
+        kept = str(head.weight.dtype).removeprefix("torch.")
+        yield name, f"product in float32 by tiles; the weight stays {kept}, no copy", 0
+
+
+class Float32Head(nn.Linear):
+    """A frozen head in a 16-bit dtype that gives fp32 logits: x [..., hidden] -> [..., vocabulary]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = self.weight.dtype not in HALF or self.weight.requires_grad or torch.is_autocast_enabled(x.device.type)
+        return super().forward(x) if plain else _HeadProduct.apply(x, self.weight, self.bias)
+
+
+class _HeadProduct(torch.autograd.Function):
+    """``x W^T + b`` in fp32 from a 16-bit W [V, H], a tile of its rows at a time; gradient for x only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.dtype = x.dtype
+        logits = x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=torch.float32)
+        flat, wide = logits.view(-1, weight.shape[0]), x.reshape(-1, x.shape[-1]).float()
+        for rows in tiles(weight):
+            tile_bias = None if bias is None else bias[rows].float()
+            flat[:, rows] = F.linear(wide, weight[rows].float(), tile_bias)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        flat = gradient.reshape(-1, gradient.shape[-1]).float()
+        total = flat.new_zeros((flat.shape[0], weight.shape[1]))
+        for rows in tiles(weight):
+            total += flat[:, rows] @ weight[rows].float()
+        return total.view(*gradient.shape[:-1], weight.shape[1]).to(ctx.dtype), None, None
+
+
+def tiles(weight: Tensor) -> Iterator[slice]:
+    """Slices of the rows of a weight [V, H] that hold at most `TILE` elements each."""
+    step = max(1, TILE // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        yield slice(start, start + step)
+
+
+def table(casts: list[tuple[str, str, int]]) -> Iterator[str]:
+    """One line a kind of tensor: names with the layer's number left out, how many, what was done, bytes."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for name, what, size in casts:
+        groups.setdefault((re.sub(r"\.\d+\.", ".*.", name), what), []).append(size)
+    for (name, what), sizes in groups.items():
+        count = f" ({len(sizes)})" if len(sizes) > 1 else ""
+        yield f"{name}{count}: {what}, {sum(sizes):,} bytes"
+    if len(groups) > 1:
+        yield f"together {sum(size for _, _, size in casts):,} bytes"
+
+
+def enable_checkpointing(model: Any, options: dict[str, Any]) -> None:
+    """Activation checkpointing in the base; reentrant only where asked for."""
+    if options.get("use_reentrant", False):
+        model.enable_input_require_grads()
+    takes = "gradient_checkpointing_kwargs" in inspect.signature(model.gradient_checkpointing_enable).parameters
+    if options and not takes:
+        raise UnsupportedError(f"{type(model).__name__} takes no gradient_checkpointing_kwargs; leave them out.")
+    model.gradient_checkpointing_enable(**({"gradient_checkpointing_kwargs": options} if options else {}))
