@@ -10,6 +10,7 @@ dtype is bf16 anyway, keeps its statistics, and is unpacked exactly before a gra
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -190,13 +191,29 @@ def round_to_levels(weight: Tensor, scheme: str) -> Tensor:
 
 # -- packed 4-bit layers on CPUs -----------------------------------------------------------------------------------------
 def settle(base: nn.Module) -> None:
-    """Make a base's 4-bit layers safe for training and evaluation in turns (see the module's docstring). Idempotent."""
+    """Make a base's 4-bit layers safe for training and evaluation in turns (see the module's docstring). Idempotent.
+
+    And let bitsandbytes say once, not at every int8 product, that it rounds the inputs to float16.
+    """
     for kind, layer in quantized_layers(base):
+        if kind == "int8":
+            logging.getLogger("bitsandbytes.autograd._functions").addFilter(_each_once)
         if kind == "4bit" and hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = layer.support_avx512bf16_for_cpu and _may_pack(layer)
             if _guard not in layer._forward_pre_hooks.values():
                 layer.register_forward_pre_hook(_guard)
                 layer.register_state_dict_pre_hook(_unpack_for_saving)
+
+
+_said: set[str] = set()
+
+
+def _each_once(record: logging.LogRecord) -> bool:
+    """Logging filter: every message once."""
+    text = record.getMessage()
+    new = text not in _said
+    _said.add(text)
+    return new
 
 
 def _may_pack(layer: Any) -> bool:

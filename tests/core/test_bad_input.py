@@ -43,7 +43,7 @@ CONFIG_MISTAKES: list[tuple[Any, dict[str, Any], str]] = [
     (graftlm.LoraConfig, {"lora_dropout": -0.1}, r"lora_dropout=-0.1: expected a probability"),
     (graftlm.LoraConfig, {"bias": "lora"}, r"bias='lora': expected 'none', 'all' or 'lora_only'"),
     (graftlm.LoraConfig, {"init_lora_weights": "pisa"}, r"init_lora_weights='pisa': expected True, False.*mean 'pissa'"),
-    (graftlm.LoraConfig, {"init_lora_weights": "loftq"}, r"init_lora_weights='loftq'"),
+    (graftlm.LoraConfig, {"init_lora_weights": "loftqq"}, r"init_lora_weights='loftqq'.*mean 'loftq'"),
     (graftlm.LoraConfig, {"layers_pattern": "layers"}, r"layers_pattern is given without layers_to_transform"),
     (graftlm.LoraConfig, {"layers_to_transform": [0], "target_modules": "all-linear"}, r"needs target_modules as a list"),
     (graftlm.LoraConfig, {"task_type": "CAUSAL"}, r"task_type='CAUSAL': expected one of .*did you mean 'CAUSAL_LM'"),

@@ -479,9 +479,15 @@ def test_without_sentencepiece(folder, monkeypatch):
         AutoTokenizer.from_pretrained(folder)
 
 
-def test_importing_graftlm_does_not_import_sentencepiece():
-    code = "import sys, graftlm; sys.exit('sentencepiece' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_importing_a_name_of_graftlm_registers_the_tokenizer(folder):
+    """And needs no sentencepiece."""
+    code = (
+        "import sys; sys.modules['sentencepiece'] = None; from graftlm import LoraConfig; del sys.modules['sentencepiece']\n"
+        "from transformers import AutoTokenizer\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "assert type(tokenizer).__module__ == 'graftlm.architectures.chatglm_tokenizer'"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, capture_output=True)
 
 
 # -- GraftLM's data ----------------------------------------------------------------------------------------------------

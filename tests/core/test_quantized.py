@@ -342,3 +342,35 @@ def test_unknown_schemes_are_named(folders):
     dora = config("dora", "llama")
     with pytest.raises(UnsupportedError, match="a scheme that GraftLM cannot dequantise"):
         graftlm.get_peft_model(model, dora)
+
+
+# -- whole runs ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+@pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
+def test_twenty_steps_follow_hf_peft(folders, method, scheme):
+    """Both prepare the base in their own way, start equal and train on the same batches."""
+    losses = {}
+    for library in (graftlm, peft):
+        base = library.prepare_model_for_kbit_training(load(folders["llama"], scheme), use_gradient_checkpointing=False)
+        torch.manual_seed(3)
+        model = library.get_peft_model(base, config(method, "llama", library))
+        start(model)
+        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        run = losses[library.__name__] = []
+        for step in range(20):
+            loss = model.train()(**batch("llama", seed=step)).loss
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            run.append(loss.item())
+    assert losses["graftlm"] == pytest.approx(losses["peft"], abs=1e-4)
+    assert sum(losses["graftlm"][-5:]) < sum(losses["graftlm"][:5])
+
+
+def start(model: nn.Module) -> None:
+    """The same start values for both libraries, by size: their names differ."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in sorted((p for p in model.parameters() if p.requires_grad), key=lambda p: tuple(p.shape)):
+            if parameter.abs().sum() > 0:  # LoRA's B stays zero
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
