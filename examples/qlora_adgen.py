@@ -1,7 +1,8 @@
-"""LoRA, or QLoRA with `--load-in-4bit`, on advertising copy: key words in, a text out.
+"""QLoRA on advertising copy: key words in, a text out, over a base in four bits.
 
     python examples/qlora_adgen.py
-    python examples/qlora_adgen.py --load-in-4bit                        # an NF4 base, by bitsandbytes
+    python examples/qlora_adgen.py --model zai-org/chatglm3-6b --data HasturOfficial/adgen --epochs 1 --learning-rate 1e-3
+    python examples/qlora_adgen.py --no-quantization
     python examples/qlora_adgen.py --resume runs/qlora-adgen/checkpoint-20
 
 Data: columns `content` and `summary`. With ChatGLM's tokenizer a row becomes `[gMASK] sop content summary eop`.
@@ -18,19 +19,26 @@ from graftlm.bundled import resolve
 from graftlm.data import LengthSortedCollator, load_data, prepare, prompts_and_targets, show
 from graftlm.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+gpu = torch.cuda.is_available()
+
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--model", default="graftlm-base", help="id or path of the base model")
 parser.add_argument("--data", default="adgen-zh", help="bundled name, file, folder or id")
-parser.add_argument("--load-in-4bit", action="store_true", help="hold the base in NF4 with double quantisation")
-parser.add_argument("--epochs", type=float, default=3)
+parser.add_argument("--no-quantization", action="store_true", help="hold the base in floating point")
+parser.add_argument(
+    "--compute-dtype", choices=DTYPES, default="fp16" if gpu else "bf16", help="of the four-bit layers' products"
+)
+parser.add_argument("--epochs", type=float, default=8)
 parser.add_argument("--max-steps", type=int, default=-1)
-parser.add_argument("--learning-rate", type=float, default=1e-3)
+parser.add_argument("--batch-size", type=int, default=6)
+parser.add_argument("--accumulation", type=int, default=8, help="batches that make one update")
+parser.add_argument("--learning-rate", type=float, default=1e-2)
 parser.add_argument("--resume", default=None, help="a checkpoint folder to go on from")
 parser.add_argument("--output", default="runs/qlora-adgen")
 args = parser.parse_args()
 
 name = resolve(args.model)
-gpu = torch.cuda.is_available()
 seed = 8
 
 # 1. Data: a random look, tokenised with the key words masked, shuffled.
@@ -43,18 +51,17 @@ train = train.shuffle(seed=seed).flatten_indices()
 held_out = raw["test" if "test" in raw else "train"]
 questions, references = (texts[:2] for texts in prompts_and_targets(held_out, "adgen"))
 
-
-# 2. The base: as it is, or in four bits.
-def load_base():
-    if not args.load_in_4bit:
-        return AutoModelForCausalLM.from_pretrained(name, dtype="auto" if gpu else "float32")
-    quantisation = BitsAndBytesConfig(
+# 2. The base: four bits a weight (NF4), the scales of the blocks quantised too.
+options = {"dtype": torch.float16 if gpu else torch.float32, "device_map": "auto" if gpu else "cpu"}
+if not args.no_quantization:
+    options["quantization_config"] = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=DTYPES[args.compute_dtype],
     )
-    return AutoModelForCausalLM.from_pretrained(name, quantization_config=quantisation, device_map="auto" if gpu else "cpu")
+base = AutoModelForCausalLM.from_pretrained(name, **options)
+print(f"The base takes {base.get_memory_footprint() / 2**20:.2f} MiB.")
 
 
 def write(model, question: str) -> str:
@@ -63,11 +70,8 @@ def write(model, question: str) -> str:
     return tokenizer.decode(outputs[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-base = load_base()
 before = [write(base, question) for question in questions]
-if args.load_in_4bit:
-    base = prepare_model_for_kbit_training(load_base())  # loaded anew: on some CPUs bitsandbytes trains only unused layers
-print(f"The base takes {base.get_memory_footprint() / 2**20:.2f} MiB.")
+base = prepare_model_for_kbit_training(base)
 
 # 3. The adapter: on the model family's usual layers, as the table says (for ChatGLM and Bloom: query_key_value).
 target_modules = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[base.config.model_type]
@@ -82,14 +86,14 @@ trainer = Trainer(
     model=model,
     args=TrainingArguments(
         output_dir=args.output,
-        per_device_train_batch_size=6,
-        gradient_accumulation_steps=1,
+        per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.accumulation,
         learning_rate=args.learning_rate,
         num_train_epochs=args.epochs,
         max_steps=args.max_steps,
         lr_scheduler_type="linear",
         warmup_steps=0.1,
-        logging_steps=10,
+        logging_steps=5,
         optim="adamw_torch",
         fp16=gpu,
         save_steps=20,

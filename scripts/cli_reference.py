@@ -182,11 +182,10 @@ def section_table(model: Any) -> str:
 
 def kind(field: Any) -> str:
     """A field's type in words."""
-    annotation = field.annotation
+    annotation = plain(field.annotation)
     options = getattr(annotation, "__args__", ())
     if options and all(isinstance(o, str) for o in options):
         return " \\| ".join(f"`{o}`" for o in options)
-    annotation = plain(annotation)
     names = {str: "text", int: "whole number", float: "number", bool: "true, false", dict: "mapping", list: "list"}
     return names[get_origin(annotation) or annotation]
 

@@ -1,6 +1,6 @@
 """Pretrain `graftlm-base` from scratch on text of Debian packages.
 
-    python scripts/pretrain_base.py                  # every stage, about 80 minutes on two cores
+    python scripts/pretrain_base.py                  # every stage, about 75 minutes on two free cores
     python scripts/pretrain_base.py train --minutes 20
     python scripts/pretrain_base.py export evaluate card
 

@@ -20,6 +20,7 @@ PAGES = {
     "prefix-tuning": ("Prefix Tuning", "attention memory"),
     "bottleneck": ("bottleneck adapters", "a block's output"),
 }
+NAMES = {"lora-int8": "LoRA over int8", "qlora": "QLoRA, over NF4"}  # rows that are a method over a quantised base
 HEADER = (
     "| method | enters at | trained | of the base | file | accuracy | loss | time | peak memory |\n"
     "|---|---|--:|--:|--:|--:|--:|--:|--:|"
@@ -29,9 +30,11 @@ MARKS = re.compile(r"(<!-- demo:begin -->\n).*?(<!-- demo:end -->)", re.DOTALL)
 
 def table(result: ComparisonResult) -> str:
     """The base (before) and every method (after) as a Markdown table, and how it was measured."""
-    base = result.base_metrics
-    before = f"| *base, before* | | | | | {percent(base.get('accuracy'))} | {number(base.get('loss'))} | | |"
-    lines = [HEADER, before, *(row_of(result, row) for row in result.rows)]
+    bases = [
+        f"| *{title}, before* | | | | | {percent(m.get('accuracy'))} | {number(m.get('loss'))} | | |"
+        for title, m in result.bases.items()
+    ]
+    lines = [HEADER, *bases, *(row_of(result, row) for row in result.rows)]
     machine = ", ".join(str(v) if k == "device" else f"{k} {v}" for k, v in result.machine.items() if v)
     return "\n".join(lines) + (
         f"\n\n`{result.command or 'graftlm compare'}`: {result.data} on {result.base} "
@@ -44,7 +47,7 @@ def row_of(result: ComparisonResult, row: Row) -> str:
     """One method's line; a method that did not finish says so."""
     method = row.runs[0].method
     name, place = PAGES.get(method, (row.label, ""))
-    head = f"| [{name}](docs/methods/{method}.md) | {place} "
+    head = f"| [{NAMES.get(row.label, name)}](docs/methods/{method}.md) | {place} "
     if not row.done:
         return head + f"| {row.runs[0].status} | | | | | | |"
     trained = row.mean("trainable_parameters")

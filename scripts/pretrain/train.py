@@ -27,8 +27,8 @@ CHECKPOINT = "checkpoint.pt"
 class TrainConfig:
     """Defaults are those of the shipped model."""
 
-    minutes: float = 70.0
-    tokens: float = 100e6
+    minutes: float = 160.0
+    tokens: float = 19.2e6
     length: int = 256
     batch: int = 32
     micro: int = 4

@@ -21,6 +21,7 @@ from .errors import AdapterError, nearest
 from .methods import Method, PeftConfig, method_for
 from .methods.base import TASK_HEADS, replace_module
 from .methods.modules_to_save import ModulesToSaveWrapper, find_modules, saved_modules
+from .preparation import freeze_base
 from .quantization import quantized_kind, settle
 from .routing import Plan, Switch, current_plan, running
 
@@ -334,13 +335,6 @@ class Host(PreTrainedModel):
             ]
         )
         return [(k.to(dtype), v.to(dtype)) for k, v in joined]
-
-
-def freeze_base(model: nn.Module) -> None:
-    """Freeze the base's own parameters; adapters of another wrapper over it are left alone."""
-    for name, parameter in model.named_parameters():
-        if ".lora_" not in name and ".modules_to_save." not in name:
-            parameter.requires_grad = False
 
 
 _HOSTS: WeakKeyDictionary[nn.Module, WeakSet[Host]] = WeakKeyDictionary()  # the wrappers over each base

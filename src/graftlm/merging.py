@@ -17,7 +17,7 @@ from .methods.lora import LoraConfig
 from .methods.lora_combine import combine, new_rank
 from .methods.lora_layers import LoraLayer
 from .methods.modules_to_save import ModulesToSaveWrapper, saved_modules
-from .quantization import DequantizedLinear, quantized_kind, quantized_layers
+from .quantization import DequantizedConv1D, DequantizedLinear, in_source_form, quantized_kind, quantized_layers
 from .routing import Plan, running
 
 if TYPE_CHECKING:
@@ -38,12 +38,14 @@ def merge_and_unload(host: PeftModel, safe: bool, names: list[str] | None, requa
             if len(kept) > 1:
                 raise AdapterError(f"Adapters {', '.join(kept)} each bring their own copy of {path}; merge one of them.")
             merged = module.modules_to_save[kept[0]] if kept else module.original_module
-            dtype = next((p.dtype for p in module.original_module.parameters()), None)
-            replace_module(host.base, path, merged.to(dtype) if dtype is not None else merged)
+            quantised = any(True for _ in quantized_layers(module.original_module))
+            dtypes = (p.dtype for p in module.original_module.parameters())
+            dtype = host._float_dtype() if quantised else next(dtypes, None)
+            replace_module(host.base, path, merged.to(dtype) if kept and dtype is not None else merged)
     merge_biases(host, names)
     for path, module in list(host.base.named_modules()):
         if isinstance(module, LoraLayer) and module.switch is host.switch:
-            replace_module(host.base, path, module.base_layer)
+            replace_module(host.base, path, in_source_form(module.base_layer))
     describe_quantization(host.base, host._float_dtype())
     for part in (host.prompt_encoder, host.bottleneck, host.adapter_biases):
         part.clear()
@@ -102,7 +104,7 @@ def describe_quantization(base: Any, dtype: torch.dtype) -> None:
         return
     if any(True for _ in quantized_layers(base)):
         settings = base.config.quantization_config
-        plain = {n: m.to(dtype) for n, m in base.named_modules() if type(m) is DequantizedLinear}
+        plain = {n: m.to(dtype) for n, m in base.named_modules() if isinstance(m, (DequantizedLinear, DequantizedConv1D))}
         if hasattr(settings, "llm_int8_skip_modules"):
             kept = settings.llm_int8_skip_modules or base.hf_quantizer.modules_to_not_convert or ()
             settings.llm_int8_skip_modules = list(dict.fromkeys([*kept, *plain]))

@@ -19,6 +19,7 @@ from . import checkpoint
 from .errors import AdapterError, UnsupportedError
 from .host import _HOSTS, BASE_NAME, Host
 from .methods import PeftConfig
+from .quantization import settle
 from .routing import Plan, keep_plan, running
 
 
@@ -131,7 +132,8 @@ class PeftModel(Host):
         if self._float_dtype() is torch.float16:
             raise UnsupportedError(
                 "The base is in float16, which cannot be trained on a CPU (no gradient scaling). Load it with "
-                "dtype=torch.bfloat16 (or float32); a quantised base can also go through prepare_model_for_kbit_training."
+                "dtype=torch.bfloat16 (or float32); a quantised base can also go through "
+                "graftlm.prepare_model_for_kbit_training."
             )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -194,23 +196,26 @@ class PeftModel(Host):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the block the model is the plain base (merged adapters are taken out and put back)."""
-        merged = self._merged_names()
-        if merged:
-            self.unmerge_adapter()
+        merged = [(module, module.set_aside()) for module in self._merged_modules()]
         enabled, self.switch.enabled = self.switch.enabled, False
+        self._follow(merged)
         try:
             yield
         finally:
             self.switch.enabled = enabled
-            if merged:
-                self.merge_adapter(merged)
+            for module, state in merged:
+                module.put_back(state)
+            self._follow(merged)
 
-    def _merged_names(self) -> list[str]:
-        names: dict[str, None] = {}
-        for module in self.base.modules():
-            if getattr(module, "switch", None) is self.switch:
-                names.update(dict.fromkeys(getattr(module, "merged_adapters", ())))
-        return list(names)
+    def _merged_modules(self) -> list[Any]:
+        own = [m for m in self.base.modules() if getattr(m, "switch", None) is self.switch]
+        return [m for m in own if getattr(m, "merged_adapters", None)]
+
+    def _follow(self, changed: Any = True) -> None:
+        """Layers were replaced by a merge or its undoing: the hooks that stood on them follow."""
+        if changed:
+            self._connect()
+            self._reconnect_others()
 
     def merge_adapter(
         self, adapter_names: str | list[str] | None = None, safe_merge: bool = False, requantize: bool = False
@@ -234,6 +239,7 @@ class PeftModel(Host):
         with drift_printed(self, names, requantize):
             for method in {type(self.methods[n]): self.methods[n] for n in names}.values():
                 method.merge(self, names, safe=safe, keep=keep, requantize=requantize)  # type: ignore[attr-defined]
+            self._follow()
 
     def _check_mergeable(self, names: list[str]) -> None:
         for name in names:
@@ -246,9 +252,10 @@ class PeftModel(Host):
 
     def unmerge_adapter(self) -> None:
         """Undo `merge_adapter`; the base weights come back bit for bit."""
-        for module in self.base.modules():
-            if getattr(module, "switch", None) is self.switch and getattr(module, "merged_adapters", None):
-                module.unmerge()
+        merged = self._merged_modules()
+        for module in merged:
+            module.unmerge()
+        self._follow(merged)
 
     def merge_and_unload(
         self,
@@ -413,6 +420,7 @@ def _rebuild(base: type, state: bytes) -> PeftModel:
     """A wrapper out of its pickle."""
     made = object.__new__(_wrapper_class(PeftModel, base))
     made.__dict__.update(pickle.loads(state))
+    settle(made.base)
     made._connect()
     return made
 

@@ -6,20 +6,22 @@ needs more memory than LoRA on the bf16 model. Here only what training needs is 
 * norms: weights in fp32, input and output in the dtype of the activations;
 * the head: its product in fp32, tile by tile over the vocabulary; its weight (often the embeddings') stays as it is;
 * float16 on a CPU, where there is no gradient scaling: everything that is not packed becomes fp32.
+
+What a quantised model on a CPU still reads from its checkpoint's mapped file (embeddings, head) is copied out, so that the
+whole unquantised checkpoint does not stay in memory beside it.
 """
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import UnsupportedError
 from .quantization import is_quantized, quantized_kind, quantized_layers, settle
 
 HALF = (torch.float16, torch.bfloat16)
@@ -35,28 +37,33 @@ def prepare_model_for_kbit_training(
     """Freeze a base, cast what training needs, switch activation checkpointing on. HF PEFT's signature.
 
     Args:
-        model: a transformers model, quantised or not.
+        model: a transformers model, quantised or not. (Of one that is wrapped already, adapters stay trainable.)
         use_gradient_checkpointing: recompute activations in the backward pass (quantised models only, as with HF PEFT).
         gradient_checkpointing_kwargs: for `gradient_checkpointing_enable`.
         auto_clear_cache: give the memory that casting has freed back to the GPU's driver.
 
     Returns:
         The model itself.
-
-    Raises:
-        UnsupportedError: the model takes no `gradient_checkpointing_kwargs`.
     """
-    for parameter in model.parameters():
-        parameter.requires_grad = False
+    freeze_base(model.get_base_model() if hasattr(model, "get_base_model") else model)
     settle(model)
     casts = list(cast_on_cpu(model) if half_on_cpu(model) else [*cast_norms(model), *cast_head(model)])
     for line in table(casts):
         print(f"prepare_model_for_kbit_training: {line}")
+    if is_quantized(model):
+        leave_checkpoint(model)
     if auto_clear_cache and casts and torch.cuda.is_available():
         torch.cuda.empty_cache()
     if use_gradient_checkpointing and is_quantized(model):
         enable_checkpointing(model, gradient_checkpointing_kwargs or {})
     return model
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Freeze a base's own parameters; adapters of a wrapper over it are left alone."""
+    for name, parameter in model.named_parameters():
+        if ".lora_" not in name and ".modules_to_save." not in name:
+            parameter.requires_grad = False
 
 
 def half_on_cpu(model: nn.Module) -> bool:
@@ -95,10 +102,12 @@ def cast_norms(model: nn.Module) -> Iterator[tuple[str, str, int]]:
         for key, parameter in parameters:
             if parameter.dtype in HALF:
                 before = str(parameter.dtype).removeprefix("torch.")
+                module.__dict__["stored_dtype"] = parameter.dtype
                 parameter.data = parameter.data.float()
                 if _restore not in module._forward_hooks.values():
                     module.register_forward_pre_hook(_remember)
                     module.register_forward_hook(_restore)
+                    module.register_state_dict_post_hook(_store)
                 yield f"{name}.{key}", f"{before} -> float32", parameter.numel() * 4
 
 
@@ -113,6 +122,15 @@ def _remember(module: nn.Module, args: tuple) -> tuple | None:
 def _restore(module: nn.Module, args: tuple, output: Any) -> Any:
     """Forward hook of a norm: the output in the input's dtype."""
     return output.to(module.__dict__["input_dtype"]) if torch.is_tensor(output) else output
+
+
+def _store(module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
+    """State dict hook of a norm: in the 16-bit dtype that it came in (exactly), as the weights around it are saved."""
+    for name, _ in module.named_parameters(recurse=False):
+        value = state[f"{prefix}{name}"]
+        short = value.to(module.__dict__["stored_dtype"])
+        if torch.equal(short.to(value.dtype), value):  # not one that was trained since
+            state[f"{prefix}{name}"] = short
 
 
 def cast_head(model: Any) -> Iterator[tuple[str, str, int]]:
@@ -164,6 +182,19 @@ def tiles(weight: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
+def leave_checkpoint(model: nn.Module) -> None:
+    """Copy parameters that lie in a mapped safetensors file, so that the mapping can go (on Linux)."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return
+    lines = (line.split(maxsplit=5) for line in maps.read_text().splitlines() if line.endswith(".safetensors"))
+    ranges = [tuple(int(end, 16) for end in line[0].split("-")) for line in lines]
+    for parameter in model.parameters():
+        place = parameter.data_ptr() if parameter.device.type == "cpu" else 0
+        if any(start <= place < end for start, end in ranges):
+            parameter.data = parameter.data.clone()
+
+
 def table(casts: list[tuple[str, str, int]]) -> Iterator[str]:
     """One line a kind of tensor: names with the layer's number left out, how many, what was done, bytes."""
     groups: dict[tuple[str, str], list[int]] = {}
@@ -180,7 +211,5 @@ def enable_checkpointing(model: Any, options: dict[str, Any]) -> None:
     """Activation checkpointing in the base; reentrant only where asked for."""
     if options.get("use_reentrant", False):
         model.enable_input_require_grads()
-    takes = "gradient_checkpointing_kwargs" in inspect.signature(model.gradient_checkpointing_enable).parameters
-    if options and not takes:
-        raise UnsupportedError(f"{type(model).__name__} takes no gradient_checkpointing_kwargs; leave them out.")
-    model.gradient_checkpointing_enable(**({"gradient_checkpointing_kwargs": options} if options else {}))
+    newer = getattr(model, "activation_checkpointing_enable", None)  # transformers' newer name
+    (newer or model.gradient_checkpointing_enable)(options or None)

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .errors import ConfigError, UnsupportedError, nearest
 
 SCHEMES = ("int8", "nf4", "fp4")
+_WEIGHTS = {"Linear8bitLt": "Int8Params", "Linear4bit": "Params4bit", "LinearNF4": "Params4bit", "LinearFP4": "Params4bit"}
 _PACK_ROWS = 32  # rows that bitsandbytes' packed kernel takes together
 
 
@@ -142,12 +144,36 @@ class DequantizedLinear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
-def dequantized(layer: Any, weight: Tensor) -> nn.Linear:
+class DequantizedConv1D(Conv1D):
+    """The same for GPT-2's layers, whose weight lies [in, out]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.T.to(x.dtype), self.bias.to(x.dtype))
+
+
+def dequantized(layer: Any, weight: Tensor) -> nn.Module:
     """A frozen bf16 layer with `weight` [out, in] and the quantised layer's bias."""
     made = DequantizedLinear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     made.weight = nn.Parameter(weight.to(torch.bfloat16).contiguous(), requires_grad=False)
     if layer.bias is not None:
         made.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+    made.__dict__["source_cls"] = source_class(layer)
+    return made.train(layer.training)
+
+
+def source_class(layer: nn.Module) -> Any:
+    """The class of the layer that transformers quantised into this one (it keeps it as `source_cls`)."""
+    return layer.__dict__.get("source_cls", nn.Linear)
+
+
+def in_source_form(layer: Any) -> nn.Module:
+    """A `DequantizedLinear` as its model's class has the layer, so that its file fits: GPT-2's is a `Conv1D`."""
+    if type(layer) is not DequantizedLinear or not issubclass(source_class(layer), Conv1D):
+        return layer
+    with torch.device("meta"):
+        made = DequantizedConv1D(layer.out_features, layer.in_features)
+    made.weight = nn.Parameter(layer.weight.detach().T.contiguous(), requires_grad=False)
+    made.bias = layer.bias  # type: ignore[assignment]
     return made.train(layer.training)
 
 
@@ -174,6 +200,7 @@ def requantized(layer: Any, weight: Tensor) -> nn.Module:
         raise UnsupportedError(f"A {kind} layer cannot be quantised anew in place; merge into a bf16 copy (the default).")
     if bias:
         made.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+    made.__dict__["source_cls"] = source_class(layer)
     made = made.to(device).train(layer.training)
     settle(made)
     return made
@@ -193,8 +220,13 @@ def round_to_levels(weight: Tensor, scheme: str) -> Tensor:
 def settle(base: nn.Module) -> None:
     """Make a base's 4-bit layers safe for training and evaluation in turns (see the module's docstring). Idempotent.
 
-    And let bitsandbytes say once, not at every int8 product, that it rounds the inputs to float16.
+    And let bitsandbytes say once, not at every int8 product, that it rounds the inputs to float16; and give weights that
+    come out of a pickle their class back.
     """
+    for layer in base.modules():
+        weight: Any = layer._parameters.get("weight")
+        if type(weight) is nn.Parameter and (name := _WEIGHTS.get(type(layer).__name__)):
+            weight.__class__ = getattr(bitsandbytes().nn, name)
     for kind, layer in quantized_layers(base):
         if kind == "int8":
             logging.getLogger("bitsandbytes.autograd._functions").addFilter(_each_once)
@@ -231,7 +263,7 @@ def _guard(layer: Any, args: tuple) -> None:
         if passes and layer.compute_dtype is torch.float16 and x.device.type == "cpu":
             raise UnsupportedError(
                 "These 4-bit layers compute in float16, which cannot be trained on a CPU (no gradient scaling). Load the "
-                "base with bnb_4bit_compute_dtype=torch.bfloat16, or call prepare_model_for_kbit_training(model)."
+                "base with bnb_4bit_compute_dtype=torch.bfloat16, or call graftlm.prepare_model_for_kbit_training(base)."
             )
         unpack(layer)
     elif layer.support_avx512bf16_for_cpu and not getattr(state, "packing_format_for_cpu", False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from graftlm.comparison import parse
+from graftlm.comparison import METHODS, parse
 from graftlm.comparison.spec import merged
 from graftlm.errors import ConfigError
 
@@ -15,6 +15,17 @@ def test_options_and_recipe_paths():
     assert spec.options == {"r": 16, "use_dora": True, "target_modules": ["a", "b"]}
     assert spec.overrides == {"training": {"learning_rate": 1e-3, "epochs": 2}}
     assert "/" not in spec.slug and ":" not in spec.slug
+
+
+def test_quantisation_is_the_recipes():
+    for text, scheme in (("qlora:r=4", "nf4"), ("lora-int8:r=4", "int8"), ("lora:r=4,quantization=fp4", "fp4")):
+        spec = parse(text)
+        assert (spec.method, spec.options, spec.overrides) == ("lora", {"r": 4}, {"quantization": scheme})
+    assert parse("prompt-tuning:quantization=nf4").overrides == {"quantization": "nf4"}
+    assert parse("qlora:quantization=nf4").overrides == parse("qlora").overrides
+    with pytest.raises(ConfigError, match="qlora is lora:quantization=nf4; write lora:quantization=int8 instead"):
+        parse("qlora:quantization=int8")
+    assert len({parse(m).slug for m in METHODS}) == len(METHODS) == 7
 
 
 @pytest.mark.parametrize("text", ["", "lroa", "lora:r", "lora:=3", "lora:a.b=1,a.b.c=2", "lora:r=[1"])

@@ -45,7 +45,8 @@ def test_fp16_with_a_gradient_scaler(folders, scheme):  # noqa: F811
     """Document 004's precision."""
     base = graftlm.prepare_model_for_kbit_training(on_gpu(folders["llama"], scheme, torch.float16))
     model = attach("llama", "lora", base=base).cuda().train()
-    optimiser, scaler = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01), torch.amp.GradScaler()
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    scaler = torch.amp.GradScaler()
     losses = []
     for _ in range(8):
         with torch.autocast("cuda", torch.float16):

@@ -128,3 +128,25 @@ def test_an_unquantised_model_is_only_frozen_and_cast(folders, capsys):  # noqa:
     assert not base.is_gradient_checkpointing and not any(p.requires_grad for p in base.parameters())
     model = randomise(graftlm.get_peft_model(base, config("lora", "llama"))).train()
     model(**batch("llama")).loss.backward()
+
+
+def test_adapters_of_a_wrapped_base_stay_trainable(folders, capsys):  # noqa: F811
+    base = load(folders["llama"], "nf4")
+    first, second = (graftlm.get_peft_model(base, config(m, "llama")) for m in ("lora", "prompt"))
+    trained = [{k for k, p in m.named_parameters() if p.requires_grad} for m in (first, second)]
+    for prepared in (base, first, second):
+        graftlm.prepare_model_for_kbit_training(prepared)
+        assert [{k for k, p in m.named_parameters() if p.requires_grad} for m in (first, second)] == trained
+
+
+def test_a_norm_that_was_trained_is_saved_in_float32(folders, tmp_path, capsys):  # noqa: F811
+    def prepared():
+        base = load(folders["llama"], "nf4", dtype=torch.bfloat16, compute=torch.bfloat16)
+        return graftlm.prepare_model_for_kbit_training(base)
+
+    settings = graftlm.LoraConfig(task_type="CAUSAL_LM", modules_to_save=["model.norm"])
+    model = randomise(graftlm.get_peft_model(prepared(), settings)).eval()
+    model.save_pretrained(tmp_path)
+    again = graftlm.PeftModel.from_pretrained(prepared(), tmp_path)
+    for (key, mine), (_, theirs) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(mine, theirs), key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 import warnings
 from typing import Any
@@ -262,6 +263,29 @@ def test_a_quantised_module_to_save_is_trained_dequantised(folders, tmp_path):
     close(logits_of(again, **batch("llama")), logits_of(model, **batch("llama")))
 
 
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_pickled_model_computes_the_same(folders, method, scheme):
+    """A pickle makes plain parameters of bitsandbytes' weights; they get their class back."""
+    model = attach("llama", method, base=load(folders["llama"], scheme))
+    again = pickle.loads(pickle.dumps(model))
+    assert scheme_of(again.base) == scheme
+    assert again.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
+    close(logits_of(again, **batch("llama")), logits_of(model, **batch("llama")), 0)
+    again.train()(**batch("llama")).loss.backward()
+
+
+def test_a_module_to_save_of_gpt2_has_its_own_layout(tmp_path):
+    build("gpt2", n_embd=64).save_pretrained(tmp_path / "base")
+    lora = graftlm.LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], modules_to_save=["c_fc"])
+    model = randomise(graftlm.get_peft_model(load(tmp_path / "base", "nf4"), lora)).eval()
+    assert model.base.transformer.h[0].mlp.c_fc.modules_to_save["default"].weight.shape == (64, 256)
+    model.save_pretrained(tmp_path / "adapter")
+    graftlm.PeftModel.from_pretrained(load(tmp_path / "base", None), tmp_path / "adapter")
+    again = graftlm.PeftModel.from_pretrained(load(tmp_path / "base", "nf4"), tmp_path / "adapter")
+    close(logits_of(again, **batch("gpt2")), logits_of(model, **batch("gpt2")))
+
+
 # -- LoftQ ---------------------------------------------------------------------------------------------------------------
 def loftq(**more: Any) -> Any:
     return graftlm.LoraConfig(
@@ -295,6 +319,19 @@ def test_loftq_on_an_unquantised_base_starts_as_the_base(folders, tmp_path):
     randomise(model).save_pretrained(tmp_path)
     again = graftlm.PeftModel.from_pretrained(load(folders["llama"], None), tmp_path)
     close(logits_of(again, **inputs), logits_of(model, **inputs))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_loftq_reads_gpt2s_layout(scheme, tmp_path):
+    plain = build("gpt2", n_embd=64)
+    plain.save_pretrained(tmp_path)
+    lora = loftq(loftq_config=peft.LoftQConfig(loftq_bits=8 if scheme == "int8" else 4))  # HF PEFT's object will do
+    model = graftlm.get_peft_model(load(tmp_path, scheme), lora)
+    for name in ("c_attn", "c_proj"):  # the second is square: its shape does not tell
+        layer = getattr(model.base.transformer.h[0].attn, name)
+        weight = getattr(plain.transformer.h[0].attn, name).weight.T
+        before = (weight - layer.float_weight()).norm()
+        assert (weight - layer.float_weight() - layer.update("default", torch.float32)).norm() < 0.9 * before
 
 
 def test_loftq_says_what_it_lacks(folders, tmp_path):

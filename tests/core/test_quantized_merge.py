@@ -6,11 +6,11 @@ import re
 
 import pytest
 import torch
-from families import batch
-from helpers import attach, close, logits_of, state_of
-from test_quantized import folders, layers, load  # noqa: F401  (a fixture)
+from families import batch, build
+from helpers import attach, close, config, logits_of, randomise, state_of
+from test_quantized import folders, layers, load, settings  # noqa: F401  (a fixture)
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import graftlm
 from graftlm.quantization import dequantize, is_quantized, quantized_kind, scheme_of
@@ -105,3 +105,108 @@ def test_two_wrappers_share_a_merged_base(folders, scheme, capsys):  # noqa: F81
     close(logits_of(other, **inputs), wanted, 0)
     assert isinstance(one.unload().model.layers[0].self_attn.q_proj, nn.Linear)
     close(logits_of(other, **inputs), wanted, 0)
+
+
+@pytest.mark.parametrize("method", ["bias_lora_only", "bias_all"])
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_trained_biases_stay_while_merged(folders, scheme, method, capsys):  # noqa: F811
+    base = load(folders["opt"], scheme)
+    model = attach("opt", method, base=base)
+    with torch.no_grad():
+        for parameter in model.adapter_biases.parameters():
+            parameter.add_(1.0)
+    other = graftlm.get_peft_model(base, config("lora", "opt"))  # as yet it changes nothing
+    inputs = batch("opt")
+    wanted = logits_of(model, **inputs)
+    model.merge_adapter()
+    assert relative(logits_of(model, **inputs), wanted) < 0.05
+    model.unmerge_adapter()
+    close(logits_of(model, **inputs), wanted, 0)
+    other.merge_adapter()  # another wrapper replaces the layers that the biases' hooks stand on
+    close(logits_of(model, **inputs), wanted, 0.05 * wanted.abs().max().item())
+    other.unmerge_adapter()
+    close(logits_of(model, **inputs), wanted, 0)
+
+
+@pytest.mark.parametrize("requantize", [False, True])
+def test_disabling_keeps_merged_layers_as_they_are(folders, requantize, capsys):  # noqa: F811
+    model = attach("llama", "lora", base=load(folders["llama"], "nf4"))
+    inputs = batch("llama")
+    with model.disable_adapter():
+        plain = logits_of(model, **inputs)
+    model.merge_adapter(requantize=requantize)
+    merged, wanted = [m.frozen for _, m in lora_layers(model)], logits_of(model, **inputs)
+    capsys.readouterr()
+    with model.disable_adapter():
+        close(logits_of(model, **inputs), plain, 0)
+    assert capsys.readouterr().out == ""
+    assert all(m.frozen is kept for (_, m), kept in zip(lora_layers(model), merged, strict=True))
+    close(logits_of(model, **inputs), wanted, 0)
+
+
+@pytest.mark.parametrize("scheme", [None, "nf4"])
+def test_a_refused_merge_changes_nothing(folders, scheme):  # noqa: F811
+    model = attach("llama", "lora", base=load(folders["llama"], scheme))
+    last = lora_layers(model)[-1][1]
+    with torch.no_grad():
+        last.lora_A["default"].weight[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="nothing was changed"):
+        model.merge_adapter(safe_merge=True)
+    assert not any(m.merged for _, m in lora_layers(model))
+
+
+@pytest.mark.parametrize("targets", [["c_attn", "c_proj"], ["c_fc"]], ids=["two", "one"])
+@pytest.mark.parametrize("requantize", [False, True])
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_gpt2s_layers_are_saved_in_its_own_layout(tmp_path, scheme, requantize, targets, capsys):
+    build("gpt2", n_embd=64).save_pretrained(tmp_path / "base")
+    lora = graftlm.LoraConfig(task_type="CAUSAL_LM", target_modules=targets)
+    model = randomise(graftlm.get_peft_model(load(tmp_path / "base", scheme), lora)).eval()
+    merged = model.merge_and_unload(requantize=requantize)
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", device_map="cpu").eval()
+    again.train(scheme == "nf4")
+    for module in again.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    close(logits_of(again, **batch("gpt2")), logits_of(merged, **batch("gpt2")))
+    assert len(layers(again)) == len(layers(merged)) == (8 if requantize else 2 if len(targets) == 2 else 6)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_quantised_heads_are_trained_and_merged(tmp_path, name, scheme, capsys):
+    """transformers quantises a classifier's head too: one layer (BERT's), or a module of two (RoBERTa's)."""
+
+    def loaded(folder):
+        options = {"quantization_config": settings(scheme)} if folder.name == "base" else {}
+        return AutoModelForSequenceClassification.from_pretrained(folder, device_map="cpu", dtype=torch.float32, **options)
+
+    build(name, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
+    model = randomise(graftlm.get_peft_model(loaded(tmp_path / "base"), config("lora_default", name)))
+    inputs = batch(name)
+    model.train()(**inputs).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    wanted = logits_of(model.eval(), **inputs)
+    model.save_pretrained(tmp_path / "adapter")
+    close(logits_of(graftlm.PeftModel.from_pretrained(loaded(tmp_path / "base"), tmp_path / "adapter"), **inputs), wanted)
+    merged = model.merge_and_unload()
+    assert relative(logits_of(merged, **inputs), wanted) < 0.1
+    merged.save_pretrained(tmp_path / "merged")
+    again = graftlm.get_peft_model(loaded(tmp_path / "merged").eval(), config("lora_default", name))
+    with again.disable_adapter():
+        close(logits_of(again, **inputs), logits_of(merged, **inputs))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_a_merged_model_that_was_prepared_reloads_in_plain_transformers(folders, scheme, tmp_path, capsys):  # noqa: F811
+    """Norms compute in fp32 but are saved as they came, beside the other 16-bit weights."""
+    base = graftlm.prepare_model_for_kbit_training(
+        load(folders["llama"], scheme, dtype=torch.bfloat16, **({"compute": torch.bfloat16} if scheme == "nf4" else {}))
+    )
+    model = attach("llama", "lora_default", base=base)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu").eval()
+    assert {p.dtype for p in again.parameters() if p.is_floating_point()} == {torch.bfloat16}
+    assert relative(logits_of(again, **batch("llama")).float(), logits_of(merged, **batch("llama"))) < 0.03

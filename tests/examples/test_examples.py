@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from graftlm import PeftConfig
+from graftlm.files import header_of
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DATA = Path(__file__).parents[2] / "src" / "graftlm" / "assets" / "datasets"
@@ -41,6 +42,11 @@ def adapter(folder: Path) -> tuple[str, int]:
     return PeftConfig.from_pretrained(folder).peft_type.value, sum(t.numel() for t in tensors.values())
 
 
+def form(folder: Path) -> str:
+    """The form of the base that an adapter was trained over."""
+    return header_of(folder / "adapter_model.safetensors")["base"]["form"]
+
+
 def test_prefix_tweets(tmp_path):
     printed = run("prefix_tweets.py", "--epochs", "1", "--max-steps", "2", "--output", "out", folder=tmp_path)
     assert "\nBefore\n" in printed and "\nAfter\n" in printed and "epoch 0: train loss" in printed
@@ -62,18 +68,30 @@ def test_p_tuning_alpaca(tmp_path, encoder):
     assert adapter(tmp_path / "out") == ("P_TUNING", 10 * 256)
 
 
-@pytest.mark.parametrize("flag", [None, pytest.param("--load-in-8bit", marks=pytest.mark.slow)])
-def test_lora_quotes(tmp_path, flag):
-    printed = run("lora_quotes.py", "--max-steps", "2", "--output", "out", *filter(None, [flag]), folder=tmp_path)
-    assert "MiB" in printed and "trainable params: 65,536 " in printed and "After " in printed
+@pytest.mark.parametrize("flag", [None, pytest.param("--no-quantization", marks=pytest.mark.slow)])
+def test_lora_int8_quotes(tmp_path, flag):
+    given = ["--max-steps", "2", "--target-modules", "query_key_value", *filter(None, [flag])]
+    printed = run("lora_int8_quotes.py", *given, "--output", "out", folder=tmp_path)
+    assert f"takes {40.1 if flag else 22.1} MiB" in printed and "After " in printed
+    assert "trainable params: 65,536 || all params: 10,578,944" in printed
     assert adapter(tmp_path / "out") == ("LORA", 8 * 8 * (256 + 768))
+    assert form(tmp_path / "out") == ("float32" if flag else "int8")
 
 
-@pytest.mark.parametrize("flag", [None, pytest.param("--load-in-4bit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flag", [None, pytest.param("--no-quantization", marks=pytest.mark.slow)])
 def test_qlora_adgen(tmp_path, flag):
-    printed = run("qlora_adgen.py", "--max-steps", "2", "--output", "out", *filter(None, [flag]), folder=tmp_path)
-    assert "MiB" in printed and "类型#" in printed and "After " in printed
+    given = ["--batch-size", "4", "--accumulation", "1", "--output", "out", *filter(None, [flag])]
+    printed = run("qlora_adgen.py", "--max-steps", "2", *given, folder=tmp_path)
+    assert f"takes {40.11 if flag else 19.11} MiB" in printed and "类型#" in printed and "After " in printed
     assert adapter(tmp_path / "out") == adapter(tmp_path / "out" / "checkpoint-2") == ("LORA", 8 * 4 * (256 + 768))
+    assert form(tmp_path / "out") == ("float32" if flag else "nf4")
     if flag is None:
-        run("qlora_adgen.py", "--max-steps", "3", "--output", "out", "--resume", "out/checkpoint-2", folder=tmp_path)
+        run("qlora_adgen.py", "--max-steps", "3", *given, "--resume", "out/checkpoint-2", folder=tmp_path)
         assert (tmp_path / "out" / "checkpoint-3").is_dir()
+
+
+def test_qlora_adgen_in_other_dtypes(tmp_path):
+    """The document's compute dtype, and what it says on a CPU."""
+    given = ["--batch-size", "2", "--accumulation", "1", "--max-steps", "1", "--output", "out"]
+    printed = run("qlora_adgen.py", *given, "--compute-dtype", "fp16", folder=tmp_path)
+    assert "products in float32 instead of float16" in printed

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from ..checkpoint import TRAINING_NAME
@@ -13,6 +14,7 @@ from ..errors import CheckpointError, GraftError
 from ..files import PICKLE_NAME, WEIGHTS_NAME, header_of
 from ..methods import BottleneckConfig, PeftConfig
 from ..methods.base import CONFIG_NAME
+from ..quantization import config_scheme
 
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 
@@ -82,8 +84,9 @@ class AdapterFiles:
         base = self.header.get("base")
         if not base:
             return "none in this file"
-        kind = ", quantised" if base.get("quantized") else ""
-        return f"{base.get('model_type')}{kind}, samples of {', '.join(base.get('samples', {})) or 'nothing'}"
+        form = base.get("form") or ("quantised" if base.get("quantized") else "")
+        kind = f"{base.get('model_type')}{f' in {form}' if form else ''}"
+        return f"{kind}, samples of {', '.join(base.get('samples', {})) or 'nothing'}"
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, as plain JSON values."""
@@ -113,9 +116,20 @@ def read_adapters(folder: Path) -> list[AdapterFiles]:
     folders = [p for p in (folder, *sorted(folder.iterdir())) if p.is_dir() and is_adapter(p)]
     if not folders:
         here = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
-        hint = " It looks like a whole model; pass it as --base." if (folder / "config.json").is_file() else ""
-        raise CheckpointError(f"{folder} holds no adapter ({CONFIG_NAME}, {WEIGHTS_NAME}). It holds {here}.{hint}")
+        raise CheckpointError(
+            f"{folder} holds no adapter ({CONFIG_NAME}, {WEIGHTS_NAME}). It holds {here}.{whole_model(folder)}"
+        )
     return [read(p) for p in folders if "checkpoint-" not in p.name or p == folder]
+
+
+def whole_model(folder: Path) -> str:
+    """A sentence for a folder that holds a base model, with its quantisation."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    scheme = config_scheme(SimpleNamespace(**config)) if isinstance(config, dict) else None
+    return f" It looks like a whole model{f' in {scheme}' if scheme else ''}; pass it as --base."
 
 
 def is_adapter(folder: Path) -> bool:

@@ -33,7 +33,7 @@ def fit(adapter: AdapterFiles, base: str) -> dict[str, Any]:
     report["fits"] = not wrong and not errors
     if report["fits"]:
         known = "fingerprint and keys agree" if adapter.header.get("base") else "keys and shapes agree (no fingerprint)"
-        report["detail"] = known
+        report["detail"] = known + other_form(model, adapter)
     return report
 
 
@@ -77,6 +77,17 @@ def fingerprint_error(model: Any, adapter: AdapterFiles) -> list[str]:
     except BaseMismatchError as error:
         return [str(error)]
     return []
+
+
+def other_form(model: Any, adapter: AdapterFiles) -> str:
+    """A remark where one of the two bases, the adapter's and this one, is quantised otherwise than the other."""
+    from ..quantization import scheme_of
+
+    stored = adapter.header.get("base")
+    trained, here = (stored or {}).get("form") if (stored or {}).get("quantized") else None, scheme_of(model)
+    if not stored or trained == here:
+        return ""
+    return f"; trained over {trained or 'an unquantised base'}, this one is {here or 'unquantised'}: outputs differ slightly"
 
 
 def loading_error(model: Any, adapter: AdapterFiles) -> list[str]:

@@ -22,6 +22,9 @@ BaseOption = Annotated[str | None, typer.Option("--base", "-b", help=BASE_HELP +
 AdapterOption = Annotated[
     list[str] | None, typer.Option("--adapter", "-a", help="Adapter directory, or NAME=DIRECTORY. May be repeated.")
 ]
+QuantizationOption = Annotated[
+    str | None, typer.Option("--quantization", help="Hold the base in int8, nf4 or fp4. Default: as it was saved.")
+]
 DEFAULT_BASE = "graftlm-base"
 
 
@@ -39,7 +42,8 @@ def quiet_libraries() -> None:
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     from transformers.utils import logging as hf
 
@@ -106,13 +110,13 @@ def base_for(base: str | None, adapters: dict[str, str]) -> str:
     return str(named)
 
 
-def load_base(base: str) -> tuple[Any, Any]:
-    """Model in eval mode, and tokenizer."""
+def load_base(base: str, quantization: str | None = None) -> tuple[Any, Any]:
+    """Model in eval mode, quantised where asked for, and tokenizer."""
     quiet_libraries()
     from ..training.bases import resolve_base
 
     with notices_on_stderr():
-        model, tokenizer = resolve_base(base)
+        model, tokenizer = resolve_base(base, quantization=quantization)
     return model.eval(), tokenizer
 
 

@@ -45,6 +45,7 @@ class Session:
 def chat(
     base: _base.BaseOption = None,
     adapter: _base.AdapterOption = None,
+    quantization: _base.QuantizationOption = None,
     system: Annotated[str | None, typer.Option(help="Instruction in front of the conversation.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7,
@@ -64,7 +65,7 @@ def chat(
         seed=seed, stop=tuple(stop or ()),
     )  # fmt: skip
     adapters = _base.named_adapters(adapter)
-    model, tokenizer = _base.load_base(_base.base_for(base, adapters))
+    model, tokenizer = _base.load_base(_base.base_for(base, adapters), quantization)
     model = _base.attach(model, adapters)
     session = Session(model, tokenizer, sampling, list(adapters), list(adapters)[:1], system)
     say(f"Adapters: {', '.join(adapters) or 'none'}. Answering: {session.title}. /help lists the commands.")

@@ -30,13 +30,14 @@ def demo(
 
     Needs no network: model and data (50 labelled tweets to train on, 200 held out) are in the package.
     """
+    _base.quiet_libraries()
     from .. import comparison
 
-    model, tokenizer = _base.load_base(_base.DEFAULT_BASE)
-    result = comparison.compare(
-        base=_base.DEFAULT_BASE, data=DATA, output_dir=output, overwrite=True, seeds=[seed], settings=SETTINGS,
-        model=model, tokenizer=tokenizer, quiet=quiet, command=f"graftlm demo --seed {seed}",
-    )  # fmt: skip
+    with _base.notices_on_stderr():
+        result = comparison.compare(
+            base=_base.DEFAULT_BASE, data=DATA, output_dir=output, overwrite=True, seeds=[seed], settings=SETTINGS,
+            quiet=quiet, command=f"graftlm demo --seed {seed}",
+        )  # fmt: skip
     before_and_after(result)
     finish(result)
 

@@ -7,10 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
+from . import _base
+
 
 def evaluate(
     adapter: Annotated[list[Path] | None, typer.Option(help="Adapter directory. Repeatable.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model: graftlm-base (bundled), a path or a hub id.")] = None,
+    quantization: _base.QuantizationOption = None,
     data: Annotated[str | None, typer.Option(help="Data: a bundled name, a file, a folder or a hub id.")] = None,
     split: Annotated[str | None, typer.Option(help="Split or slice to evaluate on.")] = None,
     data_format: Annotated[str | None, typer.Option("--format", help="How an example becomes text.")] = None,
@@ -27,26 +30,30 @@ def evaluate(
 
     from rich.console import Console
 
+    _base.quiet_libraries()
     from ..model import PeftModel
     from ..training import Recipe, measure, resolve_base
     from .train import build_recipe
 
     values = {
-        "base": base, "data.source": data, "data.eval_split": split, "data.format": data_format,
-        "data.max_length": max_length, "training.eval_batch_size": batch_size, "data.max_eval_examples": max_examples,
+        "base": base, "quantization": quantization, "data.source": data, "data.eval_split": split,
+        "data.format": data_format, "data.max_length": max_length, "data.max_eval_examples": max_examples,
+        "training.eval_batch_size": batch_size,
     }  # fmt: skip
     recipe: Recipe = build_recipe(None, {k: v for k, v in values.items() if v is not None}, [])
     recipe = recipe.replace(f"data.eval_split={json.dumps(split or own_split(recipe))}")
-    model, tokenizer = resolve_base(recipe.base, dtype=recipe.dtype)
+    model, tokenizer = resolve_base(recipe.base, dtype=recipe.dtype, quantization=recipe.quantization)
     rows: dict[str, dict[str, Any]] = {"base": metrics(measure(recipe, model, tokenizer))}
     for path in adapter or []:
-        wrapped = PeftModel.from_pretrained(model, path)
+        with _base.notices_on_stderr():
+            wrapped = PeftModel.from_pretrained(model, path)
         rows[str(path)] = metrics(measure(recipe, wrapped, tokenizer))
         wrapped.unload()
     if json_output:
         typer.echo(json.dumps(rows, indent=1, ensure_ascii=False))
     else:
-        Console().print(table_of(rows, f"{recipe.base} on {recipe.data.source}, {recipe.data.eval_split}"))
+        form = f" ({recipe.quantization})" if recipe.quantization else ""
+        Console().print(table_of(rows, f"{recipe.base}{form} on {recipe.data.source}, {recipe.data.eval_split}"))
 
 
 def own_split(recipe: Any) -> str:

@@ -30,6 +30,7 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Argument(help="Prompts; without any they are read from stdin.")] = None,
     base: _base.BaseOption = None,
     adapter: _base.AdapterOption = None,
+    quantization: _base.QuantizationOption = None,
     prompts_file: Annotated[
         Path | None, typer.Option(help="Prompts: one a line, or .jsonl with texts or objects with 'prompt'.")
     ] = None,
@@ -63,7 +64,7 @@ def generate(
     if together and len(adapters) < 2:
         raise ConfigError(f"--together composes adapters; got {len(adapters)}. Give --adapter twice or more.")
     prompts = read_prompts(prompt, prompts_file)
-    model, tokenizer = _base.load_base(_base.base_for(base, adapters))
+    model, tokenizer = _base.load_base(_base.base_for(base, adapters), quantization)
     model = _base.attach(model, adapters, allow_base_mismatch)
     chosen = variants(model, list(adapters), compare_base, together)
     streaming = len(chosen) == 1 and len(prompts) == 1 and not as_json and sys.stdout.isatty()

@@ -77,11 +77,23 @@ def load(base: str, dtype: str) -> tuple[Any, Any]:
     path = resolve(base)
     try:
         config = transformers.AutoConfig.from_pretrained(path)
+        refuse_quantized(base, config)
         kind = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForCausalLM)
         model = kind.from_pretrained(path, dtype=dtype)
         return model.eval(), transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"The base {base!r} cannot be loaded: {error}") from error
+
+
+def refuse_quantized(base: str, config: Any) -> None:
+    """UnsupportedError for a checkpoint that is quantised, before its weights are loaded."""
+    from ..quantization import config_scheme
+
+    if scheme := config_scheme(config):
+        raise UnsupportedError(
+            f"The base {base!r} is saved in {scheme}; transformers cannot save it again with an adapter in it. Merge into "
+            "the unquantised checkpoint: pass it as --base. The adapter fits it, whatever form it was trained over."
+        )
 
 
 def probe_ids(tokenizer: Any, config: Any) -> Tensor:

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import _base
+
 if TYPE_CHECKING:
     from ..training import Recipe, RunResult
 
 # flag -> where it stands in a recipe; what a flag leaves out is the recipe's default
 FLAGS = {
-    "base": "base", "data": "data.source", "data_format": "data.format", "method": "method", "epochs": "training.epochs",
-    "steps": "training.max_steps", "lr": "training.learning_rate", "batch_size": "training.batch_size",
-    "max_length": "data.max_length", "seed": "training.seed", "init_from": "init_from", "output": "output_dir",
+    "base": "base", "quantization": "quantization", "data": "data.source", "data_format": "data.format", "method": "method",
+    "epochs": "training.epochs", "steps": "training.max_steps", "lr": "training.learning_rate",
+    "batch_size": "training.batch_size", "max_length": "data.max_length", "seed": "training.seed",
+    "init_from": "init_from", "output": "output_dir",
 }  # fmt: skip
 
 
@@ -24,9 +27,13 @@ def train(
         list[str] | None, typer.Option("--override", "--set", help="key=value of the recipe: training.epochs=3. Repeatable.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="Base model: graftlm-base (bundled), a path or a hub id.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="Hold the base in int8, nf4 or fp4 (none: as it is).")] = None,
     data: Annotated[str | None, typer.Option(help="Data: a bundled name, a file, a folder or a hub id.")] = None,
     data_format: Annotated[str | None, typer.Option("--format", help="How an example becomes text.")] = None,
-    method: Annotated[str | None, typer.Option(help="lora, prompt-tuning, p-tuning, prefix-tuning or bottleneck.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="lora, prompt-tuning, p-tuning, prefix-tuning, bottleneck; lora-int8, qlora: over int8, nf4."),
+    ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of epochs.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate; without it the method's measured default.")] = None,
@@ -47,6 +54,7 @@ def train(
     given = locals()
     from rich.console import Console
 
+    _base.quiet_libraries()
     from ..training import TrainingInterrupted, run
 
     flags = {key: given[flag] for flag, key in FLAGS.items() if given[flag] is not None}
@@ -57,7 +65,8 @@ def train(
         console.print(chosen.to_yaml(), end="", highlight=False, markup=False)
         return
     try:
-        result = run(chosen, quiet=quiet)
+        with _base.notices_on_stderr():
+            result = run(chosen, quiet=quiet)
     except TrainingInterrupted:
         folder = chosen.output_dir
         console.print(f"Stopped. The adapter so far is in {folder}; go on with --resume and the same recipe.", markup=False)
@@ -82,7 +91,8 @@ def report(console: Any, recipe: Recipe, result: RunResult) -> None:
     from .evaluate import shown
 
     m = result.metrics
-    table = Table(title=f"{recipe.method} on {recipe.data.source}", title_justify="left")
+    over = f" over {m['quantization']}" if m["quantization"] else ""
+    table = Table(title=f"{recipe.method}{over} on {recipe.data.source}", title_justify="left")
     for name in ("", "before", "after"):
         table.add_column(name, justify="left" if not name else "right")
     for name in ("loss", "perplexity", "accuracy"):
@@ -91,7 +101,8 @@ def report(console: Any, recipe: Recipe, result: RunResult) -> None:
     console.print(table)
     console.print(
         f"{m['trainable_parameters']:,} trainable parameters, {m['file_bytes']:,} bytes, {m['seconds']:.1f} s, "
-        f"{m['tokens_per_second']:.0f} tokens/s, peak memory {m['peak_memory_bytes'] / 2**20:.0f} MiB",
+        f"{m['tokens_per_second']:.0f} tokens/s, base {m['base_bytes'] / 2**20:.1f} MiB, peak memory "
+        f"{m['peak_memory_bytes'] / 2**20:.0f} MiB",
         highlight=False,
     )
     for sample in result.samples[:3]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
@@ -50,7 +51,7 @@ def tiles(result: ComparisonResult) -> str:
     show = wording.percent if key == "accuracy" else wording.number
     found: list[tuple[str, str]] = []
     if best is not None:
-        before = show(result.base_metrics.get(key)).removesuffix(" %")
+        before = show(result.before(best, key)).removesuffix(" %")
         found.append((f"{before} → {show(best.mean(key))}", f"held-out {key}, base → {best.label}"))
         smallest = min((r.mean("file_bytes") or 0, r.label) for r in result.rows if r.done)
         found.append((wording.size(smallest[0]), f"smallest adapter ({smallest[1]})"))
@@ -80,16 +81,16 @@ def pictures(result: ComparisonResult) -> str:
 def gains(result: ComparisonResult) -> tuple[str, str, str]:
     key = result.quality
     show = wording.percent if key == "accuracy" else wording.number
-    before = result.base_metrics.get(key)
     order = sorted(
         (r for r in result.rows if r.mean(key) is not None), key=lambda r: r.mean(key) or 0, reverse=key == "accuracy"
     )
-    rows = [(r.label, colours(result)[r.label], before, r.mean(key)) for r in order] if before is not None else []
+    rows = [(r.label, colours(result)[r.label], result.before(r, key), r.mean(key)) for r in order]
+    rows = [r for r in rows if r[2] is not None]
     picture = charts.dumbbells(rows, f"Held-out {key} before and after", show)  # type: ignore[arg-type]
     better = "higher" if key == "accuracy" else "lower"
     return (
         f"Held-out {key}, before → after",
-        f"Hollow: the plain base. Filled: with the adapter; {better} is better.",
+        f"Hollow: the plain base, in the row's form. Filled: with the adapter; {better} is better.",
         picture,
     )
 
@@ -118,15 +119,14 @@ def against_parameters(result: ComparisonResult) -> tuple[str, str, str]:
 
 def curves(result: ComparisonResult) -> list[tuple[str, str, str]]:
     """Held-out and training loss over steps: the first finished seed of each method."""
-    base = result.base_metrics.get("loss")
-    start = [(0.0, base)] if base is not None else []
     held_out, training = [], []
     for row in result.rows:
         run = next((r for r in row.runs if r.history), None)
         if run is None:
             continue
         colour = colours(result)[row.label]
-        evaluated = points(run.history, "eval_loss")
+        base, evaluated = result.before(row, "loss"), points(run.history, "eval_loss")
+        start = [(0.0, base)] if base is not None else []
         held_out.append(Series(row.label, colour, start + evaluated if evaluated else []))
         training.append(Series(row.label, colour, points(run.history, "epoch_train_loss") or points(run.history, "loss")))
     found = []
@@ -149,13 +149,10 @@ def points(history: list[dict[str, Any]], key: str) -> list[tuple[float, float]]
 def table(result: ComparisonResult) -> str:
     """All measures, a row each method, best first."""
     has = result.quality == "accuracy"
-    titles = ["Method", *(["Accuracy"] if has else []), "Loss", "Perplexity", "Trained parameters", "File", "Time",
-              "Tokens/s", "Peak memory"]  # fmt: skip
+    titles = ["Method", *(["Accuracy"] if has else []), "Loss", "Perplexity", "Trained", "File", "Time",
+              "Tokens/s", "Peak memory", "Base in memory"]  # fmt: skip
     head = "".join(f"<th>{t}</th>" for t in titles)
-    base = result.base_metrics
-    first = ["plain base", *([wording.percent(base.get("accuracy"))] if has else []), wording.number(base.get("loss")),
-             wording.number(base.get("perplexity"), 2), "0", *[wording.DASH] * 4]  # fmt: skip
-    body = ['<tr class="base">' + "".join(f"<td>{escape(c)}</td>" for c in first) + "</tr>"]
+    body = [base_row(title, measured, has) for title, measured in result.bases.items()]
     body += [table_row(result, row, has, len(titles)) for row in ordered(result)]
     seeds = max((len(r.runs) for r in result.rows), default=1)
     note = f"Mean ± standard deviation over {seeds} seeds. " if seeds > 1 else ""
@@ -164,6 +161,20 @@ def table(result: ComparisonResult) -> str:
         f'<h2>All figures</h2><div class="card scroll"><table><thead><tr>{head}</tr></thead>'
         f'<tbody>{"".join(body)}</tbody></table></div><p class="note">{note}</p>'
     )
+
+
+def base_row(title: str, base: Mapping[str, Any], has_accuracy: bool) -> str:
+    """The plain base, in one form."""
+    cells = [
+        f"plain {title}",
+        *([wording.percent(base.get("accuracy"))] if has_accuracy else []),
+        wording.number(base.get("loss")),
+        wording.perplexity(base.get("perplexity")),
+        "0",
+        *[wording.DASH] * 4,
+        wording.size(base.get("base_bytes")),
+    ]
+    return '<tr class="base">' + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>"
 
 
 def ordered(result: ComparisonResult) -> list[Row]:
@@ -187,19 +198,20 @@ def table_row(result: ComparisonResult, row: Row, has_accuracy: bool, width: int
         name,
         *([with_change(result, row, "accuracy", wording.percent, True)] if has_accuracy else []),
         with_change(result, row, "loss", wording.number, False),
-        wording.number(row.mean("perplexity"), 2),
+        wording.perplexity(row.mean("perplexity")),
         f"{wording.count(parameters)}<small>{wording.share(parameters, result.base_parameters)} of the base</small>",
         wording.size(row.mean("file_bytes")),
         wording.duration(row.mean("seconds")),
         wording.count(row.mean("tokens_per_second")),
         wording.size(row.mean("peak_memory_bytes")),
+        wording.size(row.mean("base_bytes")) + (f"<small>{escape(row.quantization)}</small>" if row.quantization else ""),
     ]
     return f"<tr{' class=best' if best else ''}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
 
 
 def with_change(result: ComparisonResult, row: Row, key: str, show: Any, higher_is_better: bool) -> str:
     """A value, its spread, and the change from the base in green or red."""
-    after, before = row.mean(key), result.base_metrics.get(key)
+    after, before = row.mean(key), result.before(row, key)
     text = escape(wording.spread(row, key, show))
     if after is None or before is None or after == before:
         return text
@@ -214,11 +226,13 @@ def samples(result: ComparisonResult) -> str:
     if not runs:
         return ""
     first = next(iter(runs.values()))
+    form = next(row.quantization for row in result.rows if row.label in runs)
+    base_name = f"plain base in {form}" if form else "plain base"
     is_label = result.quality == "accuracy"
     cards = []
     for i, sample in enumerate(first[:SAMPLES]):
         target = str(sample.get("target", ""))
-        lines = [answer("plain base", "", str(sample.get("before", "")), target, is_label)]
+        lines = [answer(base_name, "", str(sample.get("before", "")), target, is_label)]
         for label, found in runs.items():
             mine = next((s for s in found if s.get("prompt") == sample.get("prompt")), found[i] if i < len(found) else None)
             if mine is not None:
@@ -258,6 +272,6 @@ def footer(result: ComparisonResult) -> str:
     found = ", ".join(f"{k} {v}" for k, v in result.machine.items() if k != "device")
     return (
         f"<footer>Base: {escape(result.base)} · data: {escape(result.data)} · {escape(found)}<br>"
-        "Peak memory is that of the whole process (or of the GPU) while the method trained. "
+        "Peak memory is that of the whole process (or of the GPU) while the method trained; base in memory, its weights. "
         "The same figures are in comparison.json beside this page.</footer>"
     )

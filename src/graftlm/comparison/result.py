@@ -26,6 +26,7 @@ class MethodRun:
         samples: held-out examples with the text generated before and after.
         recipe: the recipe as YAML; `graftlm train` with it repeats this run.
         directory: where the adapter is, relative to the comparison's directory.
+        quantization: how its base is quantised; None if not.
     """
 
     label: str
@@ -38,6 +39,7 @@ class MethodRun:
     metrics: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    quantization: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,10 @@ class Row:
 
     label: str
     runs: list[MethodRun]
+
+    @property
+    def quantization(self) -> str | None:
+        return self.runs[0].quantization
 
     @property
     def done(self) -> list[MethodRun]:
@@ -68,7 +74,9 @@ class ComparisonResult:
     """Every method on one base and one data set.
 
     Attributes:
-        base_metrics: loss, perplexity and accuracy (None where the task has none) of the plain base on the held-out rows.
+        base_metrics: of the plain base, on the held-out rows: loss, perplexity, accuracy (None where the task has none); and
+            base_bytes, its weights in memory, and quantization. It is the unquantised base, where any method has it.
+        quantized: the same of the base in other schemes, by scheme.
         runs: in the order of training.
     """
 
@@ -79,6 +87,7 @@ class ComparisonResult:
     eval_rows: int | None = None
     train_rows: int | None = None
     base_metrics: dict[str, Any] = field(default_factory=dict)
+    quantized: dict[str, dict[str, Any]] = field(default_factory=dict)
     runs: list[MethodRun] = field(default_factory=list)
     seconds: float = 0.0
     machine: dict[str, Any] = field(default_factory=dict)
@@ -103,6 +112,17 @@ class ComparisonResult:
         return [Row(label, [r for r in self.runs if r.label == label]) for label in labels]
 
     @property
+    def bases(self) -> dict[str, dict[str, Any]]:
+        """What was measured of the plain base, in every form, by title."""
+        found = (self.base_metrics, *self.quantized.values())
+        return {f"base in {m['quantization']}" if m.get("quantization") else "base": m for m in found}
+
+    def before(self, row: Row, key: str) -> float | None:
+        """A measure of the plain base that a row's adapters were trained on."""
+        own = row.mean(f"{key}_before")
+        return self.base_metrics.get(key) if own is None else own
+
+    @property
     def quality(self) -> str:
         """The metric to rank by: "accuracy" for label tasks, else "loss"."""
         has = self.base_metrics.get("accuracy") is not None or any(row.values("accuracy") for row in self.rows)
@@ -118,8 +138,8 @@ class ComparisonResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; NaN and infinities are null."""
         values = {f: getattr(self, f) for f in ("base", "data", "base_parameters", "train_rows", "eval_rows")}
-        values |= {"base_metrics": self.base_metrics, "runs": [asdict(r) for r in self.runs], "seconds": self.seconds}
-        return finite(values | {"machine": self.machine, "command": self.command, "format": 1})
+        values |= {"base_metrics": self.base_metrics, "quantized": self.quantized, "runs": [asdict(r) for r in self.runs]}
+        return finite(values | {"seconds": self.seconds, "machine": self.machine, "command": self.command, "format": 1})
 
     def save(self) -> None:
         """Write comparison.json and report.html; each appears whole or not at all."""

@@ -1,4 +1,4 @@
-"""Training every method on one base, one after another."""
+"""Training every method on one base, one after another; on quantised forms of it where a row says so."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from ..errors import ConfigError, DataError, GraftError
+from .bases import Bases
 from .result import DONE, FAILED, INTERRUPTED, JSON_NAME, ComparisonResult, MethodRun
 from .spec import METHODS, MethodSpec, merged, parse_all
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..training import Evaluation, Recipe
+    from ..training import Recipe
 
 # The last weights count, not the best on the held-out rows: those rows choose nothing, so that they measure honestly.
 FAIR = {"training": {"load_best": False, "save_strategy": "no"}}
@@ -43,7 +44,8 @@ def compare(
 ) -> ComparisonResult:
     """Train every method on one data set with one base, and measure all of them on the held-out rows.
 
-    The base is loaded once and stays frozen. Adapters are written below `output_dir`, a folder each, and beside them
+    The base is loaded once and stays frozen; a row over a quantised base loads it once more in that form, by its name, and
+    it is let go after the last such row. Adapters are written below `output_dir`, a folder each, and beside them
     `comparison.json` and `report.html`, which are renewed after every method. A method that fails does not stop the
     others: its row says why. Ctrl-C keeps what is finished; the result's `interrupted` is then true.
 
@@ -55,14 +57,14 @@ def compare(
         seeds: each method is trained once with each.
         settings: parts of a recipe for all methods, e.g. `{"training": {"epochs": 5}}`.
         overrides: the same by method (name or label), over `settings`.
-        model, tokenizer: a loaded base, instead of loading `base`.
+        model, tokenizer: a loaded base, instead of loading `base`, for the rows that name no quantisation.
         quiet: no output; else progress goes to `console` (stderr by default).
         command: the command line that repeats this, for the report.
 
     Raises:
         GraftError: what concerns all methods: the base, the data, an unknown method, no seeds.
     """
-    from .. import training
+    from ..training.bases import scheme_name
 
     specs = parse_all(methods)
     check_seeds(seeds)
@@ -70,78 +72,48 @@ def compare(
     unknown = set(overrides or ()) - {s.method for s in specs} - {s.label for s in specs}
     if unknown:
         raise ConfigError(f"overrides for {sorted(unknown)}, which are not compared; compared: {[s.label for s in specs]}.")
-    if model is None or tokenizer is None:
-        model, tokenizer = training.resolve_base(base, dtype=str((settings or {}).get("dtype", "auto")))
     source = data if isinstance(data, str) else str(data.get("source"))
-    result = ComparisonResult(base=base, data=source, output_dir=Path(output_dir), command=command, machine=machine(model))
-    result.base_parameters = sum(p.numel() for p in model.parameters())
+    result = ComparisonResult(base=base, data=source, output_dir=Path(output_dir), command=command)
     result.runs = [planned(spec, seed, len(seeds) > 1) for seed in seeds for spec in specs]
     common = merged({"base": base, "data": {"source": data} if isinstance(data, str) else data}, settings)
     layers = {s.label: merged(common, *[(overrides or {}).get(n) for n in (s.method, s.label)], s.overrides) for s in specs}
     same_data(common, layers)
-    loaded = Loaded(base, model, tokenizer, common.get("dtype", "auto"))
+    schemes = {s.label: scheme_name(layers[s.label].get("quantization")) for s in specs}
+    bases = Bases(base, common.get("dtype", "auto"), model, tokenizer)
+    bases.main = None if bases.given or None in schemes.values() else schemes[specs[0].label]
+    result.base_parameters = bases.get(bases.main).parameters
+    result.machine = machine(bases.get(bases.main).model)
     start = time.perf_counter()
     result.save()
     say = printer(quiet, console)
     for number, run in enumerate(result.runs, 1):
         say(f"[bold cyan]{number}/{len(result.runs)}[/] [bold]{escape(run.label)}[/]")
         spec = next(s for s in specs if s.label == run.label)
-        one(result, run, spec, layers[run.label], loaded, quiet)
+        one(result, run, spec, layers[run.label], bases, quiet)
         result.seconds = time.perf_counter() - start
         result.save()
         if run.error:
             say(f"  [red]{run.status}[/]: {escape(run.error)}")
         if run.status == INTERRUPTED:
             break
-        loaded.renew()
+        bases.renew(schemes[run.label])
+        bases.keep({schemes[r.label] for r in result.runs[number:]})
     return result
 
 
-class Loaded:
-    """The base in memory, and what is known of it: its measures by seed, and its structure."""
-
-    def __init__(self, base: str, model: Any, tokenizer: Any, dtype: str) -> None:
-        self.base, self.model, self.tokenizer, self.dtype = base, model, tokenizer, dtype
-        self.shape = structure(model)
-        self.measured: dict[int, Evaluation | None] = {}
-
-    def renew(self) -> None:
-        """Load the base again where a failed run has left something in it."""
-        if structure(self.model) != self.shape:
-            from .. import training
-
-            self.model, self.tokenizer = training.resolve_base(self.base, dtype=self.dtype)
-
-    def measure(self, recipe: Recipe, result: ComparisonResult) -> Evaluation | None:
-        """The plain base on the held-out rows, once for each seed (which may choose the rows)."""
-        from .. import training
-        from ..training.setup import load_data_of
-
-        seed = recipe.training.seed
-        if seed not in self.measured:
-            rows = load_data_of(recipe, self.tokenizer, self.model.config.is_encoder_decoder)
-            self.measured[seed] = training.measure(recipe, self.model, self.tokenizer, rows)
-            result.train_rows = len(rows.train_rows)
-            result.eval_rows = len(rows.held_out) if rows.held_out is not None else None
-            known = [m.metrics for m in self.measured.values() if m is not None]
-            for key in ("loss", "perplexity", "accuracy"):
-                values = [m[key] for m in known if m[key] is not None]
-                result.base_metrics[key] = sum(values) / len(values) if values else None
-        return self.measured[seed]
-
-
 def one(
-    result: ComparisonResult, run: MethodRun, spec: MethodSpec, layers: dict[str, Any], loaded: Loaded, quiet: bool
+    result: ComparisonResult, run: MethodRun, spec: MethodSpec, layers: dict[str, Any], bases: Bases, quiet: bool
 ) -> None:
     """Train and measure one method; what goes wrong is noted in its run, unless it concerns all methods."""
     from .. import training
 
     try:
         recipe = recipe_for(result, run, spec, layers)
-        run.recipe = recipe.to_yaml()
-        baseline = loaded.measure(recipe, result)
+        run.recipe, run.quantization = recipe.to_yaml(), recipe.quantization
+        baseline = bases.measure(recipe, result)
+        base = bases.get(recipe.quantization)
         found = training.run(
-            recipe.replace(overwrite=True), model=loaded.model, tokenizer=loaded.tokenizer, quiet=quiet, baseline=baseline
+            recipe.replace(overwrite=True), model=base.model, tokenizer=base.tokenizer, quiet=quiet, baseline=baseline
         )
     except KeyboardInterrupt:
         run.status, run.error = INTERRUPTED, "stopped by Ctrl-C"
@@ -153,6 +125,7 @@ def one(
         return
     run.recipe = (found.output_dir / "recipe.yaml").read_text(encoding="utf-8")
     run.metrics, run.history, run.samples = dict(found.metrics), list(found.history), list(found.samples)
+    run.quantization = found.metrics.get("quantization")
     run.status, run.error = judged(found.metrics)
 
 
@@ -207,11 +180,6 @@ def check_output(folder: Path, overwrite: bool) -> None:
 def check_seeds(seeds: Sequence[int]) -> None:
     if not seeds or len(set(seeds)) != len(seeds) or any(s < 0 for s in seeds):
         raise ConfigError(f"seeds={list(seeds)}: expected one or more different numbers from 0 on.")
-
-
-def structure(model: Any) -> list[tuple[str, str, int, int]]:
-    """Module types and numbers of hooks: what a run must leave as it found it."""
-    return [(n, type(m).__name__, len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()]
 
 
 def machine(model: Any) -> dict[str, Any]:

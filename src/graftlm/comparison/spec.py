@@ -2,9 +2,11 @@
 
     lora
     lora:r=16,use_dora=true
+    prompt-tuning:quantization=nf4
     prompt-tuning:num_virtual_tokens=8,training.learning_rate=0.3,training.epochs=10
 
-A key without a dot is an option of the method; one with a dot is a path in the recipe. Values are read as YAML.
+A key without a dot is an option of the method; one with a dot is a path in the recipe, and so is `quantization`. Values
+are read as YAML. `lora-int8` and `qlora` are LoRA over an int8 and over an NF4 base.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import Any
 
 from ..errors import ConfigError, nearest
 
-METHODS = ("lora", "prompt-tuning", "p-tuning", "prefix-tuning", "bottleneck")
+METHODS = ("lora", "lora-int8", "qlora", "prompt-tuning", "p-tuning", "prefix-tuning", "bottleneck")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,17 +45,22 @@ class MethodSpec:
 
 def parse(text: str) -> MethodSpec:
     """A line as above; ConfigError with what is wrong in it."""
-    method, _, rest = text.strip().partition(":")
-    if method not in METHODS:
-        raise ConfigError(f"{method!r} is not a method; methods are {', '.join(METHODS)}{nearest(method, METHODS)}")
+    from ..training.defaults import QUANTIZED
+
+    name, _, rest = text.strip().partition(":")
+    if name not in METHODS:
+        raise ConfigError(f"{name!r} is not a method; methods are {', '.join(METHODS)}{nearest(name, METHODS)}")
+    method, scheme = QUANTIZED.get(name, (name, None))
     options: dict[str, Any] = {}
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, Any] = {"quantization": scheme} if scheme else {}
     for part in split(rest):
         key, given, value = part.partition("=")
         key = key.strip()
         if not given or not key:
             raise ConfigError(f"{part!r} in {text!r}: expected OPTION=VALUE, as in lora:r=16,use_dora=true.")
-        if "." in key:
+        if key == "quantization" and scheme not in (None, value.strip()):
+            raise ConfigError(f"{text!r}: {name} is {method}:quantization={scheme}; write {method}:{part.strip()} instead.")
+        if "." in key or key == "quantization":
             put(overrides, key, read(value))
         else:
             options[key] = read(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import wording
@@ -13,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def rich_table(result: ComparisonResult) -> Table:
-    """Quality of the base (before) and of each method (after), sizes and costs; best first, a failure in its row."""
+    """Quality of the base (before) and of each method (after), sizes and costs; best first, a failure in its row.
+
+    Size is that of the base's weights in memory, and of an adapter's file.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -22,12 +26,18 @@ def rich_table(result: ComparisonResult) -> Table:
     rows = result.train_rows, result.eval_rows
     sizes = f" ({rows[0]:,} rows to train on, {rows[1]:,} held out)" if all(rows) else ""
     table = Table(
-        title=f"{result.data} on {result.base}{sizes}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title=f"{result.data} on {result.base}{sizes}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
+        pad_edge=False,
     )
     table.add_column("method", overflow="fold", min_width=13)
-    for title in (*(["accuracy"] if has else []), "loss", "ppl", "trained", "of base", "file", "time", "memory"):
+    for title in (*(["accuracy"] if has else []), "loss", "ppl", "trained", "of base", "size", "time", "memory"):
         table.add_column(title, justify="right", overflow="fold")
-    table.add_row("base (before)", *base_cells(result, has), style="dim")
+    for title, measured in result.bases.items():
+        table.add_row(f"{title} (before)", *base_cells(measured, has), style="dim")
     best = result.best.label if result.best else None
     for row in ordered(result):
         cells = done_cells(result, row, has) if row.done else failed_cells(row, has)
@@ -35,10 +45,10 @@ def rich_table(result: ComparisonResult) -> Table:
     return table
 
 
-def base_cells(result: ComparisonResult, has_accuracy: bool) -> list[str]:
-    base = result.base_metrics
+def base_cells(base: Mapping[str, Any], has_accuracy: bool) -> list[str]:
     accuracy = [wording.percent(base.get("accuracy"))] if has_accuracy else []
-    return [*accuracy, wording.number(base.get("loss")), wording.number(base.get("perplexity"), 2), *[""] * 5]
+    quality = [wording.number(base.get("loss")), wording.perplexity(base.get("perplexity"))]
+    return [*accuracy, *quality, "", "", wording.size(base.get("base_bytes")), "", ""]
 
 
 def done_cells(result: ComparisonResult, row: Row, has_accuracy: bool) -> list[Any]:
@@ -46,7 +56,7 @@ def done_cells(result: ComparisonResult, row: Row, has_accuracy: bool) -> list[A
     return [
         *([wording.spread(row, "accuracy", wording.percent)] if has_accuracy else []),
         wording.spread(row, "loss"),
-        wording.number(row.mean("perplexity"), 2),
+        wording.perplexity(row.mean("perplexity")),
         wording.count(trained),
         wording.share(trained, result.base_parameters),
         wording.size(row.mean("file_bytes")),

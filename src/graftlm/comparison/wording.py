@@ -14,6 +14,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return DASH if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
 
 
+def perplexity(value: float | None) -> str:
+    """Decimals only where they are of interest."""
+    return number(value, 2 if value is None or value < 1000 else 0)
+
+
 def percent(value: float | None, digits: int = 1) -> str:
     return DASH if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f} %"
 
@@ -69,7 +74,7 @@ def verdict(result: ComparisonResult) -> str:
         return "No method finished."
     key = result.quality
     show = percent if key == "accuracy" else number
-    before, after = result.base_metrics.get(key), best.mean(key)
+    before, after = result.before(best, key), best.mean(key)
     parameters = best.mean("trainable_parameters")
     return (
         f"{best.label} takes held-out {key} from {show(before)} to {show(after)} with {count(parameters)} trained "

@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from ..architectures import backbone_embeddings, is_encoder_decoder, lora_targets
 from ..errors import ConfigError, TargetError, UnsupportedError, nearest
 from ..files import checkpoint_weight
-from ..quantization import quantized_kind
+from ..quantization import quantized_kind, source_class
 from .base import Method, PeftConfig, PeftType, clean_path, positive, register, replace_module
 from .lora_layers import LoraLayer, wrap
 from .targets import find_targets, pattern_value, report_unused
@@ -118,7 +118,7 @@ def loftq_fields(given: Any, init: Any) -> dict[str, Any]:
     """
     if init != "loftq":
         return {}
-    values = dataclasses.asdict(given) if isinstance(given, LoftQConfig) else dict(given or {})
+    values = dict(given or {}) if isinstance(given, dict | None) else dataclasses.asdict(given)  # HF PEFT's object, too
     known = {f.name: f.default for f in dataclasses.fields(LoftQConfig)}
     for key in values.keys() - known.keys():
         raise ConfigError(f"loftq_config has no field {key!r}{nearest(key, known)}; it has {', '.join(known)}.")
@@ -178,7 +178,9 @@ class Lora(Method):
         bits, have = config.loftq_config["loftq_bits"], 4 if kind == "4bit" else 8  # type: ignore[index]
         if bits != have:
             raise ConfigError(f"loftq_bits={bits}, but {path!r} holds {have}-bit weights; set loftq_bits={have}.")
-        return checkpoint_weight(host.base, f"{clean_path(path)}.weight", tuple(layer.float_weight().shape))
+        shape, turned = tuple(layer.float_weight().shape), issubclass(source_class(layer.frozen), Conv1D)
+        weight = checkpoint_weight(host.base, f"{clean_path(path)}.weight", shape[::-1] if turned else shape)
+        return weight.T if turned else weight
 
     def _refuse_shared(self, host: wrapper.PeftModel, targets: dict[str, nn.Module]) -> None:
         """T5 and BART keep a module that only holds the embeddings' weight and never runs: an update there is lost."""
@@ -290,9 +292,16 @@ class Lora(Method):
     def merge(
         self, host: wrapper.PeftModel, names: list[str], *, safe: bool, keep: bool = True, requantize: bool = False
     ) -> None:
-        """Fold the named adapters into the base (all of this method's layers at once)."""
-        for module in [m for m in host.base.modules() if isinstance(m, LoraLayer) and m.switch is host.switch]:
-            module.merge(names, safe=safe, keep=keep, requantize=requantize)
+        """Fold the named adapters into the base (all of this method's layers at once).
+
+        Raises:
+            ValueError: with `safe`, a weight would be NaN or infinite; nothing is changed.
+        """
+        layers = [m for m in host.base.modules() if isinstance(m, LoraLayer) and m.switch is host.switch]
+        if safe and not all(torch.isfinite(m.merged_weight(names)).all() for m in layers):
+            raise ValueError(f"Merging {', '.join(names)} gives NaN or infinite weights; nothing was changed.")
+        for module in layers:
+            module.merge(names, keep=keep, requantize=requantize)
 
 
 register(PeftType.LORA, LoraConfig, Lora)

@@ -198,21 +198,18 @@ class LoraLayer(nn.Module):
             update = ratio[:, None] * (weight + update) - weight
         return self.as_rows(update)
 
-    def merge(self, names: list[str], *, safe: bool, keep: bool = True, requantize: bool = False) -> None:
+    def merge(self, names: list[str], *, keep: bool = True, requantize: bool = False) -> None:
         """Fold adapters into the base weight.
 
-        With `safe` a result with NaN or infinity is refused and nothing changes; without `keep` there is no way back. A
-        quantised layer is replaced by a bf16 copy, or with `requantize` by a quantised one (which rounds the update away
-        in part).
+        Without `keep` there is no way back. A quantised layer is replaced by a bf16 copy, or with `requantize` by a
+        quantised one (which rounds the update away in part).
         """
-        names = [n for n in names if n in self.scaling and n not in self.merged_adapters]
+        names = self.unmerged(names)
         if not names:
             return
         frozen, quantised = self.frozen, quantized_kind(self.frozen) is not None
         with torch.no_grad():
-            new = dequantize(frozen).float() + sum(self.get_delta_weight(n) for n in names)
-            if safe and not torch.isfinite(new).all():
-                raise ValueError(f"Merging {', '.join(names)} gives NaN or infinite weights; nothing was changed.")
+            new = self.merged_weight(names)
             if keep and self.saved_weight is None and self.saved_layer is None:
                 self.__dict__["saved_layer" if quantised else "saved_weight"] = frozen if quantised else frozen.weight
             if quantised:
@@ -220,6 +217,15 @@ class LoraLayer(nn.Module):
             else:  # a parameter of its own: the old one may be tied to another layer
                 frozen.weight = nn.Parameter(new.to(frozen.weight.dtype).contiguous(), requires_grad=False)
         self.merged_adapters += names
+
+    def unmerged(self, names: list[str]) -> list[str]:
+        """Those of the adapters that are here and not merged."""
+        return [n for n in names if n in self.scaling and n not in self.merged_adapters]
+
+    @torch.no_grad()
+    def merged_weight(self, names: list[str]) -> Tensor:
+        """The weight with adapters folded in, fp32, in the layer's own layout."""
+        return dequantize(self.frozen).float() + sum(self.get_delta_weight(n) for n in self.unmerged(names))
 
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit."""
@@ -229,6 +235,18 @@ class LoraLayer(nn.Module):
             self.frozen.weight = self.saved_weight
         self.__dict__["saved_weight"] = self.__dict__["saved_layer"] = None
         self.merged_adapters = []
+
+    def set_aside(self) -> tuple:
+        """Unmerge for a while: what `put_back` needs to have the merged weight again, bit for bit."""
+        state = (self.frozen, self.frozen.weight, self.saved_layer, self.saved_weight, self.merged_adapters)
+        self.unmerge()
+        return state
+
+    def put_back(self, state: tuple) -> None:
+        layer, weight, saved_layer, saved_weight, self.merged_adapters = state
+        self.innermost.base_layer = layer.train(self.training)
+        layer.weight = weight
+        self.__dict__["saved_layer"], self.__dict__["saved_weight"] = saved_layer, saved_weight
 
     def plain_output(self, result: Tensor) -> Tensor:
         """The base layer's output without its bias (with the bias that is trained, where one is)."""

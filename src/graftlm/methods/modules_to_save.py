@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import CompositionError, TargetError, nearest
-from ..quantization import dequantize, dequantized, quantized_kind
+from ..quantization import dequantize, dequantized, in_source_form, quantized_kind
 from ..routing import Switch, active_adapters
 from .base import clean_path, replace_module
 
@@ -65,16 +65,17 @@ class ModulesToSaveWrapper(nn.Module):
 
 
 def bare_copy(module: nn.Module) -> Any:
-    """A copy of a module of the base, without what other wrappers put around or into it."""
+    """A copy of a module of the base, without what other wrappers put around or into it; quantised layers in fp32."""
     inner: Any = module
     while hasattr(inner, "original_module") or hasattr(inner, "base_layer"):
         inner = inner.original_module if hasattr(inner, "original_module") else inner.base_layer
     if quantized_kind(inner) is not None:
-        return dequantized(inner, dequantize(inner)).float()
+        return in_source_form(dequantized(inner, dequantize(inner))).float()
     made = copy.deepcopy(inner)
     for path, part in list(made.named_modules()):
-        if hasattr(part, "base_layer"):
-            replace_module(made, path, part.frozen)
+        wrapped = hasattr(part, "base_layer") or hasattr(part, "original_module")
+        if (wrapped or quantized_kind(part) is not None) and clean_path(path) == path:
+            replace_module(made, path, bare_copy(part))
     return made
 
 

@@ -1,4 +1,4 @@
-"""Loading the base model that a recipe names."""
+"""Loading the base model that a recipe names, quantised where it says so."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ import torch
 
 from .. import bundled
 from ..errors import GraftError, nearest
+from ..quantization import SCHEMES, bitsandbytes, config_scheme, is_quantized, loading_options, quantized_kind, settle
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class BaseModelError(GraftError, ValueError):
@@ -17,34 +20,48 @@ class BaseModelError(GraftError, ValueError):
 
 
 def resolve_base(
-    name: str, *, task: str = "auto", dtype: str = "auto", device: str | torch.device | None = None, **options: Any
+    name: str,
+    *,
+    task: str = "auto",
+    dtype: str = "auto",
+    device: str | torch.device | None = None,
+    quantization: str | None = None,
+    **options: Any,
 ) -> tuple[Any, Any]:
     """The base model and its tokenizer.
 
     Args:
         name: "graftlm-base" (bundled), a local directory, or a hub id.
         task: "causal-lm", "seq2seq", "classification", or "auto" by the model's configuration.
-        dtype: "fp32", "bf16", or "auto": bf16 where a GPU has it, else fp32.
+        dtype: "fp32", "bf16", "fp16" (GPUs only), or "auto": bf16 where a GPU has it, else fp32.
         device: where to put it; the GPU where there is one.
+        quantization: "int8", "nf4" or "fp4", of a checkpoint that is not quantised; one that is loads as it was saved.
+            4-bit layers compute in `dtype`, under "auto" in bf16.
         options: for `from_pretrained` (`num_labels`, `revision`, …); remote code cannot be switched on.
 
     Raises:
-        BaseModelError: nothing there, no network, or a kind of model that cannot be trained here.
+        BaseModelError: nothing there, no network, or a kind of model, quantisation, device or dtype that is not to be had.
+        UnsupportedError: bitsandbytes is needed and missing.
     """
     from transformers import AutoConfig, AutoTokenizer
 
     if options.pop("trust_remote_code", False):
         raise BaseModelError("trust_remote_code is never switched on: only models whose code is in transformers are loaded.")
+    place = checked_device(device)
+    kind = torch_dtype(dtype, place)
     path = checked_path(name)
     hub = {k: options[k] for k in ("revision",) if k in options}
     config = loading(name, lambda: AutoConfig.from_pretrained(path, **hub))
     loader = auto_class(config, task, name)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = loading(name, lambda: loader.from_pretrained(path, dtype=torch_dtype(dtype), **options))
+    compute_dtype = torch.bfloat16 if dtype == "auto" else kind
+    options = {"dtype": kind} | quantized_options(name, config, scheme_name(quantization), compute_dtype, place) | options
+    model = loading(name, lambda: loader.from_pretrained(path, **options))
+    if options["dtype"] == "auto" and dtype != "auto":
+        cast_unpacked(model, kind)
     tokenizer = loading(name, lambda: AutoTokenizer.from_pretrained(path, **hub))
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model.to(device).eval(), tokenizer
+    return on_device(model, place).eval(), tokenizer
 
 
 def checked_path(name: str) -> str:
@@ -100,10 +117,82 @@ def auto_class(config: Any, task: str, name: str) -> Any:
     return t.AutoModelForCausalLM
 
 
-def torch_dtype(name: str) -> torch.dtype:
-    """The dtype of "fp32", "bf16" or "auto"."""
+def torch_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of "fp32", "bf16", "fp16" or "auto" on a device."""
     if name == "auto":
-        name = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-    if name not in ("fp32", "bf16"):
-        raise BaseModelError(f"dtype={name!r}: expected 'fp32', 'bf16' or 'auto'{nearest(name, ['fp32', 'bf16', 'auto'])}")
-    return torch.bfloat16 if name == "bf16" else torch.float32
+        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if name not in DTYPES:
+        names = [*DTYPES, "auto"]
+        raise BaseModelError(f"dtype={name!r}: expected one of {', '.join(names)}{nearest(name, names)}")
+    if name == "fp16" and device.type == "cpu":
+        raise BaseModelError(
+            "dtype='fp16' needs a GPU: on a CPU there is no gradient scaling, and small gradients become zero. Use 'bf16', "
+            "which takes the same memory, or 'fp32'."
+        )
+    return DTYPES[name]
+
+
+def checked_device(device: str | torch.device | None) -> torch.device:
+    """The device; without a name the GPU where there is one. BaseModelError for one that this machine has not."""
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise BaseModelError(f"device={device!r}: expected 'cpu', 'cuda' or one GPU, such as 'cuda:0'") from error
+    have = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if place.type == "cuda" and (place.index or 0) >= have:
+        found = f"{have} GPU(s)" if have else "no GPU"
+        raise BaseModelError(
+            f"device={str(device)!r}: torch finds {found} here. Leave it out for the best there is, or pass 'cpu'."
+        )
+    return place
+
+
+def scheme_name(value: Any) -> Any:
+    """A quantisation as the tables here spell it; None where it says that there is none."""
+    plain = value.lower() if isinstance(value, str) else value
+    return None if plain in ("none", "no", False) else plain
+
+
+def quantized_options(
+    name: str, config: Any, wanted: str | None, compute_dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """What `from_pretrained` needs to load a base quantised; nothing for an unquantised one.
+
+    A checkpoint that was saved quantised is loaded in its own dtype: transformers leaves its weights in it in any case.
+
+    Raises:
+        BaseModelError: the checkpoint is quantised otherwise than wanted, or by a scheme that cannot be trained on.
+    """
+    stored = config_scheme(config)
+    if stored is None:
+        return loading_options(wanted, compute_dtype, device) if wanted else {}
+    if stored not in (*SCHEMES, "torchao"):
+        raise BaseModelError(
+            f"{name!r} is quantised by {stored!r}, on which GraftLM cannot train. It trains on {', '.join(SCHEMES)} "
+            "(bitsandbytes) and torchao's weight-only forms: take the unquantised checkpoint and quantise it while loading "
+            "(quantization: nf4), or one that was saved in one of these."
+        )
+    if wanted not in (None, stored):
+        raise BaseModelError(
+            f"{name!r} is saved in {stored}, and quantization={wanted!r} was asked for. Leave quantization out, or take the "
+            "unquantised checkpoint."
+        )
+    if stored in SCHEMES:
+        bitsandbytes()
+    return {"dtype": "auto", "device_map": {"": str(device)}}
+
+
+def cast_unpacked(model: Any, dtype: torch.dtype) -> None:
+    """Bring the weights of a quantised model that are not packed to a dtype."""
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if parameter.is_floating_point() and not (key == "weight" and quantized_kind(module)):
+                parameter.data = parameter.data.to(dtype)
+
+
+def on_device(model: Any, device: torch.device) -> Any:
+    """A loaded model in its place; a quantised one is there already, and is made safe for training."""
+    if not is_quantized(model):
+        return model.to(device)
+    settle(model)
+    return model

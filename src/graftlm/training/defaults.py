@@ -53,6 +53,13 @@ def method_names() -> dict[str, PeftType]:
 
 
 ALIASES = {"p-tuning-v2": "prefix-tuning", "adapters": "bottleneck"}
+# Names that say a method and how its base is quantised.
+QUANTIZED = {"lora-int8": ("lora", "int8"), "qlora": ("lora", "nf4")}
+
+
+def plain_name(name: object) -> str:
+    """A method's name as the tables here spell it."""
+    return str(name).lower().replace("_", "-").replace(" ", "-")
 
 
 def method_type(name: str) -> PeftType:
@@ -62,10 +69,11 @@ def method_type(name: str) -> PeftType:
         ConfigError: an unknown name.
     """
     names = method_names()
-    plain = str(name).lower().replace("_", "-").replace(" ", "-")
+    plain = plain_name(name)
     plain = ALIASES.get(plain, plain)
     if plain not in names:
-        raise ConfigError(f"unknown method {name!r}; expected one of {', '.join(names)}{nearest(plain, [*names, *ALIASES])}")
+        known = [*names, *ALIASES, *QUANTIZED]
+        raise ConfigError(f"unknown method {name!r}; expected one of {', '.join(names)}{nearest(plain, known)}")
     return names[plain]
 
 

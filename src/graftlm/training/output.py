@@ -20,8 +20,8 @@ def open_output(recipe: Recipe) -> Path:
     """The output directory, made if need be, an earlier run removed with `overwrite`.
 
     Raises:
-        RecipeError: an earlier run is there and neither `overwrite` nor `resume` is set, or `resume` has another method
-            or base.
+        RecipeError: an earlier run is there and neither `overwrite` nor `resume` is set, or `resume` has another method,
+            base or quantisation.
     """
     folder = Path(recipe.output_dir)
     if folder.exists() and not folder.is_dir():
@@ -49,7 +49,7 @@ def check_resumable(recipe: Recipe, folder: Path) -> None:
     if not (folder / RECIPE_NAME).exists():
         return
     earlier = Recipe.from_yaml(folder / RECIPE_NAME)
-    changed = [k for k in ("base", "method") if getattr(earlier, k) != getattr(recipe, k)]
+    changed = [k for k in ("base", "quantization", "method") if getattr(earlier, k) != getattr(recipe, k)]
     if changed:
         told = ", ".join(f"{k}: {getattr(earlier, k)!r} then, {getattr(recipe, k)!r} now" for k in changed)
         raise RecipeError(f"the run in {str(folder)!r} cannot be resumed with another recipe ({told})")

@@ -12,11 +12,12 @@ The same recipe on the same machine gives the same adapter bit for bit.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 
 from ..errors import RecipeError
 from ..model import PeftModel
+from ..preparation import prepare_model_for_kbit_training
+from ..quantization import SCHEMES, is_quantized, scheme_of
 from .bases import BaseModelError, resolve_base
 from .evaluation import Evaluation, evaluation, generate_texts, is_encoder_decoder
 from .output import METRICS_NAME, open_output, write_recipe, write_text
@@ -33,7 +36,7 @@ from .progress import RichProgress
 from .resume import last_complete_checkpoint
 from .schema import DataSection, Recipe, TrainingSection
 from .setup import RunData, attach, load_data_of
-from .trainer import Trainer, log
+from .trainer import Trainer, has_accelerator, log
 
 __all__ = ["BaseModelError", "DataSection", "Recipe", "RunResult", "TrainingSection", "measure", "resolve_base", "run"]
 
@@ -49,7 +52,8 @@ class RunResult:
         output_dir: the adapter directory.
         metrics: loss_before, loss (nats a labelled held-out token), perplexity_before, perplexity, accuracy_before,
             accuracy (None where the data has no labels), trainable_parameters, file_bytes (the weights file), seconds and
-            tokens_per_second (training only, evaluation within it counted in seconds), peak_memory_bytes.
+            tokens_per_second (training only, evaluation within it counted in seconds), peak_memory_bytes; quantization (how
+            the base is quantised, None if not) and base_bytes (its weights in memory).
         history: the Trainer's log_history.
         samples: dicts with prompt, target, before, after.
     """
@@ -72,22 +76,30 @@ def run(
     """Train the recipe's adapter, measure it and save it.
 
     Args:
-        model, tokenizer: a loaded base to use in place of `recipe.base`; it is given back as it was.
+        model, tokenizer: a loaded base to use in place of `recipe.base`; it is given back as it was (a quantised one
+            prepared for training).
         callbacks: further Trainer callbacks.
         quiet: no progress bar and no lines.
         baseline: `measure(…)` of the plain base on the same held-out data, where it is known already.
 
     Raises:
         RecipeError, DataError, ConfigError, BaseModelError: mistakes in the recipe.
+        UnsupportedError: what the base, or this machine, cannot do.
         TrainingInterrupted: Ctrl-C; the adapter so far and a checkpoint are saved.
     """
     if (model is None) != (tokenizer is None):
         raise RecipeError("run(model=…, tokenizer=…): give both, or neither")
+    if model is not None:
+        recipe = over(model, recipe)
     output = open_output(recipe)
     with threads(recipe.training.threads):
         set_seed(recipe.training.seed)
         if model is None:
-            model, tokenizer = resolve_base(recipe.base, task=recipe.task, dtype=recipe.dtype)
+            model, tokenizer = resolve_base(
+                recipe.base, task=recipe.task, dtype=recipe.dtype, quantization=recipe.quantization
+            )
+        made_ready(model, recipe.training.gradient_checkpointing, quiet)
+        form = {"quantization": scheme_of(model), "base_bytes": model.get_memory_footprint()}
         data = load_data_of(recipe, tokenizer, is_encoder_decoder(model))
         before = baseline if baseline is not None else measure(recipe, model, tokenizer, data)
         set_seed(recipe.training.seed)
@@ -97,11 +109,29 @@ def run(
             trainer = make_trainer(recipe, wrapped, tokenizer, data, callbacks, quiet)
             fit(trainer, recipe, output)
             after = measure(recipe, wrapped, tokenizer, data)
-            return finish(trainer, wrapped, output, before, after)
+            return finish(trainer, wrapped, output, before, after, form)
         finally:
             if recipe.training.gradient_checkpointing:
-                model.gradient_checkpointing_disable()
+                getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
             wrapped.unload()
+
+
+def over(model: Any, recipe: Recipe) -> Recipe:
+    """The recipe with the quantisation of a base that is given loaded. RecipeError: it asks for another one."""
+    have = scheme_of(model)
+    if recipe.quantization not in (None, have):
+        raise RecipeError(
+            f"quantization: {recipe.quantization}, but the base that was given is {have or 'not quantised'}; load it by "
+            f"resolve_base(…, quantization={recipe.quantization!r}), or leave quantization out"
+        )
+    return recipe.model_copy(update={"quantization": have}) if have in SCHEMES else recipe
+
+
+def made_ready(model: Any, checkpointing: bool, quiet: bool) -> None:
+    """Prepare a quantised base for training; once more changes nothing."""
+    if is_quantized(model):
+        with redirect_stdout(io.StringIO()) if quiet else nullcontext():
+            prepare_model_for_kbit_training(model, checkpointing)
 
 
 def measure(recipe: Recipe, model: Any, tokenizer: Any, data: RunData | None = None) -> Evaluation | None:
@@ -123,7 +153,7 @@ def measure(recipe: Recipe, model: Any, tokenizer: Any, data: RunData | None = N
     return Evaluation(metrics=found.metrics, prompts=tuple(prompts), targets=tuple(targets), outputs=tuple(outputs))
 
 
-def training_arguments(recipe: Recipe, held_out: bool, bf16: bool) -> TrainingArguments:
+def training_arguments(recipe: Recipe, held_out: bool, dtype: torch.dtype) -> TrainingArguments:
     """The recipe in transformers' words."""
     t = recipe.training
     evaluates = t.eval_strategy if held_out else "no"
@@ -142,7 +172,9 @@ def training_arguments(recipe: Recipe, held_out: bool, bf16: bool) -> TrainingAr
         label_smoothing_factor=t.label_smoothing,
         seed=t.seed,
         data_seed=t.seed,
-        bf16=bf16,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16 and has_accelerator(),
+        use_cpu=not has_accelerator(),
         eval_strategy=evaluates,
         save_strategy=t.save_strategy,
         eval_steps=t.interval,
@@ -172,10 +204,10 @@ def make_trainer(
     recipe: Recipe, model: PeftModel, tokenizer: Any, data: RunData, callbacks: Sequence[TrainerCallback], quiet: bool
 ) -> Trainer:
     """The trainer of a run."""
-    bf16 = next(p for p in model.base.parameters() if p.is_floating_point()).dtype is torch.bfloat16
+    dtype = next(p for p in model.base.parameters() if p.is_floating_point()).dtype
     trainer = Trainer(
         model,
-        training_arguments(recipe, data.held_out_rows is not None, bf16),
+        training_arguments(recipe, data.held_out_rows is not None, dtype),
         data_collator=data.collator,
         train_dataset=data.train_rows,
         eval_dataset=data.held_out_rows,
@@ -203,10 +235,15 @@ def fit(trainer: Trainer, recipe: Recipe, output: Path) -> None:
 
 
 def finish(
-    trainer: Trainer, model: PeftModel, output: Path, before: Evaluation | None, after: Evaluation | None
+    trainer: Trainer,
+    model: PeftModel,
+    output: Path,
+    before: Evaluation | None,
+    after: Evaluation | None,
+    form: dict[str, Any],
 ) -> RunResult:
-    """Collect the measures, put them into the card and `metrics.json`."""
-    metrics: dict[str, Any] = {}
+    """Collect the measures, put them into the card and `metrics.json`. `form`: quantisation and bytes of the base."""
+    metrics: dict[str, Any] = dict(form)
     for name in ("loss", "perplexity", "accuracy"):
         metrics[f"{name}_before"] = before.metrics[name] if before else None
         metrics[name] = after.metrics[name] if after else None
@@ -236,6 +273,7 @@ CARD_NAMES = {
     "loss_before": "held-out loss of the base", "loss": "held-out loss",
     "perplexity_before": "held-out perplexity of the base", "perplexity": "held-out perplexity",
     "accuracy_before": "held-out accuracy of the base", "accuracy": "held-out accuracy",
+    "quantization": "base quantised to", "base_bytes": "base in memory, bytes",
 }  # fmt: skip
 
 

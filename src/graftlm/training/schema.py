@@ -1,6 +1,7 @@
 """The recipe: one YAML file that says everything about a training run. All defaults stand here and in `defaults`.
 
 base: graftlm-base            # the bundled model, a local path or a hub id
+quantization: nf4             # int8, nf4, fp4; left out: not quantised
 method: lora                  # prompt-tuning, p-tuning, prefix-tuning, bottleneck
 method_options: {r: 8}        # fields of the method's configuration
 data: {source: tweets}
@@ -22,11 +23,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ..bundled import BASE_NAME as BUNDLED
 from ..errors import ConfigError, RecipeError, nearest
-from .defaults import HIDDEN_FIELDS, config_type, defaults_of
+from .bases import scheme_name
+from .defaults import HIDDEN_FIELDS, QUANTIZED, config_type, defaults_of, plain_name
 
 Cut = Literal["end", "prompt"]
 # YAML reads a bare `no` as false.
 Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(lambda v: "no" if v is False else v)]
+Scheme = Annotated[Literal["int8", "nf4", "fp4"] | None, BeforeValidator(scheme_name)]
 
 
 class Section(BaseModel):
@@ -83,12 +86,18 @@ class Recipe(Section):
     """A whole run. Build it from YAML (`from_yaml`) or a dict (`from_dict`); both collect every error in one RecipeError."""
 
     base: str = Field(default="graftlm-base", description="base model: graftlm-base (bundled), a path or a hub id")
+    quantization: Scheme = Field(default=None, description="int8, nf4 or fp4: how the base is quantised while it is loaded")
     task: Literal["auto", "causal-lm", "seq2seq"] = Field(default="auto", description="kind of model; by its configuration")
-    method: str = Field(default="lora", description="method; prompt-tuning, p-tuning, prefix-tuning, bottleneck, lora")
+    method: str = Field(
+        default="lora",
+        description="prompt-tuning, p-tuning, prefix-tuning, bottleneck, lora; lora-int8, qlora: over int8, nf4",
+    )
     method_options: dict[str, Any] = Field(default_factory=dict, description="fields of the method's configuration")
     init_from: str | None = Field(default=None, description="adapter directory to train further")
     data: DataSection = Field(default=DataSection(), description="the examples")
-    dtype: Literal["auto", "fp32", "bf16"] = Field(default="auto", description="bf16 on GPUs that have it, else fp32")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto", description="bf16 on GPUs that have it, else fp32; fp16 for GPUs only"
+    )
     training: TrainingSection = Field(default=TrainingSection(), description="how to train")
     output_dir: str = Field(default="graftlm-out", description="where the adapter goes")
     overwrite: bool = Field(default=False, description="replace an earlier run in output_dir")
@@ -108,7 +117,7 @@ class Recipe(Section):
             RecipeError: lists every unknown key (with the nearest name) and every impossible value.
         """
         content: dict[str, Any] = plain_copy(dict(values))
-        problems = apply_overrides(content, overrides)
+        problems = [*apply_overrides(content, overrides), *spell_out(content)]
         made = None
         try:
             made = cls.model_validate(content)
@@ -197,6 +206,19 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> list[st
     return problems
 
 
+def spell_out(values: dict[str, Any]) -> list[str]:
+    """Put method and quantisation in the place of a name that says both (`qlora`); returns what contradicts it."""
+    name = values.get("method")
+    if plain_name(name) not in QUANTIZED:
+        return []
+    values["method"], means = QUANTIZED[plain_name(name)]
+    said = scheme_name(values.get("quantization"))
+    values["quantization"] = means
+    if said in (None, means):
+        return []
+    return [f"method: {name} is {values['method']} with quantization: {means}, and the recipe says {said}; leave one out"]
+
+
 def describe(model: type[BaseModel], item: Any) -> str:
     """A pydantic error in one line, with the nearest key for an unknown one."""
     path = [str(part) for part in item["loc"]]
@@ -205,6 +227,9 @@ def describe(model: type[BaseModel], item: Any) -> str:
         known = fields_at(model, path[:-1])
         hint = elsewhere(model, path[-1]) or nearest(path[-1], known) or "; known: " + ", ".join(known)
         return f"{name}: unknown key{hint}"
+    if item["type"] == "literal_error":
+        hint = nearest(str(item["input"]), re.findall(r"'([^']+)'", item["ctx"]["expected"]))
+        return f"{name}: expected {item['ctx']['expected']}, got {item['input']!r}{hint}"
     if item["type"] == "model_type":
         return f"{name}: expected keys and values, got {item.get('input')!r}"
     return f"{name}: {item['msg'][0].lower()}{item['msg'][1:]} (got {item.get('input')!r})"

@@ -1,24 +1,19 @@
-"""LoRA on English quotes.
+"""LoRA on English quotes, over a base in int8.
 
-    python examples/lora_quotes.py
-    python examples/lora_quotes.py --model facebook/opt-125m --max-steps 100
-    python examples/lora_quotes.py --target-modules q_proj v_proj --model facebook/opt-125m
-    python examples/lora_quotes.py --load-in-8bit          # an int8 base, by bitsandbytes
+    python examples/lora_int8_quotes.py
+    python examples/lora_int8_quotes.py --model facebook/opt-6.7b --learning-rate 2e-4
+    python examples/lora_int8_quotes.py --target-modules q_proj v_proj --model facebook/opt-125m
+    python examples/lora_int8_quotes.py --no-quantization
 
 Data: a column `quote`, `prompt` or `text`.
 """
 
 import argparse
+import logging
 
 import rich
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
 
 from graftlm import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from graftlm.bundled import resolve
@@ -28,22 +23,23 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--model", default="graftlm-base", help="id or path of the base model")
 parser.add_argument("--data", default="quotes", help="bundled name, file, folder or id")
 parser.add_argument(
-    "--target-modules", nargs="+", default=None, help="layers to adapt; the model family's usual ones if none"
+    "--target-modules", nargs="+", default=None, help="layers to adapt; all of attention and feed-forward if none"
 )
-parser.add_argument("--load-in-8bit", action="store_true", help="hold the base in int8 (slow on a CPU)")
-parser.add_argument("--epochs", type=float, default=2)
+parser.add_argument("--no-quantization", action="store_true", help="hold the base in floating point")
+parser.add_argument("--epochs", type=float, default=8)
 parser.add_argument("--max-steps", type=int, default=-1)
-parser.add_argument("--learning-rate", type=float, default=2e-3)
-parser.add_argument("--output", default="runs/lora-quotes")
+parser.add_argument("--learning-rate", type=float, default=5e-4)
+parser.add_argument("--output", default="runs/lora-int8-quotes")
 args = parser.parse_args()
 
 name = resolve(args.model)
 gpu = torch.cuda.is_available()
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells at every product how it rounds
 
-# 1. The base.
-options = {"dtype": "auto" if gpu else "float32"}
-if args.load_in_8bit:
-    options = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": "auto" if gpu else "cpu"}
+# 1. The base: eight bits a weight, rounded while it is loaded.
+options = {"dtype": torch.float16 if gpu else torch.float32, "device_map": "auto" if gpu else "cpu"}
+if not args.no_quantization:
+    options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
 base = AutoModelForCausalLM.from_pretrained(name, **options)
 tokenizer = AutoTokenizer.from_pretrained(name)
 if tokenizer.pad_token_id is None:
@@ -58,15 +54,16 @@ def complete(model, text: str) -> str:
 
 texts = ["The best thing about", "A good friend is", "It is better to"]
 before = [complete(base, text) for text in texts]
-if args.load_in_8bit:
-    base = prepare_model_for_kbit_training(base)
+
+# 2. Made ready for training: frozen, activations recomputed in the backward pass; what is cast is printed.
+base = prepare_model_for_kbit_training(base)
 print(f"The base takes {base.get_memory_footprint() / 2**20:.1f} MiB.")
 
-# 2. The adapter.
+# 3. The adapter.
 config = LoraConfig(
     r=8,
     lora_alpha=32,
-    target_modules=args.target_modules,
+    target_modules=args.target_modules or "all-linear",
     lora_dropout=0.05,
     bias="none",
     task_type="CAUSAL_LM",
@@ -74,7 +71,7 @@ config = LoraConfig(
 model = get_peft_model(base, config)
 model.print_trainable_parameters()
 
-# 3. A look at the data, then training.
+# 4. A look at the data, then training.
 raw = load_data(args.data)
 rich.print(show(raw["train"], n=3))
 trainer = Trainer(
@@ -95,7 +92,7 @@ trainer = Trainer(
 )
 trainer.train()
 
-# 4. Save, and the same beginnings again.
+# 5. Save, and the same beginnings again.
 model.save_pretrained(args.output)
 model.eval()
 for text, plain in zip(texts, before, strict=True):
