@@ -66,8 +66,9 @@ def load(folder: str, scheme: str, device: str):
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     elif scheme == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
-        )
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )  # fmt: skip
     return AutoModelForCausalLM.from_pretrained(folder, **options)
 
 
@@ -166,7 +167,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         library, scheme, checkpointing, folder = args.worker
-        return worker(library, scheme, bool(int(checkpointing)), folder)
+        worker(library, scheme, bool(int(checkpointing)), folder)
+        return
     with tempfile.TemporaryDirectory() as name:
         build(args.shape, Path(name))
         rows = [measure(Path(name), case) for case in CASES]
@@ -181,9 +183,11 @@ def report(rows: list[dict], path: Path | None) -> None:
         same = (r for r in rows if r["checkpointing"] == row["checkpointing"])
         reference = next(r for r in same if (r["library"], r["scheme"]) == ("graftlm", "bf16"))
         row["ratio"] = row["peak"] / reference["peak"]
+        on = "on" if row["checkpointing"] else "off"
+        start, top = row["start"] / 2**20, row["peak"] / 2**20
         print(
-            f"{row['library']:8} {row['scheme']:5} {'on' if row['checkpointing'] else 'off':13} {row['start'] / 2**20:7.0f} M "
-            f"{row['peak'] / 2**20:7.0f} M {row['ratio']:12.2f}x   {row['losses'][0]:.4f} {row['losses'][1]:.4f}"
+            f"{row['library']:8} {row['scheme']:5} {on:13} {start:7.0f} M {top:7.0f} M {row['ratio']:12.2f}x   "
+            f"{row['losses'][0]:.4f} {row['losses'][1]:.4f}"
         )
         failed = failed or ((row["library"], row["scheme"]) == ("graftlm", "nf4") and row["ratio"] > 1)
     if path is not None:

@@ -83,6 +83,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "utils":  # `graftlm.utils.…` after a plain `import graftlm`, as with HF PEFT
+        return import_module(".utils", __name__)
     if name in _HOME:
         import_module(".architectures", __name__)  # makes the architectures that are ours known to transformers
         return getattr(import_module(_HOME[name], __name__), name)

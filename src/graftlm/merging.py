@@ -102,6 +102,7 @@ def describe_quantization(base: Any, dtype: torch.dtype) -> None:
     """
     if getattr(base, "hf_quantizer", None) is None:
         return
+    base._weight_conversions = None  # a checkpoint saved quantised brings steps that transformers cannot take back in saving
     if any(True for _ in quantized_layers(base)):
         settings = base.config.quantization_config
         plain = {n: m.to(dtype) for n, m in base.named_modules() if isinstance(m, (DequantizedLinear, DequantizedConv1D))}

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from .errors import ConfigError, UnsupportedError, nearest
 
 SCHEMES = ("int8", "nf4", "fp4")
-_WEIGHTS = {"Linear8bitLt": "Int8Params", "Linear4bit": "Params4bit", "LinearNF4": "Params4bit", "LinearFP4": "Params4bit"}
+_WEIGHTS = {"SCB": "Int8Params", "quant_state": "Params4bit"}  # bitsandbytes' parameters by an attribute of theirs
 _PACK_ROWS = 32  # rows that bitsandbytes' packed kernel takes together
 
 
@@ -225,7 +225,7 @@ def settle(base: nn.Module) -> None:
     """
     for layer in base.modules():
         weight: Any = layer._parameters.get("weight")
-        if type(weight) is nn.Parameter and (name := _WEIGHTS.get(type(layer).__name__)):
+        if type(weight) is nn.Parameter and (name := next((_WEIGHTS[k] for k in weight.__dict__ if k in _WEIGHTS), None)):
             weight.__class__ = getattr(bitsandbytes().nn, name)
     for kind, layer in quantized_layers(base):
         if kind == "int8":

@@ -105,7 +105,7 @@ def test_a_given_base_is_loaded_by_its_name_for_a_quantised_row(base, tmp_path):
 def test_where_the_name_leads_nowhere(base, tmp_path):
     result = given(base, tmp_path, "./nowhere")
     assert [r.status for r in result.runs] == ["done", "failed"]
-    assert "needs the base in nf4, which is loaded by its name" in result.runs[1].error and "nowhere" in result.runs[1].error
+    assert "needs the base in nf4, which is done by its name" in result.runs[1].error and "nowhere" in result.runs[1].error
 
 
 def test_where_the_name_is_another_base(base, tmp_path):

@@ -308,6 +308,9 @@ def test_loftq_makes_up_for_the_rounding(folders, scheme, bits, tmp_path):
     model.save_pretrained(tmp_path)
     again = graftlm.PeftModel.from_pretrained(load(folders["llama"], scheme), tmp_path)
     close(logits_of(again, **inputs), logits_of(model, **inputs))
+    assert again.peft_config["default"].init_lora_weights == "loftq"
+    theirs = from_peft(load(folders["llama"], scheme), tmp_path).train(scheme != "int8")
+    close(logits_of(theirs, **inputs), logits_of(model, **inputs))
 
 
 def test_loftq_on_an_unquantised_base_starts_as_the_base(folders, tmp_path):

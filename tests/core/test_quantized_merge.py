@@ -210,3 +210,20 @@ def test_a_merged_model_that_was_prepared_reloads_in_plain_transformers(folders,
     again = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu").eval()
     assert {p.dtype for p in again.parameters() if p.is_floating_point()} == {torch.bfloat16}
     assert relative(logits_of(again, **batch("llama")).float(), logits_of(merged, **batch("llama"))) < 0.03
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]], ids=["all", "some"])
+def test_a_base_that_was_saved_quantised_is_merged_and_saved(folders, scheme, targets, tmp_path, capsys):  # noqa: F811
+    load(folders["llama"], scheme).save_pretrained(tmp_path / "quantised")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "quantised", device_map="cpu")
+    model = graftlm.get_peft_model(base, graftlm.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1)
+    merged = model.eval().merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", device_map="cpu").train(scheme == "nf4")
+    inputs = batch("llama")
+    close(logits_of(again, **inputs).float(), logits_of(merged, **inputs).float())

@@ -63,6 +63,7 @@ def load_tokenizer(base: str):  # type: ignore[no-untyped-def]
     """A base's tokenizer, without its model."""
     from transformers import AutoTokenizer
 
+    from .. import architectures  # noqa: F401  (makes our own architectures known to transformers)
     from ..bundled import resolve
 
     try:

@@ -91,8 +91,9 @@ def refuse_quantized(base: str, config: Any) -> None:
 
     if scheme := config_scheme(config):
         raise UnsupportedError(
-            f"The base {base!r} is saved in {scheme}; transformers cannot save it again with an adapter in it. Merge into "
-            "the unquantised checkpoint: pass it as --base. The adapter fits it, whatever form it was trained over."
+            f"The base {base!r} is saved in {scheme}: what quantising took away is lost there. Merge into the unquantised "
+            "checkpoint: pass it as --base. The adapter fits it, whatever form it was trained over. (In Python "
+            "merge_and_unload() makes bf16 copies of the quantised layers.)"
         )
 
 

@@ -63,19 +63,20 @@ class Bases:
     def load(self, scheme: str | None) -> Base:
         from .. import fingerprint, training
 
+        form = f"in {scheme}" if scheme else "loaded anew"
         try:
             found = made(*training.resolve_base(self.name, dtype=self.dtype, quantization=scheme))
             with redirect_stdout(io.StringIO()):
                 fingerprint.check(found.model, fingerprint.of(self.given.model) if self.given else {}, self.name, False)
         except BaseMismatchError as error:
             raise ConfigError(
-                f"this row needs the base in {scheme}, which is loaded by its name, and {self.name!r} is not the base that "
+                f"this row needs the base {form}, which is done by its name, and {self.name!r} is not the base that "
                 "was given; pass its own name as base."
             ) from error
         except GraftError as error:
             if not self.given:
                 raise
-            raise type(error)(f"this row needs the base in {scheme}, which is loaded by its name: {error}") from error
+            raise type(error)(f"this row needs the base {form}, which is done by its name: {error}") from error
         return found
 
     def renew(self, scheme: str | None) -> None:

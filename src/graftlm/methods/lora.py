@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from .. import model as wrapper
 
 INITS = ("gaussian", "pissa", "olora", "loftq")
+# On a quantised base LoftQ's adapter is like any other; HF PEFT, told of the start, would quantise the base anew to load it.
+LOFTQ_FIELDS = frozenset({"init_lora_weights", "loftq_config"})
 
 
 @dataclass(kw_only=True)
@@ -162,6 +164,8 @@ class Lora(Method):
             dtype = host.adapter_dtype(layer.frozen)
             original = None if for_loading else self._original(host, config, path, layer)
             layer.add(self.name, r, alpha, config, dtype, initialise=not for_loading, original=original)
+            if config.init_lora_weights == "loftq" and quantized_kind(layer.frozen) is not None:
+                config.__dict__["own_fields"] = LOFTQ_FIELDS
         if config.bias != "none":
             host.adapter_biases[self.name] = nn.ParameterDict(
                 {

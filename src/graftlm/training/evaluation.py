@@ -189,7 +189,7 @@ def answers(
     if max_new_tokens is None:
         longest = max(len(ids) for ids in tokenizer(list(rows["target"]), add_special_tokens=False)["input_ids"])
         max_new_tokens = longest + 1
-    ends = [fmt.end_token_id(tokenizer), tokenizer.eos_token_id]
+    ends = [fmt.end_token_id(tokenizer), tokenizer.eos_token_id, *(getattr(tokenizer, "answer_end_ids", None) or [])]
     found = generate_ids(
         model, tokenizer, list(rows["input_ids"]), batch_size=batch_size, do_sample=False, max_new_tokens=max_new_tokens,
         eos_token_id=sorted({e for e in ends if e is not None}) or None,

@@ -30,7 +30,7 @@ from ..model import PeftModel
 from ..preparation import prepare_model_for_kbit_training
 from ..quantization import SCHEMES, is_quantized, scheme_of
 from .bases import BaseModelError, resolve_base
-from .evaluation import Evaluation, evaluation, generate_texts, is_encoder_decoder
+from .evaluation import Evaluation, answers, evaluation, is_encoder_decoder
 from .output import METRICS_NAME, open_output, write_recipe, write_text
 from .progress import RichProgress
 from .resume import last_complete_checkpoint
@@ -148,9 +148,13 @@ def measure(recipe: Recipe, model: Any, tokenizer: Any, data: RunData | None = N
     )  # fmt: skip
     if found.outputs:
         return found
-    prompts, targets = data.sample_texts(SAMPLES, tokenizer)
-    outputs = generate_texts(model, tokenizer, prompts, max_new_tokens=SAMPLE_TOKENS)
-    return Evaluation(metrics=found.metrics, prompts=tuple(prompts), targets=tuple(targets), outputs=tuple(outputs))
+    rows = data.sample_rows(SAMPLES, tokenizer, is_encoder_decoder(model))
+    if rows is None:
+        return found
+    outputs = answers(model, tokenizer, rows, data.format, recipe.training.eval_batch_size, SAMPLE_TOKENS)
+    return Evaluation(
+        metrics=found.metrics, prompts=tuple(rows["prompt"]), targets=tuple(rows["target"]), outputs=tuple(outputs)
+    )
 
 
 def training_arguments(recipe: Recipe, held_out: bool, dtype: torch.dtype) -> TrainingArguments:

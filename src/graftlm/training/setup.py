@@ -30,12 +30,13 @@ class RunData:
     held_out_rows: Any
     collator: Any
 
-    def sample_texts(self, count: int, tokenizer: Any) -> tuple[list[str], list[str]]:
-        """Prompts and targets of the first held-out rows (those with a prompt)."""
+    def sample_rows(self, count: int, tokenizer: Any, seq2seq: bool) -> Any:
+        """The first held-out rows that have a prompt, prepared for generation; None without any."""
         rows = self.held_out.select(range(min(count, len(self.held_out))))
-        prompts, targets = prompts_and_targets(rows, self.format, tokenizer=tokenizer)
-        kept = [(p, t) for p, t in zip(prompts, targets, strict=True) if p.strip()]
-        return [p for p, _ in kept], [t for _, t in kept]
+        prompts, _ = prompts_and_targets(rows, self.format, tokenizer=tokenizer)
+        kept = [i for i, prompt in enumerate(prompts) if prompt.strip()]
+        with no_bars():
+            return prepare(rows.select(kept), tokenizer, self.format, seq2seq=seq2seq, for_generation=True) if kept else None
 
 
 def load_data_of(recipe: Recipe, tokenizer: Any, seq2seq: bool) -> RunData:
