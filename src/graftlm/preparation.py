@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .quantization import is_quantized, quantized_kind, quantized_layers, settle
 
 HALF = (torch.float16, torch.bfloat16)
+FEW = 32  # tokens that decoding hands to the head at a time
 TILE = 2**24  # elements of the head's weight that are held in fp32 at a time
 
 
@@ -144,11 +145,19 @@ def cast_head(model: Any) -> Iterator[tuple[str, str, int]]:
 
 
 class Float32Head(nn.Linear):
-    """A frozen head in a 16-bit dtype that gives fp32 logits: x [..., hidden] -> [..., vocabulary]."""
+    """A frozen head in a 16-bit dtype that gives fp32 logits: x [..., hidden] -> [..., vocabulary].
+
+    Without a gradient and for a few tokens (decoding) the product is made in the head's own dtype: casting the whole weight
+    for each new token would take most of the time.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = self.weight.dtype not in HALF or self.weight.requires_grad or torch.is_autocast_enabled(x.device.type)
-        return super().forward(x) if plain else _HeadProduct.apply(x, self.weight, self.bias)
+        if self.weight.dtype not in HALF or self.weight.requires_grad or torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        tokens = x.numel() // x.shape[-1]
+        if tokens < FEW and not (torch.is_grad_enabled() and x.requires_grad):
+            return super().forward(x.to(self.weight.dtype)).float()
+        return _HeadProduct.apply(x, self.weight, self.bias)
 
 
 class _HeadProduct(torch.autograd.Function):

@@ -69,6 +69,10 @@ def test_the_heads_product_is_in_float32(monkeypatch):
         close(ours.grad, theirs.grad.bfloat16())
         with torch.autocast("cpu", torch.bfloat16):
             assert head(x).dtype is torch.bfloat16
+        close(head(x.expand(4, 2, 5, 12)), wanted.detach().expand(4, 2, 5, 30))  # evaluation
+        step = head(x[:, :1])  # decoding: the same rounded to the head's dtype
+        assert step.dtype is torch.float32
+        close(step, wanted[:, :1].detach().bfloat16().float(), 0.02)
 
 
 @pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
