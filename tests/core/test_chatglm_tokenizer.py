@@ -23,7 +23,7 @@ from transformers import (
 
 from graftlm.architectures.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from graftlm.architectures.chatglm_tokenizer import SPECIAL, ChatGLMTokenizer
-from graftlm.data import chat_ids_and_mask, prepare, prompts_and_targets
+from graftlm.data import chat_ids_and_mask, chat_prompt_ids, prepare, prompts_and_targets
 from graftlm.errors import DataError, UnsupportedError
 from graftlm.inference.text import Sampling, encode
 
@@ -513,10 +513,9 @@ def test_chat_prompts(tokenizer, reference):
     assert prepare(data, tokenizer, for_generation=True, max_length=6)[0]["input_ids"] == reference.chat(TALK[:-1])[-6:]
     (prompt,), _ = prompts_and_targets(data, tokenizer=tokenizer)
     assert prompt.startswith("[gMASK]sop<|system|>\n Be short.") and prompt.endswith("<|assistant|>")
-    safe = [message for message in TALK[:3] if "<|" not in message["content"]]
-    text = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=True)
-    ids, mask = encode(tokenizer, [text, text[:-20]], "cpu", special_tokens=False)
-    assert ids[0].tolist() == reference.chat(safe) and mask[1].sum() < mask[0].sum()
+    assert chat_prompt_ids(TALK[:-1], tokenizer) == reference.chat(TALK[:-1])
+    ids, mask = encode(tokenizer, [chat_prompt_ids(TALK[:-1], tokenizer), "short"], "cpu")
+    assert ids[0].tolist() == reference.chat(TALK[:-1]) and mask[1].sum() < mask[0].sum()
 
 
 def test_other_formats(tokenizer, reference):

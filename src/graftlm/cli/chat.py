@@ -157,9 +157,7 @@ def reply(session: Session) -> str:
 
         streamer = TextStreamer(session.tokenizer, skip_prompt=True, skip_special_tokens=True)
     with activated(session):
-        (text,) = complete(
-            session.model, session.tokenizer, [prompt], sampling, special_tokens=not templated, streamer=streamer
-        )  # fmt: skip
+        (text,) = complete(session.model, session.tokenizer, [prompt], sampling, streamer=streamer)
     if streamer is None:
         typer.echo(text.strip())
     return text.strip()
@@ -177,21 +175,20 @@ def activated(session: Session) -> Any:
     return nullcontext()
 
 
-def fitting_prompt(session: Session) -> tuple[str, bool]:
-    """The conversation as text, and whether a template of the tokenizer made it.
+def fitting_prompt(session: Session) -> tuple[list[int], bool]:
+    """The conversation as token ids, and whether a template of the tokenizer made it.
 
     The oldest turns are forgotten when the model's context would overflow.
     """
-    from ..data import render_chat
+    from ..data import chat_prompt_ids
 
     templated = bool(session.tokenizer.chat_template)
     config = session.model.config
     length = next((v for k in ("max_position_embeddings", "n_positions") if (v := getattr(config, k, None))), None)
     limit = min(length or 10**9, session.tokenizer.model_max_length or 10**9) - session.sampling.max_new_tokens
     while True:
-        prompt = render_chat(session.messages(), session.tokenizer)
-        tokens = len(session.tokenizer(prompt, add_special_tokens=not templated)["input_ids"])
-        if tokens <= limit or len(session.turns) < 3:
+        prompt = chat_prompt_ids(session.messages(), session.tokenizer)
+        if len(prompt) <= limit or len(session.turns) < 3:
             return prompt, templated
         del session.turns[:2]
         say("The conversation is longer than the model's context; its oldest turn is forgotten.")

@@ -8,7 +8,7 @@ rich.print(show(prepared["train"], tokenizer))
 
 from graftlm.data._base import IGNORE_INDEX, Format, Pair
 from graftlm.data.bundled import BUNDLED
-from graftlm.data.chat import ChatFormat, chat_ids_and_mask, render_chat
+from graftlm.data.chat import ChatFormat, chat_ids_and_mask, chat_prompt_ids, render_chat
 from graftlm.data.collators import (
     CausalLMCollator,
     FixedLengthCollator,
@@ -51,6 +51,7 @@ __all__ = [
     "load_data",
     "prepare",
     "prompts_and_targets",
+    "chat_prompt_ids",
     "render_chat",
     "show",
 ]

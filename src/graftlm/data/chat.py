@@ -54,7 +54,7 @@ class ChatFormat(Format):
         prompt, target = render_chat(messages[:-1], tokenizer), messages[-1]["content"]
         if tokenizer is None or not tokenizer.chat_template:
             return Pair(prompt=prompt, target=target)
-        ids = _apply(tokenizer, messages[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+        ids = chat_prompt_ids(messages[:-1], tokenizer)
         return Pair(prompt=prompt, target=target, special_tokens=False, prompt_ids=tuple(ids))
 
     def encode(self, example: Mapping[str, Any], tokens: Tokens) -> tuple[list[int], list[int]]:
@@ -102,6 +102,16 @@ def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase 
     eos = "" if tokenizer is None else tokenizer.eos_token or ""
     turns = [f"Assistant: {m['content']}{eos}" if m["role"] == "assistant" else _plain_turn(m) for m in messages]
     return "".join(turns) + "Assistant: "
+
+
+def chat_prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids [T] of the conversation, ready for the assistant's next turn; `render_chat` is the same as text.
+
+    By the template's own way to ids, in which a tokenizer can tell its tokens from their names in a text.
+    """
+    if tokenizer.chat_template:
+        return list(_apply(tokenizer, messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+    return list(tokenizer(render_chat(messages, tokenizer))["input_ids"])
 
 
 def chat_ids_and_mask(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -72,18 +72,16 @@ class Sampling:
 def complete(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     sampling: Sampling | None = None,
     *,
     batch_size: int = 16,
-    special_tokens: bool = True,
     streamer: Any = None,
 ) -> list[str]:
     """Completions of the prompts, one each, in their order.
 
     Args:
         model: a `PeftModel` (its active adapters apply) or a plain transformers model.
-        special_tokens: whether the tokenizer puts its leading tokens in front; False for a rendered chat template.
         streamer: transformers' streamer, for one prompt.
     """
     import torch
@@ -93,7 +91,7 @@ def complete(
     torch.manual_seed(sampling.seed)
     texts: list[str] = []
     for start in range(0, len(prompts), batch_size):
-        ids, mask = encode(tokenizer, prompts[start : start + batch_size], model.device, special_tokens)
+        ids, mask = encode(tokenizer, prompts[start : start + batch_size], model.device)
         with torch.inference_mode():
             out = model.generate(input_ids=ids, attention_mask=mask, streamer=streamer, **options)
         skip = 0 if model.config.is_encoder_decoder else ids.shape[1]
@@ -101,12 +99,11 @@ def complete(
     return texts
 
 
-def encode(tokenizer: Any, prompts: Sequence[str], device: Any, special_tokens: bool = True) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, both [B, T], padded on the left whatever the tokenizer's own side is."""
+def encode(tokenizer: Any, prompts: Sequence[str | Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
+    """Token ids and mask of texts or token ids, both [B, T], padded on the left whatever the tokenizer's own side is."""
     import torch
 
-    named = {} if special_tokens else {"split_special_tokens": False}  # a template wrote special tokens' names
-    rows = [tokenizer(p, add_special_tokens=special_tokens, **named)["input_ids"] for p in prompts]
+    rows = [tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in prompts]
     empty = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     rows = [row or [empty] for row in rows]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
