@@ -17,7 +17,7 @@ from .methods.lora import LoraConfig
 from .methods.lora_combine import combine, new_rank
 from .methods.lora_layers import LoraLayer
 from .methods.modules_to_save import ModulesToSaveWrapper, saved_modules
-from .quantization import DequantizedConv1D, DequantizedLinear, in_source_form, quantized_kind, quantized_layers
+from .quantization import DequantizedConv1D, DequantizedLinear, holds_quantized, in_source_form, quantized_kind
 from .routing import Plan, running
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def merge_and_unload(host: PeftModel, safe: bool, names: list[str] | None, requa
             if len(kept) > 1:
                 raise AdapterError(f"Adapters {', '.join(kept)} each bring their own copy of {path}; merge one of them.")
             merged = module.modules_to_save[kept[0]] if kept else module.original_module
-            quantised = any(True for _ in quantized_layers(module.original_module))
+            quantised = holds_quantized(module.original_module)
             dtypes = (p.dtype for p in module.original_module.parameters())
             dtype = host._float_dtype() if quantised else next(dtypes, None)
             replace_module(host.base, path, merged.to(dtype) if kept and dtype is not None else merged)
@@ -103,7 +103,7 @@ def describe_quantization(base: Any, dtype: torch.dtype) -> None:
     if getattr(base, "hf_quantizer", None) is None:
         return
     base._weight_conversions = None  # a checkpoint saved quantised brings steps that transformers cannot take back in saving
-    if any(True for _ in quantized_layers(base)):
+    if holds_quantized(base):
         settings = base.config.quantization_config
         plain = {n: m.to(dtype) for n, m in base.named_modules() if isinstance(m, (DequantizedLinear, DequantizedConv1D))}
         if hasattr(settings, "llm_int8_skip_modules"):

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .quantization import is_quantized, quantized_kind, quantized_layers, settle
+from .quantization import is_quantized, quantized_kind, quantized_layers, settle, unpacked_parameters
 
 HALF = (torch.float16, torch.bfloat16)
 FEW = 32  # tokens that decoding hands to the head at a time
@@ -83,13 +83,11 @@ def cast_on_cpu(model: nn.Module) -> Iterator[tuple[str, str, int]]:
     computing = [m for kind, m in quantized_layers(model) if kind == "4bit" and m.compute_dtype is torch.float16]
     for layer in computing:
         layer.compute_dtype = torch.float32
-    for name, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            packed = key == "weight" and quantized_kind(module) is not None
-            if parameter.dtype in HALF and not packed:
-                before = str(parameter.dtype).removeprefix("torch.")
-                parameter.data = parameter.data.float()
-                yield f"{name}.{key}", f"{before} -> float32 (a CPU cannot train in float16)", parameter.numel() * 4
+    for name, parameter in unpacked_parameters(model):
+        if parameter.dtype in HALF:
+            before = str(parameter.dtype).removeprefix("torch.")
+            parameter.data = parameter.data.float()
+            yield name, f"{before} -> float32 (a CPU cannot train in float16)", parameter.numel() * 4
     if computing:
         yield f"{len(computing)} 4-bit layers", "products in float32 instead of float16 (bfloat16 is faster)", 0
 

@@ -42,6 +42,19 @@ def quantized_layers(base: nn.Module) -> Iterator[tuple[str, Any]]:
             yield kind, module
 
 
+def holds_quantized(module: nn.Module) -> bool:
+    """Whether there is a quantised layer in a module."""
+    return any(True for _ in quantized_layers(module))
+
+
+def unpacked_parameters(base: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The floating-point parameters that are no quantised weight, with their names."""
+    for name, module in base.named_modules():
+        for key, parameter in module.named_parameters(name, recurse=False):
+            if parameter.is_floating_point() and not (key.rpartition(".")[2] == "weight" and quantized_kind(module)):
+                yield key, parameter
+
+
 def scheme_of(base: nn.Module) -> str | None:
     """How a model is quantised: "int8", "nf4", "fp4", "torchao", transformers' name of another method, or None."""
     for kind, layer in quantized_layers(base):
@@ -63,7 +76,7 @@ def config_scheme(config: Any) -> str | None:
 
 def is_quantized(base: nn.Module) -> bool:
     """Whether a model was loaded quantised."""
-    return bool(getattr(base, "is_quantized", False)) or any(True for _ in quantized_layers(base))
+    return bool(getattr(base, "is_quantized", False)) or holds_quantized(base)
 
 
 def loading_options(scheme: str, compute_dtype: torch.dtype, device: str | torch.device) -> dict[str, Any]:
@@ -266,7 +279,7 @@ def _guard(layer: Any, args: tuple) -> None:
                 "base with bnb_4bit_compute_dtype=torch.bfloat16, or call graftlm.prepare_model_for_kbit_training(base)."
             )
         unpack(layer)
-    elif layer.support_avx512bf16_for_cpu and not getattr(state, "packing_format_for_cpu", False):
+    elif layer.support_avx512bf16_for_cpu and x.device.type == "cpu" and not getattr(state, "packing_format_for_cpu", False):
         layer.__dict__["statistics"] = {k: getattr(state, k, None) for k in _STATISTICS}
 
 

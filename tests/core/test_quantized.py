@@ -126,6 +126,22 @@ def test_parameters_are_counted_in_elements(folders, options, capsys):
 
 
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_dropout_is_hf_pefts(folders, options, scheme, tmp_path):
+    """Under one seed the same masks, the same loss; and another loss than without dropout."""
+    settings = graftlm.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], lora_dropout=0.5, **options)
+    model = randomise(graftlm.get_peft_model(load(folders["llama"], scheme), settings))
+    model.save_pretrained(tmp_path)
+    theirs = from_peft(load(folders["llama"], scheme), tmp_path)
+    inputs, losses = batch("llama"), []
+    for one in (model, theirs):
+        torch.manual_seed(7)
+        losses.append(one.train()(**inputs).loss)
+    close(losses[0], losses[1])
+    assert (losses[0] - model.eval()(**inputs).loss).abs() > 1e-3
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
 def test_gradients_equal_those_of_the_dequantised_layer(folders, scheme):
     """LoRA over a quantised layer against the same over its dequantised weight (int8 rounds its input as well)."""
     model = randomise(graftlm.get_peft_model(load(folders["llama"], scheme), config("lora", "llama")))

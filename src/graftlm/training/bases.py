@@ -10,7 +10,15 @@ import torch
 
 from .. import bundled
 from ..errors import GraftError, nearest
-from ..quantization import SCHEMES, bitsandbytes, config_scheme, is_quantized, loading_options, quantized_kind, settle
+from ..quantization import (
+    SCHEMES,
+    bitsandbytes,
+    config_scheme,
+    is_quantized,
+    loading_options,
+    settle,
+    unpacked_parameters,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -184,10 +192,8 @@ def quantized_options(
 
 def cast_unpacked(model: Any, dtype: torch.dtype) -> None:
     """Bring the weights of a quantised model that are not packed to a dtype."""
-    for module in model.modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            if parameter.is_floating_point() and not (key == "weight" and quantized_kind(module)):
-                parameter.data = parameter.data.to(dtype)
+    for _, parameter in unpacked_parameters(model):
+        parameter.data = parameter.data.to(dtype)
 
 
 def on_device(model: Any, device: torch.device) -> Any:

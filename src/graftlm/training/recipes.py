@@ -208,10 +208,9 @@ def make_trainer(
     recipe: Recipe, model: PeftModel, tokenizer: Any, data: RunData, callbacks: Sequence[TrainerCallback], quiet: bool
 ) -> Trainer:
     """The trainer of a run."""
-    dtype = next(p for p in model.base.parameters() if p.is_floating_point()).dtype
     trainer = Trainer(
         model,
-        training_arguments(recipe, data.held_out_rows is not None, dtype),
+        training_arguments(recipe, data.held_out_rows is not None, model._float_dtype()),
         data_collator=data.collator,
         train_dataset=data.train_rows,
         eval_dataset=data.held_out_rows,
