@@ -16,10 +16,10 @@ PACKAGE = "graftlm"
 # Lower floors first. A module may import from its own floor and from those below it.
 FLOORS: list[set[str]] = [
     {"errors", "files", "version", "bundled"},
-    {"routing"},
+    {"routing", "kernels"},
     {"architectures", "quantization", "preparation"},
     {"methods"},
-    {"fingerprint", "card", "checkpoint", "entry", "merging", "host", "model"},
+    {"fingerprint", "card", "checkpoint", "entry", "engine", "merging", "host", "model"},
     {"data", "planning"},
     {"training", "inference"},
     {"comparison", "serving", "cli", "utils", "__init__", "__main__"},

@@ -34,6 +34,7 @@ from .architectures import (
     takes_position_ids,
 )
 from .architectures.attention import CACHE_NAMES, MASK_NAMES
+from .engine import Engine
 from .errors import UnsupportedError
 from .methods import TaskType
 from .routing import (
@@ -93,6 +94,7 @@ class Entry:
         self.to_right = pools_first_token(base)
         encoder = base.get_encoder() if self.encoder_decoder else None
         self.encoder_attention = {id(m): i for i, (_, m) in enumerate(attention_modules(encoder))} if encoder else {}
+        self.engine = Engine(host, self)
 
     def connect(self) -> list[Any]:
         """Register the hooks; returns their handles."""
@@ -100,6 +102,7 @@ class Entry:
         handles = [
             base.register_forward_pre_hook(self.before, with_kwargs=True),
             base.register_forward_hook(self.after, with_kwargs=True),
+            *self.engine.connect(),
         ]
         if self.host.has_memory:
             handles += [
@@ -138,8 +141,7 @@ class Entry:
         self.host.protect_checkpointing()
         plan.scratch.clear()
         plan.scratch |= {"in_base": True, "batch": batch_size(named), "use_cache": self.keeps_cache(named)}
-        named = self.enter_encoder_decoder(plan, named) if self.encoder_decoder else self.enter(plan, named)
-        return (), named
+        return (), self.engine.enter(plan, named, self.enter_encoder_decoder if self.encoder_decoder else self.enter)
 
     def keeps_cache(self, named: dict) -> bool:
         """Whether this call's cache is for later steps; without, a prefix is put in front and nothing is kept."""
@@ -306,6 +308,8 @@ class Entry:
             return None
         if plan.scratch.get("memory") and not plan.scratch["use_cache"] and hasattr(output, "pop"):
             output.past_key_values = None  # it holds the prefix alone and cannot be gone on from
+        if plan.scratch.get("loss") is not None:
+            return self.engine.leave_base(plan, output)
         if "order" not in plan.scratch:
             return output
         order, count = plan.scratch["order"], plan.scratch["count"]

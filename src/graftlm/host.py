@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .architectures import backbone_embeddings
+from .architectures.fast import speed_up
 from .entry import Entry
 from .errors import AdapterError, nearest
 from .methods import Method, PeftConfig, method_for
@@ -66,6 +67,7 @@ class Host(PreTrainedModel):
         self.card_metrics: dict[str, Any] = {}
         self.handles: list[Any] = []
         self.checkpointing: list[nn.Module] | None = None
+        self.lean = self.packs = True
         self.train(model.training)
         freeze_base(model)
         settle(model)
@@ -204,6 +206,7 @@ class Host(PreTrainedModel):
     def _connect(self) -> None:
         """(Re)register every hook: after modules were put in or taken out."""
         self._disconnect()
+        speed_up(self.base)
         self.entry = Entry(self)
         self.handles = self.entry.connect()
         _HOSTS.setdefault(self.base, WeakSet()).add(self)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import checkpoint
+from .architectures.fast import slow_down
 from .errors import AdapterError, UnsupportedError
 from .host import _HOSTS, BASE_NAME, Host
 from .methods import PeftConfig
@@ -117,8 +118,11 @@ class PeftModel(Host):
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_half_on_cpu()
-        with running(self._plan(kwargs.pop("adapter_names", None))):
-            return self.base_model(*args, **kwargs)
+        with running(self._plan(kwargs.pop("adapter_names", None))) as plan:
+            try:
+                return self.base_model(*args, **kwargs)
+            finally:
+                self.entry.engine.leave(plan)
 
     def _refuse_half_on_cpu(self) -> None:
         """UnsupportedError for training in float16 on a CPU, where no gradient scaler keeps small gradients alive."""
@@ -285,6 +289,8 @@ class PeftModel(Host):
         self._disconnect()
         _HOSTS.get(self.base, WeakSet()).discard(self)
         self._reconnect_others()
+        if not _HOSTS.get(self.base):
+            slow_down(self.base)
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **options: Any) -> None:
         """A new LoRA adapter out of several; see `graftlm.merging.add_weighted_adapter`."""

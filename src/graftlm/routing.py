@@ -15,10 +15,11 @@ Virtual tokens stand next to the real tokens, after left padding, so that a padd
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,11 +38,19 @@ class Plan:
     """One forward pass: its wrapper's switch and the adapters that every token goes through.
 
     `scratch` holds what the entry points of this pass need to tell each other (for example the encoder's positions).
+
+    In a training pass `segments` says how a packed row divides into sequences, and `around` makes the surroundings in which the
+    base's layers run (again). `way`, `form` and `form_check` are the engine's while it tries out its short cuts.
     """
 
     switch: Switch
     adapters: tuple[str, ...]
     scratch: dict = field(default_factory=dict)
+    segments: Any = None
+    around: Callable[[], AbstractContextManager] = nullcontext
+    way: str | None = None
+    form: Any = None
+    form_check: bool = False
 
 
 _running: ContextVar[Plan | None] = ContextVar("graftlm_plan", default=None)
@@ -83,7 +92,7 @@ def keep_plan(function: Callable) -> Callable:
         plan = _running.get()
 
         def under_plan(*inner, **inner_kwargs):
-            with running(plan):
+            with running(plan), plan.around() if plan is not None else nullcontext():
                 return layer_function(*inner, **inner_kwargs)
 
         return function(under_plan, *args, **kwargs)

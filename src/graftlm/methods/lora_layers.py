@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedError
+from ..kernels import low_rank
 from ..quantization import dequantize, dequantized, quantized_kind, requantized
 from ..routing import Switch, active_adapters
 from .lora_init import start_factors
@@ -258,8 +259,12 @@ class LoraLayer(nn.Module):
         result = self.base_layer(x, *args, **kwargs)
         for name in self.active_adapters:
             if name not in self.merged_adapters:
-                result = result + self.delta(name, x, result).to(result.dtype)
+                result = self.add_update(name, x, result)
         return result
+
+    def add_update(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+        """`result`, the output so far, with what one adapter adds to it."""
+        return result + self.delta(name, x, result).to(result.dtype)
 
     def delta(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """What one adapter adds to `result`, the output so far."""
@@ -305,6 +310,16 @@ class Linear(LoraLayer):
             else:  # True as in the paper's code; False (for tests) keeps both random
                 nn.init.kaiming_uniform_(a, a=math.sqrt(5))
                 nn.init.zeros_(b) if init else nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+
+    def add_update(self, name: str, x: Tensor, result: Tensor) -> Tensor:
+        """In training by one function, into `result` itself; its products are made in the activations' dtype."""
+        special = name in self.start or name in self.lora_magnitude_vector or self.base_layer._forward_hooks
+        if special or not torch.is_grad_enabled() or not result.is_contiguous():
+            return super().add_update(name, x, result)
+        a, b = self.factors(name)
+        drop = self.lora_dropout[name]
+        p = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
+        return low_rank(result, x, a, b, self.scaling[name], p)
 
     def delta(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """What one adapter adds to the base layer's output."""

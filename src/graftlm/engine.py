@@ -1,0 +1,521 @@
+"""Training passes that do only the work that counts: logits of labelled tokens, no padding.
+
+In training mode and with labels, the wrapper takes the labels away from the base model, lets its body run once, and makes the
+loss itself from the hidden states that reach the head::
+
+    rows    . . a a a        packed  a a a b b b b b        labelled   a a b b b     head and cross-entropy of these only,
+            b b b b b   ->           (a to a, b to b)   ->                           the vocabulary in tiles
+
+Nothing of this is assumed of a model: at the first pass a small random batch goes through the plain model and through the
+short cuts, and only those that give the same hidden states and the same loss are used (`Engine.form`). Everything else runs
+as the plain model would.
+
+Shapes: B rows, T tokens a row as given, P virtual tokens, N tokens of the packed row, H hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .architectures import backbone_embeddings, is_encoder_decoder
+from .architectures.fast import alibi_slopes, attention_configs, attention_window, has_dropout, segment_attention
+from .kernels import HeadForm, Segments, token_losses
+from .kernels.loss import chunked_losses
+from .quantization import quantized_kind, quantized_layers
+from .routing import Plan, current_plan, restore_order, running
+
+if TYPE_CHECKING:
+    from .entry import Entry
+    from .host import Host
+
+log = logging.getLogger(__name__)
+
+IGNORED = -100
+# What a packed call may carry; anything else (images, token types) goes the padded way.
+PACKABLE = {
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels", "num_items_in_batch",
+    "use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """Which short cuts hold for a model.
+
+    Args:
+        head: what the model does to its head's output.
+        packs: rows can be packed.
+        shifts: the loss is that of the next token (a causal model's), not of the token at the same place.
+        counts: the loss is the sum divided by `num_items_in_batch` where that is given.
+    """
+
+    head: HeadForm
+    packs: bool
+    shifts: bool
+    counts: bool
+
+
+class Engine:
+    """The short cuts of one wrapper."""
+
+    def __init__(self, host: Host, entry: Entry) -> None:
+        self.host = host
+        self.entry = entry
+        base = host.base
+        self.head: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+        self.configs = attention_configs(base)
+        self.window = attention_window(base)
+        self.shares_virtual = not has_dropout(base)
+        self.forms: dict[tuple, Form | None] = {}
+
+    def connect(self) -> list[Any]:
+        """Register the hooks on the head; returns their handles."""
+        if self.head is None:
+            return []
+        return [self.head.register_forward_pre_hook(self.before_head), self.head.register_forward_hook(self.after_head)]
+
+    # -- which way a pass goes ---------------------------------------------------------------------------------------
+    def enter(self, plan: Plan, named: dict, otherwise: Callable[[Plan, dict], dict]) -> dict:
+        """Inputs of the base for this call; `otherwise` is the plain way in. The labels are taken away if a short cut is."""
+        way = plan.scratch["way"] = self.way(plan, named)
+        form = plan.scratch["form"] = None if way == "plain" else plan.form or self.form(plan, named)
+        if form is None:
+            plan.scratch["way"] = "plain"
+            return otherwise(plan, named)
+        if way == "packed" and form.packs:
+            packed = self.pack(plan, named)
+            if packed is not None:
+                return packed
+        plan.scratch["way"] = "padded"
+        if is_encoder_decoder(self.host.base):
+            self.decoder_inputs(named)
+        named = otherwise(plan, named)
+        self.take_labels(plan, named)
+        return named
+
+    def way(self, plan: Plan, named: dict) -> str:
+        """ "packed", "padded" or "plain": which short cuts this call allows at all."""
+        if plan.way is not None:
+            return plan.way
+        base, labels = self.host.base, named.get("labels")
+        if not (base.training and self.host.lean and self.head is not None and isinstance(labels, Tensor)):
+            return "plain"
+        config = base.config
+        asks = any(
+            named.get(k, getattr(config, k, False)) for k in ("output_attentions", "output_hidden_states", "output_router_logits")
+        )
+        short = named.get("logits_to_keep")
+        keeps = named.get("past_key_values") is not None or named.get("use_cache") or (short is not None and not _zero(short))
+        tuples = not named.get("return_dict", getattr(config, "return_dict", True))
+        if asks or keeps or tuples or labels.dim() != 2 or torch.compiler.is_compiling():
+            return "plain"
+        given = next((named[k] for k in ("input_ids", "inputs_embeds") if named.get(k) is not None), None)
+        if is_encoder_decoder(base):
+            return "padded"
+        mask = named.get("attention_mask")
+        if given is None or given.shape[:2] != labels.shape or (mask is not None and mask.shape != labels.shape):
+            return "plain"
+        extra = any(v is not None and k not in PACKABLE for k, v in named.items())
+        return "padded" if extra or not self.host.packs or labels.device.type != "cpu" else "packed"
+
+    # -- the packed row ----------------------------------------------------------------------------------------------
+    def pack(self, plan: Plan, named: dict) -> dict | None:
+        """All rows as one, without padding; None where these rows cannot be packed."""
+        count, prefix = self.host.counts(plan)
+        labels, mask = named["labels"], named.get("attention_mask")
+        real = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
+        kept = real.flatten().nonzero()[:, 0]  # flat places of the real tokens [N]
+        rows = kept // labels.shape[1]
+        opens = torch.ones_like(kept, dtype=torch.bool)  # where a sequence begins
+        opens[1:] = rows[1:] != rows[:-1]
+        positions = named.get("position_ids")
+        if positions is not None:
+            positions = positions.expand_as(labels).flatten()[kept]
+            opens[1:] |= positions[1:] <= positions[:-1]
+        starts = opens.nonzero()[:, 0]
+        lengths = torch.diff(starts, append=starts.new_tensor([len(kept)]))
+        if len(kept) == 0 or (self.window and int(lengths.max()) + count + prefix > self.window):
+            return None
+        if count and positions is not None and bool(positions[starts].any()):
+            return None  # positions of one's own, with no place in front for virtual tokens
+        if positions is None:
+            positions = torch.arange(len(kept)) - starts.repeat_interleave(lengths)
+        targets, first_labels = self.targets(plan, named, kept, opens, starts)
+        if first_labels is not None and not count and bool((first_labels[kept[starts] % labels.shape[1] > 0] != IGNORED).any()):
+            return None  # the plain model predicts a row's first token from the padding (or sequence) before it
+        row = _Row.of(lengths, count, self.shares_virtual)
+        inputs = self.packed_inputs(plan, named, kept, row)
+        hidden_places = row.tokens  # place of each real token in the packed row
+        if count and first_labels is not None:  # the last virtual token predicts the first real one
+            hidden_places = torch.cat((hidden_places, row.last_virtual))
+            targets = torch.cat((targets, first_labels))
+        chosen = (targets != IGNORED).nonzero()[:, 0]
+        every = row.spread(positions + count, torch.arange(count)) + prefix
+        if self.entry.takes_positions:
+            inputs["position_ids"] = every[None]
+        memory = self.host.memory(plan) if prefix else None
+        plan.segments = Segments(row.lengths, row.shared, memory, alibi_slopes(self.host.base))
+        plan.around = self.packed_attention
+        plan.scratch["leave"] = leave = plan.around()
+        leave.__enter__()
+        plan.scratch |= {
+            "loss": (hidden_places[chosen], targets[chosen], named.get("num_items_in_batch")),
+            "unpack": (labels.shape, kept, row, count),
+        }
+        for name in ("return_dict",):
+            if named.get(name) is not None:
+                inputs[name] = named[name]
+        return inputs
+
+    def targets(
+        self, plan: Plan, named: dict, kept: Tensor, opens: Tensor, starts: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """What each real token is to predict [N], and the labels of the sequences' first tokens [sequences]."""
+        if named.get("shift_labels") is not None:
+            return named["shift_labels"].flatten()[kept], None
+        labels = named["labels"].flatten()[kept]
+        if not plan.scratch["form"].shifts:
+            return labels, None
+        targets = torch.full_like(labels, IGNORED)
+        targets[:-1] = torch.where(opens[1:], IGNORED, labels[1:])
+        return targets, labels[starts]
+
+    def packed_inputs(self, plan: Plan, named: dict, kept: Tensor, row: _Row) -> dict:
+        """`input_ids` or `inputs_embeds` of the packed row."""
+        made: dict[str, Any] = {"use_cache": False} if "use_cache" in self.entry.signature.parameters else {}
+        embeds, ids = named.get("inputs_embeds"), named.get("input_ids")
+        if embeds is None and row.virtual == 0:
+            return made | {"input_ids": ids.flatten()[kept][None]}  # type: ignore[union-attr]
+        if embeds is None:
+            embeds = backbone_embeddings(self.host.base)(ids.flatten()[kept])  # type: ignore[union-attr]
+        else:
+            embeds = embeds.flatten(0, 1)[kept]
+        if row.virtual:
+            embeds = row.spread(embeds, self.host.virtual_tokens(plan).to(embeds.dtype))
+        return made | {"inputs_embeds": embeds[None]}
+
+    @contextmanager
+    def packed_attention(self) -> Iterator[None]:
+        """Within the block the base's attention goes sequence by sequence."""
+        before = [(config, config._attn_implementation_internal) for config in self.configs]
+        for config, _ in before:
+            config._attn_implementation_internal = segment_attention
+        try:
+            yield
+        finally:
+            for config, name in before:
+                config._attn_implementation_internal = name
+
+    def leave(self, plan: Plan) -> None:
+        """The base has run (or failed): its attention is its own again."""
+        if (leave := plan.scratch.pop("leave", None)) is not None:
+            leave.__exit__(None, None, None)
+
+    # -- the padded batch --------------------------------------------------------------------------------------------
+    def decoder_inputs(self, named: dict) -> None:
+        """An encoder-decoder model makes its decoder's inputs out of the labels."""
+        if named.get("decoder_input_ids") is None and named.get("decoder_inputs_embeds") is None:
+            named["decoder_input_ids"] = self.host.base.prepare_decoder_input_ids_from_labels(named["labels"])
+
+    def take_labels(self, plan: Plan, named: dict) -> None:
+        """Take labels out of the inputs as they go into the base (virtual tokens in place)."""
+        labels, given = named.pop("labels"), named.pop("shift_labels", None)
+        items = named.pop("num_items_in_batch", None)
+        if given is not None:
+            targets = given
+        elif plan.scratch["form"].shifts:
+            targets = torch.full_like(labels, IGNORED)
+            targets[:, :-1] = labels[:, 1:]
+        else:
+            targets = labels
+        targets = targets.flatten()
+        places = (targets != IGNORED).nonzero()[:, 0]
+        plan.scratch["loss"] = places, targets[places], items
+        if "use_cache" in self.entry.signature.parameters and named.get("past_key_values") is None:
+            named["use_cache"] = False
+
+    # -- the head ----------------------------------------------------------------------------------------------------
+    def mine(self) -> Plan | None:
+        """The running plan if it is this wrapper's and within its base."""
+        plan = current_plan()
+        return plan if plan is not None and plan.switch is self.host.switch and "way" in plan.scratch else None
+
+    def before_head(self, module: nn.Module, args: tuple) -> tuple | None:
+        """Pre-hook of the head: keep the hidden states; where the loss is ours, give it none of them."""
+        plan = self.mine()
+        if plan is None or not args or plan.scratch.get("made"):
+            return None
+        if plan.scratch["way"] == "plain":
+            if plan.form_check:
+                plan.scratch["hidden"] = args[0]
+            return None
+        plan.scratch.setdefault("hidden", args[0])
+        return (args[0][..., :0, :].detach(), *args[1:])
+
+    def after_head(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        """Hook of the head: what it gives before the model changes it, for `form`."""
+        plan = self.mine()
+        if plan is not None and plan.form_check:
+            plan.scratch["raw"] = output
+
+    def leave_base(self, plan: Plan, output: Any) -> Any:
+        """The base's output with the loss, and with logits that are made only if they are read."""
+        form, hidden = plan.scratch["form"], plan.scratch["hidden"]
+        plan.scratch["made"] = True
+        places, targets, items = plan.scratch["loss"]
+        rows = hidden.reshape(-1, hidden.shape[-1])[places]
+        losses = self.losses(rows, targets, form.head)
+        total = losses.sum()
+        if items is not None and form.counts:
+            loss = total / (items.to(total.device) if isinstance(items, Tensor) else items)
+        else:
+            loss = total / losses.shape[0] if losses.shape[0] else total / total.new_zeros(())
+        return with_lazy_logits(output, loss, lambda: self.logits(plan))
+
+    def losses(self, rows: Tensor, targets: Tensor, form: HeadForm) -> Tensor:
+        """Losses [N] of hidden states [N, H]."""
+        plain = self.plain_head()
+        kind = rows.device.type
+        if plain is None:
+            return chunked_losses(self.head, rows, targets, form)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else plain.weight.dtype
+        with torch.autocast(kind, enabled=False):
+            return token_losses(rows, plain.weight, plain.bias, targets, form, dtype=dtype)
+
+    def plain_head(self) -> nn.Linear | None:
+        """The head where it is a frozen linear layer now; None where it is trained, adapted or quantised."""
+        head = self.head
+        while True:
+            if len(head._forward_hooks) > (head is self.head) or len(head._forward_pre_hooks) > (head is self.head):
+                return None
+            if hasattr(head, "modules_to_save"):
+                head = head.active
+            elif hasattr(head, "base_layer"):
+                if head.active_adapters:
+                    return None
+                head = head.base_layer
+            else:
+                break
+        frozen = not any(p.requires_grad for p in head.parameters())
+        return head if isinstance(head, nn.Linear) and frozen and quantized_kind(head) is None else None
+
+    def logits(self, plan: Plan) -> Tensor:
+        """All logits, as the plain model gives them: [B, P + T, V], virtual tokens first; zero states on padding."""
+        hidden, scratch = plan.scratch["hidden"], plan.scratch
+        if scratch["way"] == "packed":
+            (batch, length), kept, row, count = scratch["unpack"]
+            packed = hidden[0]
+            hidden = packed.new_zeros(batch * length, packed.shape[-1]).index_copy(0, kept, packed[row.tokens])
+            hidden = hidden.view(batch, length, -1)
+            if count:
+                hidden = torch.cat((packed[:count].expand(batch, -1, -1), hidden), dim=1)
+        elif "order" in scratch:
+            hidden = restore_order(hidden, scratch["order"])
+        if scratch.get("drop"):
+            hidden = hidden[:, scratch["count"] :]
+        with running(plan):
+            return scratch["form"].head.apply(self.head(hidden))
+
+    # -- what holds for this model -----------------------------------------------------------------------------------
+    def form(self, plan: Plan, named: dict) -> Form | None:
+        """The short cuts that give what the plain model gives, under adapters of this kind; None for none."""
+        key = (tuple(c > 0 for c in self.host.counts(plan)), named.get("num_items_in_batch") is not None)
+        if key not in self.forms:
+            try:
+                self.forms[key] = _Check(self, plan, items=key[1]).form()
+            except Exception as error:  # a model that cannot be run like this: it runs as it is
+                log.info("%s is trained without short cuts: %s", type(self.host.base).__name__, error)
+                self.forms[key] = None
+        return self.forms[key]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Where real and virtual tokens lie in a packed row.
+
+    Args:
+        lengths: tokens of each sequence, its virtual ones included unless they are shared.
+        virtual: virtual tokens of a sequence.
+        shared: virtual tokens at the row's start that all sequences share.
+        tokens: place of each real token [N].
+        last_virtual: place of the last virtual token before each sequence.
+    """
+
+    lengths: list[int]
+    virtual: int
+    shared: int
+    tokens: Tensor
+    last_virtual: Tensor
+
+    @classmethod
+    def of(cls, lengths: Tensor, virtual: int, share: bool) -> _Row:
+        real = torch.arange(int(lengths.sum()))
+        if share:
+            last = torch.full_like(lengths, virtual - 1)
+            return cls(lengths.tolist(), virtual, virtual, real + virtual, last)
+        sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
+        starts = torch.cumsum(lengths + virtual, 0) - lengths
+        return cls((lengths + virtual).tolist(), virtual, 0, real + virtual * (sequence + 1), starts - 1)
+
+    def spread(self, real: Tensor, virtual: Tensor) -> Tensor:
+        """The row [length, ...] out of what belongs to real tokens [N, ...] and to virtual ones [virtual, ...]."""
+        if not self.virtual:
+            return real
+        if self.shared:
+            return torch.cat((virtual, real))
+        places = torch.arange(self.virtual) - self.virtual + 1
+        copies = (self.last_virtual[:, None] + places).flatten()
+        every = real.new_zeros(len(real) + len(copies), *real.shape[1:])
+        every = every.index_copy(0, self.tokens, real)
+        repeated = virtual.repeat(len(self.last_virtual), *(1,) * (virtual.dim() - 1))
+        return every.index_copy(0, copies, repeated.to(real.dtype))
+
+
+class _Check:
+    """Runs a small random batch plainly and by the short cuts, and compares."""
+
+    ROWS, LENGTH, SHORT = 2, 6, 4
+
+    def __init__(self, engine: Engine, plan: Plan, items: bool) -> None:
+        self.engine, self.plan, self.items = engine, plan, items
+        base = engine.host.base
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = min(backbone_embeddings(base).weight.shape[0], 1000)
+        ids = torch.randint(1, vocabulary, (self.ROWS, self.LENGTH), generator=generator)
+        mask, labels = torch.ones_like(ids), ids.clone()
+        mask[1, self.SHORT :], labels[1, self.SHORT :] = 0, IGNORED
+        device = engine.host.adapter_device
+        self.batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
+
+    def form(self) -> Form | None:
+        base = self.engine.host.base
+        shifts = not is_encoder_decoder(base)
+        if shifts:
+            name = getattr(getattr(base, "loss_function", None), "__name__", "")
+            if name not in ("ForCausalLMLoss", "ForMaskedLMLoss"):
+                return None
+            shifts = name == "ForCausalLMLoss"
+        with self.quiet(base), torch.no_grad():
+            plain, output = self.run("plain", None)
+            softcap = getattr(self.engine.entry.decoder_config(), "final_logit_softcapping", None)
+            head = HeadForm.recognise(plain["raw"], output.logits, softcap)
+            if head is None:
+                return None
+            for counts in (True, False) if self.items else (True,):
+                form = Form(head=head, packs=False, shifts=shifts, counts=counts)
+                loss = self.run("padded", form)[1].loss
+                if self.close(loss, output.loss):
+                    break
+            else:
+                log.info("%s: its loss is not the usual one; all logits are computed", type(base).__name__)
+                return None
+            packs = self.packs(form, plain, output)
+        return Form(head=head, packs=packs, shifts=shifts, counts=form.counts)
+
+    def packs(self, form: Form, plain: dict, output: Any) -> bool:
+        """Whether the packed row gives the padded batch's hidden states and loss."""
+        engine = self.engine
+        if not form.shifts or engine.host.adapter_device.type != "cpu":
+            return False
+        packing = Form(**{f.name: getattr(form, f.name) for f in fields(form)} | {"packs": True})
+        try:
+            scratch, packed = self.run("packed", packing)
+        except Exception as error:  # an attention that is not transformers' exchangeable one
+            log.info("%s is trained padded: %s", type(engine.host.base).__name__, error)
+            return False
+        if scratch["way"] != "packed":
+            return False
+        count = engine.host.counts(self.plan)[0]
+        expected = plain["hidden"]
+        if "order" in plain:
+            expected = restore_order(expected, plain["order"])
+        expected = expected[:, count:][self.batch["attention_mask"].bool()].float()
+        found = scratch["hidden"][0][scratch["unpack"][2].tokens].float()
+        error = float((found - expected).norm() / expected.norm())
+        exact = found.shape == expected.shape and error <= (1e-3 if self.precise else 5e-2)
+        if not (exact and self.close(packed.loss, output.loss)):
+            log.info("%s is trained padded: packing changes its hidden states by %.1e", type(engine.host.base).__name__, error)
+            return False
+        return True
+
+    def run(self, way: str, form: Form | None) -> tuple[dict, Any]:
+        """One pass; what its plan kept, and its output."""
+        plan = Plan(self.plan.switch, self.plan.adapters, way=way, form=form, form_check=True)
+        inputs = dict(self.batch)
+        if self.items:
+            inputs["num_items_in_batch"] = torch.tensor(7, device=inputs["labels"].device)
+        with running(plan):
+            try:
+                output = self.engine.host.base_model(**inputs)
+            finally:
+                self.engine.leave(plan)
+        return plan.scratch, output
+
+    @property
+    def precise(self) -> bool:
+        base = self.engine.host.base
+        dtype = self.engine.host._float_dtype()
+        kind = self.batch["labels"].device.type
+        exact = all(k == "4bit" and m.compute_dtype is torch.float32 for k, m in quantized_layers(base))
+        return dtype is torch.float32 and exact and not torch.is_autocast_enabled(kind)
+
+    def close(self, a: Tensor, b: Tensor) -> bool:
+        return bool(torch.isclose(a.float(), b.float(), rtol=1e-4 if self.precise else 3e-2))
+
+    @contextmanager
+    def quiet(self, base: nn.Module) -> Iterator[None]:
+        """Evaluation mode (no dropout), except for quantised layers, which would be packed; the generator as it was."""
+        modes = {module: module.training for module in base.modules()}
+        quantised = {layer for _, layer in quantized_layers(base)}
+        for module in modes:
+            module.training = module in quantised and modes[module]
+        try:
+            with torch.random.fork_rng(devices=[]):
+                yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def _zero(value: Any) -> bool:
+    return isinstance(value, int) and value == 0
+
+
+# -- logits on demand ------------------------------------------------------------------------------------------------
+_LAZY: dict[type, type] = {}
+
+
+def with_lazy_logits(output: Any, loss: Tensor, make: Callable[[], Tensor]) -> Any:
+    """`output` (a transformers ModelOutput) with `loss`, its `logits` no item, and made by `make` when they are read."""
+    kind = _LAZY.setdefault(type(output), _lazy_class(type(output)))
+    # what makes them travels with the loss: accelerate builds the output anew from its items
+    loss.logits_on_demand = make  # type: ignore[attr-defined]
+    items = {k: v for k, v in output.items() if k not in ("logits", "loss")}
+    return kind(loss=loss, **items)
+
+
+def _lazy_class(kind: type) -> type:
+    """A subclass of an output class whose `logits` are made when they are first read."""
+
+    def logits(self: Any) -> Tensor:
+        if "_logits" not in self.__dict__:
+            self.__dict__["_logits"] = self.loss.logits_on_demand()
+        return self.__dict__["_logits"]
+
+    def put(self: Any, value: Tensor | None) -> None:
+        if value is not None:
+            self.__dict__["_logits"] = value
+
+    def get(self: Any, key: Any) -> Any:
+        return self.logits if key == "logits" else kind.__getitem__(self, key)  # type: ignore[attr-defined]
+
+    body = {"logits": property(logits, put), "__getitem__": get, "__module__": kind.__module__}
+    made = type(kind.__name__, (kind,), body)
+    return made

@@ -1,0 +1,12 @@
+"""Exact, cheaper forms of what a training step computes. They know tensors only: no models, no adapters.
+
+Each has its slow reference in `tests/core/test_kernels.py`.
+"""
+
+from .attention import Segments
+from .dropout import dropout
+from .linear import product
+from .lora import low_rank
+from .loss import HeadForm, token_losses
+
+__all__ = ["HeadForm", "Segments", "dropout", "low_rank", "product", "token_losses"]

@@ -1,0 +1,49 @@
+"""Dropout whose masks are cheap on CPUs: 16 random bits an element, four elements a draw.
+
+torch draws a Bernoulli number for each element, one thread at a time. Here the probability is rounded to a multiple of
+2^-16 (0.05 becomes 0.050003) and the scale is that of the rounded one, so the expectation is exact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_LEVELS = 65536
+
+
+def keep_mask(like: Tensor, p: float) -> tuple[Tensor, float]:
+    """A boolean mask of `like`'s shape that is False with probability `p` (rounded), and the scale 1 / (1 - p)."""
+    drop = round(p * _LEVELS)
+    words = (like.numel() + 3) // 4
+    info = torch.iinfo(torch.int64)
+    draws = torch.randint(info.min, info.max, (words,), dtype=torch.int64, device=like.device)
+    kept = draws.view(torch.int16)[: like.numel()] >= drop - _LEVELS // 2
+    return kept.view(like.shape), _LEVELS / (_LEVELS - drop)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        kept, ctx.scale = keep_mask(x, p)
+        ctx.save_for_backward(kept)
+        return (x * kept).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return (gradient * ctx.saved_tensors[0]).mul_(ctx.scale), None
+
+
+def is_cheap(x: Tensor, p: float) -> bool:
+    """Whether the cheap mask stands for torch's here."""
+    return x.device.type == "cpu" and 1 / _LEVELS <= p < 1 and not torch.compiler.is_compiling()
+
+
+def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
+    """x with elements set to zero with probability `p`, the others scaled by 1 / (1 - p)."""
+    if training and is_cheap(x, p):
+        return _Dropout.apply(x, p)
+    return F.dropout(x, p, training)

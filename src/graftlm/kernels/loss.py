@@ -1,0 +1,161 @@
+"""Cross-entropy of a frozen head without its logits.
+
+Shapes: N labelled places, H hidden size, V vocabulary; hidden [N, H], weight [V, H], targets [N].
+
+The vocabulary is gone through in tiles with a running maximum and sum (online softmax, arXiv:1805.02867); the gradient with
+respect to the hidden states, ``(softmax - onehot) W``, is made tile by tile in the same pass, so that nothing of size
+[N, V] ever exists and the backward pass is one multiplication. (Fusing head and loss: arXiv:2410.10989.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .linear import plain_product
+
+TILE = 4096  # rows of the head's weight at a time, on CPUs
+ROWS = 256  # hidden states at a time
+DEVICE_ELEMENTS = 2**27  # logits at a time elsewhere
+
+
+@dataclass(frozen=True)
+class HeadForm:
+    """What a model does to its head's output: ``logits = softcap * tanh(scale * raw / softcap)`` (None: no cap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def apply(self, raw: Tensor) -> Tensor:
+        """raw [..., V] -> logits [..., V]."""
+        raw = raw * self.scale if self.scale != 1 else raw
+        return raw if self.softcap is None else torch.tanh(raw / self.softcap) * self.softcap
+
+    @classmethod
+    def recognise(cls, raw: Tensor, logits: Tensor, softcap: float | None) -> HeadForm | None:
+        """The form that made `logits` out of `raw` (same shape), or None. `softcap`: the one of the model's configuration."""
+        if raw.shape != logits.shape:
+            return None
+        tolerance = 1e-4 if raw.dtype is torch.float32 and logits.dtype is torch.float32 else 2e-2
+        raw, logits = raw.float(), logits.float()
+        length = float((raw * raw).sum())
+        scale = float((raw * logits).sum()) / length if length else 1.0
+        forms = [cls(scale=1.0 if abs(scale - 1) < 1e-3 else scale)]
+        if softcap:
+            forms.append(cls(softcap=float(softcap)))
+        return next((f for f in forms if torch.allclose(f.apply(raw), logits, rtol=tolerance, atol=tolerance)), None)
+
+
+def token_losses(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: HeadForm, smoothing: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """Losses [N] in nats, fp32, of a head whose weight and bias are frozen. The gradient goes to `hidden`.
+
+    With label smoothing e a loss is ``(1 - e) * nll + e * mean over V of -log p``. Products are made in `dtype` (the weight's),
+    sums in fp32.
+    """
+    return _TokenLosses.apply(hidden, weight, bias, targets, form, smoothing, dtype or weight.dtype)
+
+
+def chunked_losses(head: Any, hidden: Tensor, targets: Tensor, form: HeadForm, smoothing: float = 0.0) -> Tensor:
+    """The same for a head of any kind (trained, adapted, quantised): logits of `ROWS` places at a time, made again in the
+    backward pass."""
+
+    def losses(rows: Tensor, wanted: Tensor) -> Tensor:
+        logits = form.apply(head(rows)).float()
+        return F.cross_entropy(logits, wanted, reduction="none", label_smoothing=smoothing)
+
+    if hidden.shape[0] <= ROWS:
+        return losses(hidden, targets)
+    parts = zip(hidden.split(ROWS), targets.split(ROWS), strict=True)
+    return torch.cat([checkpoint(losses, rows, wanted, use_reentrant=False) for rows, wanted in parts])
+
+
+class _TokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: HeadForm, smoothing: float,
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        x = hidden.detach().to(dtype)
+        losses = torch.empty(x.shape[0], device=x.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        rows, tile = _tiling(x, weight)
+        for start in range(0, x.shape[0], rows):
+            part = slice(start, start + rows)
+            losses[part], made = _rows(x[part], weight, bias, targets[part], form, smoothing, tile, gradient is not None)
+            if gradient is not None:
+                gradient[part] = made
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return (gradient * outer[:, None]).to(gradient.dtype), None, None, None, None, None, None
+
+
+def _tiling(x: Tensor, weight: Tensor) -> tuple[int, int]:
+    """Hidden states and vocabulary entries at a time."""
+    if x.device.type == "cpu":
+        return ROWS, TILE
+    return max(1, DEVICE_ELEMENTS // weight.shape[0]), weight.shape[0]
+
+
+def _rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: HeadForm, smoothing: float, tile: int,
+    wants_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Losses [n] and their gradient [n, H] of a few hidden states x [n, H], over all tiles of the vocabulary."""
+    count, vocabulary = x.shape[0], weight.shape[0]
+    highest = torch.full((count, 1), -torch.inf, device=x.device)
+    total = torch.zeros(count, 1, device=x.device)
+    plain = torch.zeros(count, 1, device=x.device)  # the sum of all logits, for smoothing
+    pull = torch.zeros(x.shape, device=x.device)  # sum of exp(logit - highest) W, later softmax W
+    spread = torch.zeros(x.shape, device=x.device) if smoothing else None  # sum of W (of dlogit/draw W)
+    for start in range(0, vocabulary, tile):
+        part = weight[start : start + tile].to(x.dtype)
+        raw = plain_product(x, part).float()
+        if bias is not None:
+            raw += bias[start : start + tile]
+        logits, slope = _formed(raw, form)
+        before, highest = highest, torch.maximum(highest, logits.amax(-1, keepdim=True))
+        rescale = torch.exp(before - highest)
+        if smoothing:
+            plain += logits.sum(-1, keepdim=True)
+        shares = (logits - highest if slope is not None else logits.sub_(highest)).exp_()
+        total.mul_(rescale).add_(shares.sum(-1, keepdim=True))
+        if wants_gradient:
+            steep = shares if slope is None else shares * slope
+            pull.mul_(rescale).add_(plain_product(steep.to(part.dtype), part.t()))
+            if spread is not None:
+                even = torch.ones_like(raw) if slope is None else slope
+                spread.add_(plain_product(even.to(part.dtype), part.t()))
+    chosen = weight[targets]
+    raw = (x.float() * chosen.float()).sum(-1, keepdim=True).to(x.dtype).float()
+    if bias is not None:
+        raw = raw + bias[targets][:, None]
+    logit, slope = _formed(raw, form)
+    losses = highest + total.log() - (1 - smoothing) * logit - smoothing / vocabulary * plain
+    if not wants_gradient:
+        return losses[:, 0], None
+    gradient = pull.div_(total).sub_(chosen.float() * ((1 - smoothing) * (1 if slope is None else slope)))
+    if spread is not None:
+        gradient.sub_(spread, alpha=smoothing / vocabulary)
+    return losses[:, 0], gradient.mul_(form.scale) if form.scale != 1 else gradient
+
+
+def _formed(raw: Tensor, form: HeadForm) -> tuple[Tensor, Tensor | None]:
+    """Logits of raw products, and the cap's derivative (None: 1)."""
+    if form.scale != 1:
+        raw = raw * form.scale
+    if form.softcap is None:
+        return raw, None
+    bent = torch.tanh(raw / form.softcap)
+    return bent * form.softcap, 1 - bent * bent
