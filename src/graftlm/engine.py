@@ -16,6 +16,7 @@ Shapes: B rows, T tokens a row as given, P virtual tokens, N tokens of the packe
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -79,7 +80,8 @@ class Engine:
         """Register the hooks on the head; returns their handles."""
         if self.head is None:
             return []
-        return [self.head.register_forward_pre_hook(self.before_head), self.head.register_forward_hook(self.after_head)]
+        before, after = _HeadHook(self, "before_head"), _HeadHook(self, "after_head")
+        return [self.head.register_forward_pre_hook(before), self.head.register_forward_hook(after)]
 
     # -- which way a pass goes ---------------------------------------------------------------------------------------
     def enter(self, plan: Plan, named: dict, otherwise: Callable[[Plan, dict], dict]) -> dict:
@@ -250,7 +252,7 @@ class Engine:
     def before_head(self, module: nn.Module, args: tuple) -> tuple | None:
         """Pre-hook of the head: keep the hidden states; where the loss is ours, give it none of them."""
         plan = self.mine()
-        if plan is None or not args or plan.scratch.get("made"):
+        if plan is None or module is not self.head or not args or plan.scratch.get("made"):
             return None
         if plan.scratch["way"] == "plain":
             if plan.form_check:
@@ -262,7 +264,7 @@ class Engine:
     def after_head(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         """Hook of the head: what it gives before the model changes it, for `form`."""
         plan = self.mine()
-        if plan is not None and plan.form_check:
+        if plan is not None and module is self.head and plan.form_check:
             plan.scratch["raw"] = output
 
     def leave_base(self, plan: Plan, output: Any) -> Any:
@@ -334,6 +336,27 @@ class Engine:
                 log.info("%s is trained without short cuts: %s", type(self.host.base).__name__, error)
                 self.forms[key] = None
         return self.forms[key]
+
+
+class _HeadHook:
+    """A hook that does not tie the head to the wrapper: the head may be copied and pickled by itself."""
+
+    def __init__(self, engine: Engine, name: str) -> None:
+        self.engine, self.name = weakref.ref(engine), name
+
+    def __call__(self, module: nn.Module, args: tuple, *output: Any) -> Any:
+        engine = self.engine()
+        return None if engine is None else getattr(engine, self.name)(module, args, *output)
+
+    def __deepcopy__(self, memo: dict) -> _HeadHook:
+        return self
+
+    def __reduce__(self) -> Any:
+        return _no_hook, ()
+
+
+def _no_hook() -> Callable:
+    return lambda *args: None
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ class FastBloomGelu(BloomGelu):
     """The same tanh approximation (arXiv:1606.08415)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(x, approximate="tanh")
+        return F.gelu(x, approximate="tanh") if self.training else super().forward(x)
 
 
 class SegmentBloomAttention(BloomAttention):

@@ -29,14 +29,15 @@ class FastLinear(nn.Linear):
     """A linear layer by oneDNN in training (see `kernels.linear`)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.bias) if torch.is_grad_enabled() else super().forward(x)
+        fast = self.training and torch.is_grad_enabled()
+        return product(x, self.weight, self.bias) if fast else super().forward(x)
 
 
 class FastNewGELU(NewGELUActivation):
     """The tanh approximation of GELU as one operation: GPT-2's and T5's is a formula of eight."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.gelu(input, approximate="tanh")
+        return nn.functional.gelu(input, approximate="tanh") if self.training else super().forward(input)
 
 
 FAST: dict[type, type] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .dropout import is_cheap, keep_mask
@@ -22,8 +23,11 @@ class _LowRank(torch.autograd.Function):
         kept, factor = _mask(flat, p)
         ctx.scale = scale * factor
         short = plain_product(flat if kept is None else flat * kept, a.to(x.dtype))
-        y.view(-1, y.shape[-1]).addmm_(short, b.to(y.dtype).t(), alpha=ctx.scale)
         ctx.save_for_backward(x, a, b, short, kept)
+        wide = b.to(y.dtype).t()
+        if y._is_view():  # what some functions hand out may not be written into
+            return torch.addmm(y.reshape(-1, y.shape[-1]), short, wide, alpha=ctx.scale).view(y.shape)
+        y.view(-1, y.shape[-1]).addmm_(short, wide, alpha=ctx.scale)
         ctx.mark_dirty(y)
         return y
 
@@ -45,11 +49,11 @@ class _LowRank(torch.autograd.Function):
 def _mask(x: Tensor, p: float) -> tuple[Tensor | None, float]:
     if not p:
         return None, 1.0
-    return keep_mask(x, p) if is_cheap(x, p) else (torch.rand(x.shape, device=x.device) >= p, 1 / (1 - p))
+    return keep_mask(x, p) if is_cheap(x, p) else (F.dropout(torch.ones_like(x), p) != 0, 1 / (1 - p))
 
 
 def low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float = 0.0) -> Tensor:
-    """Add an update to `y` in place and return it.
+    """`y` with an update, added in place where that can be.
 
     Args:
         y: [..., out], the layer's output so far, which nothing else may need.

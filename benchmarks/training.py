@@ -1,0 +1,471 @@
+"""Training steps of GraftLM and HF PEFT on the documents' shapes, side by side.
+
+    python benchmarks/training.py                              # all workloads, fp32 and bf16: about half an hour on two cores
+    python benchmarks/training.py prefix lora --dtype bfloat16 --rounds 7 --json out.json --plot out.png
+    python benchmarks/training.py --sweep                      # families x methods x dtypes, small
+    python benchmarks/training.py --overheads                  # wrapping, first step, saving, switching, Trainer
+
+Both libraries run in one process on one set of base weights (two models that share them), with the same adapter values and the
+same batch, one step of each in turn; what is printed are ratios of medians. First, without dropout, loss and adapter gradients
+are compared. Optimisers: AdamW as the documents make it for HF PEFT (001 and 002: torch's default; 003 and 004: the Trainer's
+fused one), fused for GraftLM; `same optimiser` is the ratio with the fused one on both sides. The share of the floor is the
+useful arithmetic (real tokens, labelled logits, gradients of activations and adapters) over the fastest matrix product measured
+in the same run. Peak memory: each library in a process of its own, highest resident memory with the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import memory as memory_bench
+
+GOALS = {  # of the project: time ratio fp32, bf16; share of HF PEFT's peak fp32, bf16
+    "prefix": (3.8, 4.5, 0.72, 0.72), "prompt": (1.8, 3.2, 0.43, 0.32), "ptuning": (1.2, 1.45, 0.95, 0.95),
+    "ptuning-lstm": (1.2, 1.45, 0.95, 0.95), "accumulation": (1.4, 2.0, 1.3, 1.3), "lora": (1.4, 1.6, 0.87, 0.87),
+    "qlora": (1.3, 1.8, 0.60, 0.60),
+}  # fmt: skip
+
+
+# -- workloads -----------------------------------------------------------------------------------------------------------
+@dataclass
+class Workload:
+    """What a document trains.
+
+    Args:
+        base: makes the base model (random weights) in a dtype.
+        settings: the adapter's configuration class and fields.
+        lengths, labelled: tokens of each row, and how many of them, at its end, have labels (0: all).
+        left: padded on the left. pad_to: to this length.
+        accumulate: HF PEFT takes the rows one by one.
+        plain_adamw: the document's loop makes torch's default AdamW.
+    """
+
+    base: Callable[[Any], Any]
+    settings: tuple[str, dict]
+    lengths: list[int]
+    labelled: int = 0
+    left: bool = False
+    pad_to: int = 0
+    accumulate: bool = False
+    plain_adamw: bool = False
+    quantized: str | None = None
+    targets: dict = field(default_factory=dict)
+
+
+def bloom(hidden: int, layers: int, vocabulary: int) -> Callable[[Any], Any]:
+    def make(dtype: Any) -> Any:
+        from transformers import BloomConfig, BloomForCausalLM
+
+        config = BloomConfig(vocab_size=vocabulary, hidden_size=hidden, n_layer=layers, n_head=16)
+        return in_dtype(dtype, lambda: BloomForCausalLM(config))
+
+    return make
+
+
+def opt(dtype: Any) -> Any:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=50272, hidden_size=2048, num_hidden_layers=24, ffn_dim=8192, num_attention_heads=32,
+        word_embed_proj_dim=2048,
+    )  # fmt: skip
+    return in_dtype(dtype, lambda: OPTForCausalLM(config))
+
+
+def glm(dtype: Any) -> Any:
+    from transformers import GlmForCausalLM
+
+    return in_dtype(dtype, lambda: GlmForCausalLM(memory_bench.config("glm-1b")))
+
+
+def in_dtype(dtype: Any, make: Callable[[], Any]) -> Any:
+    import torch
+
+    torch.set_default_dtype(dtype)
+    try:
+        return make()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def uniform(low: int, high: int, rows: int, seed: int) -> list[int]:
+    return [random.Random(seed * 1000 + i).randint(low, high) for i in range(rows)]
+
+
+P_TUNING = {"num_virtual_tokens": 10}
+LORA = {"r": 8, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"]}
+QLORA = {"r": 4, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": ["q_proj", "k_proj", "v_proj"]}
+WORKLOADS = {
+    "prefix": Workload(
+        bloom(1024, 24, 250880), ("PrefixTuningConfig", {"num_virtual_tokens": 30, "prefix_projection": True}),
+        uniform(20, 60, 8, 1), labelled=3, left=True, pad_to=64, plain_adamw=True,
+    ),
+    "prompt": Workload(
+        bloom(1024, 24, 250880), ("PromptTuningConfig", {"num_virtual_tokens": 4}), uniform(60, 180, 8, 2), plain_adamw=True
+    ),
+    "ptuning": Workload(bloom(2048, 24, 46145), ("PromptEncoderConfig", P_TUNING), [200], labelled=120),
+    "ptuning-lstm": Workload(
+        bloom(2048, 24, 46145),
+        ("PromptEncoderConfig", {**P_TUNING, "encoder_reparameterization_type": "LSTM", "encoder_dropout": 0.1}),
+        [200], labelled=120,
+    ),
+    "accumulation": Workload(
+        bloom(2048, 24, 46145), ("PromptEncoderConfig", P_TUNING), uniform(100, 200, 8, 3), labelled=60, accumulate=True
+    ),
+    "lora": Workload(opt, ("LoraConfig", LORA), uniform(20, 60, 4, 4)),
+    "qlora": Workload(glm, ("LoraConfig", QLORA), uniform(60, 200, 6, 5), quantized="nf4"),
+}  # fmt: skip
+
+
+def batch(work: Workload, vocabulary: int) -> dict[str, Any]:
+    """A padded batch: input_ids, attention_mask, labels [rows, longest]."""
+    import torch
+
+    torch.manual_seed(1)
+    width = work.pad_to or max(work.lengths)
+    ids = torch.full((len(work.lengths), width), 3)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for i, length in enumerate(work.lengths):
+        end = width if work.left else length
+        ids[i, end - length : end] = torch.randint(10, vocabulary, (length,))
+        mask[i, end - length : end] = 1
+        count = work.labelled or length
+        labels[i, end - count : end] = ids[i, end - count : end]
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def load(work: Workload, dtype: Any, folder: str | None) -> Any:
+    """The base: made, or, quantised, loaded from a checkpoint in `folder`."""
+    import torch
+
+    torch.manual_seed(0)
+    if work.quantized is None:
+        return work.base(dtype)
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=settings, device_map="cpu")
+
+
+def wrap(library: Any, base: Any, work: Workload) -> Any:
+    kind, settings = work.settings
+    if work.quantized:
+        base = library.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    return library.get_peft_model(base, getattr(library, kind)(task_type="CAUSAL_LM", **settings)).train()
+
+
+def sharing(base: Any) -> Any:
+    """A second model over the same weights."""
+    return copy.deepcopy(base, {id(t): t for t in [*base.parameters(), *base.buffers()]})
+
+
+# -- one library on one workload ---------------------------------------------------------------------------------------
+class Runner:
+    """Steps of one library."""
+
+    def __init__(self, library: str, model: Any, inputs: dict[str, Any], one_by_one: bool) -> None:
+        import torch
+
+        self.library, self.model = library, model
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.parts = [inputs]
+        if one_by_one or "num_items_in_batch" in inputs:
+            self.parts = [dict(inputs)]
+        if one_by_one:
+            items = inputs["num_items_in_batch"]
+            rows = len(inputs["labels"])
+            self.parts = [self.alone(inputs, i) | {"num_items_in_batch": items} for i in range(rows)]
+        self.adamw = {f: torch.optim.AdamW(self.trained, lr=1e-4, fused=f or None) for f in (False, True)}
+
+    @staticmethod
+    def alone(inputs: dict[str, Any], row: int) -> dict[str, Any]:
+        """One row without its padding."""
+        kept = inputs["attention_mask"][row].bool()
+        return {k: v[row : row + 1, kept] for k, v in inputs.items() if k != "num_items_in_batch"}
+
+    def backward(self) -> float:
+        total = 0.0
+        for part in self.parts:
+            loss = self.model(**part).loss
+            loss.backward()
+            total += loss.item()
+        return total
+
+    def gradients(self) -> tuple[float, Any]:
+        """Loss and all gradients in one row."""
+        import torch
+
+        self.model.zero_grad()
+        loss = self.backward()
+        found = torch.cat([p.grad.double().flatten() for p in self.trained])
+        self.model.zero_grad()
+        return loss, found
+
+    def step(self, fused: bool) -> tuple[float, float]:
+        """Seconds of forward and backward, and of the optimiser."""
+        start = time.perf_counter()
+        self.backward()
+        middle = time.perf_counter()
+        self.adamw[fused].step()
+        self.model.zero_grad()
+        return middle - start, time.perf_counter() - middle
+
+
+def pair(work: Workload, dtype: Any, folder: str | None) -> tuple[Runner, Runner]:
+    """HF PEFT and GraftLM over one set of weights, with the same adapter values."""
+    import peft
+
+    import graftlm
+
+    base = load(work, dtype, folder)
+    other = load(work, dtype, folder) if work.quantized else sharing(base)
+    vocabulary = base.config.vocab_size
+    theirs, ours = wrap(peft, base, work), wrap(graftlm, other, work)
+    values = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(values.pop(name).data)
+            if "lora_B" in name:
+                parameter.data.normal_(0, 0.02)
+    assert not values, f"HF PEFT trains more: {sorted(values)}"
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(dict(ours.named_parameters())[name].data)
+    inputs = batch(work, vocabulary)
+    if work.accumulate:
+        inputs["num_items_in_batch"] = (inputs["labels"][:, 1:] != -100).sum()
+    return Runner("peft", theirs, inputs, work.accumulate), Runner("graftlm", ours, inputs, False)
+
+
+def without_dropout(model: Any) -> Callable[[], None]:
+    """Switch all dropout off; returns what puts it back."""
+    import torch
+
+    undo = []
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and value and (name == "dropout" or (name == "p" and isinstance(module, torch.nn.Dropout))):
+                undo.append((module, name, value))
+                setattr(module, name, 0.0)
+    return lambda: [setattr(*u) for u in undo] and None
+
+
+def compare(theirs: Runner, ours: Runner) -> dict[str, float]:
+    """Relative differences of loss and gradients, dropout off."""
+    undo = [without_dropout(r.model) for r in (theirs, ours)]
+    (loss, gradient), (own_loss, own_gradient) = theirs.gradients(), ours.gradients()
+    for put_back in undo:
+        put_back()
+    difference = (own_gradient - gradient).norm() / gradient.norm()
+    return {"loss": abs(own_loss - loss) / abs(loss), "gradient": float(difference)}
+
+
+def alternate(theirs: Runner, ours: Runner, work: Workload, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each part, one step of each library in turn after one to warm up."""
+    times: dict[str, list[float]] = {k: [] for k in ("peft", "peft adamw", "peft fused", "graftlm", "graftlm fused")}
+    for round_ in range(rounds + 1):
+        plain = theirs.step(fused=False) if work.plain_adamw else None
+        fused = theirs.step(fused=True)
+        own = ours.step(fused=True)
+        if round_:
+            for seconds in (plain, fused):
+                if seconds:
+                    times["peft"].append(seconds[0])
+            times["peft fused"].append(fused[1])
+            times["peft adamw"].append((plain or fused)[1])
+            times["graftlm"].append(own[0])
+            times["graftlm fused"].append(own[1])
+    return times
+
+
+# -- floor ---------------------------------------------------------------------------------------------------------------
+def peak_flops(dtype: Any) -> float:
+    """The fastest matrix product of this machine, by torch's default or oneDNN, in FLOP/s."""
+    import torch
+    import torch.nn.functional as F
+
+    best = 0.0
+    for rows, width in ((1024, 2048), (2048, 4096)):
+        x, weight = torch.randn(rows, width).to(dtype), torch.randn(width, width).to(dtype)
+        calls = [lambda: F.linear(x, weight)]  # noqa: B023
+        if torch.backends.mkldnn.is_available():
+            calls.append(lambda: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""))  # noqa: B023
+        for call in calls:
+            call()
+            for _ in range(5):
+                start = time.perf_counter()
+                call()
+                best = max(best, 2 * rows * width * width / (time.perf_counter() - start))
+    return best
+
+
+def useful_flops(work: Workload, model: Any) -> float:
+    """Arithmetic that a step cannot do without: 2 a weight and token forward, 2 for the gradient of the activations, 2 more for
+    that of a trained weight; attention over real tokens only."""
+    base = model.get_base_model()
+    head = base.get_output_embeddings()
+    config = base.config
+    virtual = work.settings[1].get("num_virtual_tokens", 0)
+    prefix = virtual if work.settings[0] == "PrefixTuningConfig" else 0
+    tokens = sum(work.lengths) + (virtual - prefix)  # virtual tokens once
+    labelled = sum(work.labelled or length - (virtual == 0) for length in work.lengths)
+    total = 4.0 * head.weight.shape[0] * head.weight.shape[1] * labelled
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dim() == 2 and "embedding" not in name:
+            total += 6.0 * parameter.numel() * (tokens if "lora_" in name else virtual)
+    for name, module in base.named_modules():
+        weight = getattr(module, "weight", None)
+        linear = hasattr(module, "in_features") and not name.split(".")[-1].startswith("default") and module is not head
+        if linear and weight is not None and not weight.requires_grad and not hasattr(module, "base_layer"):
+            total += 4.0 * module.in_features * module.out_features * tokens
+    layers, width = config.num_hidden_layers, config.hidden_size
+    seen = sum(length * (length / 2 + virtual) for length in work.lengths)
+    return total + 3 * 4.0 * layers * width * seen
+
+
+# -- memory --------------------------------------------------------------------------------------------------------------
+def memory_worker(library: str, name: str, dtype_name: str, folder: str) -> None:
+    """Highest resident memory of a process that trains three steps with one library; in bytes."""
+    import torch
+
+    work, dtype = WORKLOADS[name], getattr(torch, dtype_name)
+    one_row = name == "accumulation" and library == "peft"
+    model = wrap(__import__(library), load(work, dtype, folder or None), work)
+    inputs = batch(work, model.config.vocab_size)
+    if work.accumulate:
+        inputs["num_items_in_batch"] = (inputs["labels"][:, 1:] != -100).sum()
+    runner = Runner(library, model, inputs, one_row)
+    runner.adamw.pop(library == "peft" and not work.plain_adamw)
+    memory_bench.settle("cpu")
+    for _ in range(3):
+        runner.step(fused=library == "graftlm" or not work.plain_adamw)
+    print(json.dumps({"peak": memory_bench.peak("cpu")}))
+
+
+def peak_memory(library: str, name: str, dtype: str, folder: str | None) -> int:
+    import os
+
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, "--worker", library, name, dtype, folder or ""]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{library} on {name} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])["peak"]
+
+
+# -- reports -------------------------------------------------------------------------------------------------------------
+def measure(name: str, dtype_name: str, rounds: int, with_memory: bool, folder: str | None) -> dict[str, Any]:
+    """All figures of one workload in one dtype."""
+    import torch
+
+    work, dtype = WORKLOADS[name], getattr(torch, dtype_name)
+    theirs, ours = pair(work, dtype, folder)
+    row: dict[str, Any] = {"workload": name, "dtype": dtype_name, "difference": compare(theirs, ours)}
+    times = alternate(theirs, ours, work, rounds)
+    middle = {k: statistics.median(v) for k, v in times.items()}
+    own = middle["graftlm"] + middle["graftlm fused"]
+    row |= {
+        "ratio": (middle["peft"] + middle["peft adamw"]) / own,
+        "same_optimiser": (middle["peft"] + middle["peft fused"]) / own,
+        "floor": useful_flops(work, ours.model) / peak_flops(dtype) / own,
+        "seconds": middle,
+    }
+    row["peft_floor"] = row["floor"] / row["ratio"]
+    del theirs, ours
+    gc.collect()
+    if with_memory:
+        peaks = {library: peak_memory(library, name, dtype_name, folder) for library in ("peft", "graftlm")}
+        row |= {"peaks": peaks, "memory": peaks["graftlm"] / peaks["peft"]}
+    return row
+
+
+def line(row: dict[str, Any]) -> str:
+    half = row["dtype"] == "bfloat16"
+    goal = GOALS[row["workload"]]
+    memory = f"{row['memory']:.2f} (<= {goal[2 + half]:.2f})" if "memory" in row else "-"
+    return (
+        f"{row['workload']:13} {row['dtype']:9} {row['ratio']:5.2f}x (>= {goal[half]:.2f}) same optimiser "
+        f"{row['same_optimiser']:5.2f}x  floor {row['floor']:4.0%} (HF PEFT {row['peft_floor']:4.0%})  memory {memory:16} "
+        f"difference loss {row['difference']['loss']:.0e} gradient {row['difference']['gradient']:.0e}"
+    )
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars of the time ratios, and of memory, by workload."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    labels = [f"{r['workload']}\n{'bf16' if r['dtype'] == 'bfloat16' else 'fp32'}" for r in rows]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4), layout="constrained")
+    left.bar(labels, [r["ratio"] for r in rows], color="#3b6ea5")
+    left.axhline(1, color="black", linewidth=0.8)
+    left.set_ylabel("HF PEFT's time / GraftLM's")
+    right.bar(labels, [r.get("memory", 0) for r in rows], color="#7a9e5f")
+    right.axhline(1, color="black", linewidth=0.8)
+    right.set_ylabel("GraftLM's peak memory / HF PEFT's")
+    for axes in (left, right):
+        axes.tick_params(axis="x", labelsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def workloads(args: argparse.Namespace) -> None:
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = None
+        if "qlora" in args.workloads:
+            memory_bench.build("glm-1b", Path(name))
+            folder = name
+        for work in args.workloads:
+            for dtype in args.dtype:
+                rows.append(measure(work, dtype, args.rounds, not args.no_memory, folder))
+                print(line(rows[-1]), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+    if args.plot:
+        plot(rows, args.plot)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(WORKLOADS)}; all")
+    parser.add_argument("--against", choices=["peft"], default="peft", help="the rival")
+    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=5, help="measured steps of each library")
+    parser.add_argument("--no-memory", action="store_true", help="leave the memory runs out")
+    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--plot", type=Path, default=None)
+    parser.add_argument("--worker", nargs=4, default=None, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if unknown := [w for w in args.workloads if w not in WORKLOADS]:
+        parser.error(f"no workload {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
+    args.workloads = args.workloads or list(WORKLOADS)
+    warnings.filterwarnings("ignore")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    if args.worker:
+        memory_worker(*args.worker)
+    else:
+        workloads(args)
+
+
+if __name__ == "__main__":
+    main()
