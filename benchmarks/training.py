@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,13 +93,41 @@ def glm(dtype: Any) -> Any:
 
 
 def in_dtype(dtype: Any, make: Callable[[], Any]) -> Any:
+    """A model with random weights: a million normal numbers over and over, for drawing a billion takes a minute."""
     import torch
 
     torch.set_default_dtype(dtype)
     try:
-        return make()
+        with torch.device("meta"):
+            model = make()
     finally:
         torch.set_default_dtype(torch.float32)
+    buffers = dict(fresh_buffers(model))
+    model.to_empty(device="cpu")
+    numbers = (torch.randn(2**20 + 1, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+    for parameter in model.parameters():
+        if parameter.dim() < 2:
+            parameter.data.fill_(0)
+            continue
+        flat = parameter.data.view(-1)
+        for start in range(0, len(flat), len(numbers)):
+            part = flat[start : start + len(numbers)]
+            part.copy_(numbers[: len(part)])
+    for name, module in model.named_modules():
+        if "norm" in type(module).__name__.lower():
+            module.weight.data.fill_(1)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    model.tie_weights()
+    return model
+
+
+def fresh_buffers(model: Any) -> Iterator[tuple[str, Any]]:
+    """Buffers (rotary frequencies) of a model on the meta device, made anew from its configuration."""
+    for path, module in model.named_modules():
+        names = [n for n, _ in module.named_buffers(recurse=False)]
+        fresh = type(module)(config=model.config) if names else None
+        yield from ((f"{path}.{n}", getattr(fresh, n)) for n in names)
 
 
 def uniform(low: int, high: int, rows: int, seed: int) -> list[int]:

@@ -23,11 +23,13 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .architectures import backbone_embeddings, is_encoder_decoder
 from .architectures.fast import alibi_slopes, attention_configs, attention_window, has_dropout, segment_attention
-from .kernels import HeadForm, Segments, token_losses
+from .kernels import HeadForm, Segments, keep_freed_memory, token_losses
+from .kernels.linear import even_rows
 from .kernels.loss import chunked_losses
 from .quantization import quantized_kind, quantized_layers
 from .routing import Plan, current_plan, restore_order, running
@@ -142,17 +144,17 @@ class Engine:
             positions = positions.expand_as(labels).flatten()[kept]
             opens[1:] |= positions[1:] <= positions[:-1]
         starts = opens.nonzero()[:, 0]
-        lengths = torch.diff(starts, append=starts.new_tensor([len(kept)]))
-        if len(kept) == 0 or (self.window and int(lengths.max()) + count + prefix > self.window):
+        sizes = torch.diff(starts, append=starts.new_tensor([len(kept)]))
+        if len(kept) == 0 or (self.window and int(sizes.max()) + count + prefix > self.window):
             return None
         if count and positions is not None and bool(positions[starts].any()):
             return None  # positions of one's own, with no place in front for virtual tokens
         if positions is None:
-            positions = torch.arange(len(kept)) - starts.repeat_interleave(lengths)
+            positions = torch.arange(len(kept)) - starts.repeat_interleave(sizes)
         targets, first_labels = self.targets(plan, named, kept, opens, starts)
         if first_labels is not None and not count and bool((first_labels[kept[starts] % labels.shape[1] > 0] != IGNORED).any()):
             return None  # the plain model predicts a row's first token from the padding (or sequence) before it
-        row = _Row.of(lengths, count, self.shares_virtual)
+        row = _Row.of(sizes, count, self.shares_virtual)
         inputs = self.packed_inputs(plan, named, kept, row)
         hidden_places = row.tokens  # place of each real token in the packed row
         if count and first_labels is not None:  # the last virtual token predicts the first real one
@@ -162,8 +164,11 @@ class Engine:
         every = row.spread(positions + count, torch.arange(count)) + prefix
         if self.entry.takes_positions:
             inputs["position_ids"] = every[None]
+        filler = even_rows(len(every))  # a sequence of nothing
+        inputs = {k: F.pad(v, (0, 0) * (v.dim() - 2) + (0, filler)) if isinstance(v, Tensor) else v for k, v in inputs.items()}
         memory = self.host.memory(plan) if prefix else None
-        plan.segments = Segments(row.lengths, row.shared, memory, alibi_slopes(self.host.base))
+        lengths = row.lengths + [filler] * (filler > 0)
+        plan.segments = Segments(lengths, row.shared, memory, alibi_slopes(self.host.base))
         plan.around = self.packed_attention
         plan.scratch["leave"] = leave = plan.around()
         leave.__enter__()
@@ -330,6 +335,8 @@ class Engine:
         """The short cuts that give what the plain model gives, under adapters of this kind; None for none."""
         key = (tuple(c > 0 for c in self.host.counts(plan)), named.get("num_items_in_batch") is not None)
         if key not in self.forms:
+            if self.host.adapter_device.type == "cpu":
+                keep_freed_memory()
             try:
                 self.forms[key] = _Check(self, plan, items=key[1]).form()
             except Exception as error:  # a model that cannot be run like this: it runs as it is

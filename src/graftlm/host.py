@@ -206,7 +206,7 @@ class Host(PreTrainedModel):
     def _connect(self) -> None:
         """(Re)register every hook: after modules were put in or taken out."""
         self._disconnect()
-        speed_up(self.base)
+        speed_up(self)
         self.entry = Entry(self)
         self.handles = self.entry.connect()
         _HOSTS.setdefault(self.base, WeakSet()).add(self)

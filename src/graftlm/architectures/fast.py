@@ -48,9 +48,9 @@ FAST: dict[type, type] = {
 _PLAIN = {fast: plain for plain, fast in FAST.items()} | {FastLinear: nn.Linear}
 
 
-def speed_up(base: nn.Module) -> None:
-    """Put the fast forms in place. Repeatable."""
-    for module in base.modules():
+def speed_up(model: nn.Module) -> None:
+    """Put the fast forms in place, in a base and in adapters. Repeatable."""
+    for module in model.modules():
         if type(module) in FAST:
             module.__class__ = FAST[type(module)]
         elif type(module) is nn.Linear and module.weight.device.type == "cpu" and onednn_wins(module.weight.dtype):

@@ -3,10 +3,11 @@
 Each has its slow reference in `tests/core/test_kernels.py`.
 """
 
+from .allocator import keep_freed_memory
 from .attention import Segments
 from .dropout import dropout
 from .linear import product
 from .lora import low_rank
 from .loss import HeadForm, token_losses
 
-__all__ = ["HeadForm", "Segments", "dropout", "low_rank", "product", "token_losses"]
+__all__ = ["HeadForm", "Segments", "dropout", "keep_freed_memory", "low_rank", "product", "token_losses"]

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .linear import plain_product
+from .linear import MULTIPLE, even_rows, plain_product
 
 TILE = 4096  # rows of the head's weight at a time, on CPUs
 ROWS = 256  # hidden states at a time
@@ -83,17 +83,20 @@ class _TokenLosses(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: HeadForm, smoothing: float,
         dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        x = hidden.detach().to(dtype)
-        losses = torch.empty(x.shape[0], device=x.device)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        count = hidden.shape[0]
+        filler = even_rows(count)
+        x = F.pad(hidden.detach().to(dtype), (0, 0, 0, filler))
+        targets = F.pad(targets, (0, filler))
+        losses = torch.empty(len(x), device=x.device)
+        gradient = x.new_empty(x.shape, dtype=hidden.dtype) if ctx.needs_input_grad[0] else None
         rows, tile = _tiling(x, weight)
-        for start in range(0, x.shape[0], rows):
+        for start in range(0, len(x), rows):
             part = slice(start, start + rows)
             losses[part], made = _rows(x[part], weight, bias, targets[part], form, smoothing, tile, gradient is not None)
             if gradient is not None:
                 gradient[part] = made
-        ctx.save_for_backward(gradient)
-        return losses
+        ctx.save_for_backward(None if gradient is None else gradient[:count])
+        return losses[:count]
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -104,7 +107,8 @@ class _TokenLosses(torch.autograd.Function):
 def _tiling(x: Tensor, weight: Tensor) -> tuple[int, int]:
     """Hidden states and vocabulary entries at a time."""
     if x.device.type == "cpu":
-        return ROWS, TILE
+        blocks = -(-len(x) // ROWS)
+        return -(-len(x) // blocks // MULTIPLE) * MULTIPLE, TILE
     return max(1, DEVICE_ELEMENTS // weight.shape[0]), weight.shape[0]
 
 
