@@ -219,6 +219,8 @@ class Runner:
             items = inputs["num_items_in_batch"]
             rows = len(inputs["labels"])
             self.parts = [self.alone(inputs, i) | {"num_items_in_batch": items} for i in range(rows)]
+            if library == "graftlm":  # as GraftLM's Trainer takes them
+                self.parts = joined(self.parts)
         self.adamw = {f: torch.optim.AdamW(self.trained, lr=1e-4, fused=f or None) for f in (False, True)}
 
     @staticmethod
@@ -255,6 +257,17 @@ class Runner:
         return middle - start, time.perf_counter() - middle
 
 
+def joined(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The batches of one update as GraftLM's Trainer joins them."""
+    from graftlm.training.joining import Joiner
+
+    joiner, items, made = Joiner(), parts[0]["num_items_in_batch"], []
+    for i, part in enumerate(parts):
+        batch = {k: v for k, v in part.items() if k != "num_items_in_batch"}
+        made += joiner.add(batch, last=i == len(parts) - 1)
+    return [m | {"num_items_in_batch": items} for m in made]
+
+
 def pair(work: Workload, dtype: Any, folder: str | None) -> tuple[Runner, Runner]:
     """HF PEFT and GraftLM over one set of weights, with the same adapter values."""
     import peft
@@ -278,7 +291,7 @@ def pair(work: Workload, dtype: Any, folder: str | None) -> tuple[Runner, Runner
     inputs = batch(work, vocabulary)
     if work.accumulate:
         inputs["num_items_in_batch"] = (inputs["labels"][:, 1:] != -100).sum()
-    return Runner("peft", theirs, inputs, work.accumulate), Runner("graftlm", ours, inputs, False)
+    return Runner("peft", theirs, inputs, work.accumulate), Runner("graftlm", ours, inputs, work.accumulate)
 
 
 def without_dropout(model: Any) -> Callable[[], None]:
@@ -288,20 +301,43 @@ def without_dropout(model: Any) -> Callable[[], None]:
     undo = []
     for module in model.modules():
         for name, value in list(vars(module).items()):
-            if isinstance(value, float) and value and (name == "dropout" or (name == "p" and isinstance(module, torch.nn.Dropout))):
+            if (
+                isinstance(value, float)
+                and value
+                and (name == "dropout" or (name == "p" and isinstance(module, torch.nn.Dropout)))
+            ):
                 undo.append((module, name, value))
                 setattr(module, name, 0.0)
     return lambda: [setattr(*u) for u in undo] and None
 
 
 def compare(theirs: Runner, ours: Runner) -> dict[str, float]:
-    """Relative differences of loss and gradients, dropout off."""
+    """Relative differences of loss and gradients, dropout off; and of HF PEFT's gradients with one more place of padding.
+
+    The last is what rounding alone does: where an activation has a kink (OPT's ReLU), an input that is rounded to the other side
+    of it switches a whole gradient on or off.
+    """
     undo = [without_dropout(r.model) for r in (theirs, ours)]
     (loss, gradient), (own_loss, own_gradient) = theirs.gradients(), ours.gradients()
+    parts, theirs.parts = theirs.parts, [wider(part) for part in theirs.parts]
+    again = theirs.gradients()[1]
+    theirs.parts = parts
     for put_back in undo:
         put_back()
-    difference = (own_gradient - gradient).norm() / gradient.norm()
-    return {"loss": abs(own_loss - loss) / abs(loss), "gradient": float(difference)}
+    length = gradient.norm()
+    return {
+        "loss": abs(own_loss - loss) / abs(loss),
+        "gradient": float((own_gradient - gradient).norm() / length),
+        "rounding": float((again - gradient).norm() / length),
+    }
+
+
+def wider(part: dict[str, Any]) -> dict[str, Any]:
+    """The same rows with one more place of padding, on the right."""
+    import torch.nn.functional as F
+
+    filler = {"input_ids": 3, "attention_mask": 0, "labels": -100}
+    return {k: F.pad(v, (0, 1), value=filler[k]) if k in filler else v for k, v in part.items()}
 
 
 def alternate(theirs: Runner, ours: Runner, work: Workload, rounds: int) -> dict[str, list[float]]:
@@ -373,13 +409,11 @@ def memory_worker(library: str, name: str, dtype_name: str, folder: str) -> None
     import torch
 
     work, dtype = WORKLOADS[name], getattr(torch, dtype_name)
-    one_row = name == "accumulation" and library == "peft"
     model = wrap(__import__(library), load(work, dtype, folder or None), work)
     inputs = batch(work, model.config.vocab_size)
     if work.accumulate:
         inputs["num_items_in_batch"] = (inputs["labels"][:, 1:] != -100).sum()
-    runner = Runner(library, model, inputs, one_row)
-    runner.adamw.pop(library == "peft" and not work.plain_adamw)
+    runner = Runner(library, model, inputs, work.accumulate)
     memory_bench.settle("cpu")
     for _ in range(3):
         runner.step(fused=library == "graftlm" or not work.plain_adamw)
@@ -387,11 +421,8 @@ def memory_worker(library: str, name: str, dtype_name: str, folder: str) -> None
 
 
 def peak_memory(library: str, name: str, dtype: str, folder: str | None) -> int:
-    import os
-
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, __file__, "--worker", library, name, dtype, folder or ""]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{library} on {name} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])["peak"]
@@ -430,7 +461,8 @@ def line(row: dict[str, Any]) -> str:
     return (
         f"{row['workload']:13} {row['dtype']:9} {row['ratio']:5.2f}x (>= {goal[half]:.2f}) same optimiser "
         f"{row['same_optimiser']:5.2f}x  floor {row['floor']:4.0%} (HF PEFT {row['peft_floor']:4.0%})  memory {memory:16} "
-        f"difference loss {row['difference']['loss']:.0e} gradient {row['difference']['gradient']:.0e}"
+        f"difference loss {row['difference']['loss']:.0e} gradient {row['difference']['gradient']:.0e} "
+        f"(rounding {row['difference']['rounding']:.0e})"
     )
 
 

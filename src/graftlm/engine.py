@@ -56,13 +56,11 @@ class Form:
         head: what the model does to its head's output.
         packs: rows can be packed.
         shifts: the loss is that of the next token (a causal model's), not of the token at the same place.
-        counts: the loss is the sum divided by `num_items_in_batch` where that is given.
     """
 
     head: HeadForm
     packs: bool
     shifts: bool
-    counts: bool
 
 
 class Engine:
@@ -77,6 +75,7 @@ class Engine:
         self.window = attention_window(base)
         self.shares_virtual = not has_dropout(base)
         self.forms: dict[tuple, Form | None] = {}
+        self.counts: bool | None = None  # whether the model's loss heeds `num_items_in_batch`
 
     def connect(self) -> list[Any]:
         """Register the hooks on the head; returns their handles."""
@@ -89,10 +88,12 @@ class Engine:
     def enter(self, plan: Plan, named: dict, otherwise: Callable[[Plan, dict], dict]) -> dict:
         """Inputs of the base for this call; `otherwise` is the plain way in. The labels are taken away if a short cut is."""
         way = plan.scratch["way"] = self.way(plan, named)
-        form = plan.scratch["form"] = None if way == "plain" else plan.form or self.form(plan, named)
+        form = plan.scratch["form"] = None if way == "plain" else plan.form or self.form(plan)
         if form is None:
             plan.scratch["way"] = "plain"
             return otherwise(plan, named)
+        if self.counts is None and named.get("num_items_in_batch") is not None:
+            self.counts = _Check(self, plan).counts()
         if way == "packed" and form.packs:
             packed = self.pack(plan, named)
             if packed is not None:
@@ -113,10 +114,13 @@ class Engine:
             return "plain"
         config = base.config
         asks = any(
-            named.get(k, getattr(config, k, False)) for k in ("output_attentions", "output_hidden_states", "output_router_logits")
+            named.get(k, getattr(config, k, False))
+            for k in ("output_attentions", "output_hidden_states", "output_router_logits")
         )
         short = named.get("logits_to_keep")
-        keeps = named.get("past_key_values") is not None or named.get("use_cache") or (short is not None and not _zero(short))
+        keeps = (
+            named.get("past_key_values") is not None or named.get("use_cache") or (short is not None and not _zero(short))
+        )
         tuples = not named.get("return_dict", getattr(config, "return_dict", True))
         if asks or keeps or tuples or labels.dim() != 2 or torch.compiler.is_compiling():
             return "plain"
@@ -152,7 +156,11 @@ class Engine:
         if positions is None:
             positions = torch.arange(len(kept)) - starts.repeat_interleave(sizes)
         targets, first_labels = self.targets(plan, named, kept, opens, starts)
-        if first_labels is not None and not count and bool((first_labels[kept[starts] % labels.shape[1] > 0] != IGNORED).any()):
+        if (
+            first_labels is not None
+            and not count
+            and bool((first_labels[kept[starts] % labels.shape[1] > 0] != IGNORED).any())
+        ):
             return None  # the plain model predicts a row's first token from the padding (or sequence) before it
         row = _Row.of(sizes, count, self.shares_virtual)
         inputs = self.packed_inputs(plan, named, kept, row)
@@ -165,7 +173,9 @@ class Engine:
         if self.entry.takes_positions:
             inputs["position_ids"] = every[None]
         filler = even_rows(len(every))  # a sequence of nothing
-        inputs = {k: F.pad(v, (0, 0) * (v.dim() - 2) + (0, filler)) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        inputs = {
+            k: F.pad(v, (0, 0) * (v.dim() - 2) + (0, filler)) if isinstance(v, Tensor) else v for k, v in inputs.items()
+        }
         memory = self.host.memory(plan) if prefix else None
         lengths = row.lengths + [filler] * (filler > 0)
         plan.segments = Segments(lengths, row.shared, memory, alibi_slopes(self.host.base))
@@ -181,9 +191,7 @@ class Engine:
                 inputs[name] = named[name]
         return inputs
 
-    def targets(
-        self, plan: Plan, named: dict, kept: Tensor, opens: Tensor, starts: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def targets(self, plan: Plan, named: dict, kept: Tensor, opens: Tensor, starts: Tensor) -> tuple[Tensor, Tensor | None]:
         """What each real token is to predict [N], and the labels of the sequences' first tokens [sequences]."""
         if named.get("shift_labels") is not None:
             return named["shift_labels"].flatten()[kept], None
@@ -280,7 +288,7 @@ class Engine:
         rows = hidden.reshape(-1, hidden.shape[-1])[places]
         losses = self.losses(rows, targets, form.head)
         total = losses.sum()
-        if items is not None and form.counts:
+        if items is not None and self.counts:
             loss = total / (items.to(total.device) if isinstance(items, Tensor) else items)
         else:
             loss = total / losses.shape[0] if losses.shape[0] else total / total.new_zeros(())
@@ -331,14 +339,14 @@ class Engine:
             return scratch["form"].head.apply(self.head(hidden))
 
     # -- what holds for this model -----------------------------------------------------------------------------------
-    def form(self, plan: Plan, named: dict) -> Form | None:
+    def form(self, plan: Plan) -> Form | None:
         """The short cuts that give what the plain model gives, under adapters of this kind; None for none."""
-        key = (tuple(c > 0 for c in self.host.counts(plan)), named.get("num_items_in_batch") is not None)
+        key = tuple(c > 0 for c in self.host.counts(plan))
         if key not in self.forms:
             if self.host.adapter_device.type == "cpu":
                 keep_freed_memory()
             try:
-                self.forms[key] = _Check(self, plan, items=key[1]).form()
+                self.forms[key] = _Check(self, plan).form()
             except Exception as error:  # a model that cannot be run like this: it runs as it is
                 log.info("%s is trained without short cuts: %s", type(self.host.base).__name__, error)
                 self.forms[key] = None
@@ -413,8 +421,8 @@ class _Check:
 
     ROWS, LENGTH, SHORT = 2, 6, 4
 
-    def __init__(self, engine: Engine, plan: Plan, items: bool) -> None:
-        self.engine, self.plan, self.items = engine, plan, items
+    def __init__(self, engine: Engine, plan: Plan) -> None:
+        self.engine, self.plan = engine, plan
         base = engine.host.base
         generator = torch.Generator().manual_seed(0)
         vocabulary = min(backbone_embeddings(base).weight.shape[0], 1000)
@@ -438,16 +446,20 @@ class _Check:
             head = HeadForm.recognise(plain["raw"], output.logits, softcap)
             if head is None:
                 return None
-            for counts in (True, False) if self.items else (True,):
-                form = Form(head=head, packs=False, shifts=shifts, counts=counts)
-                loss = self.run("padded", form)[1].loss
-                if self.close(loss, output.loss):
-                    break
-            else:
+            form = Form(head=head, packs=False, shifts=shifts)
+            if not self.close(self.run("padded", form)[1].loss, output.loss):
                 log.info("%s: its loss is not the usual one; all logits are computed", type(base).__name__)
                 return None
             packs = self.packs(form, plain, output)
-        return Form(head=head, packs=packs, shifts=shifts, counts=form.counts)
+        return Form(head=head, packs=packs, shifts=shifts)
+
+    def counts(self) -> bool:
+        """Whether the plain model divides its summed loss by `num_items_in_batch`."""
+        with self.quiet(self.engine.host.base), torch.no_grad():
+            mean, divided = (self.run("plain", None, items)[1].loss for items in (None, 7))
+        every = is_encoder_decoder(self.engine.host.base) or self.engine.host.counts(self.plan)[0] > 0
+        labels = self.batch["labels"] if every else self.batch["labels"][:, 1:]
+        return self.close(divided * 7, mean * int(labels.ne(IGNORED).sum()))
 
     def packs(self, form: Form, plain: dict, output: Any) -> bool:
         """Whether the packed row gives the padded batch's hidden states and loss."""
@@ -471,16 +483,18 @@ class _Check:
         error = float((found - expected).norm() / expected.norm())
         exact = found.shape == expected.shape and error <= (1e-3 if self.precise else 5e-2)
         if not (exact and self.close(packed.loss, output.loss)):
-            log.info("%s is trained padded: packing changes its hidden states by %.1e", type(engine.host.base).__name__, error)
+            log.info(
+                "%s is trained padded: packing changes its hidden states by %.1e", type(engine.host.base).__name__, error
+            )
             return False
         return True
 
-    def run(self, way: str, form: Form | None) -> tuple[dict, Any]:
+    def run(self, way: str, form: Form | None, items: int | None = None) -> tuple[dict, Any]:
         """One pass; what its plan kept, and its output."""
         plan = Plan(self.plan.switch, self.plan.adapters, way=way, form=form, form_check=True)
         inputs = dict(self.batch)
-        if self.items:
-            inputs["num_items_in_batch"] = torch.tensor(7, device=inputs["labels"].device)
+        if items is not None:
+            inputs["num_items_in_batch"] = torch.tensor(items, device=inputs["labels"].device)
         with running(plan):
             try:
                 output = self.engine.host.base_model(**inputs)

@@ -124,6 +124,14 @@ class PeftModel(Host):
             finally:
                 self.entry.engine.leave(plan)
 
+    def can_pack(self) -> bool:
+        """Whether training rows may hold several sequences (`position_ids` that start again) under the active adapters.
+
+        It is tried out once, on a small random batch.
+        """
+        form = self.entry.engine.form(self._plan()) if self.lean and self.packs else None
+        return form is not None and form.packs
+
     def _refuse_half_on_cpu(self) -> None:
         """UnsupportedError for training in float16 on a CPU, where no gradient scaler keeps small gradients alive."""
         if not (self.training and torch.is_grad_enabled() and self.adapter_device.type == "cpu"):

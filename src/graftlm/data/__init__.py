@@ -26,6 +26,7 @@ from graftlm.data.formats import (
     guess_format,
 )
 from graftlm.data.loading import load_data
+from graftlm.data.packing import PackedRows, PackingCollator
 from graftlm.data.prepare import prepare, prompts_and_targets
 from graftlm.data.show import show
 
@@ -42,6 +43,8 @@ __all__ = [
     "Format",
     "LabelFormat",
     "LengthSortedCollator",
+    "PackedRows",
+    "PackingCollator",
     "Pair",
     "Seq2SeqCollator",
     "TextFormat",

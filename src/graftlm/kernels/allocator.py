@@ -25,6 +25,8 @@ def keep_freed_memory() -> bool:
         library = ctypes.CDLL("libc.so.6")
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         kept = min(memory // _SHARE, 2**31 - 1)
-        return bool(library.mallopt(-2, 64 << 20) and library.mallopt(_MMAP, min(kept, 2**30)) and library.mallopt(_TRIM, kept))
+        return bool(
+            library.mallopt(-2, 64 << 20) and library.mallopt(_MMAP, min(kept, 2**30)) and library.mallopt(_TRIM, kept)
+        )
     except (OSError, ValueError, AttributeError):  # another C library
         return False

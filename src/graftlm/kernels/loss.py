@@ -107,8 +107,8 @@ class _TokenLosses(torch.autograd.Function):
 def _tiling(x: Tensor, weight: Tensor) -> tuple[int, int]:
     """Hidden states and vocabulary entries at a time."""
     if x.device.type == "cpu":
-        blocks = -(-len(x) // ROWS)
-        return -(-len(x) // blocks // MULTIPLE) * MULTIPLE, TILE
+        blocks = max(1, -(-len(x) // ROWS))
+        return max(1, -(-len(x) // blocks // MULTIPLE)) * MULTIPLE, TILE
     return max(1, DEVICE_ELEMENTS // weight.shape[0]), weight.shape[0]
 
 

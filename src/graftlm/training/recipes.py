@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
+from ..data import PackedRows
 from ..errors import RecipeError
 from ..model import PeftModel
 from ..preparation import prepare_model_for_kbit_training
@@ -165,7 +166,7 @@ def training_arguments(recipe: Recipe, held_out: bool, dtype: torch.dtype) -> Tr
         output_dir=recipe.output_dir,
         num_train_epochs=t.epochs,
         max_steps=t.max_steps or -1,
-        per_device_train_batch_size=t.batch_size,
+        per_device_train_batch_size=1 if t.packing else t.batch_size,
         per_device_eval_batch_size=t.eval_batch_size,
         gradient_accumulation_steps=t.accumulation,
         learning_rate=recipe.learning_rate,
@@ -176,7 +177,6 @@ def training_arguments(recipe: Recipe, held_out: bool, dtype: torch.dtype) -> Tr
         label_smoothing_factor=t.label_smoothing,
         seed=t.seed,
         data_seed=t.seed,
-        bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16 and has_accelerator(),
         use_cpu=not has_accelerator(),
         eval_strategy=evaluates,
@@ -212,7 +212,7 @@ def make_trainer(
         model,
         training_arguments(recipe, data.held_out_rows is not None, model._float_dtype()),
         data_collator=data.collator,
-        train_dataset=data.train_rows,
+        train_dataset=packed(recipe, model, data) if recipe.training.packing else data.train_rows,
         eval_dataset=data.held_out_rows,
         callbacks=list(callbacks),
     )
@@ -221,6 +221,18 @@ def make_trainer(
     if quiet:
         trainer.remove_callback(RichProgress)
     return trainer
+
+
+def packed(recipe: Recipe, model: PeftModel, data: RunData) -> PackedRows:
+    """The training rows in steps of a token budget. RecipeError where the base cannot take them."""
+    if is_encoder_decoder(model):
+        raise RecipeError("training.packing is for decoder-only models; leave it out for encoder-decoder ones")
+    if not model.can_pack():
+        raise RecipeError(
+            f"training.packing: {type(model.base).__name__} gives other results for packed rows here (its attention cannot keep "
+            "sequences apart, or this is a GPU); leave packing out, its batches are then padded"
+        )
+    return PackedRows(data.train_rows, recipe.training.tokens, recipe.training.seed)
 
 
 def fit(trainer: Trainer, recipe: Recipe, output: Path) -> None:

@@ -63,6 +63,8 @@ class TrainingSection(Section):
     batch_size: int = Field(default=8, ge=1, description="rows a step and device")
     eval_batch_size: int = Field(default=32, ge=1, description="rows a batch in evaluation")
     accumulation: int = Field(default=1, ge=1, description="steps that make one update")
+    packing: bool = Field(default=False, description="fill steps by tokens instead of rows; batch_size is not used then")
+    tokens: int = Field(default=1024, ge=16, description="most tokens a step, with packing")
     learning_rate: float | None = Field(default=None, gt=0, description="measured default of the method")
     schedule: str = Field(default="linear", description="transformers' name of the learning-rate schedule")
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1, description="share of the steps")

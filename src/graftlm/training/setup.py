@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import bundled
-from ..data import CausalLMCollator, Format, Seq2SeqCollator, get_format, load_data, prepare, prompts_and_targets
+from ..data import (
+    CausalLMCollator,
+    Format,
+    PackingCollator,
+    Seq2SeqCollator,
+    get_format,
+    load_data,
+    prepare,
+    prompts_and_targets,
+)
 from ..errors import DataError, RecipeError
 from ..methods import PeftConfig, TaskType
 from ..model import PeftModel, get_peft_model
@@ -56,8 +65,18 @@ def load_data_of(recipe: Recipe, tokenizer: Any, seq2seq: bool) -> RunData:
 
         return RunData(
             format=fmt, train=train, held_out=held_out, train_rows=tokens(train), held_out_rows=tokens(held_out),
-            collator=Seq2SeqCollator(tokenizer) if seq2seq else FirstTokenMasked(CausalLMCollator(tokenizer)),
+            collator=Seq2SeqCollator(tokenizer) if seq2seq else PacksOrRows(FirstTokenMasked(CausalLMCollator(tokenizer))),
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PacksOrRows:
+    """A collator of rows that also takes packs of them (`PackedRows`)."""
+
+    collator: Any
+
+    def __call__(self, rows: Any) -> dict[str, Any]:
+        return PackingCollator()(rows) if isinstance(rows[0], list) else self.collator(rows)
 
 
 def splits(section: DataSection, seed: int) -> tuple[Any, Any]:

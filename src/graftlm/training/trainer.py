@@ -29,6 +29,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from ..errors import CheckpointError, ConfigError
 from ..model import PeftModel
 from .curve import save_curve
+from .joining import Joiner
 from .meters import EpochMeter, TokenLoss, labelled_tokens, peak_memory, perplexity, real_tokens
 from .progress import RichProgress
 from .resume import checkpoints, last_complete_checkpoint
@@ -112,6 +113,7 @@ class Trainer(transformers.Trainer):
         for callback in (self.meter, EpochLog(self), self.progress, self.stop):
             self.add_callback(callback)
         self._pending: list[Tensor] = []
+        self.joiner = Joiner()
         self._evaluated = TokenLoss()
         if self.label_smoother is None and has_virtual_tokens(self.accelerator.unwrap_model(self.model)):
             self._loss_shifts_labels = False  # the last virtual token predicts the first real one: every label counts
@@ -149,6 +151,20 @@ class Trainer(transformers.Trainer):
         return str(found)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Short batches that make up one update are trained as one packed batch: the same gradient in fewer passes."""
+        if not self._may_join(num_items_in_batch):
+            return self._training_step(model, inputs, num_items_in_batch)
+        batches = self.joiner.add(inputs, self.accelerator.sync_gradients)
+        losses = [self._training_step(model, batch, num_items_in_batch) for batch in batches]
+        return sum(losses, torch.zeros((), device=self.args.device))
+
+    def _may_join(self, num_items_in_batch: Any) -> bool:
+        model = self.accelerator.unwrap_model(self.model)
+        several = self.args.gradient_accumulation_steps > 1 and num_items_in_batch is not None and self.args.n_gpu <= 1
+        plain = self.label_smoother is None and self.compute_loss_func is None and self.model_accepts_loss_kwargs
+        return several and plain and isinstance(model, PeftModel) and model.can_pack()
+
+    def _training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         counts = self._weight(inputs), real_tokens(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:  # the sum over all tokens of the step

@@ -1,0 +1,197 @@
+"""The cheaper forms against plain ones: values and gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import close
+from torch import Tensor
+
+from graftlm import kernels
+from graftlm.kernels import HeadForm, Segments, attention, linear, loss
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64).to(dtype)
+
+
+# -- attention -----------------------------------------------------------------------------------------------------------
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], shared: int, keys: Tensor | None, values: Tensor | None,
+    slopes: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    """The same by one mask over the whole row: q [H, N, D], k and v [G, N, D] -> [N, H, D]."""
+    heads, count, _ = q.shape
+    prefix = 0 if keys is None else keys.shape[1]
+    if keys is not None and values is not None:
+        k, v = torch.cat((keys, k), 1), torch.cat((values, v), 1)
+    k, v = (t.repeat_interleave(heads // t.shape[0], 0) for t in (k, v))
+    owner = torch.tensor([-1] * shared + [i for i, n in enumerate(lengths) for _ in range(n)])
+    place = torch.tensor([*range(shared), *(shared + j for n in lengths for j in range(n))])
+    seen = ((owner[:, None] == owner) | (owner == -1)) & (place[:, None] >= place)
+    seen = torch.cat((torch.ones(count, prefix, dtype=torch.bool), seen), 1)
+    scores = q @ k.transpose(1, 2) * scale
+    if slopes is not None:
+        scores = scores + slopes[:, None, None] * torch.cat((torch.arange(prefix), prefix + place))
+    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1)
+
+
+@pytest.mark.parametrize("long", [False, True], ids=["short", "long"])
+@pytest.mark.parametrize(
+    ("heads", "groups", "alibi", "shared", "prefix"),
+    [
+        (4, 4, False, 0, 0),
+        (4, 2, False, 3, 0),
+        (4, 1, False, 2, 3),
+        (4, 4, True, 0, 5),
+        (4, 4, True, 2, 3),
+        (4, 2, False, 0, 4),
+    ],
+)
+def test_segments_attend_like_a_masked_row(
+    heads: int, groups: int, alibi: bool, shared: int, prefix: int, long: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if long:
+        monkeypatch.setattr(attention, "LONG", 1)
+    lengths, width = [5, 1, 7], 8
+    count = shared + sum(lengths)
+    tensors = [normal(count, n, width, seed=i).requires_grad_() for i, n in enumerate((heads, groups, groups))]
+    memory = [normal(groups, prefix, width, seed=i + 5).requires_grad_() for i in range(2)] if prefix else []
+    slopes = torch.rand(heads, generator=generator(9)) if alibi else None
+    segments = Segments(lengths, shared, [tuple(memory)] if memory else None, slopes)  # type: ignore[list-item]
+    q, k, v = (t.transpose(0, 1) for t in tensors)
+    got = segments.attend(q, k, v, 0, 0.3)
+    wanted = dense_attention(q, k, v, lengths, shared, *(memory or (None, None)), slopes, 0.3)
+    close(got, wanted)
+    outer = normal(*got.shape, seed=11)
+    for ours, theirs in zip(*(torch.autograd.grad(x, tensors + memory, outer) for x in (got, wanted)), strict=True):
+        close(ours, theirs)
+
+
+def test_attention_dropout_drops_and_its_gradient_is_that_of_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = torch.tensor([0.0, 2.0])[torch.randint(0, 2, (2, 6, 6), generator=generator())].double()
+    monkeypatch.setattr(attention, "_mask_of", lambda shares, p: mask)
+    tensors = [normal(6, 2, 4, seed=i).requires_grad_() for i in range(3)]
+    q, k, v = (t.transpose(0, 1) for t in tensors)
+    got = Segments([6]).attend(q, k, v, 0, 0.5, 0.5)
+    scores = (q @ k.transpose(1, 2) * 0.5).masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
+    wanted = (scores.softmax(-1) * mask @ v).transpose(0, 1)
+    close(got, wanted)
+    outer = normal(*got.shape, seed=3)
+    for ours, theirs in zip(*(torch.autograd.grad(x, tensors, outer) for x in (got, wanted)), strict=True):
+        close(ours, theirs)
+
+
+# -- loss ----------------------------------------------------------------------------------------------------------------
+FORMS = [HeadForm(), HeadForm(scale=0.3), HeadForm(softcap=5.0), HeadForm(scale=2.0, softcap=4.0)]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("form", FORMS, ids=["plain", "scaled", "capped", "both"])
+def test_losses_are_those_of_all_logits(form: HeadForm, bias: bool, smoothing: float) -> None:
+    hidden = normal(300, 16, dtype=torch.float32).requires_grad_()
+    weight = normal(9000, 16, seed=1, dtype=torch.float32)
+    added = normal(9000, seed=2, dtype=torch.float32) if bias else None
+    targets = torch.randint(0, 9000, (300,), generator=generator(3))
+    share = torch.rand(300, generator=generator(4))
+    wanted = F.cross_entropy(
+        form.apply(F.linear(hidden, weight, added)), targets, reduction="none", label_smoothing=smoothing
+    )
+    ours = kernels.token_losses(hidden, weight, added, targets, form, smoothing)
+    chunks = loss.chunked_losses(lambda x: F.linear(x, weight, added), hidden, targets, form, smoothing)
+    (gradient,) = torch.autograd.grad((wanted * share).sum(), hidden)
+    for got in (ours, chunks):
+        close(got, wanted)
+        (own,) = torch.autograd.grad((got * share).sum(), hidden)
+        close(own, gradient, 1e-4)
+
+
+def test_losses_in_bf16_are_close_and_need_no_gradient() -> None:
+    hidden, weight = normal(70, 32, dtype=torch.bfloat16), normal(5000, 32, seed=1, dtype=torch.bfloat16) * 0.1
+    targets = torch.randint(0, 5000, (70,), generator=generator(3))
+    wanted = F.cross_entropy((hidden.float() @ weight.float().T), targets, reduction="none")
+    got = kernels.token_losses(hidden, weight, None, targets, HeadForm())
+    assert got.dtype is torch.float32
+    close(got, wanted, 2e-2)
+    assert kernels.token_losses(hidden[:0], weight, None, targets[:0], HeadForm()).shape == (0,)
+
+
+@pytest.mark.parametrize("form", FORMS[:3], ids=["plain", "scaled", "capped"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_heads_form_is_recognised(form: HeadForm, dtype: torch.dtype) -> None:
+    raw = normal(2, 5, 200, dtype=dtype) * 6
+    found = HeadForm.recognise(raw, form.apply(raw), 5.0)
+    assert found is not None
+    assert found.softcap == form.softcap
+    assert found.scale == pytest.approx(form.scale, rel=2e-3)
+    assert HeadForm.recognise(raw, raw + raw.abs(), 5.0) is None
+
+
+# -- linear, LoRA, dropout -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("trained", [False, True])
+def test_onednns_product_has_torchs_gradients(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "onednn_wins", lambda dtype: True)
+    monkeypatch.setattr(linear, "_SMALL", 0)
+    x = normal(3, 21, 40, dtype=torch.float32).requires_grad_()
+    weight = normal(24, 40, seed=1, dtype=torch.float32).requires_grad_(trained)
+    bias = normal(24, seed=2, dtype=torch.float32).requires_grad_(trained)
+    wanted_of = [x, weight, bias] if trained else [x]
+    outer = normal(3, 21, 24, seed=3, dtype=torch.float32)
+    got, wanted = kernels.product(x, weight, bias), F.linear(x, weight, bias)
+    assert "Product" in type(got.grad_fn).__name__
+    close(got, wanted)
+    for ours, theirs in zip(*(torch.autograd.grad(y, wanted_of, outer) for y in (got, wanted)), strict=True):
+        close(ours, theirs)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("view", [False, True], ids=["in_place", "view"])
+def test_low_rank_update_and_its_gradients(p: float, view: bool) -> None:
+    x, a, b = (normal(*s, seed=i).requires_grad_() for i, s in enumerate([(2, 5, 16), (3, 16), (12, 3)]))
+    before = normal(2, 5, 12, seed=7).requires_grad_()
+
+    def fresh() -> Tensor:
+        y = before * 1.0
+        return y.view(10, 12).view(2, 5, 12) if view else y
+
+    torch.manual_seed(1)
+    got = kernels.low_rank(fresh(), x, a, b, 0.7, p)
+    torch.manual_seed(1)
+    kept, scale = kernels.lora.keep_mask(x.reshape(-1, 16), p) if p else (torch.ones(10, 16), 1.0)
+    wanted = before + 0.7 * scale * (x * kept.view(2, 5, 16)) @ a.T @ b.T
+    close(got, wanted)
+    outer = normal(2, 5, 12, seed=8)
+    for ours, theirs in zip(*(torch.autograd.grad(y, (before, x, a, b), outer) for y in (got, wanted)), strict=True):
+        close(ours, theirs)
+
+
+def test_cheap_dropout_drops_its_share_and_keeps_the_expectation() -> None:
+    torch.manual_seed(0)
+    x = torch.ones(1000, 1001, requires_grad=True)
+    y = kernels.dropout(x, 0.05)
+    y.sum().backward()
+    dropped = (y == 0).float().mean().item()
+    assert dropped == pytest.approx(0.05, abs=1e-3)
+    assert y.mean().item() == pytest.approx(1.0, abs=2e-3)
+    assert torch.equal(x.grad, y.detach())  # type: ignore[arg-type]
+    assert kernels.dropout(x, 0.05, training=False) is x
+
+
+def test_products_work_under_autocast() -> None:
+    weight = normal(64, 32, dtype=torch.float32)
+    hidden = normal(5, 32, seed=1, dtype=torch.float32).requires_grad_()
+    targets = torch.arange(5)
+    options: dict[str, Any] = {"dtype": torch.bfloat16}
+    with torch.autocast("cpu", torch.bfloat16):
+        got = kernels.token_losses(hidden, weight, None, targets, HeadForm(), **options)
+        q = normal(6, 2, 4, seed=2, dtype=torch.float32).transpose(0, 1)
+        assert Segments([6]).attend(q, q, q.bfloat16(), 0, 0.5).dtype is torch.bfloat16
+    close(got, F.cross_entropy(hidden @ weight.T, targets, reduction="none"), 5e-2)
