@@ -1,16 +1,18 @@
 """Training steps of GraftLM and HF PEFT on the documents' shapes, side by side.
 
-    python benchmarks/training.py                              # all workloads, fp32 and bf16: about half an hour on two cores
-    python benchmarks/training.py prefix lora --dtype bfloat16 --rounds 7 --json out.json --plot out.png
+    python benchmarks/training.py                              # all workloads, fp32 and bf16: about half an hour on two
+    cores python benchmarks/training.py prefix lora --dtype bfloat16 --rounds 7 --json out.json --plot out.png
     python benchmarks/training.py --sweep                      # families x methods x dtypes, small
     python benchmarks/training.py --overheads                  # wrapping, first step, saving, switching, Trainer
 
-Both libraries run in one process on one set of base weights (two models that share them), with the same adapter values and the
-same batch, one step of each in turn; what is printed are ratios of medians. First, without dropout, loss and adapter gradients
-are compared. Optimisers: AdamW as the documents make it for HF PEFT (001 and 002: torch's default; 003 and 004: the Trainer's
-fused one), fused for GraftLM; `same optimiser` is the ratio with the fused one on both sides. The share of the floor is the
-useful arithmetic (real tokens, labelled logits, gradients of activations and adapters) over the fastest matrix product measured
-in the same run. Peak memory: each library in a process of its own, highest resident memory with the weights.
+Both libraries run in one process on one set of base weights (two models that share them), with the same adapter values and
+the same batch, one step of each in turn; what is printed are ratios of medians. First, without dropout, loss and adapter
+gradients are compared. Optimisers: AdamW as the documents make it for HF PEFT (001 and 002: torch's default; 003 and 004:
+the
+Trainer's fused one), fused for GraftLM; `same optimiser` is the ratio with the fused one on both sides. The share of the
+floor is the useful arithmetic (real tokens, labelled logits, gradients of activations and adapters) over the fastest matrix
+product measured in the same run. Peak memory: each library in a process of its own, highest resident memory with the
+weights.
 """
 
 from __future__ import annotations
@@ -113,7 +115,7 @@ def in_dtype(dtype: Any, make: Callable[[], Any]) -> Any:
         for start in range(0, len(flat), len(numbers)):
             part = flat[start : start + len(numbers)]
             part.copy_(numbers[: len(part)])
-    for name, module in model.named_modules():
+    for module in model.modules():
         if "norm" in type(module).__name__.lower():
             module.weight.data.fill_(1)
     for name, buffer in model.named_buffers():
@@ -314,8 +316,8 @@ def without_dropout(model: Any) -> Callable[[], None]:
 def compare(theirs: Runner, ours: Runner) -> dict[str, float]:
     """Relative differences of loss and gradients, dropout off; and of HF PEFT's gradients with one more place of padding.
 
-    The last is what rounding alone does: where an activation has a kink (OPT's ReLU), an input that is rounded to the other side
-    of it switches a whole gradient on or off.
+    The last is what rounding alone does: where an activation has a kink (OPT's ReLU), an input that is rounded to the other
+    side of it switches a whole gradient on or off.
     """
     undo = [without_dropout(r.model) for r in (theirs, ours)]
     (loss, gradient), (own_loss, own_gradient) = theirs.gradients(), ours.gradients()
@@ -380,8 +382,8 @@ def peak_flops(dtype: Any) -> float:
 
 
 def useful_flops(work: Workload, model: Any) -> float:
-    """Arithmetic that a step cannot do without: 2 a weight and token forward, 2 for the gradient of the activations, 2 more for
-    that of a trained weight; attention over real tokens only."""
+    """Arithmetic that a step cannot do without: 2 a weight and token forward, 2 for the gradient of the activations, 2 more
+    for that of a trained weight; attention over real tokens only."""
     base = model.get_base_model()
     head = base.get_output_embeddings()
     config = base.config

@@ -118,7 +118,8 @@ class PeftModel(Host):
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_half_on_cpu()
-        with running(self._plan(kwargs.pop("adapter_names", None))) as plan:
+        plan = self._plan(kwargs.pop("adapter_names", None))
+        with running(plan):
             try:
                 return self.base_model(*args, **kwargs)
             finally:

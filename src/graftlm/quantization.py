@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import ConfigError, UnsupportedError, nearest
+from .kernels.linear import plain_product, product
 
 SCHEMES = ("int8", "nf4", "fp4")
 _WEIGHTS = {"SCB": "Int8Params", "quant_state": "Params4bit"}  # bitsandbytes' parameters by an attribute of theirs
@@ -227,6 +228,34 @@ def round_to_levels(weight: Tensor, scheme: str) -> Tensor:
         return data.float() * (scale.view(-1, 1) / 127.0)
     data, state = library.functional.quantize_4bit(weight.float(), quant_type=scheme)
     return library.functional.dequantize_4bit(data, state).view(weight.shape)
+
+
+class _Product4bit(torch.autograd.Function):
+    """``x W^T + b`` of a 4-bit W, dequantised for each product and kept in no other form."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any, bias: Tensor | None) -> Tensor:
+        ctx.layer = layer
+        return product(x, dequantize(layer).to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        made = plain_product(flat, dequantize(ctx.layer).to(flat.dtype).t())
+        return made.view(*gradient.shape[:-1], -1), None, None
+
+
+def linear_4bit(layer: Any, otherwise: Any, x: Tensor) -> Tensor:
+    """A 4-bit layer's product in training, x [..., in] -> [..., out], by whichever library is the faster for its dtype.
+
+    bitsandbytes makes the same product with torch's default; `otherwise` is its way.
+    """
+    plain = x.requires_grad and layer.compute_type_is_set and not torch.is_autocast_enabled(x.device.type)
+    if not plain or layer.weight.quant_state is None or (layer.bias is not None and layer.bias.requires_grad):
+        return otherwise(x)
+    dtype = layer.compute_dtype or x.dtype
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return _Product4bit.apply(x.to(dtype), layer, bias).to(x.dtype)
 
 
 # -- packed 4-bit layers on CPUs -----------------------------------------------------------------------------------------

@@ -39,8 +39,8 @@ class Plan:
 
     `scratch` holds what the entry points of this pass need to tell each other (for example the encoder's positions).
 
-    In a training pass `segments` says how a packed row divides into sequences, and `around` makes the surroundings in which the
-    base's layers run (again). `way`, `form` and `form_check` are the engine's while it tries out its short cuts.
+    In a training pass `segments` says how a packed row divides into sequences, and `around` makes the surroundings in which
+    the base's layers run (again). `way`, `form` and `form_check` are the engine's while it tries out its short cuts.
     """
 
     switch: Switch

@@ -1,14 +1,17 @@
 """Fast forms of a base's modules, put in place while it is wrapped, and what packing needs to know of a family.
 
-A module gets another class (a subclass of its own) rather than another forward: it can still be copied, pickled and quantised,
-and taking the fast form off again is one assignment.
+A module gets another class, a subclass of its own, rather than another forward: taking the fast form off again is one
+assignment, and copies and pickles are of the plain class.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -16,52 +19,139 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomGelu
 
 from ..errors import UnsupportedError
+from ..kernels import norm
 from ..kernels.linear import onednn_wins, product
+from ..quantization import linear_4bit, quantized_kind
 from ..routing import current_plan
 from . import bloom
 from .attention import attention_modules
 
 segment_attention = "graftlm_segments"  # the name of our attention in transformers' registry
 
+Forward = Callable[..., Any]
+
 
 # -- modules -------------------------------------------------------------------------------------------------------------
-class FastLinear(nn.Linear):
-    """A linear layer by oneDNN in training (see `kernels.linear`)."""
+class Fast:
+    """Marks a class made by `fast_class`; `plain_class` is what it stands for."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        fast = self.training and torch.is_grad_enabled()
-        return product(x, self.weight, self.bias) if fast else super().forward(x)
+    plain_class: type
 
-
-class FastNewGELU(NewGELUActivation):
-    """The tanh approximation of GELU as one operation: GPT-2's and T5's is a formula of eight."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.gelu(input, approximate="tanh") if self.training else super().forward(input)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _new, (self.plain_class,), *reduced[2:]
 
 
-FAST: dict[type, type] = {
-    BloomAttention: bloom.SegmentBloomAttention,
-    BloomGelu: bloom.FastBloomGelu,
-    NewGELUActivation: FastNewGELU,
+def _new(plain: Any) -> Any:
+    return plain.__new__(plain)
+
+
+@functools.cache
+def fast_class(plain: Any, forward: Any) -> Any:
+    """A subclass of `plain` that trains by `forward(module, plain's forward, *inputs)`; evaluation is as before.
+
+    A packed row goes the fast way at any rate, so that the engine tries it out with what it will train with.
+    """
+
+    def either(self: Any, *args: Any, **kwargs: Any) -> Any:
+        otherwise = functools.partial(plain.forward, self)  # type: ignore[attr-defined]
+        plan = current_plan()
+        trains = (self.training and torch.is_grad_enabled()) or (plan is not None and plan.segments is not None)
+        if not trains or torch.compiler.is_compiling():
+            return otherwise(*args, **kwargs)
+        return forward(self, otherwise, *args, **kwargs)
+
+    either.__signature__ = _signature(plain)  # type: ignore[attr-defined]
+    body = {"forward": either, "plain_class": plain, "__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    return type(plain.__name__, (Fast, plain), body)
+
+
+def _signature(plain: Any) -> Any:
+    import inspect
+
+    return inspect.signature(plain.forward)
+
+
+def linear(module: nn.Linear, otherwise: Forward, x: Tensor) -> Tensor:
+    """A linear layer by oneDNN (see `kernels.linear`)."""
+    return product(x, module.weight, module.bias)
+
+
+def tanh_gelu(module: nn.Module, otherwise: Forward, x: Tensor) -> Tensor:
+    """GELU's tanh approximation (arXiv:1606.08415) as one operation; in Python it is eight, each with a tensor kept."""
+    return F.gelu(x, approximate="tanh")
+
+
+def rms_norm(module: Any, otherwise: Forward, x: Tensor) -> Tensor:
+    """An RMSNorm that keeps its input and one number a token."""
+    if module.weight.requires_grad:
+        return otherwise(x)
+    return norm.rms_norm(x, module.weight, _epsilon(module), one_more=False)
+
+
+def rms_norm_plus_one(module: Any, otherwise: Forward, x: Tensor) -> Tensor:
+    """The same where the weight is a difference to one (Gemma)."""
+    if module.weight.requires_grad:
+        return otherwise(x)
+    return norm.rms_norm(x, module.weight, _epsilon(module), one_more=True)
+
+
+def _epsilon(module: Any) -> Any:
+    return getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+
+
+FORWARDS: dict[type, Forward] = {
+    BloomAttention: bloom.attention,
+    BloomGelu: tanh_gelu,
+    NewGELUActivation: tanh_gelu,
 }
-_PLAIN = {fast: plain for plain, fast in FAST.items()} | {FastLinear: nn.Linear}
+
+
+def forward_for(module: nn.Module) -> Forward | None:
+    """The fast forward of a module, or None."""
+    kind = type(module)
+    if kind is nn.Linear:
+        weight: Any = module.weight
+        return linear if weight.device.type == "cpu" and onednn_wins(weight.dtype) else None
+    if "weight" in module._parameters and quantized_kind(module) == "4bit" and module.weight.device.type == "cpu":  # type: ignore[union-attr]
+        return linear_4bit
+    if kind.__name__.endswith("RMSNorm") and not issubclass(kind, Fast):
+        return _norm_forward(module)
+    return FORWARDS.get(kind)
+
+
+_NORMS: dict[tuple, Forward | None] = {}
+
+
+def _norm_forward(module: Any) -> Forward | None:
+    """Which of the two RMSNorms a family's own computes, found by trying; None if neither."""
+    weight, epsilon = getattr(module, "weight", None), _epsilon(module)
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(epsilon, float) or weight.device.type != "cpu":
+        return None
+    key = type(module), weight.dtype
+    if key not in _NORMS:
+        x = torch.randn(3, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            wanted = type(module).forward(module, x)
+            tried = {f: f(module, lambda x: torch.full_like(x, torch.nan), x) for f in (rms_norm, rms_norm_plus_one)}
+        _NORMS[key] = next((f for f, y in tried.items() if y.dtype is wanted.dtype and torch.equal(y, wanted)), None)
+    return _NORMS[key]
 
 
 def speed_up(model: nn.Module) -> None:
     """Put the fast forms in place, in a base and in adapters. Repeatable."""
+    module: Any
     for module in model.modules():
-        if type(module) in FAST:
-            module.__class__ = FAST[type(module)]
-        elif type(module) is nn.Linear and module.weight.device.type == "cpu" and onednn_wins(module.weight.dtype):
-            module.__class__ = FastLinear
+        forward = None if isinstance(module, Fast) else forward_for(module)
+        if forward is not None:
+            module.__class__ = fast_class(type(module), forward)
 
 
 def slow_down(base: nn.Module) -> None:
     """Give every module its own class back."""
     for module in base.modules():
-        if type(module) in _PLAIN:
-            module.__class__ = _PLAIN[type(module)]
+        if isinstance(module, Fast):
+            module.__class__ = module.plain_class
 
 
 # -- attention of packed rows --------------------------------------------------------------------------------------------
@@ -103,8 +193,8 @@ def attention_window(base: Any) -> int | None:
 
 
 def alibi_slopes(base: nn.Module) -> Tensor | None:
-    """ALiBi's slopes of a base whose attention adds them itself for each segment (Bloom), else None."""
-    return next((bloom.slopes(m) for m in base.modules() if isinstance(m, bloom.SegmentBloomAttention)), None)
+    """ALiBi's slopes of a base whose attention leaves them to the segments (Bloom), else None."""
+    return next((bloom.slopes(m) for m in base.modules() if isinstance(m, BloomAttention)), None)
 
 
 def has_dropout(base: nn.Module) -> bool:

@@ -9,5 +9,6 @@ from .dropout import dropout
 from .linear import product
 from .lora import low_rank
 from .loss import HeadForm, token_losses
+from .norm import rms_norm
 
-__all__ = ["HeadForm", "Segments", "dropout", "keep_freed_memory", "low_rank", "product", "token_losses"]
+__all__ = ["HeadForm", "Segments", "dropout", "keep_freed_memory", "low_rank", "product", "rms_norm", "token_losses"]

@@ -1,7 +1,7 @@
 """Memory that a training step frees is kept for the next one (Linux with glibc).
 
-glibc takes blocks above 32 MB from the system and gives them back at once, so that every step has the same gigabytes zeroed page
-by page: 10 to 15 % of a step's time. With higher thresholds they stay in the process. It is bounded by a share of the
+glibc takes blocks above 32 MB from the system and gives them back at once, so that every step has the same gigabytes zeroed
+page by page: 10 to 15 % of a step's time. With higher thresholds they stay in the process. It is bounded by a share of the
 machine's memory; GRAFTLM_KEEP_MEMORY=0 leaves the allocator alone, and so do MALLOC_ variables of one's own.
 """
 
@@ -15,7 +15,7 @@ _TRIM, _MMAP = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
 _SHARE = 8  # at most an eighth of the memory is kept
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def keep_freed_memory() -> bool:
     """Raise the thresholds, once a process; whether it was done."""
     own = any(name.startswith("MALLOC_") for name in os.environ)

@@ -1,6 +1,7 @@
 """Causal attention of several sequences that lie one after the other in one row, each for itself.
 
-Shapes: N tokens of the row, H heads, G key-value heads (H a multiple), D head_dim; M prefix entries a layer, S shared tokens.
+Shapes: N tokens of the row, H heads, G key-value heads (H a multiple), D head_dim; M prefix entries a layer, S shared
+tokens.
 
     row      s s | a a a | b b b b b |         a: attends to prefix, s, a up to itself
     lengths       3       5                    b: attends to prefix, s, b up to itself

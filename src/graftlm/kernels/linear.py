@@ -77,7 +77,7 @@ class _Product(torch.autograd.Function):
         return to_x, to_weight, to_bias
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def onednn_wins(dtype: torch.dtype) -> bool:
     """Whether oneDNN is clearly faster here for a product and its gradient; measured once (some ten milliseconds)."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):

@@ -1,7 +1,8 @@
 """LoRA's update of a layer's output in one autograd function (arXiv:2106.09685 eq. 3).
 
-``y += scale * dropout(x) A^T B^T``: x [..., in], A [r, in], B [out, r], y [..., out]. Kept for the gradient: x itself (shared by
-all layers that read it, no copy in another dtype), the product with A [N, r], and the dropout mask (a byte an element).
+``y += scale * dropout(x) A^T B^T``: x [..., in], A [r, in], B [out, r], y [..., out]. Kept for the gradient: x itself
+(shared by all layers that read it, no copy in another dtype), the product with A [N, r], and the dropout mask (a byte an
+element).
 """
 
 from __future__ import annotations

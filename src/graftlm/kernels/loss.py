@@ -38,7 +38,7 @@ class HeadForm:
 
     @classmethod
     def recognise(cls, raw: Tensor, logits: Tensor, softcap: float | None) -> HeadForm | None:
-        """The form that made `logits` out of `raw` (same shape), or None. `softcap`: the one of the model's configuration."""
+        """The form that made `logits` out of `raw` (same shape), or None. `softcap`: what the configuration says."""
         if raw.shape != logits.shape:
             return None
         tolerance = 1e-4 if raw.dtype is torch.float32 and logits.dtype is torch.float32 else 2e-2
@@ -57,8 +57,8 @@ def token_losses(
 ) -> Tensor:  # fmt: skip
     """Losses [N] in nats, fp32, of a head whose weight and bias are frozen. The gradient goes to `hidden`.
 
-    With label smoothing e a loss is ``(1 - e) * nll + e * mean over V of -log p``. Products are made in `dtype` (the weight's),
-    sums in fp32.
+    With label smoothing e a loss is ``(1 - e) * nll + e * mean over V of -log p``. Products are made in `dtype` (the
+    weight's), sums in fp32.
     """
     return _TokenLosses.apply(hidden, weight, bias, targets, form, smoothing, dtype or weight.dtype)
 
@@ -93,7 +93,7 @@ class _TokenLosses(torch.autograd.Function):
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)
             losses[part], made = _rows(x[part], weight, bias, targets[part], form, smoothing, tile, gradient is not None)
-            if gradient is not None:
+            if gradient is not None and made is not None:
                 gradient[part] = made
         ctx.save_for_backward(None if gradient is None else gradient[:count])
         return losses[:count]

@@ -1,7 +1,7 @@
 """Batches of one update, joined: gradient accumulation over short rows as one pass over all of them.
 
-The loss of each batch is its sum over labels divided by the labels of the whole update, so that the gradient of the joined batch
-is the sum of theirs, exactly.
+The loss of each batch is its sum over labels divided by the labels of the whole update, so that the gradient of the joined
+batch is the sum of theirs, exactly.
 """
 
 from __future__ import annotations

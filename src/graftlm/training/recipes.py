@@ -229,8 +229,8 @@ def packed(recipe: Recipe, model: PeftModel, data: RunData) -> PackedRows:
         raise RecipeError("training.packing is for decoder-only models; leave it out for encoder-decoder ones")
     if not model.can_pack():
         raise RecipeError(
-            f"training.packing: {type(model.base).__name__} gives other results for packed rows here (its attention cannot keep "
-            "sequences apart, or this is a GPU); leave packing out, its batches are then padded"
+            f"training.packing: {type(model.base).__name__} gives other results for packed rows here (its attention cannot "
+            "keep sequences apart, or this is a GPU); leave packing out, its batches are then padded"
         )
     return PackedRows(data.train_rows, recipe.training.tokens, recipe.training.seed)
 

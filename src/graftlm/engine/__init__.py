@@ -1,7 +1,7 @@
 """Training passes that do only the work that counts: logits of labelled tokens, no padding.
 
-In training mode and with labels, the wrapper takes the labels away from the base model, lets its body run once, and makes the
-loss itself from the hidden states that reach the head::
+In training mode and with labels, the wrapper takes the labels away from the base model, lets its body run once, and makes
+the loss itself from the hidden states that reach the head::
 
     rows    . . a a a        packed  a a a b b b b b        labelled   a a b b b     head and cross-entropy of these only,
             b b b b b   ->           (a to a, b to b)   ->                           the vocabulary in tiles
@@ -15,52 +15,36 @@ Shapes: B rows, T tokens a row as given, P virtual tokens, N tokens of the packe
 
 from __future__ import annotations
 
-import logging
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .architectures import backbone_embeddings, is_encoder_decoder
-from .architectures.fast import alibi_slopes, attention_configs, attention_window, has_dropout, segment_attention
-from .kernels import HeadForm, Segments, keep_freed_memory, token_losses
-from .kernels.linear import even_rows
-from .kernels.loss import chunked_losses
-from .quantization import quantized_kind, quantized_layers
-from .routing import Plan, current_plan, restore_order, running
+from ..architectures import backbone_embeddings, is_encoder_decoder
+from ..architectures.fast import alibi_slopes, attention_configs, attention_window, has_dropout, segment_attention
+from ..kernels import HeadForm, Segments, keep_freed_memory, token_losses
+from ..kernels.linear import even_rows
+from ..kernels.loss import chunked_losses
+from ..quantization import quantized_kind
+from ..routing import Plan, current_plan, restore_order, running
+from .check import IGNORED, Check, Form, log
+from .output import HeadHook, with_lazy_logits
+from .row import Row
 
 if TYPE_CHECKING:
-    from .entry import Entry
-    from .host import Host
+    from ..entry import Entry
+    from ..host import Host
 
-log = logging.getLogger(__name__)
+__all__ = ["Engine", "Form"]
 
-IGNORED = -100
 # What a packed call may carry; anything else (images, token types) goes the padded way.
 PACKABLE = {
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels", "num_items_in_batch",
     "use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits",
 }  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Form:
-    """Which short cuts hold for a model.
-
-    Args:
-        head: what the model does to its head's output.
-        packs: rows can be packed.
-        shifts: the loss is that of the next token (a causal model's), not of the token at the same place.
-    """
-
-    head: HeadForm
-    packs: bool
-    shifts: bool
 
 
 class Engine:
@@ -81,7 +65,7 @@ class Engine:
         """Register the hooks on the head; returns their handles."""
         if self.head is None:
             return []
-        before, after = _HeadHook(self, "before_head"), _HeadHook(self, "after_head")
+        before, after = HeadHook(self, "before_head"), HeadHook(self, "after_head")
         return [self.head.register_forward_pre_hook(before), self.head.register_forward_hook(after)]
 
     # -- which way a pass goes ---------------------------------------------------------------------------------------
@@ -93,7 +77,7 @@ class Engine:
             plan.scratch["way"] = "plain"
             return otherwise(plan, named)
         if self.counts is None and named.get("num_items_in_batch") is not None:
-            self.counts = _Check(self, plan).counts()
+            self.counts = Check(self, plan).counts()
         if way == "packed" and form.packs:
             packed = self.pack(plan, named)
             if packed is not None:
@@ -162,7 +146,7 @@ class Engine:
             and bool((first_labels[kept[starts] % labels.shape[1] > 0] != IGNORED).any())
         ):
             return None  # the plain model predicts a row's first token from the padding (or sequence) before it
-        row = _Row.of(sizes, count, self.shares_virtual)
+        row = Row.of(sizes, count, self.shares_virtual)
         inputs = self.packed_inputs(plan, named, kept, row)
         hidden_places = row.tokens  # place of each real token in the packed row
         if count and first_labels is not None:  # the last virtual token predicts the first real one
@@ -202,7 +186,7 @@ class Engine:
         targets[:-1] = torch.where(opens[1:], IGNORED, labels[1:])
         return targets, labels[starts]
 
-    def packed_inputs(self, plan: Plan, named: dict, kept: Tensor, row: _Row) -> dict:
+    def packed_inputs(self, plan: Plan, named: dict, kept: Tensor, row: Row) -> dict:
         """`input_ids` or `inputs_embeds` of the packed row."""
         made: dict[str, Any] = {"use_cache": False} if "use_cache" in self.entry.signature.parameters else {}
         embeds, ids = named.get("inputs_embeds"), named.get("input_ids")
@@ -346,220 +330,12 @@ class Engine:
             if self.host.adapter_device.type == "cpu":
                 keep_freed_memory()
             try:
-                self.forms[key] = _Check(self, plan).form()
+                self.forms[key] = Check(self, plan).form()
             except Exception as error:  # a model that cannot be run like this: it runs as it is
                 log.info("%s is trained without short cuts: %s", type(self.host.base).__name__, error)
                 self.forms[key] = None
         return self.forms[key]
 
 
-class _HeadHook:
-    """A hook that does not tie the head to the wrapper: the head may be copied and pickled by itself."""
-
-    def __init__(self, engine: Engine, name: str) -> None:
-        self.engine, self.name = weakref.ref(engine), name
-
-    def __call__(self, module: nn.Module, args: tuple, *output: Any) -> Any:
-        engine = self.engine()
-        return None if engine is None else getattr(engine, self.name)(module, args, *output)
-
-    def __deepcopy__(self, memo: dict) -> _HeadHook:
-        return self
-
-    def __reduce__(self) -> Any:
-        return _no_hook, ()
-
-
-def _no_hook() -> Callable:
-    return lambda *args: None
-
-
-@dataclass(frozen=True)
-class _Row:
-    """Where real and virtual tokens lie in a packed row.
-
-    Args:
-        lengths: tokens of each sequence, its virtual ones included unless they are shared.
-        virtual: virtual tokens of a sequence.
-        shared: virtual tokens at the row's start that all sequences share.
-        tokens: place of each real token [N].
-        last_virtual: place of the last virtual token before each sequence.
-    """
-
-    lengths: list[int]
-    virtual: int
-    shared: int
-    tokens: Tensor
-    last_virtual: Tensor
-
-    @classmethod
-    def of(cls, lengths: Tensor, virtual: int, share: bool) -> _Row:
-        real = torch.arange(int(lengths.sum()))
-        if share:
-            last = torch.full_like(lengths, virtual - 1)
-            return cls(lengths.tolist(), virtual, virtual, real + virtual, last)
-        sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
-        starts = torch.cumsum(lengths + virtual, 0) - lengths
-        return cls((lengths + virtual).tolist(), virtual, 0, real + virtual * (sequence + 1), starts - 1)
-
-    def spread(self, real: Tensor, virtual: Tensor) -> Tensor:
-        """The row [length, ...] out of what belongs to real tokens [N, ...] and to virtual ones [virtual, ...]."""
-        if not self.virtual:
-            return real
-        if self.shared:
-            return torch.cat((virtual, real))
-        places = torch.arange(self.virtual) - self.virtual + 1
-        copies = (self.last_virtual[:, None] + places).flatten()
-        every = real.new_zeros(len(real) + len(copies), *real.shape[1:])
-        every = every.index_copy(0, self.tokens, real)
-        repeated = virtual.repeat(len(self.last_virtual), *(1,) * (virtual.dim() - 1))
-        return every.index_copy(0, copies, repeated.to(real.dtype))
-
-
-class _Check:
-    """Runs a small random batch plainly and by the short cuts, and compares."""
-
-    ROWS, LENGTH, SHORT = 2, 6, 4
-
-    def __init__(self, engine: Engine, plan: Plan) -> None:
-        self.engine, self.plan = engine, plan
-        base = engine.host.base
-        generator = torch.Generator().manual_seed(0)
-        vocabulary = min(backbone_embeddings(base).weight.shape[0], 1000)
-        ids = torch.randint(1, vocabulary, (self.ROWS, self.LENGTH), generator=generator)
-        mask, labels = torch.ones_like(ids), ids.clone()
-        mask[1, self.SHORT :], labels[1, self.SHORT :] = 0, IGNORED
-        device = engine.host.adapter_device
-        self.batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
-
-    def form(self) -> Form | None:
-        base = self.engine.host.base
-        shifts = not is_encoder_decoder(base)
-        if shifts:
-            name = getattr(getattr(base, "loss_function", None), "__name__", "")
-            if name not in ("ForCausalLMLoss", "ForMaskedLMLoss"):
-                return None
-            shifts = name == "ForCausalLMLoss"
-        with self.quiet(base), torch.no_grad():
-            plain, output = self.run("plain", None)
-            softcap = getattr(self.engine.entry.decoder_config(), "final_logit_softcapping", None)
-            head = HeadForm.recognise(plain["raw"], output.logits, softcap)
-            if head is None:
-                return None
-            form = Form(head=head, packs=False, shifts=shifts)
-            if not self.close(self.run("padded", form)[1].loss, output.loss):
-                log.info("%s: its loss is not the usual one; all logits are computed", type(base).__name__)
-                return None
-            packs = self.packs(form, plain, output)
-        return Form(head=head, packs=packs, shifts=shifts)
-
-    def counts(self) -> bool:
-        """Whether the plain model divides its summed loss by `num_items_in_batch`."""
-        with self.quiet(self.engine.host.base), torch.no_grad():
-            mean, divided = (self.run("plain", None, items)[1].loss for items in (None, 7))
-        every = is_encoder_decoder(self.engine.host.base) or self.engine.host.counts(self.plan)[0] > 0
-        labels = self.batch["labels"] if every else self.batch["labels"][:, 1:]
-        return self.close(divided * 7, mean * int(labels.ne(IGNORED).sum()))
-
-    def packs(self, form: Form, plain: dict, output: Any) -> bool:
-        """Whether the packed row gives the padded batch's hidden states and loss."""
-        engine = self.engine
-        if not form.shifts or engine.host.adapter_device.type != "cpu":
-            return False
-        packing = Form(**{f.name: getattr(form, f.name) for f in fields(form)} | {"packs": True})
-        try:
-            scratch, packed = self.run("packed", packing)
-        except Exception as error:  # an attention that is not transformers' exchangeable one
-            log.info("%s is trained padded: %s", type(engine.host.base).__name__, error)
-            return False
-        if scratch["way"] != "packed":
-            return False
-        count = engine.host.counts(self.plan)[0]
-        expected = plain["hidden"]
-        if "order" in plain:
-            expected = restore_order(expected, plain["order"])
-        expected = expected[:, count:][self.batch["attention_mask"].bool()].float()
-        found = scratch["hidden"][0][scratch["unpack"][2].tokens].float()
-        error = float((found - expected).norm() / expected.norm())
-        exact = found.shape == expected.shape and error <= (1e-3 if self.precise else 5e-2)
-        if not (exact and self.close(packed.loss, output.loss)):
-            log.info(
-                "%s is trained padded: packing changes its hidden states by %.1e", type(engine.host.base).__name__, error
-            )
-            return False
-        return True
-
-    def run(self, way: str, form: Form | None, items: int | None = None) -> tuple[dict, Any]:
-        """One pass; what its plan kept, and its output."""
-        plan = Plan(self.plan.switch, self.plan.adapters, way=way, form=form, form_check=True)
-        inputs = dict(self.batch)
-        if items is not None:
-            inputs["num_items_in_batch"] = torch.tensor(items, device=inputs["labels"].device)
-        with running(plan):
-            try:
-                output = self.engine.host.base_model(**inputs)
-            finally:
-                self.engine.leave(plan)
-        return plan.scratch, output
-
-    @property
-    def precise(self) -> bool:
-        base = self.engine.host.base
-        dtype = self.engine.host._float_dtype()
-        kind = self.batch["labels"].device.type
-        exact = all(k == "4bit" and m.compute_dtype is torch.float32 for k, m in quantized_layers(base))
-        return dtype is torch.float32 and exact and not torch.is_autocast_enabled(kind)
-
-    def close(self, a: Tensor, b: Tensor) -> bool:
-        return bool(torch.isclose(a.float(), b.float(), rtol=1e-4 if self.precise else 3e-2))
-
-    @contextmanager
-    def quiet(self, base: nn.Module) -> Iterator[None]:
-        """Evaluation mode (no dropout), except for quantised layers, which would be packed; the generator as it was."""
-        modes = {module: module.training for module in base.modules()}
-        quantised = {layer for _, layer in quantized_layers(base)}
-        for module in modes:
-            module.training = module in quantised and modes[module]
-        try:
-            with torch.random.fork_rng(devices=[]):
-                yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-
-
 def _zero(value: Any) -> bool:
     return isinstance(value, int) and value == 0
-
-
-# -- logits on demand ------------------------------------------------------------------------------------------------
-_LAZY: dict[type, type] = {}
-
-
-def with_lazy_logits(output: Any, loss: Tensor, make: Callable[[], Tensor]) -> Any:
-    """`output` (a transformers ModelOutput) with `loss`, its `logits` no item, and made by `make` when they are read."""
-    kind = _LAZY.setdefault(type(output), _lazy_class(type(output)))
-    # what makes them travels with the loss: accelerate builds the output anew from its items
-    loss.logits_on_demand = make  # type: ignore[attr-defined]
-    items = {k: v for k, v in output.items() if k not in ("logits", "loss")}
-    return kind(loss=loss, **items)
-
-
-def _lazy_class(kind: type) -> type:
-    """A subclass of an output class whose `logits` are made when they are first read."""
-
-    def logits(self: Any) -> Tensor:
-        if "_logits" not in self.__dict__:
-            self.__dict__["_logits"] = self.loss.logits_on_demand()
-        return self.__dict__["_logits"]
-
-    def put(self: Any, value: Tensor | None) -> None:
-        if value is not None:
-            self.__dict__["_logits"] = value
-
-    def get(self: Any, key: Any) -> Any:
-        return self.logits if key == "logits" else kind.__getitem__(self, key)  # type: ignore[attr-defined]
-
-    body = {"logits": property(logits, put), "__getitem__": get, "__module__": kind.__module__}
-    made = type(kind.__name__, (kind,), body)
-    return made

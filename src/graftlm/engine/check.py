@@ -1,0 +1,151 @@
+"""Which short cuts a model allows: tried out on a small random batch, never assumed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..architectures import backbone_embeddings, is_encoder_decoder
+from ..kernels import HeadForm
+from ..quantization import quantized_layers
+from ..routing import Plan, restore_order, running
+
+if TYPE_CHECKING:
+    from . import Engine
+
+log = logging.getLogger("graftlm.engine")
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """Which short cuts hold for a model.
+
+    Args:
+        head: what the model does to its head's output.
+        packs: rows can be packed.
+        shifts: the loss is that of the next token (a causal model's), not of the token at the same place.
+    """
+
+    head: HeadForm
+    packs: bool
+    shifts: bool
+
+
+class Check:
+    """Runs a small random batch plainly and by the short cuts, and compares."""
+
+    ROWS, LENGTH, SHORT = 2, 6, 4
+
+    def __init__(self, engine: Engine, plan: Plan) -> None:
+        self.engine, self.plan = engine, plan
+        base = engine.host.base
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = min(backbone_embeddings(base).weight.shape[0], 1000)
+        ids = torch.randint(1, vocabulary, (self.ROWS, self.LENGTH), generator=generator)
+        mask, labels = torch.ones_like(ids), ids.clone()
+        mask[1, self.SHORT :], labels[1, self.SHORT :] = 0, IGNORED
+        device = engine.host.adapter_device
+        self.batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
+
+    def form(self) -> Form | None:
+        base = self.engine.host.base
+        shifts = not is_encoder_decoder(base)
+        if shifts:
+            name = getattr(getattr(base, "loss_function", None), "__name__", "")
+            if name not in ("ForCausalLMLoss", "ForMaskedLMLoss"):
+                return None
+            shifts = name == "ForCausalLMLoss"
+        with self.quiet(base), torch.no_grad():
+            plain, output = self.run("plain", None)
+            softcap = getattr(self.engine.entry.decoder_config(), "final_logit_softcapping", None)
+            head = HeadForm.recognise(plain["raw"], output.logits, softcap)
+            if head is None:
+                return None
+            form = Form(head=head, packs=False, shifts=shifts)
+            if not self.close(self.run("padded", form)[1].loss, output.loss):
+                log.info("%s: its loss is not the usual one; all logits are computed", type(base).__name__)
+                return None
+            packs = self.packs(form, plain, output)
+        return Form(head=head, packs=packs, shifts=shifts)
+
+    def counts(self) -> bool:
+        """Whether the plain model divides its summed loss by `num_items_in_batch`."""
+        with self.quiet(self.engine.host.base), torch.no_grad():
+            mean, divided = (self.run("plain", None, items)[1].loss for items in (None, 7))
+        every = is_encoder_decoder(self.engine.host.base) or self.engine.host.counts(self.plan)[0] > 0
+        labels = self.batch["labels"] if every else self.batch["labels"][:, 1:]
+        return self.close(divided * 7, mean * int(labels.ne(IGNORED).sum()))
+
+    def packs(self, form: Form, plain: dict, output: Any) -> bool:
+        """Whether the packed row gives the padded batch's hidden states and loss."""
+        engine = self.engine
+        if not form.shifts or engine.host.adapter_device.type != "cpu":
+            return False
+        packing = replace(form, packs=True)
+        try:
+            scratch, packed = self.run("packed", packing)
+        except Exception as reason:  # an attention that is not transformers' exchangeable one
+            log.info("%s is trained padded: %s", type(engine.host.base).__name__, reason)
+            return False
+        if scratch["way"] != "packed":
+            return False
+        count = engine.host.counts(self.plan)[0]
+        expected = plain["hidden"]
+        if "order" in plain:
+            expected = restore_order(expected, plain["order"])
+        expected = expected[:, count:][self.batch["attention_mask"].bool()].float()
+        found = scratch["hidden"][0][scratch["unpack"][2].tokens].float()
+        error = float((found - expected).norm() / expected.norm())
+        exact = found.shape == expected.shape and error <= (1e-3 if self.precise else 5e-2)
+        if not (exact and self.close(packed.loss, output.loss)):
+            log.info(
+                "%s is trained padded: packing changes its hidden states by %.1e", type(engine.host.base).__name__, error
+            )
+            return False
+        return True
+
+    def run(self, way: str, form: Form | None, items: int | None = None) -> tuple[dict, Any]:
+        """One pass; what its plan kept, and its output."""
+        plan = Plan(self.plan.switch, self.plan.adapters, way=way, form=form, form_check=True)
+        inputs = dict(self.batch)
+        if items is not None:
+            inputs["num_items_in_batch"] = torch.tensor(items, device=inputs["labels"].device)
+        with running(plan):
+            try:
+                output = self.engine.host.base_model(**inputs)
+            finally:
+                self.engine.leave(plan)
+        return plan.scratch, output
+
+    @property
+    def precise(self) -> bool:
+        base = self.engine.host.base
+        dtype = self.engine.host._float_dtype()
+        kind = self.batch["labels"].device.type
+        exact = all(k == "4bit" and m.compute_dtype is torch.float32 for k, m in quantized_layers(base))
+        return dtype is torch.float32 and exact and not torch.is_autocast_enabled(kind)
+
+    def close(self, a: Tensor, b: Tensor) -> bool:
+        return bool(torch.isclose(a.float(), b.float(), rtol=1e-4 if self.precise else 3e-2))
+
+    @contextmanager
+    def quiet(self, base: nn.Module) -> Iterator[None]:
+        """Evaluation mode (no dropout), except for quantised layers, which would be packed; the generator as it was."""
+        modes = {module: module.training for module in base.modules()}
+        quantised = {layer for _, layer in quantized_layers(base)}
+        for module in modes:
+            module.training = module in quantised and modes[module]
+        try:
+            with torch.random.fork_rng(devices=[]):
+                yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
