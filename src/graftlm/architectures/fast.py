@@ -144,7 +144,7 @@ def speed_up(model: nn.Module) -> None:
     for module in model.modules():
         forward = None if isinstance(module, Fast) else forward_for(module)
         if forward is not None:
-            module.__class__ = fast_class(type(module), forward)
+            module.__class__ = fast_class(type(module), forward)  # type: ignore[arg-type]
 
 
 def slow_down(base: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..quantization import (
     unpacked_parameters,
 )
 
+LARGE = 100_000_000  # parameters from which on bf16 is the default on CPUs that have it
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -41,7 +43,8 @@ def resolve_base(
     Args:
         name: "graftlm-base" (bundled), a local directory, or a hub id.
         task: "causal-lm", "seq2seq", "classification", or "auto" by the model's configuration.
-        dtype: "fp32", "bf16", "fp16" (GPUs only), or "auto": bf16 where a GPU has it, else fp32.
+        dtype: "fp32", "bf16", "fp16" (GPUs only), or "auto": bf16 on a GPU that has it, and for models of more than 100
+            million parameters on a CPU that has it (adapters stay in fp32); else fp32.
         device: where to put it; the GPU where there is one.
         quantization: "int8", "nf4" or "fp4", of a checkpoint that is not quantised; one that is loads as it was saved.
             4-bit layers compute in `dtype`, under "auto" in bf16.
@@ -56,11 +59,13 @@ def resolve_base(
     if options.pop("trust_remote_code", False):
         raise BaseModelError("trust_remote_code is never switched on: only models whose code is in transformers are loaded.")
     place = checked_device(device)
-    kind = torch_dtype(dtype, place)
+    if dtype != "auto":
+        torch_dtype(dtype, place)
     path = checked_path(name)
     hub = {k: options[k] for k in ("revision",) if k in options}
     config = loading(name, lambda: AutoConfig.from_pretrained(path, **hub))
     loader = auto_class(config, task, name)
+    kind = auto_dtype(config, loader, place) if dtype == "auto" else torch_dtype(dtype, place)
     compute_dtype = torch.bfloat16 if dtype == "auto" else kind
     options = {"dtype": kind} | quantized_options(name, config, scheme_name(quantization), compute_dtype, place) | options
     model = loading(name, lambda: loader.from_pretrained(path, **options))
@@ -125,10 +130,27 @@ def auto_class(config: Any, task: str, name: str) -> Any:
     return t.AutoModelForCausalLM
 
 
+def auto_dtype(config: Any, loader: Any, device: torch.device) -> torch.dtype:
+    """bf16 where the device multiplies it and the model is large enough for that to count, else fp32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if device.type != "cpu" or not cpu_has_bf16():
+        return torch.float32
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    with torch.device("meta"):
+        model = loader.from_config(plain)
+    return torch.bfloat16 if sum(p.numel() for p in model.parameters()) > LARGE else torch.float32
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor has instructions for products in bf16."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def torch_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of "fp32", "bf16", "fp16" or "auto" on a device."""
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    """The dtype of "fp32", "bf16" or "fp16" on a device."""
     if name not in DTYPES:
         names = [*DTYPES, "auto"]
         raise BaseModelError(f"dtype={name!r}: expected one of {', '.join(names)}{nearest(name, names)}")

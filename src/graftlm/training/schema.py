@@ -98,7 +98,7 @@ class Recipe(Section):
     init_from: str | None = Field(default=None, description="adapter directory to train further")
     data: DataSection = Field(default=DataSection(), description="the examples")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        default="auto", description="bf16 on GPUs that have it, else fp32; fp16 for GPUs only"
+        default="auto", description="bf16 where the machine has it and the base is large, else fp32; fp16 for GPUs only"
     )
     training: TrainingSection = Field(default=TrainingSection(), description="how to train")
     output_dir: str = Field(default="graftlm-out", description="where the adapter goes")
