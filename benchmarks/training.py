@@ -505,6 +505,156 @@ def workloads(args: argparse.Namespace) -> None:
         plot(rows, args.plot)
 
 
+# -- sweep ---------------------------------------------------------------------------------------------------------------
+def families() -> dict[str, Callable[[Any], Any]]:
+    """Models of six families with some thirty million parameters in their blocks."""
+    import transformers as t
+
+    sizes = {"vocab_size": 32000, "hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8}
+    gated = sizes | {"intermediate_size": 1408, "num_key_value_heads": 2}
+    configs = {
+        "bloom": (t.BloomForCausalLM, t.BloomConfig(vocab_size=32000, hidden_size=512, n_layer=6, n_head=8)),
+        "opt": (t.OPTForCausalLM, t.OPTConfig(**sizes, ffn_dim=2048, word_embed_proj_dim=512)),
+        "gpt2": (t.GPT2LMHeadModel, t.GPT2Config(vocab_size=32000, n_embd=512, n_layer=6, n_head=8)),
+        "llama": (t.LlamaForCausalLM, t.LlamaConfig(**gated)),
+        "qwen2": (t.Qwen2ForCausalLM, t.Qwen2Config(**gated)),
+        "falcon": (t.FalconForCausalLM, t.FalconConfig(**sizes)),
+    }
+
+    def maker(kind: Any, config: Any) -> Callable[[Any], Any]:
+        def make(dtype: Any) -> Any:
+            import torch
+
+            torch.manual_seed(0)
+            return kind(copy.deepcopy(config)).to(dtype)
+
+        return make
+
+    return {name: maker(*pair_) for name, pair_ in configs.items()}
+
+
+METHODS = {
+    "lora": ("LoraConfig", {"r": 16, "lora_dropout": 0.05}),
+    "lora-all": ("LoraConfig", {"r": 64, "target_modules": "all-linear"}),
+    "prompt": ("PromptTuningConfig", {"num_virtual_tokens": 16}),
+    "p-tuning": ("PromptEncoderConfig", {"num_virtual_tokens": 16}),
+    "prefix": ("PrefixTuningConfig", {"num_virtual_tokens": 16}),
+}
+SHAPES = {
+    "ragged, all labelled": {"lengths": uniform(20, 160, 6, 7)},
+    "full, all labelled": {"lengths": [96] * 4},
+    "long, few labelled": {"lengths": [500, 480], "labelled": 8},
+    "one short row": {"lengths": [40]},
+}
+
+
+def sweep(args: argparse.Namespace) -> None:
+    """Time ratios over families, methods, dtypes and batches; exits with an error where HF PEFT is clearly faster."""
+    import torch
+
+    slow = []
+    print(f"{'family':8} {'method':10} {'dtype':9} " + " ".join(f"{name:>22}" for name in SHAPES))
+    for family, make in families().items():
+        for method, settings in METHODS.items():
+            for dtype in args.dtype:
+                cells = []
+                for shape in SHAPES.values():
+                    work = Workload(make, settings, **shape)  # type: ignore[arg-type]
+                    theirs, ours = pair(work, getattr(torch, dtype), None)
+                    times = alternate(theirs, ours, work, args.rounds)
+                    cells.append(statistics.median(times["peft"]) / statistics.median(times["graftlm"]))
+                print(f"{family:8} {method:10} {dtype:9} " + " ".join(f"{c:21.2f}x" for c in cells), flush=True)
+                slow += [(family, method, dtype, name, c) for name, c in zip(SHAPES, cells, strict=True) if c < 0.95]
+    for case in slow:
+        print("slower than HF PEFT:", *case)
+    if slow:
+        raise SystemExit(1)
+
+
+# -- what users feel -----------------------------------------------------------------------------------------------------
+def seconds(call: Callable[[], Any], times: int = 1) -> float:
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found)
+
+
+def overheads(args: argparse.Namespace) -> None:
+    """Wrapping, first step, saving, switching, and the Trainer on the bundled base."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import graftlm
+
+    work = Workload(glm, ("LoraConfig", LORA | {"target_modules": ["q_proj", "v_proj"]}), uniform(60, 200, 6, 5))
+    with tempfile.TemporaryDirectory() as name:
+        memory_bench.build("glm-1b", Path(name))
+        models: list[Any] = []
+        loading = seconds(lambda: models.append(AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)))
+        wrapping = seconds(lambda: models.append(wrap(graftlm, models[0], work)))
+        print(f"wrapping a 1 B model takes {wrapping / loading:.1%} of loading it")
+        model, inputs = models[1], batch(work, 65024)
+        runner = Runner("graftlm", model, inputs, False)
+        first = sum(runner.step(fused=True))
+        steady = statistics.median(sum(runner.step(fused=True)) for _ in range(3))
+        print(f"the first step takes {first / steady:.2f} of a later one")
+        theirs = wrap(peft, AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16), work)
+        saves = [seconds(lambda m=m: m.save_pretrained(Path(name) / "adapter"), 5) for m in (theirs, model)]
+        print(f"saving: HF PEFT's time / GraftLM's {saves[0] / saves[1]:.2f}")
+    switching(args)
+    trainers(args)
+
+
+def switching(args: argparse.Namespace) -> None:
+    """`set_adapter` between two of 2, and two of 100, adapters."""
+    import graftlm
+
+    times = {}
+    for count in (2, 100):
+        base = families()["llama"](__import__("torch").float32)
+        config = graftlm.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"])
+        model = graftlm.get_peft_model(base, config, "a0")
+        for i in range(1, count):
+            model.add_adapter(f"a{i}", copy.deepcopy(config))
+        names = iter([f"a{i % 2 * (count - 1)}" for i in range(201)])
+        times[count] = seconds(lambda m=model, n=names: m.set_adapter(next(n)), 200)
+    print(f"switching among 100 adapters takes {times[100] / times[2]:.2f} of switching between 2")
+
+
+def trainers(args: argparse.Namespace) -> None:
+    """Steps a second of GraftLM with its Trainer and HF PEFT with transformers', on the bundled base."""
+    import peft
+    import torch
+    import transformers
+
+    import graftlm
+    from graftlm.training import Trainer, resolve_base
+
+    speeds: dict[str, list[float]] = {"peft": [], "graftlm": []}
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for i in range(160):
+        ids = torch.randint(5, 2000, (20 + i % 40,), generator=generator)
+        rows.append({"input_ids": ids.tolist(), "labels": ids.tolist()})
+    for _ in range(args.rounds):
+        for name, library, kind in (("peft", peft, transformers.Trainer), ("graftlm", graftlm, Trainer)):
+            base, tokenizer = resolve_base("graftlm-base", device="cpu")
+            model = library.get_peft_model(base, library.LoraConfig(task_type="CAUSAL_LM", r=8))
+            with tempfile.TemporaryDirectory() as folder:
+                settings = transformers.TrainingArguments(
+                    folder, per_device_train_batch_size=8, max_steps=20, report_to="none", save_strategy="no", use_cpu=True,
+                    disable_tqdm=True, logging_steps=1000,
+                )  # fmt: skip
+                collate = transformers.DataCollatorForSeq2Seq(tokenizer)
+                output = kind(model, settings, train_dataset=rows, data_collator=collate).train()
+                speeds[name].append(output.metrics["train_steps_per_second"])
+    ratio = statistics.median(speeds["graftlm"]) / statistics.median(speeds["peft"])
+    print(f"Trainer on the bundled base: {ratio:.2f} times HF PEFT's steps a second")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(WORKLOADS)}; all")
@@ -512,6 +662,8 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of each library")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory runs out")
+    parser.add_argument("--sweep", action="store_true", help="families x methods x dtypes x batches")
+    parser.add_argument("--overheads", action="store_true", help="what is not the step itself")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--plot", type=Path, default=None)
     parser.add_argument("--worker", nargs=4, default=None, help=argparse.SUPPRESS)
@@ -525,6 +677,10 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     if args.worker:
         memory_worker(*args.worker)
+    elif args.sweep:
+        sweep(args)
+    elif args.overheads:
+        overheads(args)
     else:
         workloads(args)
 

@@ -19,7 +19,9 @@ from graftlm.training.recipes import Recipe, run
 
 
 # -- accumulation --------------------------------------------------------------------------------------------------------
-def fit(method: str, folder: Path, family: str = "llama", join: bool = True, tokens: int | None = None, **changes: Any) -> Any:
+def fit(
+    method: str, folder: Path, family: str = "llama", join: bool = True, tokens: int | None = None, **changes: Any
+) -> Any:
     """Seven rows, one a step, four steps an update: the epoch's last update has three. Returns trainer and passes made."""
     model = wrapped(method, family)
     options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "save_strategy": "no"} | changes
@@ -151,7 +153,9 @@ def test_recipes_that_cannot_pack(tmp_path: Path) -> None:
 
 
 # -- dtype ---------------------------------------------------------------------------------------------------------------
-def test_auto_dtype_is_bf16_for_large_bases_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_auto_dtype_is_bf16_for_large_bases_where_the_processor_has_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     save_base(tmp_path)
     found = []
     for has, large in ((False, 0), (True, 0), (True, 10**9)):
