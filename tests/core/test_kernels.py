@@ -93,20 +93,17 @@ def test_attention_dropout_drops_and_its_gradient_is_that_of_its_mask(monkeypatc
 FORMS = [HeadForm(), HeadForm(scale=0.3), HeadForm(softcap=5.0), HeadForm(scale=2.0, softcap=4.0)]
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("form", FORMS, ids=["plain", "scaled", "capped", "both"])
-def test_losses_are_those_of_all_logits(form: HeadForm, bias: bool, smoothing: float) -> None:
+def test_losses_are_those_of_all_logits(form: HeadForm, bias: bool) -> None:
     hidden = normal(300, 16, dtype=torch.float32).requires_grad_()
     weight = normal(9000, 16, seed=1, dtype=torch.float32)
     added = normal(9000, seed=2, dtype=torch.float32) if bias else None
     targets = torch.randint(0, 9000, (300,), generator=generator(3))
     share = torch.rand(300, generator=generator(4))
-    wanted = F.cross_entropy(
-        form.apply(F.linear(hidden, weight, added)), targets, reduction="none", label_smoothing=smoothing
-    )
-    ours = kernels.token_losses(hidden, weight, added, targets, form, smoothing)
-    chunks = loss.chunked_losses(lambda x: F.linear(x, weight, added), hidden, targets, form, smoothing)
+    wanted = F.cross_entropy(form.apply(F.linear(hidden, weight, added)), targets, reduction="none")
+    ours = kernels.token_losses(hidden, weight, added, targets, form)
+    chunks = loss.chunked_losses(lambda x: F.linear(x, weight, added), hidden, targets, form)
     (gradient,) = torch.autograd.grad((wanted * share).sum(), hidden)
     for got in (ours, chunks):
         close(got, wanted)
@@ -122,6 +119,13 @@ def test_losses_in_bf16_are_close_and_need_no_gradient() -> None:
     assert got.dtype is torch.float32
     close(got, wanted, 2e-2)
     assert kernels.token_losses(hidden[:0], weight, None, targets[:0], HeadForm()).shape == (0,)
+
+
+@pytest.mark.parametrize("wrong", [-1, 50])
+def test_labels_outside_the_vocabulary_raise(wrong: int) -> None:
+    hidden, weight = normal(3, 8), normal(50, 8)
+    with pytest.raises(IndexError, match=rf"labels from .*{wrong}.*50 entries"):
+        kernels.token_losses(hidden, weight, None, torch.tensor([3, wrong, 7]), HeadForm())
 
 
 @pytest.mark.parametrize("form", FORMS[:3], ids=["plain", "scaled", "capped"])

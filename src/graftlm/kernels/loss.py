@@ -52,24 +52,31 @@ class HeadForm:
 
 
 def token_losses(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: HeadForm, smoothing: float = 0.0,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: HeadForm,
     dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """Losses [N] in nats, fp32, of a head whose weight and bias are frozen. The gradient goes to `hidden`.
 
-    With label smoothing e a loss is ``(1 - e) * nll + e * mean over V of -log p``. Products are made in `dtype` (the
-    weight's), sums in fp32.
+    Products are made in `dtype` (the weight's), sums in fp32.
+
+    Raises:
+        IndexError: a target outside the vocabulary.
     """
-    return _TokenLosses.apply(hidden, weight, bias, targets, form, smoothing, dtype or weight.dtype)
+    if len(targets) and not (0 <= int(targets.min()) and int(targets.max()) < len(weight)):
+        raise IndexError(
+            f"labels from {int(targets.min())} to {int(targets.max())}: expected ids of the {len(weight):,} entries of the "
+            "vocabulary, or -100 for places without a label"
+        )
+    return _TokenLosses.apply(hidden, weight, bias, targets, form, dtype or weight.dtype)
 
 
-def chunked_losses(head: Any, hidden: Tensor, targets: Tensor, form: HeadForm, smoothing: float = 0.0) -> Tensor:
+def chunked_losses(head: Any, hidden: Tensor, targets: Tensor, form: HeadForm) -> Tensor:
     """The same for a head of any kind (trained, adapted, quantised): logits of `ROWS` places at a time, made again in the
     backward pass."""
 
     def losses(rows: Tensor, wanted: Tensor) -> Tensor:
         logits = form.apply(head(rows)).float()
-        return F.cross_entropy(logits, wanted, reduction="none", label_smoothing=smoothing)
+        return F.cross_entropy(logits, wanted, reduction="none")
 
     if hidden.shape[0] <= ROWS:
         return losses(hidden, targets)
@@ -80,7 +87,7 @@ def chunked_losses(head: Any, hidden: Tensor, targets: Tensor, form: HeadForm, s
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: HeadForm, smoothing: float,
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: HeadForm,
         dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
         count = hidden.shape[0]
@@ -92,7 +99,7 @@ class _TokenLosses(torch.autograd.Function):
         rows, tile = _tiling(x, weight)
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)
-            losses[part], made = _rows(x[part], weight, bias, targets[part], form, smoothing, tile, gradient is not None)
+            losses[part], made = _rows(x[part], weight, bias, targets[part], form, tile, gradient is not None)
             if gradient is not None and made is not None:
                 gradient[part] = made
         ctx.save_for_backward(None if gradient is None else gradient[:count])
@@ -101,7 +108,7 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
-        return (gradient * outer[:, None]).to(gradient.dtype), None, None, None, None, None, None
+        return (gradient * outer[:, None]).to(gradient.dtype), None, None, None, None, None
 
 
 def _tiling(x: Tensor, weight: Tensor) -> tuple[int, int]:
@@ -113,16 +120,14 @@ def _tiling(x: Tensor, weight: Tensor) -> tuple[int, int]:
 
 
 def _rows(
-    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: HeadForm, smoothing: float, tile: int,
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: HeadForm, tile: int,
     wants_gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Losses [n] and their gradient [n, H] of a few hidden states x [n, H], over all tiles of the vocabulary."""
     count, vocabulary = x.shape[0], weight.shape[0]
     highest = torch.full((count, 1), -torch.inf, device=x.device)
     total = torch.zeros(count, 1, device=x.device)
-    plain = torch.zeros(count, 1, device=x.device)  # the sum of all logits, for smoothing
     pull = torch.zeros(x.shape, device=x.device)  # sum of exp(logit - highest) W, later softmax W
-    spread = torch.zeros(x.shape, device=x.device) if smoothing else None  # sum of W (of dlogit/draw W)
     for start in range(0, vocabulary, tile):
         part = weight[start : start + tile].to(x.dtype)
         raw = plain_product(x, part).float()
@@ -131,27 +136,20 @@ def _rows(
         logits, slope = _formed(raw, form)
         before, highest = highest, torch.maximum(highest, logits.amax(-1, keepdim=True))
         rescale = torch.exp(before - highest)
-        if smoothing:
-            plain += logits.sum(-1, keepdim=True)
         shares = (logits - highest if slope is not None else logits.sub_(highest)).exp_()
         total.mul_(rescale).add_(shares.sum(-1, keepdim=True))
         if wants_gradient:
             steep = shares if slope is None else shares * slope
             pull.mul_(rescale).add_(plain_product(steep.to(part.dtype), part.t()))
-            if spread is not None:
-                even = torch.ones_like(raw) if slope is None else slope
-                spread.add_(plain_product(even.to(part.dtype), part.t()))
     chosen = weight[targets]
     raw = (x.float() * chosen.float()).sum(-1, keepdim=True).to(x.dtype).float()
     if bias is not None:
         raw = raw + bias[targets][:, None]
     logit, slope = _formed(raw, form)
-    losses = highest + total.log() - (1 - smoothing) * logit - smoothing / vocabulary * plain
+    losses = highest + total.log() - logit
     if not wants_gradient:
         return losses[:, 0], None
-    gradient = pull.div_(total).sub_(chosen.float() * ((1 - smoothing) * (1 if slope is None else slope)))
-    if spread is not None:
-        gradient.sub_(spread, alpha=smoothing / vocabulary)
+    gradient = pull.div_(total).sub_(chosen.float() if slope is None else chosen.float() * slope)
     return losses[:, 0], gradient.mul_(form.scale) if form.scale != 1 else gradient
 
 
