@@ -101,8 +101,12 @@ def test_lora_on_opt(workplace, models):
 
 
 def test_lora_on_opt_follows_hf_peft(workplace, models):
-    """In batches of one, without padding."""
-    alone = LORA | SAME_START | {"per_device_train_batch_size=4": "per_device_train_batch_size=1"}
+    """In batches of one, without padding; without dropout, whose masks are drawn in another way."""
+    alone = (
+        LORA
+        | SAME_START
+        | {"per_device_train_batch_size=4": "per_device_train_batch_size=1", "lora_dropout=0.05": "lora_dropout=0.0"}
+    )
     ours, theirs = (workplace.run("document_004_lora", library, alone, start=start) for library in ("graftlm", "peft"))
     assert next(x for x in ours.printed.splitlines() if x.startswith("trainable params")) in theirs.printed
     assert losses(ours.trainer) == pytest.approx(losses(theirs.trainer), abs=2e-3)
@@ -159,9 +163,9 @@ def test_qlora_workflow_unquantised(workplace, models):
     for key, value in load_file(f"{again.save_path}/checkpoint-{steps}/adapter_model.safetensors").items():
         torch.testing.assert_close(value, trained[key])
 
-    theirs = losses(qlora(workplace, UNQUANTISED, "peft").trainer)
-    assert logged[:2] == pytest.approx(theirs[:2], abs=1e-3)
-    assert logged == pytest.approx(theirs, abs=5e-3)
+    still = UNQUANTISED | {"lora_dropout = 0.05": "lora_dropout = 0.0"}
+    ours, theirs = (losses(qlora(workplace, still, library).trainer) for library in ("graftlm", "peft"))
+    assert ours == pytest.approx(theirs, abs=5e-3)
 
 
 def test_nf4_base(workplace, models):
