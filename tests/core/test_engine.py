@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import graftlm
 from graftlm.architectures import fast
+from graftlm.errors import UnsupportedError
 
 METHODS = ("lora", "prompt", "p_tuning_mlp", "prefix", "prefix_projection", "houlsby", "dora", "bias_all", "modules_to_save")
 TOGETHER = (("prompt", "prefix"), ("prefix", "lora"), ("prompt", "lora"))
@@ -346,3 +347,52 @@ def test_switching_and_disabling_between_passes() -> None:
         same(model, **inputs)
     with model.disable_adapter(), torch.no_grad():
         close(model(**inputs).loss, still("llama").train()(**inputs).loss)
+
+
+# -- inputs of all kinds -------------------------------------------------------------------------------------------------
+def odd_inputs() -> dict[str, dict[str, Any]]:
+    """Batches whose loss depends on more than their real tokens, or whose positions are their own."""
+    plain, left = ragged(unlabelled=0), ragged("left", unlabelled=0)
+    holes = ragged()
+    holes["attention_mask"][0, 4] = 0
+    places = torch.arange(plain["labels"].shape[1]).expand_as(plain["labels"])
+    bare = {k: v for k, v in plain.items() if k != "attention_mask"}
+    return {
+        "labels_on_padding": plain | {"labels": plain["input_ids"]},
+        "labels_on_left_padding": left | {"labels": left["input_ids"]},
+        "hole": holes,
+        "hole_unlabelled": holes | {"labels": holes["labels"].masked_fill(holes["attention_mask"] == 0, -100)},
+        "no_mask": bare,
+        "positions_with_offset": plain | {"position_ids": places + 3},
+        "equal_positions": plain | {"position_ids": torch.zeros_like(places)},
+        "positions_with_mask": plain | {"position_ids": places % 4},
+        "jump": bare | {"position_ids": torch.where(places > 4, places + 9, places)},
+        "padding_rows": plain | {"attention_mask": plain["attention_mask"] * (torch.arange(5) != 2)[:, None]},
+    }
+
+
+@pytest.mark.parametrize("kind", odd_inputs())
+@pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_odd_inputs_train_as_ever(name: str, method: str, kind: str) -> None:
+    """The same loss and gradients as the plain pass, or the same refusal."""
+    model, inputs = trained(name, method), odd_inputs()[kind]
+    model.lean = False
+    try:
+        model(**inputs)
+    except UnsupportedError:
+        model.lean = True
+        with pytest.raises(UnsupportedError):
+            model(**inputs)
+        return
+    if kind != "padding_rows":  # what a row without a token gives is no one's concern; it may not disturb the others
+        same(model, **inputs)
+
+
+def test_shifted_labels_of_ones_own() -> None:
+    inputs = ragged()
+    shifted = torch.full_like(inputs["labels"], -100)
+    shifted[:, :-1] = inputs["labels"][:, 1:]
+    model = trained("llama", "lora")
+    loss = model(**inputs).loss
+    close(same(model, **inputs, shift_labels=shifted)[0].loss, loss)

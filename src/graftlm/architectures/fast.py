@@ -54,12 +54,11 @@ def fast_class(plain: Any, forward: Any) -> Any:
     """
 
     def either(self: Any, *args: Any, **kwargs: Any) -> Any:
-        otherwise = functools.partial(plain.forward, self)  # type: ignore[attr-defined]
         plan = current_plan()
         trains = (self.training and torch.is_grad_enabled()) or (plan is not None and plan.segments is not None)
-        if not trains or torch.compiler.is_compiling():
-            return otherwise(*args, **kwargs)
-        return forward(self, otherwise, *args, **kwargs)
+        if torch.compiler.is_compiling() or not trains:
+            return plain.forward(self, *args, **kwargs)
+        return forward(self, functools.partial(plain.forward, self), *args, **kwargs)
 
     either.__signature__ = _signature(plain)  # type: ignore[attr-defined]
     body = {"forward": either, "plain_class": plain, "__module__": plain.__module__, "__qualname__": plain.__qualname__}

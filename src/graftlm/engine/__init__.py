@@ -30,9 +30,9 @@ from ..kernels.linear import even_rows
 from ..kernels.loss import chunked_losses
 from ..quantization import quantized_kind
 from ..routing import Plan, current_plan, restore_order, running
-from .check import IGNORED, Check, Form, log
+from .check import Check, Form, log
 from .output import HeadHook, with_lazy_logits
-from .row import Row
+from .row import IGNORED, Row, Sequences
 
 if TYPE_CHECKING:
     from ..entry import Entry
@@ -83,6 +83,7 @@ class Engine:
             if packed is not None:
                 return packed
         plan.scratch["way"] = "padded"
+        plan.scratch["own_positions"] = named.get("position_ids") is not None
         if is_encoder_decoder(self.host.base):
             self.decoder_inputs(named)
         named = otherwise(plan, named)
@@ -121,84 +122,69 @@ class Engine:
     def pack(self, plan: Plan, named: dict) -> dict | None:
         """All rows as one, without padding; None where these rows cannot be packed."""
         count, prefix = self.host.counts(plan)
-        labels, mask = named["labels"], named.get("attention_mask")
-        real = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
-        kept = real.flatten().nonzero()[:, 0]  # flat places of the real tokens [N]
-        rows = kept // labels.shape[1]
-        opens = torch.ones_like(kept, dtype=torch.bool)  # where a sequence begins
-        opens[1:] = rows[1:] != rows[:-1]
-        positions = named.get("position_ids")
-        if positions is not None:
-            positions = positions.expand_as(labels).flatten()[kept]
-            opens[1:] |= positions[1:] <= positions[:-1]
-        starts = opens.nonzero()[:, 0]
-        sizes = torch.diff(starts, append=starts.new_tensor([len(kept)]))
-        if len(kept) == 0 or (self.window and int(sizes.max()) + count + prefix > self.window):
+        found = Sequences.of(
+            named["labels"], named.get("shift_labels"), named.get("attention_mask"), named.get("position_ids")
+        )
+        if found is None or not self.fits(found, named, count, prefix):
             return None
-        if count and positions is not None and bool(positions[starts].any()):
-            return None  # positions of one's own, with no place in front for virtual tokens
-        if positions is None:
-            positions = torch.arange(len(kept)) - starts.repeat_interleave(sizes)
-        targets, first_labels = self.targets(plan, named, kept, opens, starts)
-        if (
-            first_labels is not None
-            and not count
-            and bool((first_labels[kept[starts] % labels.shape[1] > 0] != IGNORED).any())
-        ):
-            return None  # the plain model predicts a row's first token from the padding (or sequence) before it
-        row = Row.of(sizes, count, self.shares_virtual)
-        inputs = self.packed_inputs(plan, named, kept, row)
-        hidden_places = row.tokens  # place of each real token in the packed row
-        if count and first_labels is not None:  # the last virtual token predicts the first real one
-            hidden_places = torch.cat((hidden_places, row.last_virtual))
-            targets = torch.cat((targets, first_labels))
-        chosen = (targets != IGNORED).nonzero()[:, 0]
-        every = row.spread(positions + count, torch.arange(count)) + prefix
+        row = Row.of(found.sizes, count, self.shares_virtual)
+        inputs: dict[str, Any] = self.packed_inputs(plan, named, found.kept, row)
+        positions = row.spread(found.positions + count, torch.arange(count)) + prefix
         if self.entry.takes_positions:
-            inputs["position_ids"] = every[None]
-        filler = even_rows(len(every))  # a sequence of nothing
-        inputs = {
-            k: F.pad(v, (0, 0) * (v.dim() - 2) + (0, filler)) if isinstance(v, Tensor) else v for k, v in inputs.items()
-        }
+            inputs["position_ids"] = positions[None]
+        filler = even_rows(len(positions))  # a sequence of nothing
+        inputs = {k: F.pad(v, (0, 0) * (v.dim() - 2) + (0, filler)) for k, v in inputs.items()}
+        inputs |= {"use_cache": False} if "use_cache" in self.entry.signature.parameters else {}
+        inputs |= {"return_dict": named["return_dict"]} if named.get("return_dict") is not None else {}
         memory = self.host.memory(plan) if prefix else None
         lengths = row.lengths + [filler] * (filler > 0)
         plan.segments = Segments(lengths, row.shared, memory, alibi_slopes(self.host.base))
         plan.around = self.packed_attention
         plan.scratch["leave"] = leave = plan.around()
         leave.__enter__()
-        plan.scratch |= {
-            "loss": (hidden_places[chosen], targets[chosen], named.get("num_items_in_batch")),
-            "unpack": (labels.shape, kept, row, count),
-        }
-        for name in ("return_dict",):
-            if named.get(name) is not None:
-                inputs[name] = named[name]
+        plan.scratch["loss"] = *self.targets(named, found, row), named.get("num_items_in_batch")
+        plan.scratch["unpack"] = named["labels"].shape, found.kept, row, count
         return inputs
 
-    def targets(self, plan: Plan, named: dict, kept: Tensor, opens: Tensor, starts: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What each real token is to predict [N], and the labels of the sequences' first tokens [sequences]."""
-        if named.get("shift_labels") is not None:
-            return named["shift_labels"].flatten()[kept], None
-        labels = named["labels"].flatten()[kept]
-        if not plan.scratch["form"].shifts:
-            return labels, None
-        targets = torch.full_like(labels, IGNORED)
-        targets[:-1] = torch.where(opens[1:], IGNORED, labels[1:])
-        return targets, labels[starts]
+    def fits(self, found: Sequences, named: dict, count: int, prefix: int) -> bool:
+        """Whether these sequences, packed, give what the plain model gives."""
+        if self.window and int(found.sizes.max()) + count + prefix > self.window:
+            return False
+        if (count or prefix) and bool(found.positions[found.starts].any()):
+            return False  # positions of one's own, with no place in front for virtual tokens or a prefix
+        if count or named.get("shift_labels") is not None:
+            return True
+        # the plain model predicts a row's first token from the padding (or the sequence) before it
+        behind = found.kept[found.starts] % named["labels"].shape[1] > 0
+        return not bool((named["labels"].flatten()[found.kept][found.starts][behind] != IGNORED).any())
 
-    def packed_inputs(self, plan: Plan, named: dict, kept: Tensor, row: Row) -> dict:
+    def targets(self, named: dict, found: Sequences, row: Row) -> tuple[Tensor, Tensor]:
+        """Places in the packed row that have something to predict, and what [labelled]."""
+        places = row.tokens
+        if named.get("shift_labels") is not None:
+            targets = named["shift_labels"].flatten()[found.kept]
+        else:
+            labels = named["labels"].flatten()[found.kept]
+            targets = torch.full_like(labels, IGNORED)
+            targets[:-1] = torch.where(found.opens[1:], IGNORED, labels[1:])
+            if row.virtual:  # the last virtual token predicts the first real one
+                places = torch.cat((places, row.last_virtual))
+                targets = torch.cat((targets, labels[found.starts]))
+        chosen = (targets != IGNORED).nonzero()[:, 0]
+        return places[chosen], targets[chosen]
+
+    def packed_inputs(self, plan: Plan, named: dict, kept: Tensor, row: Row) -> dict[str, Tensor]:
         """`input_ids` or `inputs_embeds` of the packed row."""
-        made: dict[str, Any] = {"use_cache": False} if "use_cache" in self.entry.signature.parameters else {}
         embeds, ids = named.get("inputs_embeds"), named.get("input_ids")
         if embeds is None and row.virtual == 0:
-            return made | {"input_ids": ids.flatten()[kept][None]}  # type: ignore[union-attr]
+            return {"input_ids": ids.flatten()[kept][None]}  # type: ignore[union-attr]
         if embeds is None:
             embeds = backbone_embeddings(self.host.base)(ids.flatten()[kept])  # type: ignore[union-attr]
         else:
             embeds = embeds.flatten(0, 1)[kept]
         if row.virtual:
             embeds = row.spread(embeds, self.host.virtual_tokens(plan).to(embeds.dtype))
-        return made | {"inputs_embeds": embeds[None]}
+        return {"inputs_embeds": embeds[None]}
 
     @contextmanager
     def packed_attention(self) -> Iterator[None]:
@@ -237,8 +223,9 @@ class Engine:
         targets = targets.flatten()
         places = (targets != IGNORED).nonzero()[:, 0]
         plan.scratch["loss"] = places, targets[places], items
-        if "use_cache" in self.entry.signature.parameters and named.get("past_key_values") is None:
-            named["use_cache"] = False
+        takes = "use_cache" in self.entry.signature.parameters
+        if takes and named.get("past_key_values") is None and not plan.scratch["own_positions"]:
+            named["use_cache"] = False  # with positions of one's own transformers' mask depends on it
 
     # -- the head ----------------------------------------------------------------------------------------------------
     def mine(self) -> Plan | None:

@@ -15,13 +15,12 @@ from ..architectures import backbone_embeddings, is_encoder_decoder
 from ..kernels import HeadForm
 from ..quantization import quantized_layers
 from ..routing import Plan, restore_order, running
+from .row import IGNORED
 
 if TYPE_CHECKING:
     from . import Engine
 
 log = logging.getLogger("graftlm.engine")
-
-IGNORED = -100
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,7 @@
-"""Where the tokens of a packed row lie."""
+"""The sequences of a batch, and where their tokens lie in a packed row.
+
+Shapes: B rows, T tokens a row as given, N real tokens.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,54 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The sequences in the rows of a batch.
+
+    Args:
+        kept: place of each real token in the flattened batch [N].
+        opens: whether a sequence begins there [N]; `starts` are the indices [sequences], `sizes` their lengths.
+        positions: within the sequence, or as given [N].
+    """
+
+    kept: Tensor
+    opens: Tensor
+    starts: Tensor
+    sizes: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(
+        cls, labels: Tensor, shift_labels: Tensor | None, mask: Tensor | None, positions: Tensor | None
+    ) -> Sequences | None:
+        """Find them: a row is one, or, without a mask, begins another wherever `positions` start again. None where a loss
+        depends on padding (labels on it, or right behind it within a row), or positions are one's own."""
+        given = labels if shift_labels is None else shift_labels
+        real = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.bool()
+        kept = real.flatten().nonzero()[:, 0]
+        if len(kept) == 0 or bool(((given != IGNORED) & ~real).any()):
+            return None
+        opens = torch.ones_like(kept, dtype=torch.bool)
+        opens[1:] = kept[1:] // labels.shape[1] != kept[:-1] // labels.shape[1]
+        if positions is not None:
+            positions = positions.expand_as(labels).flatten()[kept]
+            steps = torch.diff(positions)
+            odd = (steps != 1) & ~opens[1:]
+            if bool((odd & (steps > 1)).any()) or (mask is not None and bool(odd.any())):
+                return None  # places of one's own within a sequence
+            opens[1:] |= odd
+        holes = (torch.diff(kept) != 1) & ~opens[1:]
+        if shift_labels is None and bool((labels.flatten()[kept[1:]][holes] != IGNORED).any()):
+            return None
+        starts = opens.nonzero()[:, 0]
+        sizes = torch.diff(starts, append=starts.new_tensor([len(kept)]))
+        if positions is None:
+            positions = torch.arange(len(kept)) - starts.repeat_interleave(sizes)
+        return cls(kept, opens, starts, sizes, positions)
 
 
 @dataclass(frozen=True)

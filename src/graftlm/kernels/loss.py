@@ -62,7 +62,7 @@ def token_losses(
     Raises:
         IndexError: a target outside the vocabulary.
     """
-    if len(targets) and not (0 <= int(targets.min()) and int(targets.max()) < len(weight)):
+    if len(targets) and not (int(targets.min()) >= 0 and int(targets.max()) < len(weight)):
         raise IndexError(
             f"labels from {int(targets.min())} to {int(targets.max())}: expected ids of the {len(weight):,} entries of the "
             "vocabulary, or -100 for places without a label"
