@@ -35,6 +35,7 @@ from .architectures import (
 )
 from .architectures.attention import CACHE_NAMES, MASK_NAMES
 from .engine import Engine
+from .engine.output import Hook
 from .errors import UnsupportedError
 from .methods import TaskType
 from .routing import (
@@ -100,27 +101,27 @@ class Entry:
         """Register the hooks; returns their handles."""
         base = self.host.base
         handles = [
-            base.register_forward_pre_hook(self.before, with_kwargs=True),
-            base.register_forward_hook(self.after, with_kwargs=True),
+            base.register_forward_pre_hook(Hook(self, "before"), with_kwargs=True),
+            base.register_forward_hook(Hook(self, "after"), with_kwargs=True),
             *self.engine.connect(),
         ]
         if self.host.has_memory:
             handles += [
-                module.register_forward_pre_hook(self.restore_memory, with_kwargs=True)
+                module.register_forward_pre_hook(Hook(self, "restore_memory"), with_kwargs=True)
                 for _, module in attention_modules(base)
                 if id(module) not in self.encoder_attention
             ]
         if self.encoder_decoder:
             encoder = base.get_encoder()
-            handles.append(encoder.register_forward_pre_hook(self.before_encoder, with_kwargs=True))
+            handles.append(encoder.register_forward_pre_hook(Hook(self, "before_encoder"), with_kwargs=True))
             if self.host.has_memory:
                 handles += [
-                    module.register_forward_pre_hook(self.add_encoder_memory, with_kwargs=True)
+                    module.register_forward_pre_hook(Hook(self, "add_encoder_memory"), with_kwargs=True)
                     for _, module in attention_modules(encoder)
                 ]
             for module in encoder.modules():
                 if isinstance(module, nn.Embedding) and hasattr(module, "offset") and not self.takes_positions:
-                    handles.append(module.register_forward_hook(self.place_positions))
+                    handles.append(module.register_forward_hook(Hook(self, "place_positions")))
         return handles
 
     def plan(self) -> Plan | None:

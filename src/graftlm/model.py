@@ -118,6 +118,8 @@ class PeftModel(Host):
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_half_on_cpu()
+        if self.entry.engine.stale():
+            self._connect()
         plan = self._plan(kwargs.pop("adapter_names", None))
         with running(plan):
             try:

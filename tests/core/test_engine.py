@@ -396,3 +396,72 @@ def test_shifted_labels_of_ones_own() -> None:
     model = trained("llama", "lora")
     loss = model(**inputs).loss
     close(same(model, **inputs, shift_labels=shifted)[0].loss, loss)
+
+
+# -- what scripts do -----------------------------------------------------------------------------------------------------
+def test_outputs_by_place_and_in_files(tmp_path: Any) -> None:
+    model, inputs = trained("llama", "lora"), ragged()
+    loss, logits = model(**inputs)[:2]
+    output = model(**inputs)
+    close(output[1], logits)
+    close(output.to_tuple()[1], logits)
+    again = pickle.loads(pickle.dumps(output))
+    close(again.logits, logits)
+    torch.save(output.loss, tmp_path / "loss.pt")
+    close(torch.load(tmp_path / "loss.pt", weights_only=False), loss)
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_a_base_is_copied_while_it_is_wrapped(name: str) -> None:
+    model = trained(name, "prefix")
+    twin = copy.deepcopy(model.base)
+    inputs = ragged()
+    with torch.no_grad():
+        close(twin.eval()(**inputs).logits, still(name)(**inputs).logits)
+    assert not any(isinstance(m, fast.Fast) for m in twin.modules())
+
+
+@pytest.mark.parametrize("change", ["head", "vocabulary"])
+def test_a_head_that_is_replaced_after_wrapping(change: str) -> None:
+    model = trained("llama", "lora")
+    model(**ragged())
+    if change == "head":
+        model.base.lm_head = nn.Linear(32, VOCAB, bias=False).requires_grad_(False)
+    else:
+        model.base.resize_token_embeddings(VOCAB + 8)
+        model.base.requires_grad_(False)
+        model.set_adapter("default")
+    same(model, **ragged())
+
+
+def test_checkpointing_of_ones_own_fails_loudly_or_is_right() -> None:
+    """Layers that run again outside the pass cannot know its sequences."""
+    from torch.utils.checkpoint import checkpoint
+
+    model, inputs = trained("llama", "lora"), ragged()
+    for layer in model.base.model.layers:
+        forward = layer.forward
+        layer.forward = lambda *a, f=forward, **k: checkpoint(f, *a, use_reentrant=False, **k)
+    with pytest.raises(RuntimeError):
+        pass_(model, **inputs)
+    model.packs = False
+    loss, gradients, _ = pass_(model, **inputs)
+    wanted_loss, wanted, _ = pass_(trained("llama", "lora"), **inputs)
+    close(loss, wanted_loss)
+    for key, gradient in wanted.items():
+        close(gradients[key], gradient)
+
+
+def test_arguments_of_the_loss_go_the_plain_way() -> None:
+    model, inputs = trained("llama", "lora"), ragged()
+    labels = inputs["labels"].masked_fill(inputs["labels"] == -100, -7)
+    output = model(**(inputs | {"labels": labels}), ignore_index=-7)
+    assert "logits" in output
+    close(output.loss, model(**inputs).loss)
+
+
+def test_logits_are_read_outside_autocast() -> None:
+    model, inputs = trained("opt", "lora"), ragged()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**inputs)
+    assert output.logits.isfinite().all()

@@ -172,7 +172,18 @@ def attend(
 
 
 ALL_ATTENTION_FUNCTIONS.register(segment_attention, attend)
-ALL_MASK_ATTENTION_FUNCTIONS.register(segment_attention, lambda *args, **kwargs: None)
+
+
+def no_mask(*args: Any, **kwargs: Any) -> Tensor:
+    """What layers get as mask in a packed pass: nothing reads it, and it fits no scores.
+
+    A layer that someone's own activation checkpointing runs again, outside the pass and so with the base's own attention,
+    fails by it instead of mixing the sequences.
+    """
+    return torch.zeros(()).expand(1, 1, 3, 5)
+
+
+ALL_MASK_ATTENTION_FUNCTIONS.register(segment_attention, no_mask)
 
 
 def attention_configs(base: nn.Module) -> list[Any]:

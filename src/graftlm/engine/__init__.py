@@ -31,7 +31,7 @@ from ..kernels.loss import chunked_losses
 from ..quantization import quantized_kind
 from ..routing import Plan, current_plan, restore_order, running
 from .check import Check, Form, log
-from .output import HeadHook, with_lazy_logits
+from .output import Hook, with_lazy_logits
 from .row import IGNORED, Row, Sequences
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Engine:
         """Register the hooks on the head; returns their handles."""
         if self.head is None:
             return []
-        before, after = HeadHook(self, "before_head"), HeadHook(self, "after_head")
+        before, after = Hook(self, "before_head"), Hook(self, "after_head")
         return [self.head.register_forward_pre_hook(before), self.head.register_forward_hook(after)]
 
     # -- which way a pass goes ---------------------------------------------------------------------------------------
@@ -98,10 +98,8 @@ class Engine:
         if not (base.training and self.host.lean and self.head is not None and isinstance(labels, Tensor)):
             return "plain"
         config = base.config
-        asks = any(
-            named.get(k, getattr(config, k, False))
-            for k in ("output_attentions", "output_hidden_states", "output_router_logits")
-        )
+        asks = any(self.asked(named, k) for k in ("output_attentions", "output_hidden_states", "output_router_logits"))
+        asks = asks or any(k not in self.entry.signature.parameters and k not in PACKABLE for k in named)  # for the loss
         short = named.get("logits_to_keep")
         keeps = (
             named.get("past_key_values") is not None or named.get("use_cache") or (short is not None and not _zero(short))
@@ -116,7 +114,20 @@ class Engine:
         if given is None or given.shape[:2] != labels.shape or (mask is not None and mask.shape != labels.shape):
             return "plain"
         extra = any(v is not None and k not in PACKABLE for k, v in named.items())
+        extra = extra or (named.get("position_ids") is not None and named["position_ids"].dim() != 2)
         return "padded" if extra or not self.host.packs or labels.device.type != "cpu" else "packed"
+
+    def asked(self, named: dict, name: str) -> bool:
+        """Whether an extra output is asked for: by the call, the configuration, or the model's own default."""
+        if named.get(name) is not None:
+            return bool(named[name])
+        parameter = self.entry.signature.parameters.get(name)
+        return bool(getattr(self.host.base.config, name, False) or (parameter is not None and parameter.default is True))
+
+    def stale(self) -> bool:
+        """Whether the base has another head than when the hooks were placed."""
+        base = self.host.base
+        return self.head is not None and base.get_output_embeddings() is not self.head
 
     # -- the packed row ----------------------------------------------------------------------------------------------
     def pack(self, plan: Plan, named: dict) -> dict | None:
@@ -254,7 +265,8 @@ class Engine:
     def leave_base(self, plan: Plan, output: Any) -> Any:
         """The base's output with the loss, and with logits that are made only if they are read."""
         form, hidden = plan.scratch["form"], plan.scratch["hidden"]
-        plan.scratch["made"] = True
+        kind = hidden.device.type
+        plan.scratch |= {"made": True, "autocast": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
         places, targets, items = plan.scratch["loss"]
         rows = hidden.reshape(-1, hidden.shape[-1])[places]
         losses = self.losses(rows, targets, form.head)
@@ -306,7 +318,7 @@ class Engine:
             hidden = restore_order(hidden, scratch["order"])
         if scratch.get("drop"):
             hidden = hidden[:, scratch["count"] :]
-        with running(plan):
+        with running(plan), torch.autocast(hidden.device.type, scratch["dtype"], enabled=scratch["autocast"]):
             return scratch["form"].head.apply(self.head(hidden))
 
     # -- what holds for this model -----------------------------------------------------------------------------------

@@ -1,30 +1,42 @@
-"""Outputs whose logits are made only if they are read, and hooks on the head that do not tie it to the wrapper."""
+"""Outputs whose logits are made only if they are read, and hooks that do not tie a module to its wrapper."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from . import Engine
 
 _LAZY: dict[type, type] = {}
 
 
+class OnDemand:
+    """What makes a pass's logits. It travels with the loss, because accelerate builds outputs anew from their items; what is
+    pickled or copied leaves it behind."""
+
+    def __init__(self, make: Callable[[], Tensor] | None) -> None:
+        self.make = make
+
+    def __call__(self) -> Tensor:
+        if self.make is None:
+            raise AttributeError("This output was copied or unpickled, without what its logits are made of.")
+        return self.make()
+
+    def __reduce__(self) -> Any:
+        return OnDemand, (None,)
+
+
 def with_lazy_logits(output: Any, loss: Tensor, make: Callable[[], Tensor]) -> Any:
-    """`output` (a transformers ModelOutput) with `loss`, its `logits` no item, and made by `make` when they are read."""
+    """`output` (a transformers ModelOutput) with `loss`; its `logits` are no item, and made by `make` when they are read."""
     kind = _LAZY.setdefault(type(output), _lazy_class(type(output)))
-    # what makes them travels with the loss: accelerate builds the output anew from its items
-    loss.logits_on_demand = make  # type: ignore[attr-defined]
+    loss.logits_on_demand = OnDemand(make)  # type: ignore[attr-defined]
     items = {k: v for k, v in output.items() if k not in ("logits", "loss")}
     return kind(loss=loss, **items)
 
 
 def _lazy_class(kind: type) -> type:
-    """A subclass of an output class whose `logits` are made when they are first read."""
+    """A subclass of an output class whose `logits` are made when they are first read, by name or by place."""
 
     def logits(self: Any) -> Tensor:
         if "_logits" not in self.__dict__:
@@ -36,29 +48,47 @@ def _lazy_class(kind: type) -> type:
             self.__dict__["_logits"] = value
 
     def get(self: Any, key: Any) -> Any:
-        return self.logits if key == "logits" else super(made, self).__getitem__(key)
+        if key == "logits":
+            return self.logits
+        if isinstance(key, str):
+            return super(made, self).__getitem__(key)
+        return self.loss if key == 0 else self.to_tuple()[key]
 
-    body = {"logits": property(logits, put), "__getitem__": get, "__module__": kind.__module__}
+    def to_tuple(self: Any) -> tuple:
+        rest = (super(made, self).__getitem__(k) for k in self.keys() if k != "loss")
+        return (self.loss, self.logits, *rest)
+
+    def reduce(self: Any) -> Any:
+        return kind, (), None, None, iter({**self, "logits": self.logits.detach()}.items())
+
+    body = {
+        "logits": property(logits, put), "__getitem__": get, "to_tuple": to_tuple, "__reduce__": reduce,
+        "__module__": kind.__module__,
+    }  # fmt: skip
     made: Any = type(kind.__name__, (kind,), body)
     return made
 
 
-class HeadHook:
-    """A hook that does not tie the head to the wrapper: the head may be copied and pickled by itself."""
+class Hook:
+    """A hook on a module of the base that knows its owner weakly: the module may be copied and pickled by itself."""
 
-    def __init__(self, engine: Engine, name: str) -> None:
-        self.engine, self.name = weakref.ref(engine), name
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = weakref.ref(owner), name
 
-    def __call__(self, module: nn.Module, args: tuple, *output: Any) -> Any:
-        engine = self.engine()
-        return None if engine is None else getattr(engine, self.name)(module, args, *output)
+    def __call__(self, module: nn.Module, args: tuple, *rest: Any) -> Any:
+        owner = self.owner()
+        return None if owner is None else getattr(owner, self.name)(module, args, *rest)
 
-    def __deepcopy__(self, memo: dict) -> HeadHook:
+    def __deepcopy__(self, memo: dict) -> Hook:
         return self
 
     def __reduce__(self) -> Any:
         return _no_hook, ()
 
 
+def _nothing(*args: Any) -> None:
+    return None
+
+
 def _no_hook() -> Callable:
-    return lambda *args: None
+    return _nothing
