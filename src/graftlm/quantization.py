@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from .errors import ConfigError, UnsupportedError, nearest
@@ -239,6 +240,7 @@ class _Product4bit(torch.autograd.Function):
         return product(x, dequantize(layer).to(x.dtype), bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         flat = gradient.reshape(-1, gradient.shape[-1])
         made = plain_product(flat, dequantize(ctx.layer).to(flat.dtype).t())

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine", "Form"]
 
+MANY, TINY = 16, 24  # sequences, and their mean length in tokens, at which packing is weighed against padding
 # What a packed call may carry; anything else (images, token types) goes the padded way.
 PACKABLE = {
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels", "num_items_in_batch",
@@ -114,6 +115,7 @@ class Engine:
         if given is None or given.shape[:2] != labels.shape or (mask is not None and mask.shape != labels.shape):
             return "plain"
         extra = any(v is not None and k not in PACKABLE for k, v in named.items())
+        extra = extra or hasattr(backbone_embeddings(base), "neftune_noise_alpha")  # noise scaled by the row's length
         extra = extra or (named.get("position_ids") is not None and named["position_ids"].dim() != 2)
         return "padded" if extra or not self.host.packs or labels.device.type != "cpu" else "packed"
 
@@ -161,6 +163,9 @@ class Engine:
         """Whether these sequences, packed, give what the plain model gives."""
         if self.window and int(found.sizes.max()) + count + prefix > self.window:
             return False
+        many, tokens = len(found.sizes), len(found.kept)
+        if many > MANY and tokens < TINY * many and 2 * tokens > named["labels"].numel():
+            return False  # a step for each of many tiny sequences costs more than their padding
         if (count or prefix) and bool(found.positions[found.starts].any()):
             return False  # positions of one's own, with no place in front for virtual tokens or a prefix
         if count or named.get("shift_labels") is not None:
@@ -190,7 +195,7 @@ class Engine:
         if embeds is None and row.virtual == 0:
             return {"input_ids": ids.flatten()[kept][None]}  # type: ignore[union-attr]
         if embeds is None:
-            embeds = backbone_embeddings(self.host.base)(ids.flatten()[kept])  # type: ignore[union-attr]
+            embeds = backbone_embeddings(self.host.base)(ids.flatten()[kept][None])[0]  # type: ignore[union-attr]
         else:
             embeds = embeds.flatten(0, 1)[kept]
         if row.virtual:
@@ -291,7 +296,7 @@ class Engine:
         """The head where it is a frozen linear layer now; None where it is trained, adapted or quantised."""
         head = self.head
         while True:
-            if len(head._forward_hooks) > (head is self.head) or len(head._forward_pre_hooks) > (head is self.head):
+            if any(not isinstance(h, Hook) for h in (*head._forward_hooks.values(), *head._forward_pre_hooks.values())):
                 return None
             if hasattr(head, "modules_to_save"):
                 head = head.active
@@ -324,7 +329,7 @@ class Engine:
     # -- what holds for this model -----------------------------------------------------------------------------------
     def form(self, plan: Plan) -> Form | None:
         """The short cuts that give what the plain model gives, under adapters of this kind; None for none."""
-        key = tuple(c > 0 for c in self.host.counts(plan))
+        key = (*(c > 0 for c in self.host.counts(plan)), getattr(self.host.base, "loss_function", None))
         if key not in self.forms:
             if self.host.adapter_device.type == "cpu":
                 keep_freed_memory()

@@ -86,7 +86,8 @@ class Check:
     def packs(self, form: Form, plain: dict, output: Any) -> bool:
         """Whether the packed row gives the padded batch's hidden states and loss."""
         engine = self.engine
-        if not form.shifts or engine.host.adapter_device.type != "cpu":
+        tuned = getattr(engine.entry.decoder_config(), "attn_temperature_tuning", None)  # Llama 4: by places in the row
+        if not form.shifts or tuned or engine.host.adapter_device.type != "cpu":
             return False
         packing = replace(form, packs=True)
         try:
@@ -103,13 +104,30 @@ class Check:
         expected = expected[:, count:][self.batch["attention_mask"].bool()].float()
         found = scratch["hidden"][0][scratch["unpack"][2].tokens].float()
         error = float((found - expected).norm() / expected.norm())
-        exact = found.shape == expected.shape and error <= (1e-3 if self.precise else 5e-2)
-        if not (exact and self.close(packed.loss, output.loss)):
+        exact = found.shape == expected.shape and error <= (1e-4 if self.precise else 5e-2)
+        if not (exact and self.close(packed.loss, output.loss) and self.apart(packing, scratch)):
             log.info(
                 "%s is trained padded: packing changes its hidden states by %.1e", type(engine.host.base).__name__, error
             )
             return False
         return True
+
+    def apart(self, form: Form, before: dict) -> bool:
+        """Whether other tokens in the first row change nothing in the second one's hidden states.
+
+        It shows in any dtype, and for weights so small that what leaks (through a convolution, say) is.
+        """
+        ids = self.batch["input_ids"]
+        others = ids.clone()
+        others[0] = ids[0].roll(1) + 1
+        self.batch["input_ids"] = others % int(ids.max() + 1)
+        try:
+            after = self.run("packed", form)[0]
+        finally:
+            self.batch["input_ids"] = ids
+        places = before["unpack"][2].tokens[self.LENGTH :]
+        first, second = (s["hidden"][0][places].float() for s in (before, after))
+        return bool((first - second).norm() <= 1e-6 * first.norm())
 
     def run(self, way: str, form: Form | None, items: int | None = None) -> tuple[dict, Any]:
         """One pass; what its plan kept, and its output."""

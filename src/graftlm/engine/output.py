@@ -54,6 +54,9 @@ def _lazy_class(kind: type) -> type:
             return super(made, self).__getitem__(key)
         return self.loss if key == 0 else self.to_tuple()[key]
 
+    def get_or(self: Any, key: Any, default: Any = None) -> Any:
+        return self.logits if key == "logits" else kind.get(self, key, default)  # type: ignore[attr-defined]
+
     def to_tuple(self: Any) -> tuple:
         rest = (super(made, self).__getitem__(k) for k in self.keys() if k != "loss")
         return (self.loss, self.logits, *rest)
@@ -62,7 +65,7 @@ def _lazy_class(kind: type) -> type:
         return kind, (), None, None, iter({**self, "logits": self.logits.detach()}.items())
 
     body = {
-        "logits": property(logits, put), "__getitem__": get, "to_tuple": to_tuple, "__reduce__": reduce,
+        "logits": property(logits, put), "__getitem__": get, "get": get_or, "to_tuple": to_tuple, "__reduce__": reduce,
         "__module__": kind.__module__,
     }  # fmt: skip
     made: Any = type(kind.__name__, (kind,), body)

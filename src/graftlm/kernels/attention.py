@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .dropout import is_cheap, keep_mask
 
@@ -139,6 +140,7 @@ class _Short(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         q, k, v, keys, values, *kept = ctx.saved_tensors
         segments, scale, dropped = ctx.rest

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _LEVELS = 65536
 
@@ -33,6 +34,7 @@ class _Dropout(torch.autograd.Function):
         return (x * kept).mul_(ctx.scale)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return (gradient * ctx.saved_tensors[0]).mul_(ctx.scale), None
 

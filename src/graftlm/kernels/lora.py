@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .dropout import is_cheap, keep_mask
 from .linear import plain_product
@@ -33,6 +34,7 @@ class _LowRank(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, a, b, short, kept = ctx.saved_tensors
         flat = x.reshape(-1, x.shape[-1])

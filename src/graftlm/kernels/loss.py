@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .linear import MULTIPLE, even_rows, plain_product
@@ -45,9 +46,8 @@ class HeadForm:
         raw, logits = raw.float(), logits.float()
         length = float((raw * raw).sum())
         scale = float((raw * logits).sum()) / length if length else 1.0
-        forms = [cls(scale=1.0 if abs(scale - 1) < 1e-3 else scale)]
-        if softcap:
-            forms.append(cls(softcap=float(softcap)))
+        forms = [cls(softcap=float(softcap))] if softcap else []  # first: for small logits it looks like none
+        forms.append(cls(scale=1.0 if abs(scale - 1) < 1e-3 else scale))
         return next((f for f in forms if torch.allclose(f.apply(raw), logits, rtol=tolerance, atol=tolerance)), None)
 
 
@@ -106,6 +106,7 @@ class _TokenLosses(torch.autograd.Function):
         return losses[:count]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
         return (gradient * outer[:, None]).to(gradient.dtype), None, None, None, None, None

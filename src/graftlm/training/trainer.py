@@ -124,6 +124,7 @@ class Trainer(transformers.Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_complete_checkpoint()
         self.stop.asked = self.stop.stopped = False
+        self.joiner.take()  # what an interrupted update left
         try:
             with interrupts_go_to(self.stop.ask):
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -161,7 +162,8 @@ class Trainer(transformers.Trainer):
     def _may_join(self, num_items_in_batch: Any) -> bool:
         model = self.accelerator.unwrap_model(self.model)
         several = self.args.gradient_accumulation_steps > 1 and num_items_in_batch is not None and self.args.n_gpu <= 1
-        plain = self.label_smoother is None and self.compute_loss_func is None and self.model_accepts_loss_kwargs
+        own = type(self).compute_loss is not transformers.Trainer.compute_loss or self.compute_loss_func is not None
+        plain = self.label_smoother is None and not own and self.model_accepts_loss_kwargs
         return several and plain and isinstance(model, PeftModel) and model.can_pack()
 
     def _training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
