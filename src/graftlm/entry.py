@@ -172,6 +172,8 @@ class Entry:
                     f"Soft prompts need an attention_mask [B, T] of ones and zeros, got {tuple(mask.shape)}."
                 )
             return named
+        if mask is None and not past:
+            self.keep_apart(named)
         if count or prefix:
             self.refuse_packed(named)
             mask = given.new_ones(given.shape[:2], dtype=torch.long) if mask is None and not past else mask
@@ -259,6 +261,20 @@ class Entry:
     def with_virtual(mask: Tensor, order: Tensor, count: int) -> Tensor:
         """A mask [B, T] with the virtual tokens' ones in their places [B, P + T]."""
         return place_virtual(mask.new_ones(mask.shape[0], count), mask, order)
+
+    def keep_apart(self, named: dict) -> None:
+        """Rows that hold several sequences, outside a packed training pass: transformers keeps them apart by their
+        positions, where it takes these and keeps no cache. UnsupportedError for a model that does not."""
+        positions = named.get("position_ids")
+        if positions is None or positions.dim() != 2 or not bool((positions[:, 1:] <= positions[:, :-1]).any()):
+            return
+        if not self.takes_positions:
+            raise UnsupportedError(
+                f"position_ids start again inside a row, and {type(self.host.base).__name__} does not read them: only "
+                "packed training passes keep its sequences apart. Give every sequence a row of its own."
+            )
+        if named.get("use_cache") is None and "use_cache" in self.signature.parameters:
+            named["use_cache"] = False
 
     def refuse_packed(self, named: dict) -> None:
         """Rows that hold several sequences (positions that start again) would need virtual tokens inside the row."""

@@ -132,7 +132,9 @@ class PeftModel(Host):
 
         It is tried out once, on a small random batch.
         """
-        form = self.entry.engine.form(self._plan()) if self.lean and self.packs else None
+        engine = self.entry.engine
+        asked = any(engine.asked({}, k) for k in ("output_attentions", "output_hidden_states", "output_router_logits"))
+        form = engine.form(self._plan()) if self.lean and self.packs and engine.head is not None and not asked else None
         return form is not None and form.packs
 
     def _refuse_half_on_cpu(self) -> None:

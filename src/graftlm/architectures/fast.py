@@ -7,7 +7,8 @@ assignment, and copies and pickles are of the plain class.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -161,8 +162,9 @@ def attend(
     """transformers' attention interface over the running plan's segments: query [1, H, N, D], key and value [1, G, N, D]
     -> [1, N, H, D]."""
     plan = current_plan()
-    if plan is None or plan.segments is None:
-        raise UnsupportedError("Attention of packed rows was called outside a packed training pass.")
+    if plan is None or plan.segments is None:  # another thread's pass over the same base
+        usual = ALL_ATTENTION_FUNCTIONS[_usual(module.config)]
+        return usual(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     unknown = [k for k in ("softcap", "s_aux", "position_bias") if kwargs.get(k) is not None]
     if unknown or not getattr(module, "is_causal", True):
         raise UnsupportedError(f"{type(module).__name__}: packed rows have no {', '.join(unknown) or 'two-way attention'}.")
@@ -174,12 +176,38 @@ def attend(
 ALL_ATTENTION_FUNCTIONS.register(segment_attention, attend)
 
 
-def no_mask(*args: Any, **kwargs: Any) -> Tensor:
+_USUAL: dict[int, str] = {}  # configurations whose attention is ours now, and what it is otherwise
+
+
+def _usual(config: Any) -> str:
+    name = _USUAL.get(id(config), "sdpa")
+    return name if name in ALL_ATTENTION_FUNCTIONS else "sdpa"
+
+
+@contextmanager
+def packed_attention(configs: list[Any]) -> Iterator[None]:
+    """Within the block the attention of a base with these configurations goes sequence by sequence (in this thread)."""
+    before = [(config, config._attn_implementation_internal) for config in configs]
+    for config, name in before:
+        if name != segment_attention:
+            _USUAL[id(config)] = name or "sdpa"
+        config._attn_implementation_internal = segment_attention
+    try:
+        yield
+    finally:
+        for config, name in before:
+            config._attn_implementation_internal = name
+
+
+def no_mask(*args: Any, **kwargs: Any) -> Any:
     """What layers get as mask in a packed pass: nothing reads it, and it fits no scores.
 
     A layer that someone's own activation checkpointing runs again, outside the pass and so with the base's own attention,
     fails by it instead of mixing the sequences.
     """
+    plan = current_plan()
+    if plan is None or plan.segments is None:  # another thread's pass
+        return ALL_MASK_ATTENTION_FUNCTIONS[_usual(kwargs.get("config"))](*args, **kwargs)
     return torch.zeros(()).expand(1, 1, 3, 5)
 
 

@@ -15,8 +15,8 @@ Shapes: B rows, T tokens a row as given, P virtual tokens, N tokens of the packe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..architectures import backbone_embeddings, is_encoder_decoder
-from ..architectures.fast import alibi_slopes, attention_configs, attention_window, has_dropout, segment_attention
+from ..architectures.fast import alibi_slopes, attention_configs, attention_window, has_dropout, packed_attention
 from ..kernels import HeadForm, Segments, keep_freed_memory, token_losses
 from ..kernels.linear import even_rows
 from ..kernels.loss import chunked_losses
@@ -152,7 +152,7 @@ class Engine:
         memory = self.host.memory(plan) if prefix else None
         lengths = row.lengths + [filler] * (filler > 0)
         plan.segments = Segments(lengths, row.shared, memory, alibi_slopes(self.host.base))
-        plan.around = self.packed_attention
+        plan.around = functools.partial(packed_attention, self.configs)
         plan.scratch["leave"] = leave = plan.around()
         leave.__enter__()
         plan.scratch["loss"] = *self.targets(named, found, row), named.get("num_items_in_batch")
@@ -201,18 +201,6 @@ class Engine:
         if row.virtual:
             embeds = row.spread(embeds, self.host.virtual_tokens(plan).to(embeds.dtype))
         return {"inputs_embeds": embeds[None]}
-
-    @contextmanager
-    def packed_attention(self) -> Iterator[None]:
-        """Within the block the base's attention goes sequence by sequence."""
-        before = [(config, config._attn_implementation_internal) for config in self.configs]
-        for config, _ in before:
-            config._attn_implementation_internal = segment_attention
-        try:
-            yield
-        finally:
-            for config, name in before:
-                config._attn_implementation_internal = name
 
     def leave(self, plan: Plan) -> None:
         """The base has run (or failed): its attention is its own again."""

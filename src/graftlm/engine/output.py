@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-
-_LAZY: dict[type, type] = {}
 
 
 class OnDemand:
@@ -29,13 +28,14 @@ class OnDemand:
 
 def with_lazy_logits(output: Any, loss: Tensor, make: Callable[[], Tensor]) -> Any:
     """`output` (a transformers ModelOutput) with `loss`; its `logits` are no item, and made by `make` when they are read."""
-    kind = _LAZY.setdefault(type(output), _lazy_class(type(output)))
+    kind = _lazy_class(type(output))  # type: ignore[arg-type]
     loss.logits_on_demand = OnDemand(make)  # type: ignore[attr-defined]
     items = {k: v for k, v in output.items() if k not in ("logits", "loss")}
     return kind(loss=loss, **items)
 
 
-def _lazy_class(kind: type) -> type:
+@functools.cache
+def _lazy_class(kind: Any) -> Any:
     """A subclass of an output class whose `logits` are made when they are first read, by name or by place."""
 
     def logits(self: Any) -> Tensor:
@@ -55,7 +55,7 @@ def _lazy_class(kind: type) -> type:
         return self.loss if key == 0 else self.to_tuple()[key]
 
     def get_or(self: Any, key: Any, default: Any = None) -> Any:
-        return self.logits if key == "logits" else kind.get(self, key, default)  # type: ignore[attr-defined]
+        return self.logits if key == "logits" else kind.get(self, key, default)
 
     def to_tuple(self: Any) -> tuple:
         rest = (super(made, self).__getitem__(k) for k in self.keys() if k != "loss")

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from .dropout import is_cheap, keep_mask
 
-LONG = 512  # tokens of a sequence from which on the fused kernel is used
+LONG = 320  # tokens of a sequence from which on the fused kernel is used
 
 Memory = list[tuple[Tensor, Tensor]]
 
@@ -76,15 +76,18 @@ class Segments:
         return own + [(start, end, self.shared) for start, end in self.bounds]
 
     def mask(self, length: int, before: int, groups: int, heads: int, like: Tensor) -> Tensor:
-        """What is added to scores [groups, heads / groups * length, before + length]: 0, ALiBi or -inf."""
+        """What is added to scores [groups (or 1), heads / groups * length, before + length]: 0, ALiBi or -inf."""
         key = (length, before, groups, heads, like.dtype)
         if key not in self._masks:
             later = torch.full((length, length), -torch.inf, device=like.device).triu_(1)
-            made = F.pad(later, (before, 0)).expand(heads, -1, -1)
-            if self.slopes is not None:
+            made = F.pad(later, (before, 0))
+            if self.slopes is None:  # the same for all heads
+                made = made.repeat(heads // groups, 1)[None]
+            else:
                 places = torch.arange(before + length, device=like.device)
                 made = made + (self.slopes.float()[:, None, None] * places).to(like.dtype)
-            self._masks[key] = made.reshape(groups, heads // groups * length, -1).to(like.dtype)
+                made = made.reshape(groups, heads // groups * length, -1)
+            self._masks[key] = made.to(like.dtype)
         return self._masks[key]
 
     def _long(
