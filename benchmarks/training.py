@@ -346,8 +346,12 @@ def alternate(theirs: Runner, ours: Runner, work: Workload, rounds: int) -> dict
     """Seconds of each part, one step of each library in turn after one to warm up."""
     times: dict[str, list[float]] = {k: [] for k in ("peft", "peft adamw", "peft fused", "graftlm", "graftlm fused")}
     for round_ in range(rounds + 1):
+        allocator(kept=False)
+        theirs.backward()  # not timed: the allocator settles
         plain = theirs.step(fused=False) if work.plain_adamw else None
         fused = theirs.step(fused=True)
+        allocator(kept=True)
+        ours.backward()
         own = ours.step(fused=True)
         if round_:
             for seconds in (plain, fused):
@@ -358,6 +362,20 @@ def alternate(theirs: Runner, ours: Runner, work: Workload, rounds: int) -> dict
             times["graftlm"].append(own[0])
             times["graftlm fused"].append(own[1])
     return times
+
+
+def allocator(kept: bool) -> None:
+    """glibc's thresholds as GraftLM sets them, or as a process has them after a while; each library is measured under its
+    own.""" import ctypes
+
+    try:
+        library = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return
+    for option, values in ((-3, (2**30, 2**25)), (-1, (2**31 - 1, 2**26)), (-2, (2**26, 2**17))):
+        library.mallopt(option, values[not kept])
+    if not kept:
+        library.malloc_trim(0)
 
 
 # -- floor ---------------------------------------------------------------------------------------------------------------

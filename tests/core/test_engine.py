@@ -465,3 +465,122 @@ def test_logits_are_read_outside_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         output = model(**inputs)
     assert output.logits.isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [None, 0.02], ids=["default_start", "tiny_weights"])
+def test_layers_that_mix_neighbours_are_found_however_small_their_weights(scale: float | None) -> None:
+    torch.manual_seed(0)
+    sizes = {k: v for k, v in SIZES.items() if k != "max_position_embeddings"}
+    base = t.Lfm2ForCausalLM(t.Lfm2Config(**sizes, layer_types=["conv", "full_attention"], conv_L_cache=3))
+    if scale is not None:
+        for parameter in base.parameters():
+            parameter.data.mul_(scale if parameter.dim() > 1 else 1.0)
+    model: Any = graftlm.get_peft_model(base, graftlm.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")).train()
+    assert not model.can_pack()
+    same(randomise(model), **ragged())
+
+
+def test_a_cap_is_found_while_logits_are_small() -> None:
+    torch.manual_seed(0)
+    base = t.Gemma2ForCausalLM(t.Gemma2Config(**SIZES, head_dim=8))
+    model: Any = graftlm.get_peft_model(base, graftlm.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])).train()
+    model(**ragged())
+    base.lm_head.weight.data.mul_(100)
+    same(randomise(model), **ragged())
+
+
+def test_noise_on_embeddings_keeps_its_size() -> None:
+    """NEFTune scales its noise by the length of the rows it sees."""
+    model = trained("llama", "prompt")
+    model(**ragged())
+    seen: list[torch.Size] = []
+    embeddings = model.get_input_embeddings()
+    embeddings.neftune_noise_alpha = 5.0
+    embeddings.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    model(**ragged())
+    assert seen[-1][:2] == ragged()["input_ids"].shape
+
+
+def test_second_derivatives_raise() -> None:
+    model = trained("bloom", "prompt")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradients = torch.autograd.grad(model(**ragged()).loss, parameters, create_graph=True)
+        torch.autograd.grad(sum(g.pow(2).sum() for g in gradients), parameters)
+
+
+def test_output_classes_are_made_once() -> None:
+    model = trained("llama", "lora")
+    assert type(model(**ragged())) is type(model(**ragged()))
+    output = model(**ragged())
+    close(output.get("logits"), output.logits)
+    assert output.get("nothing", 3) == 3
+
+
+def test_a_loss_function_that_is_set_later_is_heeded() -> None:
+    model = trained("llama", "lora")
+    model(**ragged())
+    model.base.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.float().mean()
+    output = model(**ragged())
+    assert "logits" in output
+    close(output.loss, output.logits.float().mean())
+
+
+def test_two_wrappers_both_use_the_fused_head() -> None:
+    base = still("llama")
+    both = [graftlm.get_peft_model(base, config("lora", "llama")).train() for _ in range(2)]
+    for model in both:
+        assert model.entry.engine.plain_head() is base.lm_head
+        same(randomise(model), **ragged())
+
+
+def test_another_thread_may_run_the_base_meanwhile() -> None:
+    import threading
+
+    base = still("llama")
+    model = graftlm.get_peft_model(base, config("prefix", "llama")).train()
+    ids = ragged()["input_ids"]
+    with torch.no_grad():
+        wanted = base(input_ids=ids).logits
+    errors: list[Any] = []
+    done = threading.Event()
+
+    def serve() -> None:
+        while not done.is_set():
+            try:
+                with torch.no_grad():
+                    close(base(input_ids=ids).logits, wanted)
+            except Exception as error:
+                errors.append(error)
+                return
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    for _ in range(30):
+        model(**ragged()).loss.backward()
+    done.set()
+    thread.join()
+    assert not errors
+
+
+def test_packed_rows_outside_training() -> None:
+    sequences = rows("llama", (5, 4))
+    packed = {
+        "input_ids": torch.cat(sequences)[None],
+        "position_ids": torch.cat([torch.arange(len(s)) for s in sequences])[None],
+    }
+    model = trained("llama", "lora").eval()
+    with torch.no_grad():
+        close(model(**packed).logits[0, 5:], model(input_ids=sequences[1][None]).logits[0])
+        with pytest.raises(UnsupportedError, match="does not read them"):
+            trained("bloom", "lora").eval()(**packed)
+
+
+def test_many_tiny_rows_stay_padded() -> None:
+    model = trained("llama", "lora")
+    inputs = padded(rows("llama", (5,) * 40), "right", 0)
+    inputs["labels"] = inputs["input_ids"].masked_fill(torch.arange(5) == 0, -100)
+    handled: list[int] = []
+    model.base.model.register_forward_hook(lambda m, a, o: handled.append(o.last_hidden_state.shape[0]))
+    same(model, **inputs)
+    assert handled[-1] == 40

@@ -79,6 +79,33 @@ def test_batches_of_other_kinds_are_not_joined() -> None:
     assert both["labels"][0, 5:].tolist() == [-100] * 3
 
 
+def test_a_loss_of_ones_own_sees_every_batch_by_itself(tmp_path: Path) -> None:
+    class Own(Trainer):
+        sizes: list[int] = []
+
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            self.sizes.append(len(inputs["input_ids"]))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    trainer = Own(
+        wrapped("lora", "llama"),
+        arguments(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4, save_strategy="no"),
+        train_dataset=uneven(7),
+    )
+    trainer.train()
+    assert set(trainer.sizes) == {1}
+
+
+def test_what_a_failed_run_left_waiting_is_dropped(tmp_path: Path) -> None:
+    fresh, _ = fit("lora", tmp_path / "1")
+    model = wrapped("lora", "llama")
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "save_strategy": "no"}
+    trainer = Trainer(model, arguments(tmp_path / "2", **options), train_dataset=uneven(7))
+    trainer.joiner.add({k: v[None] for k, v in examples(1)[0].items()}, last=False)
+    trainer.train()
+    assert losses(trainer) == pytest.approx(losses(fresh), abs=1e-6)
+
+
 # -- packing -------------------------------------------------------------------------------------------------------------
 class Rows(list):
     """A list of examples that answers for a column."""
