@@ -365,8 +365,8 @@ def alternate(theirs: Runner, ours: Runner, work: Workload, rounds: int) -> dict
 
 
 def allocator(kept: bool) -> None:
-    """glibc's thresholds as GraftLM sets them, or as a process has them after a while; each library is measured under its
-    own.""" import ctypes
+    """glibc's thresholds as GraftLM sets them, or as a process has them: each library is measured under its own."""
+    import ctypes
 
     try:
         library = ctypes.CDLL("libc.so.6")
