@@ -17,11 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from .errors import ConfigError, UnsupportedError, nearest
 from .kernels.linear import plain_product, product
+from .kernels.order import first_order
 
 SCHEMES = ("int8", "nf4", "fp4")
 _WEIGHTS = {"SCB": "Int8Params", "quant_state": "Params4bit"}  # bitsandbytes' parameters by an attribute of theirs
@@ -240,7 +240,7 @@ class _Product4bit(torch.autograd.Function):
         return product(x, dequantize(layer).to(x.dtype), bias)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         flat = gradient.reshape(-1, gradient.shape[-1])
         made = plain_product(flat, dequantize(ctx.layer).to(flat.dtype).t())

@@ -504,7 +504,7 @@ def test_noise_on_embeddings_keeps_its_size() -> None:
 def test_second_derivatives_raise() -> None:
     model = trained("bloom", "prompt")
     parameters = [p for p in model.parameters() if p.requires_grad]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="first derivatives only"):
         gradients = torch.autograd.grad(model(**ragged()).loss, parameters, create_graph=True)
         torch.autograd.grad(sum(g.pow(2).sum() for g in gradients), parameters)
 

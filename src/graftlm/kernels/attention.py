@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .dropout import is_cheap, keep_mask
+from .order import first_order
 
 LONG = 320  # tokens of a sequence from which on the fused kernel is used
 
@@ -143,7 +143,7 @@ class _Short(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         q, k, v, keys, values, *kept = ctx.saved_tensors
         segments, scale, dropped = ctx.rest

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .order import first_order
 
 _CLEAR_WIN = 0.8  # of the default's time; nearer to 1 two runs of one script might choose differently
 _SMALL = 2**20  # multiplications under which choosing costs more than it brings
@@ -65,7 +66,7 @@ class _Product(torch.autograd.Function):
         return _onednn(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         gradient = gradient.contiguous()

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .dropout import is_cheap, keep_mask
 from .linear import plain_product
+from .order import first_order
 
 
 class _LowRank(torch.autograd.Function):
@@ -34,7 +34,7 @@ class _LowRank(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, a, b, short, kept = ctx.saved_tensors
         flat = x.reshape(-1, x.shape[-1])

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .linear import MULTIPLE, even_rows, plain_product
+from .order import first_order
 
 TILE = 4096  # rows of the head's weight at a time, on CPUs
 ROWS = 256  # hidden states at a time
@@ -106,7 +106,7 @@ class _TokenLosses(torch.autograd.Function):
         return losses[:count]
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
         return (gradient * outer[:, None]).to(gradient.dtype), None, None, None, None, None

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .order import first_order
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -25,7 +26,7 @@ class _RMSNorm(torch.autograd.Function):
         return weight * (wide * inverse).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, inverse = ctx.saved_tensors
         to_unit = gradient.float() * (1.0 + weight.float() if ctx.one_more else weight.float())
