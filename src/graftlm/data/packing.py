@@ -13,8 +13,6 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch.utils.data import Dataset
-
 from graftlm.data._base import IGNORE_INDEX
 from graftlm.data.collators import Rows, _checked
 from graftlm.errors import DataError
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class PackedRows(Dataset):
+class PackedRows:
     """A data set of packs: item i is the list of examples that make up one step's row.
 
     Args:
