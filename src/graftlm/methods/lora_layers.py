@@ -104,10 +104,14 @@ class LoraLayer(nn.Module):
 
     def parts(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of one adapter in this layer, with their names below the layer."""
-        marks = (f".{name}.", f".{name}")
-        for key, parameter in self.named_parameters():
-            if key.startswith("lora_") and (marks[0] in f"{key}." or key.endswith(marks[1])):
-                yield key, parameter
+        for table in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"):
+            held = getattr(self, table)
+            if name not in held:
+                continue
+            if isinstance(held[name], nn.Parameter):
+                yield f"{table}.{name}", held[name]
+            else:
+                yield from ((f"{table}.{name}.{key}", parameter) for key, parameter in held[name].named_parameters())
 
     # -- building ----------------------------------------------------------------------------------------------------
     def add(
