@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architectures import backbone_embeddings
+from .architectures import backbone_embeddings, base_modules
 from .architectures.fast import speed_up
 from .entry import Entry
 from .errors import AdapterError, nearest
@@ -197,7 +197,7 @@ class Host(PreTrainedModel):
             module.is_head = module.is_head or not any(path == w or path.endswith(f".{w}") for w in wanted if w not in heads)
 
     def _unsave_modules(self, name: str) -> None:
-        for path, module in list(self.base.named_modules()):
+        for path, module in list(base_modules(self.base)):
             if isinstance(module, ModulesToSaveWrapper) and module.switch is self.switch and name in module.modules_to_save:
                 del module.modules_to_save[name]
                 if not module.modules_to_save:

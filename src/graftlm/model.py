@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import checkpoint
+from .architectures import base_modules
 from .architectures.fast import slow_down
 from .errors import AdapterError, UnsupportedError
 from .host import _HOSTS, BASE_NAME, Host
@@ -167,7 +168,7 @@ class PeftModel(Host):
     def protect_checkpointing(self) -> None:
         """Let activation checkpointing recompute under the plan of its forward pass."""
         if self.checkpointing is None:
-            self.checkpointing = [m for m in self.base.modules() if hasattr(m, "gradient_checkpointing")]
+            self.checkpointing = [m for _, m in base_modules(self.base) if hasattr(m, "gradient_checkpointing")]
         module: Any
         for module in self.checkpointing:
             function = getattr(module, "_gradient_checkpointing_func", None)
@@ -225,7 +226,7 @@ class PeftModel(Host):
             self._follow(merged)
 
     def _merged_modules(self) -> list[Any]:
-        own = [m for m in self.base.modules() if getattr(m, "switch", None) is self.switch]
+        own = [m for _, m in base_modules(self.base) if getattr(m, "switch", None) is self.switch]
         return [m for m in own if getattr(m, "merged_adapters", None)]
 
     def _follow(self, changed: Any = True) -> None:

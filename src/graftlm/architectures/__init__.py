@@ -18,11 +18,13 @@ from .facts import (
     position_offset,
     takes_position_ids,
 )
+from .walk import base_modules
 
 __all__ = [
     "LORA_TARGETS",
     "attention_modules",
     "backbone_embeddings",
+    "base_modules",
     "block_sites",
     "counts_from_mask",
     "encoder_kv_shapes",

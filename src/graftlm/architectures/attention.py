@@ -8,6 +8,7 @@ layers of mixed sizes and layers without keys come out as they are.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
 from ..errors import UnsupportedError
+from .walk import base_modules
 
 CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
 CROSS_NAMES = ("key_value_states", "encoder_hidden_states")
@@ -43,13 +45,19 @@ class _Recorder(DynamicCache):
 def attention_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Self- and cross-attention modules: the innermost modules whose forward takes a cache."""
     takers = {}
-    for name, module in root.named_modules():
-        parameters = inspect.signature(module.forward).parameters
-        if any(n in parameters for n in CACHE_NAMES):
+    for name, module in base_modules(root):
+        own = vars(module).get("forward")  # accelerate gives a module a forward of its own
+        if _takes_cache(type(module).forward) if own is None else _takes_cache.__wrapped__(own):
             takers[name] = module
     for name, module in takers.items():
         if not any(other.startswith(f"{name}." if name else "") and other != name for other in takers):
             yield name, module
+
+
+@functools.cache
+def _takes_cache(forward: Any) -> bool:
+    parameters = inspect.signature(forward).parameters
+    return any(n in parameters for n in CACHE_NAMES)
 
 
 def self_attention_call(module: nn.Module, args: tuple, kwargs: dict) -> dict | None:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import TargetError, UnsupportedError, nearest
+from .walk import base_modules
 
 _QV = ["q_proj", "v_proj"]
 _FUSED = ["query_key_value"]
@@ -100,7 +101,7 @@ def counts_from_mask(base: nn.Module) -> bool:
 
 def position_offset(base: nn.Module) -> int:
     """Position of a row's first token: RoBERTa and its kin count from `padding_idx + 1`, all others from 0."""
-    for module in base.modules():
+    for _, module in base_modules(base):
         if hasattr(module, "create_position_ids_from_input_ids") or type(module).__name__ in _OFFSET_EMBEDDINGS:
             padding = getattr(module, "padding_idx", None)
             if padding is not None:

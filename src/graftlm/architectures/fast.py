@@ -26,6 +26,7 @@ from ..quantization import linear_4bit, quantized_kind
 from ..routing import current_plan
 from . import bloom
 from .attention import attention_modules
+from .walk import base_modules
 
 segment_attention = "graftlm_segments"  # the name of our attention in transformers' registry
 
@@ -216,7 +217,7 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(segment_attention, no_mask)
 
 def attention_configs(base: nn.Module) -> list[Any]:
     """The configurations that a base's attention modules and mask functions read."""
-    found = {id(c): c for c in (getattr(m, "config", None) for m in base.modules()) if c is not None}
+    found = {id(c): c for c in (getattr(m, "config", None) for _, m in base_modules(base)) if c is not None}
     return [c for c in found.values() if hasattr(c, "_attn_implementation_internal")]
 
 
@@ -232,12 +233,12 @@ def attention_window(base: Any) -> int | None:
 
 def alibi_slopes(base: nn.Module) -> Tensor | None:
     """ALiBi's slopes of a base whose attention leaves them to the segments (Bloom), else None."""
-    return next((bloom.slopes(m) for m in base.modules() if isinstance(m, BloomAttention)), None)
+    return next((bloom.slopes(m) for _, m in base_modules(base) if isinstance(m, BloomAttention)), None)
 
 
 def has_dropout(base: nn.Module) -> bool:
     """Whether the base drops anything in training: then no two sequences may share what they compute."""
-    layers = any(isinstance(m, nn.Dropout) and m.p > 0 for m in base.modules())
-    names = {n for _, m in attention_modules(base) for n in vars(m) if "dropout" in n}
-    names |= {n for m in base.modules() for n in ("dropout", "activation_dropout") if isinstance(vars(m).get(n), float)}
-    return layers or any(isinstance(vars(m).get(n), float) and vars(m)[n] > 0 for m in base.modules() for n in names)
+    modules = [m for _, m in base_modules(base)]
+    names = {n for _, m in attention_modules(base) for n in vars(m) if "dropout" in n} | {"dropout", "activation_dropout"}
+    rates = (vars(m).get(n) for m in modules for n in names)
+    return any(isinstance(m, nn.Dropout) and m.p > 0 for m in modules) or any(isinstance(r, float) and r > 0 for r in rates)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import backbone_embeddings, is_encoder_decoder, lora_targets
+from ..architectures import backbone_embeddings, base_modules, is_encoder_decoder, lora_targets
 from ..errors import ConfigError, TargetError, UnsupportedError, nearest
 from ..files import checkpoint_weight
 from ..quantization import quantized_kind, source_class
@@ -229,7 +229,7 @@ class Lora(Method):
     def detach(self, host: wrapper.PeftModel) -> None:
         if self.name in host.adapter_biases:
             del host.adapter_biases[self.name]
-        for path, layer in list(host.base.named_modules()):
+        for path, layer in list(base_modules(host.base)):
             if not isinstance(layer, LoraLayer) or layer.switch is not host.switch:
                 continue
             if self.name in layer.scaling:
@@ -239,7 +239,7 @@ class Lora(Method):
 
     def layers(self, host: wrapper.PeftModel) -> Iterator[tuple[str, LoraLayer]]:
         """This adapter's layers with their dotted names in the bare base."""
-        for path, module in host.base.named_modules():
+        for path, module in base_modules(host.base):
             if isinstance(module, LoraLayer) and module.switch is host.switch and self.name in module.scaling:
                 yield clean_path(path), module
 
@@ -264,7 +264,7 @@ class Lora(Method):
         return handles
 
     def named_parameters(self, host: wrapper.PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
-        for path, layer in host.base.named_modules():
+        for path, layer in base_modules(host.base):
             if isinstance(layer, LoraLayer) and layer.switch is host.switch:
                 for key, parameter in layer.parts(self.name):
                     yield f"base_model.model.{path}.{key}", parameter
@@ -301,7 +301,7 @@ class Lora(Method):
         Raises:
             ValueError: with `safe`, a weight would be NaN or infinite; nothing is changed.
         """
-        layers = [m for m in host.base.modules() if isinstance(m, LoraLayer) and m.switch is host.switch]
+        layers = [m for _, m in base_modules(host.base) if isinstance(m, LoraLayer) and m.switch is host.switch]
         if safe and not all(torch.isfinite(m.merged_weight(names)).all() for m in layers):
             raise ValueError(f"Merging {', '.join(names)} gives NaN or infinite weights; nothing was changed.")
         for module in layers:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..architectures import base_modules
 from ..errors import CompositionError, TargetError, nearest
 from ..quantization import dequantize, dequantized, in_source_form, quantized_kind
 from ..routing import Switch, active_adapters
@@ -100,6 +101,6 @@ def find_modules(base: nn.Module, names: Iterable[str], wanted: Iterable[str]) -
 
 def saved_modules(base: nn.Module, switch: Switch, name: str) -> Iterator[tuple[str, nn.Module]]:
     """Adapter `name`'s copies with the dotted names of their places."""
-    for path, module in base.named_modules():
+    for path, module in base_modules(base):
         if isinstance(module, ModulesToSaveWrapper) and module.switch is switch and name in module.modules_to_save:
             yield clean_path(path), module.modules_to_save[name]

@@ -95,13 +95,15 @@ def in_layers(name: str, config: Any) -> bool:
 def module_names(base: nn.Module, skip: tuple[type, ...]) -> dict[str, nn.Module]:
     """Dotted names of the base's own modules: inside of adapter containers is left out, the containers stay."""
     names: dict[str, nn.Module] = {}
-    hidden: list[str] = []
-    for name, module in base.named_modules(remove_duplicate=False):
-        if not name or any(name.startswith(h) for h in hidden):
-            continue
-        if isinstance(module, skip):
-            hidden.append(f"{name}.")
-        names[name] = module
+
+    def collect(module: nn.Module, path: str) -> None:
+        for name, child in module._modules.items():
+            if child is not None:
+                names[path + name] = child
+                if not isinstance(child, skip):
+                    collect(child, f"{path}{name}.")
+
+    collect(base, "")
     return names
 
 

@@ -1,0 +1,24 @@
+"""Walking a base without walking through its adapters, so that what is asked of a base costs the same with a hundred."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+# Modules that stand in a layer's place, and what of them belongs to the base; the rest is adapters', by name.
+_INNER = ("base_layer", "original_module")
+
+
+def base_modules(root: nn.Module, path: str = "", seen: set[nn.Module] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """As `root.named_modules()`, but of a module that carries adapters only the layer that it stands for is entered."""
+    seen = set() if seen is None else seen
+    if root in seen:
+        return
+    seen.add(root)
+    yield path, root
+    children = root._modules
+    inner = next((n for n in _INNER if n in children), None)
+    for name, child in children.items() if inner is None else [(inner, children[inner])]:
+        if child is not None:
+            yield from base_modules(child, f"{path}.{name}" if path else name, seen)
