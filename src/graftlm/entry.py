@@ -34,11 +34,13 @@ from .architectures import (
     takes_position_ids,
 )
 from .architectures.attention import CACHE_NAMES, MASK_NAMES
+from .architectures.fast import attention_window
 from .engine import Engine
 from .engine.output import Hook
 from .errors import UnsupportedError
 from .methods import TaskType
 from .routing import (
+    Front,
     Plan,
     current_plan,
     place_virtual,
@@ -119,9 +121,11 @@ class Entry:
                     module.register_forward_pre_hook(Hook(self, "add_encoder_memory"), with_kwargs=True)
                     for _, module in attention_modules(encoder)
                 ]
-            for module in encoder.modules():
-                if isinstance(module, nn.Embedding) and hasattr(module, "offset") and not self.takes_positions:
-                    handles.append(module.register_forward_hook(Hook(self, "place_positions")))
+            halves = ((encoder, "place_positions"), (base.get_decoder(), "place_decoder_positions"))
+            for half, hook in halves if not self.takes_positions else ():
+                for module in half.modules():
+                    if isinstance(module, nn.Embedding) and hasattr(module, "offset"):
+                        handles.append(module.register_forward_hook(Hook(self, hook)))
         return handles
 
     def plan(self) -> Plan | None:
@@ -135,14 +139,19 @@ class Entry:
         plan = self.plan()
         if plan is None:
             return None
-        named = dict(self.signature.bind_partial(*args, **kwargs).arguments)
-        for name, parameter in self.signature.parameters.items():
-            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                named |= named.pop(name, {})
+        named = self.named(args, kwargs)
         self.host.protect_checkpointing()
         plan.scratch.clear()
         plan.scratch |= {"in_base": True, "batch": batch_size(named), "use_cache": self.keeps_cache(named)}
         return (), self.engine.enter(plan, named, self.enter_encoder_decoder if self.encoder_decoder else self.enter)
+
+    def named(self, args: tuple, kwargs: dict) -> dict:
+        """The arguments of a call of the base model by name."""
+        named = dict(self.signature.bind_partial(*args, **kwargs).arguments)
+        for name, parameter in self.signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                named |= named.pop(name, {})
+        return named
 
     def keeps_cache(self, named: dict) -> bool:
         """Whether this call's cache is for later steps; without, a prefix is put in front and nothing is kept."""
@@ -153,7 +162,7 @@ class Entry:
 
     def enter(self, plan: Plan, named: dict) -> dict:
         """Inputs of a decoder-only or encoder-only model."""
-        count, prefix = self.host.counts(plan)
+        count, prefix = self.host.fronts(plan, plan.scratch["batch"])
         given = named.get("input_ids") if named.get("input_ids") is not None else named.get("inputs_embeds")
         if given is None:
             return named
@@ -176,10 +185,15 @@ class Entry:
             self.keep_apart(named)
         if count or prefix:
             self.refuse_packed(named)
-            mask = given.new_ones(given.shape[:2], dtype=torch.long) if mask is None and not past else mask
+            uneven = not (count.even and prefix.even)
+            if mask is None and (not past or uneven):
+                before = past - count.most - prefix.most if past else 0
+                mask = given.new_ones(given.shape[0], before + given.shape[1], dtype=torch.long)
+            if uneven:
+                self.refuse_window(mask.shape[1] + count.most + prefix.most)
         if mask is None:
             if past and named.get("position_ids") is not None:
-                named["position_ids"] = named["position_ids"] + count + prefix
+                named["position_ids"] = named["position_ids"] + count.each + prefix.each
             return named
         if self.to_right and mask.shape == given.shape[:2]:
             named, mask = self.padding_last(named, mask)
@@ -190,15 +204,15 @@ class Entry:
             mask = named["attention_mask"]
         elif past and count:
             mask = self.with_virtual(mask, virtual_order(mask, count), count)
-            positions = None if positions is None else positions + count
+            positions = None if positions is None else positions + count.each
         if prefix:
-            if not self.counts_from_mask and bool((mask[:, 0] == 0).any()):
+            if not self.counts_from_mask and (not prefix.even or bool((mask[:, 0] == 0).any())):
                 raise UnsupportedError(
                     f"{type(self.host.base).__name__} counts positions by place, so padding between a prefix and the tokens "
                     "would change the result. Pad on the right, or give rows of one length."
                 )
-            mask = torch.cat((mask.new_ones(mask.shape[0], prefix), mask), dim=1)
-            positions = None if positions is None else positions + prefix
+            mask = torch.cat((prefix.ones(mask), mask), dim=1)
+            positions = None if positions is None else positions + prefix.each
             if past == 0:
                 named["past_key_values"] = self.fill_cache(plan, cache)
         named["attention_mask"] = mask
@@ -219,16 +233,17 @@ class Entry:
                 named[name] = reorder(value.expand(mask.shape[0], *value.shape[1:]), order)
         return named, reorder(mask, order)
 
-    def place_tokens(self, plan: Plan, named: dict, mask: Tensor, count: int) -> dict:
+    def place_tokens(self, plan: Plan, named: dict, mask: Tensor, front: Front) -> dict:
         """Put the virtual tokens beside the real ones in everything that runs along the token axis."""
         embeds = named.get("inputs_embeds")
         if embeds is None:
             embeds = backbone_embeddings(self.host.base)(named.pop("input_ids"))
         batch, length = embeds.shape[:2]
-        order = virtual_order(mask, count, self.to_left)
-        virtual = self.host.virtual_tokens(plan)
-        named["inputs_embeds"] = place_virtual(virtual.expand(batch, -1, -1), embeds, order)
-        named["attention_mask"] = self.with_virtual(mask, order, count)
+        order, count = virtual_order(mask, front, self.to_left), front.most
+        if self.to_right and not front.even:
+            order = reorder(order, real_first(self.with_virtual(mask, order, front)))
+        named["inputs_embeds"] = place_virtual(self.host.virtual_rows(plan, batch), embeds, order)
+        named["attention_mask"] = self.with_virtual(mask, order, front)
         for name, filler in (("token_type_ids", 0), ("labels", -100), ("shift_labels", -100)):
             value = named.get(name)
             if value is not None and value.shape[:2] == (batch, length) and value.dim() == 2 and self.per_token(name):
@@ -236,8 +251,8 @@ class Entry:
         if (positions := named.get("position_ids")) is not None:
             positions = positions.expand(batch, -1)
             first = torch.where(mask.bool(), positions, positions.max() + 1).amin(1, keepdim=True)
-            virtual_positions = first + torch.arange(count, device=positions.device)
-            named["position_ids"] = place_virtual(virtual_positions, positions + count, order)
+            virtual_positions = first + torch.arange(count, device=positions.device) - (count - front.each)
+            named["position_ids"] = place_virtual(virtual_positions.clamp_min_(0), positions + front.each, order)
         for name in ("start_positions", "end_positions"):
             if named.get(name) is not None:
                 named[name] = named[name] + count
@@ -258,9 +273,18 @@ class Entry:
         return self.host.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
     @staticmethod
-    def with_virtual(mask: Tensor, order: Tensor, count: int) -> Tensor:
+    def with_virtual(mask: Tensor, order: Tensor, front: Front) -> Tensor:
         """A mask [B, T] with the virtual tokens' ones in their places [B, P + T]."""
-        return place_virtual(mask.new_ones(mask.shape[0], count), mask, order)
+        return place_virtual(front.ones(mask), mask, order)
+
+    def refuse_window(self, length: int) -> None:
+        """Filling in front of a row's tokens takes room in a sliding window, which counts places."""
+        window = attention_window(self.host.base)
+        if window and length > window:
+            raise UnsupportedError(
+                f"Rows with virtual tokens or prefixes of different lengths, {length} places long, in one batch of a model "
+                f"that attends to {window} places: rows would not equal themselves alone. Run one adapter a batch here."
+            )
 
     def keep_apart(self, named: dict) -> None:
         """Rows that hold several sequences, outside a packed training pass: transformers keeps them apart by their
@@ -292,7 +316,7 @@ class Entry:
 
     def fill_cache(self, plan: Plan, cache: Cache | None) -> Cache:
         """The cache that holds the prefix, for a pass that starts with none."""
-        memory = self.host.memory(plan)
+        memory = self.host.memory_rows(plan, plan.scratch["batch"])
         plan.scratch["memory"] = memory
         if cache is None and not plan.scratch["use_cache"]:
             return prefix_cache(memory)
@@ -343,7 +367,7 @@ class Entry:
     # -- encoder-decoder models --------------------------------------------------------------------------------------
     def enter_encoder_decoder(self, plan: Plan, named: dict) -> dict:
         """Inputs of an encoder-decoder model: virtual tokens in the encoder, the prefix in the decoder."""
-        count, prefix = self.host.counts(plan)
+        count, prefix = self.host.fronts(plan, plan.scratch["batch"])
         encoded = named.get("encoder_outputs")
         given = named.get("input_ids") if named.get("input_ids") is not None else named.get("inputs_embeds")
         mask = named.get("attention_mask")
@@ -352,7 +376,7 @@ class Entry:
             named = self.encoder_tokens(plan, named, mask, count)
         elif encoded is not None and mask is not None and count:
             states = encoded[0] if not hasattr(encoded, "last_hidden_state") else encoded.last_hidden_state
-            if states.shape[1] == mask.shape[1] + count:
+            if states.shape[1] == mask.shape[1] + count.most:
                 mask = named["attention_mask"] = self.with_virtual(mask, virtual_order(mask, count), count)
         if encoded is not None and mask is not None and self.host.has_encoder_memory(plan):
             named["attention_mask"] = reorder(mask, real_first(mask))
@@ -360,13 +384,29 @@ class Entry:
             cache = named.get("past_key_values")
             if cache is None or cache.get_seq_length() == 0:
                 named["past_key_values"] = self.fill_decoder_cache(plan, cache)
-            if (decoder_mask := named.get("decoder_attention_mask")) is not None:
-                ones = decoder_mask.new_ones(decoder_mask.shape[0], prefix)
-                named["decoder_attention_mask"] = torch.cat((ones, decoder_mask), dim=1)
+            if (decoder_mask := self.decoder_mask(named, prefix)) is not None:
+                mask = named["decoder_attention_mask"] = torch.cat((prefix.ones(decoder_mask), decoder_mask), dim=1)
+                if not prefix.even:
+                    plan.scratch["decoder_positions"] = positions_from_mask(mask)
         return named
 
-    def encoder_tokens(self, plan: Plan, named: dict, mask: Tensor, count: int) -> dict:
+    @staticmethod
+    def decoder_mask(named: dict, prefix: Front) -> Tensor | None:
+        """The decoder's mask as given; all ones where there is none and rows have prefixes of different lengths."""
+        mask = named.get("decoder_attention_mask")
+        given = next((named[k] for k in ("decoder_input_ids", "decoder_inputs_embeds") if named.get(k) is not None), None)
+        if mask is not None or prefix.even or given is None:
+            return mask
+        past = named["past_key_values"].get_seq_length() - prefix.most
+        return given.new_ones(given.shape[0], past + given.shape[1], dtype=torch.long)
+
+    def encoder_tokens(self, plan: Plan, named: dict, mask: Tensor, count: Front) -> dict:
         """The encoder's inputs with virtual tokens, and its memory."""
+        if plan.routes is not None and self.host.has_encoder_memory(plan):
+            raise UnsupportedError(
+                "A prefix in the encoder (prefix_in_encoder=True) does not go into a batch of different adapters; run the "
+                f"rows of {', '.join(plan.adapters)} by themselves."
+            )
         plan.scratch["encoder_memory"] = self.host.encoder_memory(plan)
         if plan.scratch["encoder_memory"]:  # relative positions: the prefix stands right before the real tokens
             named, mask = self.padding_last(named, mask)
@@ -376,7 +416,7 @@ class Entry:
             if embeds is None:
                 embeds = backbone_embeddings(self.host.base)(named.pop("input_ids"))
             order = virtual_order(mask, count)
-            virtual = self.host.virtual_tokens(plan).expand(embeds.shape[0], -1, -1)
+            virtual = self.host.virtual_rows(plan, embeds.shape[0])
             named["inputs_embeds"] = place_virtual(virtual, embeds, order)
             mask = named["attention_mask"] = self.with_virtual(mask, order, count)
         plan.scratch["encoder_positions"] = positions_from_mask(mask)
@@ -384,7 +424,7 @@ class Entry:
 
     def fill_decoder_cache(self, plan: Plan, cache: Any) -> EncoderDecoderCache:
         """Self-attention memory with the prefix; cross-attention starts empty."""
-        memory = self.host.memory(plan)
+        memory = self.host.memory_rows(plan, plan.scratch["batch"])
         plan.scratch["memory"] = memory
         if cache is None and not plan.scratch["use_cache"]:
             return EncoderDecoderCache(prefix_cache(memory), DynamicCache())
@@ -404,15 +444,22 @@ class Entry:
         given: Any = named.get("input_ids") if named.get("input_ids") is not None else named.get("inputs_embeds")
         mask = named.get("attention_mask")
         mask = given.new_ones(given.shape[:2], dtype=torch.long) if mask is None else mask
-        return (), self.encoder_tokens(plan, named, mask, self.host.counts(plan)[0])
+        return (), self.encoder_tokens(plan, named, mask, self.host.fronts(plan, given.shape[0])[0])
 
     def place_positions(self, module: Any, args: tuple, output: Tensor) -> Tensor:
         """Forward hook of an encoder's learned positions (BART counts padding): take them from the mask."""
+        return self.positions_by_mask(module, "encoder_positions", output)
+
+    def place_decoder_positions(self, module: Any, args: tuple, output: Tensor) -> Tensor:
+        """The same for the decoder, where rows have prefixes of different lengths."""
+        return self.positions_by_mask(module, "decoder_positions", output)
+
+    def positions_by_mask(self, module: Any, name: str, output: Tensor) -> Tensor:
         plan = self.plan()
-        positions = plan.scratch.get("encoder_positions") if plan else None
+        positions = plan.scratch.get(name) if plan else None
         if positions is None:
             return output
-        return F.embedding(positions + module.offset, module.weight)
+        return F.embedding(positions[:, -output.shape[-2] :] + module.offset, module.weight)
 
     # -- attention modules -------------------------------------------------------------------------------------------
     def restore_memory(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:

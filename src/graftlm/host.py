@@ -12,6 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,9 +25,9 @@ from .methods.base import TASK_HEADS, replace_module
 from .methods.modules_to_save import ModulesToSaveWrapper, find_modules, saved_modules
 from .preparation import freeze_base
 from .quantization import quantized_kind, settle
-from .routing import Plan, Switch, current_plan, running
+from .routing import BASE_NAME, Front, Group, Plan, Routes, Switch, active_routes, current_plan, running
 
-BASE_NAME = "__base__"
+Memory = list[tuple[Tensor, Tensor]]
 
 
 class AdapterHost(nn.Module):
@@ -68,6 +69,8 @@ class Host(PreTrainedModel):
         self.handles: list[Any] = []
         self.checkpointing: list[nn.Module] | None = None
         self.lean = self.packs = True
+        self.mixes: set[str] = set()  # kinds of adapters that were tried out in a mixed batch
+        self.mixed: set[tuple[Method, ...]] = set()  # and compositions of such kinds
         self.train(model.training)
         freeze_base(model)
         settle(model)
@@ -228,8 +231,9 @@ class Host(PreTrainedModel):
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off the base and forget it."""
         self._known(adapter_name)
-        self.methods[adapter_name].detach(self)
-        del self.methods[adapter_name]
+        method = self.methods.pop(adapter_name)
+        method.detach(self)
+        self.mixed = {m for m in self.mixed if method not in m}
         self._unsave_modules(adapter_name)
         self._connect()
         self._reconnect_others()
@@ -294,15 +298,19 @@ class Host(PreTrainedModel):
         plan = current_plan()
         return plan.adapters if plan is not None and plan.switch is self.switch else ()
 
+    def routes_now(self) -> Routes | None:
+        """The routes of the running plan, if it is this wrapper's and its batch is mixed."""
+        return active_routes(self.switch)
+
     # -- what the entry points ask -----------------------------------------------------------------------------------
     @property
     def has_memory(self) -> bool:
         return any(type(m).memory is not Method.memory for m in self.methods.values())
 
-    def counts(self, plan: Plan) -> tuple[int, int]:
-        """Number of virtual tokens and of prefix entries under a plan."""
+    def counts(self, group: Group) -> tuple[int, int]:
+        """Number of virtual tokens and of prefix entries of a composition of adapters."""
         count = prefix = 0
-        for name in plan.adapters:
+        for name in group:
             method = self.methods[name]
             if type(method).memory is not Method.memory:
                 prefix += method.config.num_virtual_tokens  # type: ignore[attr-defined]
@@ -310,23 +318,54 @@ class Host(PreTrainedModel):
                 count += method.config.num_virtual_tokens  # type: ignore[attr-defined]
         return count, prefix
 
-    def virtual_tokens(self, plan: Plan) -> Tensor:
-        """The active adapters' virtual tokens, side by side [P, H]."""
-        parts = [t for n in plan.adapters if (t := self.methods[n].virtual_tokens(self)) is not None]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def fronts(self, plan: Plan, batch: int) -> tuple[Front, Front]:
+        """What stands in front of each of `batch` rows: virtual tokens, and a prefix."""
+        counts, prefixes = zip(*(self.counts(group) for group in plan.groups), strict=True)
+        each = None if plan.routes is None else plan.routes.each(batch, self.adapter_device)
+        return Front.of(list(counts), each), Front.of(list(prefixes), each)
 
-    def memory(self, plan: Plan) -> list[tuple[Tensor, Tensor]]:
-        """The active adapters' prefixes, side by side: per layer (K, V) [kv_heads, K, head_dim] in the compute dtype."""
-        return self._side_by_side([m for n in plan.adapters if (m := self.methods[n].memory(self))])
+    def virtual_tokens(self, group: Group) -> Tensor | None:
+        """A composition's virtual tokens, side by side [P, H]; None for none."""
+        parts = [t for n in group if (t := self.methods[n].virtual_tokens(self)) is not None]
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else None
+
+    def memory(self, group: Group) -> Memory | None:
+        """A composition's prefixes, side by side: per layer (K, V) [kv_heads, K, head_dim] in the compute dtype."""
+        found = [m for n in group if (m := self.methods[n].memory(self))]
+        return self._side_by_side(found) if found else None
+
+    def virtual_rows(self, plan: Plan, batch: int) -> Tensor:
+        """Virtual tokens of `batch` rows [B, P, H]; a row with fewer has zeros in front of them."""
+        return self._by_row(plan, batch, [self.virtual_tokens(group) for group in plan.groups])
+
+    def memory_rows(self, plan: Plan, batch: int) -> Memory:
+        """Prefixes per layer: [kv_heads, K, head_dim], or where rows differ [B, kv_heads, K, head_dim] with zeros in front."""
+        memories = [self.memory(group) for group in plan.groups]
+        if plan.routes is None:
+            return memories[0]  # type: ignore[return-value]
+        layers = range(len(next(m for m in memories if m is not None)))
+        rows = [[self._by_row(plan, batch, [None if m is None else m[i][j] for m in memories]) for j in (0, 1)] for i in layers]
+        return [(keys, values) for keys, values in rows]
+
+    @staticmethod
+    def _by_row(plan: Plan, batch: int, tables: list[Tensor | None]) -> Tensor:
+        """Tables [..., P_i, W], one a group (None: empty), for each of `batch` rows [B, ..., P, W], zeros in front."""
+        like = next(t for t in tables if t is not None)
+        if plan.routes is None:
+            return like.expand(batch, *like.shape)
+        most = max(t.shape[-2] for t in tables if t is not None)
+        none = like.new_zeros(*like.shape[:-2], most, like.shape[-1])
+        filled = [none if t is None else F.pad(t, (0, 0, most - t.shape[-2], 0)) for t in tables]
+        return torch.stack(filled)[plan.routes.each(batch, like.device)]
 
     def has_encoder_memory(self, plan: Plan) -> bool:
         return any(getattr(self.methods[n].config, "prefix_in_encoder", False) for n in plan.adapters)
 
-    def encoder_memory(self, plan: Plan) -> list[tuple[Tensor, Tensor]] | None:
+    def encoder_memory(self, plan: Plan) -> Memory | None:
         found = [m for n in plan.adapters if (m := self.methods[n].encoder_memory(self))]
         return self._side_by_side(found) if found else None
 
-    def _side_by_side(self, memories: list) -> list[tuple[Tensor, Tensor]]:
+    def _side_by_side(self, memories: list) -> Memory:
         kind = self.adapter_device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self._float_dtype()
         joined = (

@@ -19,8 +19,10 @@ from . import checkpoint
 from .architectures import base_modules
 from .architectures.fast import slow_down
 from .errors import AdapterError, UnsupportedError
-from .host import _HOSTS, BASE_NAME, Host
+from .entry import batch_size
+from .host import _HOSTS, Host
 from .methods import PeftConfig
+from .mixing import AdapterNames, mixed_plan
 from .quantization import settle
 from .routing import Plan, keep_plan, running
 
@@ -105,23 +107,18 @@ class PeftModel(Host):
         return made
 
     # -- running -----------------------------------------------------------------------------------------------------
-    def _plan(self, adapter_names: Iterable[str] | None = None) -> Plan:
+    def _plan(self, adapter_names: AdapterNames | None = None, batch: int | None = None) -> Plan:
+        """The plan of a call of `batch` rows; see `mixing` for `adapter_names`."""
         if adapter_names is None:
             return Plan(self.switch, self.switch.active if self.switch.enabled else ())
-        names = list(adapter_names)
-        self._known(*(n for n in names if n != BASE_NAME))
-        if len(set(names)) > 1:
-            raise UnsupportedError(
-                f"adapter_names names different adapters in one batch ({', '.join(sorted(set(names)))}); "
-                "this version runs one adapter (or one composition) a batch. Split the batch by adapter."
-            )
-        return Plan(self.switch, tuple(n for n in names[:1] if n != BASE_NAME))
+        return mixed_plan(self, adapter_names, batch)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_half_on_cpu()
         if self.entry.engine.stale():
             self._connect()
-        plan = self._plan(kwargs.pop("adapter_names", None))
+        names = kwargs.pop("adapter_names", None)
+        plan = self._plan(names, None if names is None else batch_size(self.entry.named(args, kwargs)))
         with running(plan):
             try:
                 return self.base_model(*args, **kwargs)
@@ -155,11 +152,15 @@ class PeftModel(Host):
             )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`generate` of the base model in evaluation mode, with the active adapters. Takes all that it takes."""
+        """`generate` of the base model in evaluation mode, with the active adapters. Takes all that it takes, and
+        `adapter_names`, one a row (see `mixing`)."""
         trained = [m for m in self.modules() if m.training]
         self.eval()  # in training mode activation checkpointing would throw the cache away, and dropout would apply
         try:
-            with running(self._plan(kwargs.pop("adapter_names", None))):
+            names = kwargs.pop("adapter_names", None)
+            given = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("inputs")
+            rows = None if names is None else batch_size(kwargs | {"input_ids": kwargs.get("input_ids", given)})
+            with running(self._plan(names, rows)):
                 return self.base.generate(*args, **kwargs)
         finally:
             for module in trained:

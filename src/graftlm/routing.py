@@ -6,10 +6,12 @@ A plan is set for the length of one forward pass (or one `generate`) by the wrap
 adapters ask `active_adapters(switch)`. A base model may be wrapped more than once: a layer applies its adapters only
 when the plan that runs is of its own wrapper, or when no plan runs (the base called directly, as with HF PEFT).
 
-Virtual tokens stand next to the real tokens, after left padding, so that a padded row equals the row alone::
+Virtual tokens stand next to the real tokens, after left padding, so that a padded row equals the row alone. In a batch
+whose rows belong to different adapters, rows with fewer of them are filled with padding on the left::
 
     given       pad pad  x0  x1  x2         x0  x1  x2 pad pad
     with P=2    pad pad  v0  v1  x0 x1 x2   v0  v1  x0  x1  x2 pad pad
+    P=1 of 2    pad pad pad  v0  x0 x1 x2   pad v0  x0  x1  x2 pad pad
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import UnsupportedError
+
 
 class Switch:
     """What is switched on in one wrapper: the active adapters' names, and whether adapters apply at all."""
@@ -33,11 +37,99 @@ class Switch:
         self.enabled: bool = True
 
 
+BASE_NAME = "__base__"  # a row without adapters, and no adapter's name
+
+Index = slice | Tensor | tuple[slice, slice | Tensor]
+Group = tuple[str, ...]
+
+
+class Routes:
+    """Which adapters the rows of a mixed batch (or the tokens of a packed row) go through.
+
+    Args:
+        groups: the batch's different compositions of adapters; () is the bare base.
+        of: the group of each row (of each token) [R].
+    """
+
+    def __init__(self, groups: list[Group], of: Tensor) -> None:
+        self.groups = groups
+        self.of = of
+        self._found: dict[Any, list[tuple[Group, Index]]] = {}
+
+    @classmethod
+    def by_row(cls, rows: list[Group]) -> Routes:
+        """The routes of a batch whose rows go through `rows`."""
+        groups = list(dict.fromkeys(rows))
+        return cls(groups, torch.tensor([groups.index(row) for row in rows]))
+
+    def parts(self, x: Tensor) -> list[tuple[Group, Index]]:
+        """Every group with the index of its part of `x`, for `x[index]`.
+
+        x [n, ...] with n a multiple of R: rows, rows times beams, or rows times tokens in one axis (each row's side by
+        side); or [1, n, ...], a packed row.
+
+        Raises:
+            UnsupportedError: another shape, in which rows cannot be told apart.
+        """
+        packed = x.shape[0] % len(self.of) > 0
+        count = x.shape[1] if packed and x.dim() > 1 else x.shape[0]
+        key = packed, count, x.device
+        if key not in self._found:
+            if count % len(self.of) or (packed and x.shape[0] != 1):
+                raise UnsupportedError(
+                    f"A layer with adapters gets an input of shape {tuple(x.shape)} in a batch of {len(self.of)} rows of "
+                    "different adapters; its rows cannot be told apart. Run one adapter a batch on this model."
+                )
+            of = self.of.repeat_interleave(count // len(self.of))
+            found = [(group, _places(of == i, x.device)) for i, group in enumerate(self.groups)]
+            self._found[key] = [(g, (slice(None), at) if packed else at) for g, at in found]
+        return self._found[key]
+
+    def each(self, count: int, device: torch.device) -> Tensor:
+        """The group of each of `count` rows (a multiple of R: beams)."""
+        return self.of.repeat_interleave(count // len(self.of)).to(device)
+
+
+def _places(chosen: Tensor, device: torch.device) -> slice | Tensor:
+    """Where `chosen` [n] is True: a slice where the places lie side by side."""
+    places = chosen.nonzero()[:, 0]
+    first, last = (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
+    return slice(first, last) if last - first == len(places) else places.to(device)
+
+
+@dataclass(frozen=True)
+class Front:
+    """How many entries (virtual tokens, or a prefix's) stand in front of each row: `most`, and `each` [B, 1] where rows
+    differ (else the same number)."""
+
+    most: int
+    each: int | Tensor
+
+    @classmethod
+    def of(cls, counts: list[int], each: Tensor | None) -> Front:
+        """Of groups with these counts; `each` [B] is the group of each row, None where there is only one."""
+        if each is None or len(set(counts)) == 1:
+            return cls(counts[0], counts[0])
+        return cls(max(counts), torch.tensor(counts, device=each.device)[each][:, None])
+
+    def __bool__(self) -> bool:
+        return self.most > 0
+
+    @property
+    def even(self) -> bool:
+        return isinstance(self.each, int)
+
+    def ones(self, mask: Tensor) -> Tensor:
+        """The entries' part of an attention mask [B, T]: [B, most], ones on the right, zeros where a row has fewer."""
+        places = torch.arange(self.most, device=mask.device)
+        return (places >= self.most - self.each).to(mask.dtype).expand(mask.shape[0], -1)
+
+
 @dataclass
 class Plan:
     """One forward pass: its wrapper's switch and the adapters that every token goes through.
 
-    `scratch` holds what the entry points of this pass need to tell each other (for example the encoder's positions).
+    In a mixed batch `routes` says who goes through what, and `adapters` names all that take part. `scratch` holds what the entry points of this pass need to tell each other (for example the encoder's positions).
 
     In a training pass `segments` says how a packed row divides into sequences, and `around` makes the surroundings in which
     the base's layers run (again). `way`, `form` and `form_check` are the engine's while it tries out its short cuts.
@@ -51,6 +143,12 @@ class Plan:
     way: str | None = None
     form: Any = None
     form_check: bool = False
+    routes: Routes | None = None
+
+    @property
+    def groups(self) -> list[Group]:
+        """The compositions of adapters that take part."""
+        return [self.adapters] if self.routes is None else self.routes.groups
 
 
 _running: ContextVar[Plan | None] = ContextVar("graftlm_plan", default=None)
@@ -77,6 +175,23 @@ def active_adapters(switch: Switch) -> tuple[str, ...]:
     if plan is None:
         return switch.active if switch.enabled else ()
     return plan.adapters if plan.switch is switch else ()
+
+
+def active_routes(switch: Switch) -> Routes | None:
+    """The routes of the mixed batch that runs now, for a layer of the wrapper `switch` belongs to; None for no such batch."""
+    plan = _running.get()
+    return plan.routes if plan is not None and plan.switch is switch else None
+
+
+def by_group(routes: Routes, result: Tensor, change: Callable[[Group, Index], Tensor | None]) -> Tensor:
+    """`result` with each group's part replaced by `change(group, index)`; None leaves a part as it is."""
+    made = None
+    for group, index in routes.parts(result):
+        part = change(group, index)
+        if part is not None:
+            made = result.clone() if made is None else made
+            made[index] = part
+    return result if made is None else made
 
 
 def keep_plan(function: Callable) -> Callable:
@@ -106,13 +221,15 @@ def positions_from_mask(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp_min_(0)
 
 
-def virtual_order(mask: Tensor, count: int, to_left: bool = False) -> Tensor:
-    """Where each place of a row with `count` virtual tokens comes from.
+def virtual_order(mask: Tensor, front: Front, to_left: bool = False) -> Tensor:
+    """Where each place of a row with virtual tokens comes from.
 
-    mask [B, T] of ones and zeros. Returns [B, count + T]: an index below `count` is that virtual token, an index
-    `count + t` is given token t. With `to_left` right padding is moved to the left (for heads that read the last place).
+    mask [B, T] of ones and zeros; P = `front.most`. Returns [B, P + T]: an index below P is that virtual token, an index
+    `P + t` is given token t. A row with fewer virtual tokens has the last of the P; the others stand at its left end.
+    With `to_left` right padding is moved to the left (for heads that read the last place).
     """
     batch, length = mask.shape
+    count, missing = front.most, front.most - front.each
     real = mask.bool()
     places = torch.arange(length, device=mask.device).expand(batch, length)
     if to_left:  # padding first, then the real tokens in their order
@@ -121,9 +238,11 @@ def virtual_order(mask: Tensor, count: int, to_left: bool = False) -> Tensor:
     else:
         first = torch.where(real, places, length).amin(-1, keepdim=True) % length
     slot = torch.arange(count + length, device=mask.device).expand(batch, -1)
-    given = torch.where(slot < first, slot, slot - count).clamp_min_(0)
-    virtual = (slot >= first) & (slot < first + count)
-    return torch.where(virtual, slot - first, count + places.gather(1, given))
+    start = first + missing  # of the virtual tokens
+    given = torch.where(slot < start, slot - missing, slot - count).clamp_min_(0)
+    virtual = (slot >= start) & (slot < first + count)
+    placed = torch.where(virtual, slot - first, count + places.gather(1, given))
+    return placed if front.even else torch.where(slot < missing, slot, placed)
 
 
 def real_first(mask: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from graftlm import kernels
 from graftlm.kernels import HeadForm, Segments, attention, linear, loss
+from graftlm.kernels.attention import Piece
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -65,7 +67,11 @@ def test_segments_attend_like_a_masked_row(
     tensors = [normal(count, n, width, seed=i).requires_grad_() for i, n in enumerate((heads, groups, groups))]
     memory = [normal(groups, prefix, width, seed=i + 5).requires_grad_() for i in range(2)] if prefix else []
     slopes = torch.rand(heads, generator=generator(9)) if alibi else None
-    segments = Segments(lengths, shared, [tuple(memory)] if memory else None, slopes)  # type: ignore[list-item]
+    at = 0 if memory else None
+    bounds = [shared + sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    pieces = [Piece(a, b, (0, shared), at) for a, b in itertools.pairwise(bounds)]
+    pieces = [Piece(0, shared, memory=at)] * (shared > 0) + pieces
+    segments = Segments(pieces, [[tuple(memory)]] if memory else None, slopes)  # type: ignore[list-item]
     q, k, v = (t.transpose(0, 1) for t in tensors)
     got = segments.attend(q, k, v, 0, 0.3)
     wanted = dense_attention(q, k, v, lengths, shared, *(memory or (None, None)), slopes, 0.3)
@@ -80,7 +86,7 @@ def test_attention_dropout_drops_and_its_gradient_is_that_of_its_mask(monkeypatc
     monkeypatch.setattr(attention, "_mask_of", lambda shares, p: mask)
     tensors = [normal(6, 2, 4, seed=i).requires_grad_() for i in range(3)]
     q, k, v = (t.transpose(0, 1) for t in tensors)
-    got = Segments([6]).attend(q, k, v, 0, 0.5, 0.5)
+    got = Segments([Piece(0, 6)]).attend(q, k, v, 0, 0.5, 0.5)
     scores = (q @ k.transpose(1, 2) * 0.5).masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
     wanted = (scores.softmax(-1) * mask @ v).transpose(0, 1)
     close(got, wanted)
@@ -197,5 +203,5 @@ def test_products_work_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         got = kernels.token_losses(hidden, weight, None, targets, HeadForm(), **options)
         q = normal(6, 2, 4, seed=2, dtype=torch.float32).transpose(0, 1)
-        assert Segments([6]).attend(q, q, q.bfloat16(), 0, 0.5).dtype is torch.bfloat16
+        assert Segments([Piece(0, 6)]).attend(q, q, q.bfloat16(), 0, 0.5).dtype is torch.bfloat16
     close(got, F.cross_entropy(hidden @ weight.T, targets, reduction="none"), 5e-2)

@@ -16,7 +16,9 @@ Shapes: B rows, T tokens a row as given, P virtual tokens, N tokens of the packe
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,10 +28,11 @@ from torch import Tensor, nn
 from ..architectures import backbone_embeddings, is_encoder_decoder
 from ..architectures.fast import alibi_slopes, attention_configs, attention_window, has_dropout, packed_attention
 from ..kernels import HeadForm, Segments, keep_freed_memory, token_losses
+from ..kernels.attention import Piece
 from ..kernels.linear import even_rows
 from ..kernels.loss import chunked_losses
 from ..quantization import quantized_kind
-from ..routing import Plan, current_plan, restore_order, running
+from ..routing import Group, Plan, Routes, current_plan, restore_order, running
 from .check import Check, Form, log
 from .output import Hook, with_lazy_logits
 from .row import IGNORED, Row, Sequences
@@ -134,44 +137,74 @@ class Engine:
     # -- the packed row ----------------------------------------------------------------------------------------------
     def pack(self, plan: Plan, named: dict) -> dict | None:
         """All rows as one, without padding; None where these rows cannot be packed."""
-        count, prefix = self.host.counts(plan)
         found = Sequences.of(
             named["labels"], named.get("shift_labels"), named.get("attention_mask"), named.get("position_ids")
         )
-        if found is None or not self.fits(found, named, count, prefix):
+        if found is None:
             return None
-        row = Row.of(found.sizes, count, self.shares_virtual)
+        groups = torch.zeros_like(found.starts)
+        if plan.routes is not None:
+            found, groups = found.sorted(plan.routes.of[found.kept[found.starts] // named["labels"].shape[1]])
+        counts, prefixes = zip(*(self.host.counts(group) for group in plan.groups), strict=True)
+        fronts = torch.tensor([counts, prefixes])[:, groups]
+        if not self.fits(found, named, *fronts):
+            return None
+        memories, which = self.memories(plan, prefixes)
+        row = Row.of(found.sizes.tolist(), groups.tolist(), list(counts), which, self.shares_virtual)
         inputs: dict[str, Any] = self.packed_inputs(plan, named, found.kept, row)
-        positions = row.spread(found.positions + count, torch.arange(count)) + prefix
+        own = found.positions + fronts.sum(0).repeat_interleave(found.sizes)
+        positions = row.spread(own, [torch.arange(p, p + c) for c, p in zip(counts, prefixes, strict=True)])
         if self.entry.takes_positions:
             inputs["position_ids"] = positions[None]
-        filler = even_rows(len(positions))  # a sequence of nothing
+        length = len(positions)
+        filler = even_rows(length)  # a sequence of nothing
         inputs = {k: F.pad(v, (0, 0) * (v.dim() - 2) + (0, filler)) for k, v in inputs.items()}
         inputs |= {"use_cache": False} if "use_cache" in self.entry.signature.parameters else {}
         inputs |= {"return_dict": named["return_dict"]} if named.get("return_dict") is not None else {}
-        memory = self.host.memory(plan) if prefix else None
-        lengths = row.lengths + [filler] * (filler > 0)
-        plan.segments = Segments(lengths, row.shared, memory, alibi_slopes(self.host.base))
-        plan.around = functools.partial(packed_attention, self.configs)
-        plan.scratch["leave"] = leave = plan.around()
-        leave.__enter__()
-        plan.scratch["loss"] = *self.targets(named, found, row), named.get("num_items_in_batch")
-        plan.scratch["unpack"] = named["labels"].shape, found.kept, row, count
+        pieces = row.pieces + [Piece(length, length + filler)] * (filler > 0)
+        owners = F.pad(row.owners, (0, filler), value=int(row.owners[-1]))
+        routes = None if plan.routes is None else Routes(plan.groups, owners)
+        plan.segments = Segments(pieces, memories, alibi_slopes(self.host.base))
+        plan.around = functools.partial(self.packed, plan, routes)
+        plan.scratch["leave"] = stack = ExitStack()
+        stack.enter_context(plan.around())
+        places, targets = self.targets(named, found, row)
+        plan.scratch |= {"loss": (places, targets, named.get("num_items_in_batch")), "owners": row.owners[places]}
+        plan.scratch["unpack"] = named["labels"].shape, found, row, max(counts)
         return inputs
 
-    def fits(self, found: Sequences, named: dict, count: int, prefix: int) -> bool:
-        """Whether these sequences, packed, give what the plain model gives."""
-        if self.window and int(found.sizes.max()) + count + prefix > self.window:
+    @contextmanager
+    def packed(self, plan: Plan, routes: Routes | None) -> Iterator[None]:
+        """Within the block the base runs over a packed row, whose tokens go through `routes`."""
+        before, plan.routes = plan.routes, routes
+        try:
+            with packed_attention(self.configs):
+                yield
+        finally:
+            plan.routes = before
+
+    def memories(self, plan: Plan, prefixes: tuple[int, ...]) -> tuple[list, list[int | None]]:
+        """The prefixes that take part, and which of them is whose group's."""
+        made: list = []
+        which: list[int | None] = []
+        for group, prefix in zip(plan.groups, prefixes, strict=True):
+            which.append(len(made) if prefix else None)
+            made += [self.host.memory(group)] if prefix else []
+        return made, which
+
+    def fits(self, found: Sequences, named: dict, counts: Tensor, prefixes: Tensor) -> bool:
+        """Whether these sequences, packed, give what the plain model gives; virtual tokens and prefix entries [sequences]."""
+        if self.window and int((found.sizes + counts + prefixes).max()) > self.window:
             return False
         many, tokens = len(found.sizes), len(found.kept)
         if many > MANY and tokens < TINY * many and 2 * tokens > named["labels"].numel():
             return False  # a step for each of many tiny sequences costs more than their padding
-        if (count or prefix) and bool(found.positions[found.starts].any()):
+        if bool(((counts + prefixes > 0) & (found.positions[found.starts] > 0)).any()):
             return False  # positions of one's own, with no place in front for virtual tokens or a prefix
-        if count or named.get("shift_labels") is not None:
+        if named.get("shift_labels") is not None:
             return True
         # the plain model predicts a row's first token from the padding (or the sequence) before it
-        behind = found.kept[found.starts] % named["labels"].shape[1] > 0
+        behind = (found.kept[found.starts] % named["labels"].shape[1] > 0) & (counts == 0)
         return not bool((named["labels"].flatten()[found.kept][found.starts][behind] != IGNORED).any())
 
     def targets(self, named: dict, found: Sequences, row: Row) -> tuple[Tensor, Tensor]:
@@ -183,29 +216,38 @@ class Engine:
             labels = named["labels"].flatten()[found.kept]
             targets = torch.full_like(labels, IGNORED)
             targets[:-1] = torch.where(found.opens[1:], IGNORED, labels[1:])
-            if row.virtual:  # the last virtual token predicts the first real one
-                places = torch.cat((places, row.last_virtual))
-                targets = torch.cat((targets, labels[found.starts]))
+            # the last virtual token predicts the first real one
+            last = torch.tensor([end - 1 for _, end in row.virtual])
+            places = torch.cat((places, last[last >= 0]))
+            targets = torch.cat((targets, labels[found.starts][last >= 0]))
         chosen = (targets != IGNORED).nonzero()[:, 0]
         return places[chosen], targets[chosen]
 
     def packed_inputs(self, plan: Plan, named: dict, kept: Tensor, row: Row) -> dict[str, Tensor]:
         """`input_ids` or `inputs_embeds` of the packed row."""
         embeds, ids = named.get("inputs_embeds"), named.get("input_ids")
-        if embeds is None and row.virtual == 0:
+        virtual = [self.host.virtual_tokens(group) for group in plan.groups]
+        if embeds is None and not any(v is not None for v in virtual):
             return {"input_ids": ids.flatten()[kept][None]}  # type: ignore[union-attr]
         if embeds is None:
-            embeds = backbone_embeddings(self.host.base)(ids.flatten()[kept][None])[0]  # type: ignore[union-attr]
+            embeds = self.embedded(plan, ids.flatten()[kept][None], row)[0]  # type: ignore[union-attr]
         else:
             embeds = embeds.flatten(0, 1)[kept]
-        if row.virtual:
-            embeds = row.spread(embeds, self.host.virtual_tokens(plan).to(embeds.dtype))
-        return {"inputs_embeds": embeds[None]}
+        return {"inputs_embeds": row.spread(embeds, virtual)[None]}
+
+    def embedded(self, plan: Plan, ids: Tensor, row: Row) -> Tensor:
+        """Embeddings [1, N, H] of the real tokens; the embedding layer may carry adapters."""
+        before = plan.routes
+        plan.routes = None if before is None else Routes(plan.groups, row.owners[row.tokens])
+        try:
+            return backbone_embeddings(self.host.base)(ids)
+        finally:
+            plan.routes = before
 
     def leave(self, plan: Plan) -> None:
         """The base has run (or failed): its attention is its own again."""
-        if (leave := plan.scratch.pop("leave", None)) is not None:
-            leave.__exit__(None, None, None)
+        if (stack := plan.scratch.pop("leave", None)) is not None:
+            stack.close()
 
     # -- the padded batch --------------------------------------------------------------------------------------------
     def decoder_inputs(self, named: dict) -> None:
@@ -224,9 +266,11 @@ class Engine:
             targets[:, :-1] = labels[:, 1:]
         else:
             targets = labels
-        targets = targets.flatten()
+        length, targets = targets.shape[1], targets.flatten()
         places = (targets != IGNORED).nonzero()[:, 0]
         plan.scratch["loss"] = places, targets[places], items
+        if plan.routes is not None:
+            plan.scratch["owners"] = plan.routes.of.to(places.device)[places // length]
         takes = "use_cache" in self.entry.signature.parameters
         if takes and named.get("past_key_values") is None and not plan.scratch["own_positions"]:
             named["use_cache"] = False  # with positions of one's own transformers' mask depends on it
@@ -262,7 +306,8 @@ class Engine:
         plan.scratch |= {"made": True, "autocast": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
         places, targets, items = plan.scratch["loss"]
         rows = hidden.reshape(-1, hidden.shape[-1])[places]
-        losses = self.losses(rows, targets, form.head)
+        losses = self.losses(plan, rows, targets, form.head)
+        plan.scratch["losses"] = losses
         total = losses.sum()
         if items is not None and self.counts:
             loss = total / (items.to(total.device) if isinstance(items, Tensor) else items)
@@ -270,8 +315,27 @@ class Engine:
             loss = total / losses.shape[0] if losses.shape[0] else total / total.new_zeros(())
         return with_lazy_logits(output, loss, lambda: self.logits(plan))
 
-    def losses(self, rows: Tensor, targets: Tensor, form: HeadForm) -> Tensor:
-        """Losses [N] of hidden states [N, H]."""
+    def losses(self, plan: Plan, rows: Tensor, targets: Tensor, form: HeadForm) -> Tensor:
+        """Losses [N] of hidden states [N, H]; group by group where the groups' adapters reach the head."""
+        if plan.routes is None:
+            return self.group_losses(rows, targets, form)
+        plans = [Plan(plan.switch, group) for group in plan.groups]
+        heads = []
+        for own in plans:
+            with running(own):
+                heads.append(self.plain_head())
+        if heads[0] is not None and all(head is heads[0] for head in heads):
+            with running(plans[0]):
+                return self.group_losses(rows, targets, form)
+        losses = rows.new_empty(len(targets), dtype=torch.float32)
+        for i, own in enumerate(plans):
+            chosen = (plan.scratch["owners"] == i).nonzero()[:, 0]
+            with running(own):
+                losses = losses.index_copy(0, chosen, self.group_losses(rows[chosen], targets[chosen], form))
+        return losses
+
+    def group_losses(self, rows: Tensor, targets: Tensor, form: HeadForm) -> Tensor:
+        """Losses [N] of hidden states [N, H] under the running plan, one composition's."""
         plain = self.plain_head()
         kind = rows.device.type
         if plain is None:
@@ -301,12 +365,19 @@ class Engine:
         """All logits, as the plain model gives them: [B, P + T, V], virtual tokens first; zero states on padding."""
         hidden, scratch = plan.scratch["hidden"], plan.scratch
         if scratch["way"] == "packed":
-            (batch, length), kept, row, count = scratch["unpack"]
+            (batch, length), found, row, most = scratch["unpack"]
             packed = hidden[0]
-            hidden = packed.new_zeros(batch * length, packed.shape[-1]).index_copy(0, kept, packed[row.tokens])
+            hidden = packed.new_zeros(batch * length, packed.shape[-1]).index_copy(0, found.kept, packed[row.tokens])
             hidden = hidden.view(batch, length, -1)
-            if count:
-                hidden = torch.cat((packed[:count].expand(batch, -1, -1), hidden), dim=1)
+            if most:
+                rows = (found.kept[found.starts] // length).tolist()
+                pairs = [
+                    (r * most + most - end + p, p)
+                    for r, (start, end) in zip(rows, row.virtual, strict=True) for p in range(start, end)
+                ]  # fmt: skip
+                to, origin = torch.tensor(pairs).T
+                front = packed.new_zeros(batch * most, packed.shape[-1]).index_copy(0, to, packed[origin])
+                hidden = torch.cat((front.view(batch, most, -1), hidden), dim=1)
         elif "order" in scratch:
             hidden = restore_order(hidden, scratch["order"])
         if scratch.get("drop"):
@@ -317,12 +388,18 @@ class Engine:
     # -- what holds for this model -----------------------------------------------------------------------------------
     def form(self, plan: Plan) -> Form | None:
         """The short cuts that give what the plain model gives, under adapters of this kind; None for none."""
-        key = (*(c > 0 for c in self.host.counts(plan)), getattr(self.host.base, "loss_function", None))
+        forms = [self.group_form(group) for group in plan.groups]
+        known = [f for f in forms if f is not None]
+        return replace(known[0], packs=all(f.packs for f in known)) if len(known) == len(forms) else None
+
+    def group_form(self, group: Group) -> Form | None:
+        """The same for one composition of adapters."""
+        key = (*(c > 0 for c in self.host.counts(group)), getattr(self.host.base, "loss_function", None))
         if key not in self.forms:
             if self.host.adapter_device.type == "cpu":
                 keep_freed_memory()
             try:
-                self.forms[key] = Check(self, plan).form()
+                self.forms[key] = Check(self, Plan(self.host.switch, group)).form()
             except Exception as error:  # a model that cannot be run like this: it runs as it is
                 log.info("%s is trained without short cuts: %s", type(self.host.base).__name__, error)
                 self.forms[key] = None

@@ -79,7 +79,7 @@ class Check:
         """Whether the plain model divides its summed loss by `num_items_in_batch`."""
         with self.quiet(self.engine.host.base), torch.no_grad():
             mean, divided = (self.run("plain", None, items)[1].loss for items in (None, 7))
-        every = is_encoder_decoder(self.engine.host.base) or self.engine.host.counts(self.plan)[0] > 0
+        every = is_encoder_decoder(self.engine.host.base) or self.engine.host.counts(self.plan.adapters)[0] > 0
         labels = self.batch["labels"] if every else self.batch["labels"][:, 1:]
         return self.close(divided * 7, mean * int(labels.ne(IGNORED).sum()))
 
@@ -98,7 +98,7 @@ class Check:
             return False
         if scratch["way"] != "packed":
             return False
-        count = engine.host.counts(self.plan)[0]
+        count = engine.host.counts(self.plan.adapters)[0]
         expected = plain["hidden"]
         if "order" in plain:
             expected = restore_order(expected, plain["order"])

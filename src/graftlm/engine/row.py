@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.attention import Piece
+
 IGNORED = -100
 
 
@@ -58,44 +60,74 @@ class Sequences:
             positions = torch.arange(len(kept)) - starts.repeat_interleave(sizes)
         return cls(kept, opens, starts, sizes, positions)
 
+    def sorted(self, groups: Tensor) -> tuple[Sequences, Tensor]:
+        """The sequences (and their groups) in the order of their groups."""
+        order = torch.argsort(groups, stable=True)
+        if bool((order[1:] > order[:-1]).all()):
+            return self, groups
+        spans = [torch.arange(a, a + n) for a, n in zip(self.starts[order], self.sizes[order], strict=True)]
+        tokens, sizes = torch.cat(spans), self.sizes[order]
+        made = Sequences(self.kept[tokens], self.opens[tokens], sizes.cumsum(0) - sizes, sizes, self.positions[tokens])
+        return made, groups[order]
+
 
 @dataclass(frozen=True)
 class Row:
-    """Where real and virtual tokens lie in a packed row.
+    """Where real and virtual tokens lie in a packed row. Sequences of one group (one composition of adapters) stand side by
+    side.
 
     Args:
-        lengths: tokens of each sequence, its virtual ones included unless they are shared.
-        virtual: virtual tokens of a sequence.
-        shared: virtual tokens at the row's start that all sequences share.
+        pieces: what attends by itself: shared virtual tokens, and the sequences.
+        virtual: places of each sequence's virtual tokens, (first, last + 1); (0, 0) for none.
         tokens: place of each real token [N].
-        last_virtual: place of the last virtual token before each sequence.
+        owners: group of each place.
+        order: what lies side by side: a group's virtual tokens (group, None), or real tokens (first, last + 1).
     """
 
-    lengths: list[int]
-    virtual: int
-    shared: int
+    pieces: list[Piece]
+    virtual: list[tuple[int, int]]
     tokens: Tensor
-    last_virtual: Tensor
+    owners: Tensor
+    order: list[tuple[int, int | None]]
 
     @classmethod
-    def of(cls, lengths: Tensor, virtual: int, share: bool) -> Row:
-        real = torch.arange(int(lengths.sum()))
-        if share:
-            last = torch.full_like(lengths, virtual - 1)
-            return cls(lengths.tolist(), virtual, virtual, real + virtual, last)
-        sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
-        starts = torch.cumsum(lengths + virtual, 0) - lengths
-        return cls((lengths + virtual).tolist(), virtual, 0, real + virtual * (sequence + 1), starts - 1)
+    def of(
+        cls, lengths: list[int], groups: list[int], counts: list[int], memories: list[int | None], share: bool
+    ) -> Row:
+        """Lay out sequences of `lengths` real tokens.
 
-    def spread(self, real: Tensor, virtual: Tensor) -> Tensor:
-        """The row [length, ...] out of what belongs to real tokens [N, ...] and to virtual ones [virtual, ...]."""
-        if not self.virtual:
+        Args:
+            groups: the group of each sequence.
+            counts, memories: of each group, its virtual tokens and which memory it attends to.
+            share: one copy of virtual tokens for all sequences of a group.
+        """
+        pieces, virtual, tokens, owners = [], [], [], []
+        order: list[tuple[int, int | None]] = []
+        shared: dict[int, tuple[int, int]] = {}
+        place = read = 0
+        for length, group in zip(lengths, groups, strict=True):
+            count, front = counts[group], shared.get(group, (0, 0))
+            begin = place
+            if count and group not in shared:
+                place += count
+                order.append((group, None))
+                if share:
+                    front = shared[group] = (begin, place)
+                    pieces.append(Piece(begin, place, memory=memories[group]))
+                    owners += [group] * count
+                    begin = place
+            own = (begin, place) if count and not share else front
+            pieces.append(Piece(begin, place + length, front, memories[group]))
+            owners += [group] * (place + length - begin)
+            virtual.append(own)
+            tokens.append(torch.arange(place, place + length))
+            order.append((read, read + length))
+            place, read = place + length, read + length
+        return cls(pieces, virtual, torch.cat(tokens), torch.tensor(owners), order)
+
+    def spread(self, real: Tensor, virtual: list[Tensor | None]) -> Tensor:
+        """The row [length, ...] out of what belongs to real tokens [N, ...] and to each group's virtual ones [P, ...]."""
+        if not any(self.virtual[i] != (0, 0) for i in range(len(self.virtual))):
             return real
-        if self.shared:
-            return torch.cat((virtual, real))
-        places = torch.arange(self.virtual) - self.virtual + 1
-        copies = (self.last_virtual[:, None] + places).flatten()
-        every = real.new_zeros(len(real) + len(copies), *real.shape[1:])
-        every = every.index_copy(0, self.tokens, real)
-        repeated = virtual.repeat(len(self.last_virtual), *(1,) * (virtual.dim() - 1))
-        return every.index_copy(0, copies, repeated.to(real.dtype))
+        parts = [virtual[a] if b is None else real[a:b] for a, b in self.order]
+        return torch.cat([p.to(real.dtype) for p in parts if p is not None])

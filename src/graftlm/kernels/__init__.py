@@ -7,8 +7,20 @@ from .allocator import keep_freed_memory
 from .attention import Segments
 from .dropout import dropout
 from .linear import product
-from .lora import low_rank
+from .lora import Kept, Update, grouped_low_rank, low_rank
 from .loss import HeadForm, token_losses
 from .norm import rms_norm
 
-__all__ = ["HeadForm", "Segments", "dropout", "keep_freed_memory", "low_rank", "product", "rms_norm", "token_losses"]
+__all__ = [
+    "HeadForm",
+    "Kept",
+    "Segments",
+    "Update",
+    "dropout",
+    "grouped_low_rank",
+    "keep_freed_memory",
+    "low_rank",
+    "product",
+    "rms_norm",
+    "token_losses",
+]

@@ -1,20 +1,20 @@
 """Causal attention of several sequences that lie one after the other in one row, each for itself.
 
-Shapes: N tokens of the row, H heads, G key-value heads (H a multiple), D head_dim; M prefix entries a layer, S shared
-tokens.
+Shapes: N tokens of the row, H heads, G key-value heads (H a multiple), D head_dim; M prefix entries a layer, F shared
+tokens, L tokens of a sequence.
 
-    row      s s | a a a | b b b b b |         a: attends to prefix, s, a up to itself
-    lengths       3       5                    b: attends to prefix, s, b up to itself
-    memory   p p p p  (keys and values that all sequences see; not part of the row)
+    row      s s | a a a | b b b b b | c c     a: attends to memory p, s, a up to itself
+    memory   p p p p  (keys and values         b: attends to memory p, s, b up to itself
+              that are not part of the row)    c: attends to c up to itself
 
-No padding is computed, and neither the prefix nor shared virtual tokens are copied for every sequence. Short sequences go
+No padding is computed, and neither prefixes nor shared virtual tokens are copied for every sequence. Short sequences go
 through plain batched products with a backward pass of their own (it beats the fused kernel's on CPUs there), long ones
 through `scaled_dot_product_attention`, which keeps no probabilities.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,52 +28,58 @@ LONG = 320  # tokens of a sequence from which on the fused kernel is used
 Memory = list[tuple[Tensor, Tensor]]
 
 
-class Segments:
-    """How one packed row divides into sequences, and what all of them see.
+class Piece(NamedTuple):
+    """A sequence of a packed row.
 
     Args:
-        lengths: tokens of each sequence, in their order.
-        shared: tokens at the row's start that every sequence attends to.
-        memory: for each layer keys and values [G, M, D] that every token attends to.
+        start, end: its tokens.
+        front: shared tokens that it sees as well, (first, last + 1); (0, 0) for none.
+        memory: which memory it sees; None for none.
+    """
+
+    start: int
+    end: int
+    front: tuple[int, int] = (0, 0)
+    memory: int | None = None
+
+
+class Segments:
+    """How one packed row divides into sequences, and what they see besides themselves.
+
+    Args:
+        pieces: the sequences; shared tokens are one of their own.
+        memories: each for every layer keys and values [G, M, D].
         slopes: ALiBi's slope for each head [H] (arXiv:2108.12409), or None.
     """
 
-    def __init__(
-        self, lengths: list[int], shared: int = 0, memory: Memory | None = None, slopes: Tensor | None = None
-    ) -> None:
-        self.shared = shared
-        self.memory = memory
+    def __init__(self, pieces: list[Piece], memories: list[Memory] | None = None, slopes: Tensor | None = None) -> None:
+        self.pieces = pieces
+        self.memories = memories or []
         self.slopes = slopes
-        self.bounds: list[tuple[int, int]] = []
-        start = shared
-        for length in lengths:
-            self.bounds.append((start, start + length))
-            start += length
-        self.longest = max([shared, *lengths])
+        self.longest = max((p.end - p.start for p in pieces), default=0)
         self._masks: dict[Any, Tensor] = {}
-
-    @property
-    def prefix(self) -> int:
-        """Prefix entries of a layer."""
-        return self.memory[0][0].shape[-2] if self.memory else 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, p: float = 0.0) -> Tensor:
         """q [H, N, D], k and v [G, N, D] of any strides -> [N, H, D]. `p`: dropout of the probabilities."""
-        keys, values = self.memory[layer] if self.memory else (None, None)
         kind = q.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        if keys is not None and values is not None:
-            keys, values = keys.to(dtype), values.to(dtype)
+        memory = [t.to(dtype) for m in self.memories for t in m[layer]]
         with torch.autocast(kind, enabled=False):
             if self.longest < LONG:
-                return _Short.apply(q, k, v, keys, values, self, scale, p)
-            return self._long(q, k, v, keys, values, scale, p)
+                return _Short.apply(q, k, v, self, scale, p, *memory)
+            return self._long(q, k, v, memory, scale, p)
 
-    def pieces(self) -> list[tuple[int, int, int]]:
-        """(start, end, shared tokens seen before) of everything that attends: the shared tokens themselves come first."""
-        own = [(0, self.shared, 0)] if self.shared else []
-        return own + [(start, end, self.shared) for start, end in self.bounds]
+    @staticmethod
+    def seen(own: Tensor, piece: Piece, memory: list[Tensor], which: int) -> Tensor:
+        """Keys (`which` 0) or values (1) [G, M + F + L, D] that a sequence attends to: memory, shared tokens, its own."""
+        low, high = piece.front
+        parts = [own[:, piece.start : piece.end]]
+        if high > low:
+            parts.insert(0, own[:, low:high])
+        if piece.memory is not None:
+            parts.insert(0, memory[2 * piece.memory + which])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def mask(self, length: int, before: int, groups: int, heads: int, like: Tensor) -> Tensor:
         """What is added to scores [groups (or 1), heads / groups * length, before + length]: 0, ALiBi or -inf."""
@@ -90,27 +96,20 @@ class Segments:
             self._masks[key] = made.to(like.dtype)
         return self._masks[key]
 
-    def _long(
-        self, q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, values: Tensor | None, scale: float, p: float
-    ) -> Tensor:
+    def _long(self, q: Tensor, k: Tensor, v: Tensor, memory: list[Tensor], scale: float, p: float) -> Tensor:
         """By the fused kernel, a sequence at a time."""
-        pieces = self.pieces()
-        sizes = [end - start for start, end, _ in pieces]
-        parts = zip(pieces, q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True)
         made, heads, groups = [], q.shape[0], k.shape[0]
-        for (start, end, before), own_q, own_k, own_v in parts:
-            seen_k = [t for t in (keys, k[:, :before] if before else None, own_k) if t is not None]
-            seen_v = [t for t in (values, v[:, :before] if before else None, own_v) if t is not None]
-            all_k, all_v = torch.cat(seen_k, 1), torch.cat(seen_v, 1)
+        for piece in self.pieces:
+            length = piece.end - piece.start
+            all_k, all_v = (self.seen(t, piece, memory, which) for which, t in enumerate((k, v)))
             if groups != heads:
                 all_k, all_v = (t.repeat_interleave(heads // groups, 0) for t in (all_k, all_v))
-            plain = self.slopes is None and all_k.shape[1] == end - start
-            mask = None
-            if not plain:
-                mask = self.mask(end - start, all_k.shape[1] - (end - start), heads, heads, q)[None]
+            plain = self.slopes is None and all_k.shape[1] == length
+            mask = None if plain else self.mask(length, all_k.shape[1] - length, heads, heads, q)[None]
+            own_q = q[None, :, piece.start : piece.end]
             made.append(
                 F.scaled_dot_product_attention(
-                    own_q[None], all_k[None], all_v[None], attn_mask=mask, dropout_p=p, is_causal=plain, scale=scale
+                    own_q, all_k[None], all_v[None], attn_mask=mask, dropout_p=p, is_causal=plain, scale=scale
                 )[0]
             )
         return torch.cat(made, 1).transpose(0, 1)
@@ -121,15 +120,15 @@ class _Short(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, values: Tensor | None, segments: Segments,
-        scale: float, p: float,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, p: float, *memory: Tensor
+    ) -> Tensor:
         heads, count, width = q.shape
         groups = k.shape[0]
         out = q.new_empty(count, heads, width)
         kept: list[Tensor] = []
-        for start, end, before in segments.pieces():
-            all_k, all_v = (_seen(t, own, start, end, before) for t, own in ((keys, k), (values, v)))
+        for piece in segments.pieces:
+            start, end = piece.start, piece.end
+            all_k, all_v = (segments.seen(t, piece, memory, which) for which, t in enumerate((k, v)))  # type: ignore[arg-type]
             mask = segments.mask(end - start, all_k.shape[1] - (end - start), groups, heads, q)
             scores = torch.baddbmm(mask, _grouped(q, start, end, groups), all_k.transpose(1, 2), alpha=scale)
             shares = torch.softmax(scores, -1)
@@ -138,28 +137,28 @@ class _Short(torch.autograd.Function):
                 kept.append(_mask_of(shares, p))
                 shares = shares * kept[-1]
             out[start:end] = torch.bmm(shares, all_v).view(heads, end - start, width).transpose(0, 1)
-        ctx.save_for_backward(q, k, v, keys, values, *kept)
-        ctx.rest = segments, scale, bool(p)
+        ctx.save_for_backward(q, k, v, *memory, *kept)
+        ctx.rest = segments, scale, bool(p), len(memory)
         return out
 
     @staticmethod
     @first_order
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        q, k, v, keys, values, *kept = ctx.saved_tensors
-        segments, scale, dropped = ctx.rest
+        segments, scale, dropped, memories = ctx.rest
+        q, k, v, *rest = ctx.saved_tensors
+        memory, remaining = rest[:memories], iter(rest[memories:])
         heads, count, width = q.shape
         groups = k.shape[0]
         # token-major, as projections are laid out, so that no copy follows
         to_q, to_k, to_v = (t.new_empty(count, t.shape[0], width).transpose(0, 1) for t in (q, k, v))
-        prefix = 0 if keys is None else keys.shape[1]
-        front = prefix + segments.shared  # keys before a sequence's own, whose gradient is the sum over sequences
-        sum_k, sum_v = (k.new_zeros(groups, front, width, dtype=torch.float32) for _ in range(2))
+        to_memory = [torch.zeros_like(t, dtype=torch.float32) for t in memory]
+        shared: dict[tuple[int, int], list[Tensor]] = {}  # the gradient of shared tokens is the sum over sequences
         grad = gradient.transpose(0, 1)
-        remaining = iter(kept)
-        for start, end, before in segments.pieces():
+        for piece in segments.pieces:
+            start, end, (low, high), at = piece
             shares = next(remaining)
             mask = next(remaining) if dropped else None
-            all_k, all_v = (_seen(t, own, start, end, before) for t, own in ((keys, k), (values, v)))
+            all_k, all_v = (segments.seen(t, piece, memory, which) for which, t in enumerate((k, v)))
             grad_i = _grouped(grad, start, end, groups)
             made_v = torch.bmm((shares if mask is None else shares * mask).transpose(1, 2), grad_i)
             to_shares = torch.bmm(grad_i, all_v.transpose(1, 2))
@@ -169,32 +168,28 @@ class _Short(torch.autograd.Function):
             made_k = torch.bmm(to_scores.transpose(1, 2), _grouped(q, start, end, groups))
             made_q = torch.bmm(to_scores, all_k).view(heads, end - start, width)
             torch.mul(made_q, scale, out=to_q[:, start:end])
-            seen = prefix + before
-            if seen:
-                sum_k[:, :seen] += made_k[:, :seen]
-                sum_v[:, :seen] += made_v[:, :seen]
-            torch.mul(made_k[:, seen:], scale, out=to_k[:, start:end])
-            to_v[:, start:end] = made_v[:, seen:]
-        sum_k *= scale
-        if segments.shared:
-            to_k[:, : segments.shared] += sum_k[:, prefix:].to(k.dtype)
-            to_v[:, : segments.shared] += sum_v[:, prefix:].to(v.dtype)
-        to_keys = to_values = None
-        if keys is not None and values is not None:
-            to_keys, to_values = sum_k[:, :prefix].to(keys.dtype), sum_v[:, :prefix].to(values.dtype)
-        return to_q, to_k, to_v, to_keys, to_values, None, None, None
+            prefix = 0 if at is None else memory[2 * at].shape[1]
+            before = prefix + high - low
+            if at is not None:
+                to_memory[2 * at].add_(made_k[:, :prefix], alpha=scale)
+                to_memory[2 * at + 1] += made_v[:, :prefix]
+            if high > low:
+                if (low, high) not in shared:
+                    shared[low, high] = [t.new_zeros(groups, high - low, width, dtype=torch.float32) for t in (k, v)]
+                shared[low, high][0].add_(made_k[:, prefix:before], alpha=scale)
+                shared[low, high][1].add_(made_v[:, prefix:before])
+            torch.mul(made_k[:, before:], scale, out=to_k[:, start:end])
+            to_v[:, start:end] = made_v[:, before:]
+        for (low, high), (sum_k, sum_v) in shared.items():
+            to_k[:, low:high] += sum_k.to(k.dtype)
+            to_v[:, low:high] += sum_v.to(v.dtype)
+        return to_q, to_k, to_v, None, None, None, *(t.to(m.dtype) for t, m in zip(to_memory, memory, strict=True))
 
 
 def _grouped(t: Tensor, start: int, end: int, groups: int) -> Tensor:
     """Places start to end of t [H, N, D] as [groups, H / groups * L, D]: heads that share keys side by side."""
     part = t[:, start:end]
     return part if t.shape[0] == groups else part.reshape(groups, -1, t.shape[2])
-
-
-def _seen(front: Tensor | None, own: Tensor, start: int, end: int, before: int) -> Tensor:
-    """Keys or values that a sequence attends to: prefix, shared tokens, its own [G, M + before + L, D]."""
-    parts = [t for t in (front, own[:, :before] if before else None, own[:, start:end]) if t is not None]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _mask_of(shares: Tensor, p: float) -> Tensor:

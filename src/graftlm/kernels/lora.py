@@ -7,7 +7,7 @@ element).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,3 +67,142 @@ def low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float 
     """
     with torch.autocast(y.device.type, enabled=False):
         return _LowRank.apply(y, x.to(y.dtype), a, b, scale, p)
+
+
+class Update(NamedTuple):
+    """One adapter's update of a part of a batch.
+
+    Args:
+        index: which part, as in `x[index]`: a slice or indices of the first axis, or after a full slice of the second.
+        a, b: [r, in] and [out, r].
+        scale: of the update.
+        p: probability of dropping an element of the input.
+    """
+
+    index: Any
+    a: Tensor
+    b: Tensor
+    scale: float
+    p: float
+
+
+# One product over all adapters wastes their ranks' zeros, one for each adapter some microseconds of calls: where that many
+# operations are wasted, they cost the same.
+_WASTE = 1.5e6
+
+
+class Kept(dict):
+    """What is kept between calls of `grouped_low_rank`; copies and pickles of it are empty."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return Kept, ()
+
+
+def grouped_low_rank(y: Tensor, x: Tensor, updates: list[Update], kept: Kept) -> Tensor:
+    """`y` [..., out] with the updates of different adapters, each to its part of the batch; x [..., in].
+
+    With gradients in y's dtype, as `low_rank`; without in the adapters', as a linear layer would. A few tokens go through one
+    product with all A side by side (each token's others masked to zero) and one with all B, more of them through a pair of
+    products for each adapter.
+
+    Args:
+        y: the layer's output so far, which nothing else may need.
+        kept: where the factors side by side are kept from call to call.
+    """
+    if torch.is_grad_enabled():
+        with torch.autocast(y.device.type, enabled=False):
+            factors = [t for u in updates for t in (u.a, u.b)]
+            return _GroupedLowRank.apply(y, x.to(y.dtype), [(u.index, u.scale, u.p) for u in updates], *factors)
+    kind = y.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else updates[0].a.dtype
+    y = y.contiguous() if not y._is_view() else y.clone(memory_format=torch.contiguous_format)
+    with torch.autocast(kind, enabled=False):
+        x = x.to(dtype)
+        tokens, ranks = x.numel() // x.shape[-1], sum(u.a.shape[0] for u in updates)
+        waste = 2 * tokens * ranks * (x.shape[-1] + y.shape[-1])
+        if len(updates) > 1 and waste < _WASTE * len(updates):
+            return _side_by_side(y, x, updates, kept)
+        for u in updates:
+            short = F.linear(x[u.index], u.a.to(dtype))
+            _add(y, u.index, short.view(-1, short.shape[-1]), u.b.to(dtype), u.scale)
+    return y
+
+
+def _add(y: Tensor, index: Any, short: Tensor, b: Tensor, scale: float) -> None:
+    """``y[index] += scale * short b^T``, in place; y [..., out] contiguous, short [n, r], b [out, r]."""
+    part = y[index]
+    if not part._is_view():  # a copy of scattered rows
+        y[index] = part + torch.mm(short, b.t()).mul_(scale).view(part.shape).to(y.dtype)
+    elif y.dtype == short.dtype:
+        part.view(-1, part.shape[-1]).addmm_(short, b.t(), alpha=scale)
+    else:
+        part.add_(torch.mm(short, b.t()).view(part.shape).to(y.dtype), alpha=scale)
+
+
+def _side_by_side(y: Tensor, x: Tensor, updates: list[Update], kept: Kept) -> Tensor:
+    """All adapters in one pair of products."""
+    key = (x.dtype, *((id(t), t._version, t.data_ptr()) for u in updates for t in (u.a, u.b)))
+    if kept.get("key") != key:
+        kept |= {
+            "key": key,
+            "tensors": [(u.a, u.b) for u in updates],  # while they are kept, no other tensor takes their place
+            "a": torch.cat([u.a.to(x.dtype) for u in updates]),
+            "b": torch.cat([u.b.to(x.dtype).t() for u in updates]),
+        }
+    axis = 1 if isinstance(updates[0].index, tuple) else 0
+    shares = x.new_zeros(x.shape[axis], kept["a"].shape[0])
+    start = 0
+    for u in updates:
+        shares[u.index[1] if axis else u.index, start : start + u.a.shape[0]] = u.scale
+        start += u.a.shape[0]
+    short = F.linear(x, kept["a"])
+    short = (short.view(len(shares), -1, short.shape[-1]) * shares[:, None]).view(-1, short.shape[-1])
+    flat = y.view(-1, y.shape[-1])
+    if y.dtype == x.dtype:
+        flat.addmm_(short, kept["b"])
+    else:
+        flat.add_(torch.mm(short, kept["b"]).to(y.dtype))
+    return y
+
+
+class _GroupedLowRank(torch.autograd.Function):
+    """As `_LowRank`, for several adapters. Kept: the input, each product with A, and the dropout masks."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, parts: list[tuple[Any, float, float]], *factors: Tensor) -> Tensor:
+        own = y._is_view() or not y.is_contiguous()
+        made = y.clone(memory_format=torch.contiguous_format) if own else y
+        kept: list[Tensor | None] = []
+        scales = []
+        for (index, scale, p), a, b in zip(parts, factors[::2], factors[1::2], strict=True):
+            flat = x[index].reshape(-1, x.shape[-1])
+            mask, factor = _mask(flat, p)
+            scales.append(scale * factor)
+            short = plain_product(flat if mask is None else flat * mask, a.to(x.dtype))
+            kept += [short, mask]
+            _add(made, index, short, b.to(x.dtype), scales[-1])
+        ctx.save_for_backward(x, *factors, *kept)
+        ctx.rest = [index for index, _, _ in parts], scales
+        if not own:
+            ctx.mark_dirty(y)
+        return made
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        indices, scales = ctx.rest
+        x, *rest = ctx.saved_tensors
+        factors, kept = rest[: 2 * len(indices)], rest[2 * len(indices) :]
+        to_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
+        made: list[Tensor] = []
+        for i, (index, scale) in enumerate(zip(indices, scales, strict=True)):
+            a, b, short, mask = *factors[2 * i : 2 * i + 2], *kept[2 * i : 2 * i + 2]
+            flat = x[index].reshape(-1, x.shape[-1])
+            outer = gradient[index].reshape(-1, gradient.shape[-1]).to(x.dtype)
+            to_short = plain_product(outer, b.to(x.dtype).t()).mul_(scale)
+            to_b = torch.mm(outer.t(), short).to(b.dtype).mul_(scale)
+            made += [torch.mm(to_short.t(), flat if mask is None else flat * mask).to(a.dtype), to_b]
+            if to_x is not None:
+                back = torch.mm(to_short, a.to(x.dtype))
+                to_x[index] += (back if mask is None else back.mul_(mask)).view(to_x[index].shape)
+        return gradient, to_x, None, *made

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architectures import block_sites
 from ..errors import ConfigError, TargetError, nearest
+from ..routing import Group, Index, by_group
 from .base import Method, PeftConfig, PeftType, as_enum, register
 from .targets import layer_index, matches
 
@@ -170,7 +171,14 @@ class Bottleneck(Method):
         def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             if self.name not in host.active_now():
                 return output
-            return output + adapter(output if seen is None else seen.pop()).to(output.dtype)
+            x = output if seen is None else seen.pop()
+            if (routes := host.routes_now()) is None:
+                return output + adapter(x).to(output.dtype)
+
+            def change(group: Group, index: Index) -> Tensor | None:
+                return output[index] + adapter(x[index]).to(output.dtype) if self.name in group else None
+
+            return by_group(routes, output, change)
 
         return add
 

@@ -25,6 +25,7 @@ from ..architectures import backbone_embeddings, base_modules, is_encoder_decode
 from ..errors import ConfigError, TargetError, UnsupportedError, nearest
 from ..files import checkpoint_weight
 from ..quantization import quantized_kind, source_class
+from ..routing import by_group
 from .base import Method, PeftConfig, PeftType, clean_path, positive, register, replace_module
 from .lora_layers import LoraLayer, wrap
 from .targets import find_targets, pattern_value, report_unused
@@ -258,7 +259,10 @@ class Lora(Method):
             def add(module: Any, args: Any, output: Tensor, bias: Tensor = bias) -> Tensor:
                 if self.name not in host.active_now():
                     return output
-                return output + (bias - module.bias).to(output.dtype)
+                change = (bias - module.bias).to(output.dtype)
+                if (routes := host.routes_now()) is None:
+                    return output + change
+                return by_group(routes, output, lambda group, at: output[at] + change if self.name in group else None)
 
             handles.append(module.register_forward_hook(add))
         return handles

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import UnsupportedError
-from ..kernels import low_rank
+from ..errors import AdapterError, UnsupportedError
+from ..kernels import Kept, Update, grouped_low_rank, low_rank
 from ..quantization import dequantize, dequantized, quantized_kind, requantized
-from ..routing import Switch, active_adapters
+from ..routing import Group, Index, Routes, Switch, active_adapters, active_routes, by_group
 from .lora_init import start_factors
 
 
@@ -70,6 +70,7 @@ class LoraLayer(nn.Module):
         self.merged_adapters: list[str] = []
         # while merged, what stood here before: the base weight, or the whole layer if it is quantised; registered nowhere
         self.__dict__["saved_weight"] = self.__dict__["saved_layer"] = None
+        self.kept = Kept()  # factors of a mixed batch, side by side
         self.trained_bias: Tensor | None = None  # set by the method where `bias` is trained
         self.train(base_layer.training)
 
@@ -147,6 +148,7 @@ class LoraLayer(nn.Module):
         if name in self.merged_adapters:
             self.unmerge()
         self.trained_bias = None
+        self.kept.clear()
         for table in (self.r, self.lora_alpha, self.scaling, self.start):
             table.pop(name, None)
         for module in (self.lora_dropout, self.lora_A, self.lora_B, self.lora_magnitude_vector):
@@ -261,10 +263,27 @@ class LoraLayer(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in] (token ids [...] for an embedding) -> [..., out]."""
         result = self.base_layer(x, *args, **kwargs)
+        routes = active_routes(self.switch)
+        if routes is not None:
+            if self.merged_adapters:
+                raise AdapterError(in_all_rows(self.merged_adapters, routes))
+            return self.add_routed(routes, x, result)
         for name in self.active_adapters:
             if name not in self.merged_adapters:
                 result = self.add_update(name, x, result)
         return result
+
+    def add_routed(self, routes: Routes, x: Tensor, result: Tensor) -> Tensor:
+        """`result` with the updates of a mixed batch: each row's adapters, in its order."""
+
+        def change(group: Group, index: Index) -> Tensor | None:
+            names = [n for n in group if n in self.scaling]
+            part = result[index] if names else None
+            for name in names:
+                part = self.add_update(name, x[index], part)  # type: ignore[arg-type]
+            return part
+
+        return by_group(routes, result, change)
 
     def add_update(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """`result`, the output so far, with what one adapter adds to it."""
@@ -315,15 +334,34 @@ class Linear(LoraLayer):
                 nn.init.kaiming_uniform_(a, a=math.sqrt(5))
                 nn.init.zeros_(b) if init else nn.init.kaiming_uniform_(b, a=math.sqrt(5))
 
+    def special(self, name: str) -> bool:
+        """Whether an adapter's update is more than ``scale * B A dropout(x)``."""
+        return name in self.start or name in self.lora_magnitude_vector
+
+    def dropped(self, name: str) -> float:
+        """The probability at which an adapter drops its input now."""
+        drop = self.lora_dropout[name]
+        return drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
+
     def add_update(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """In training by one function, into `result` itself; its products are made in the activations' dtype."""
-        special = name in self.start or name in self.lora_magnitude_vector or self.base_layer._forward_hooks
-        if special or not torch.is_grad_enabled() or not result.is_contiguous():
+        hooked = bool(self.base_layer._forward_hooks)
+        if self.special(name) or hooked or not torch.is_grad_enabled() or not result.is_contiguous():
             return super().add_update(name, x, result)
-        a, b = self.factors(name)
-        drop = self.lora_dropout[name]
-        p = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
-        return low_rank(result, x, a, b, self.scaling[name], p)
+        return low_rank(result, x, *self.factors(name), self.scaling[name], self.dropped(name))
+
+    def add_routed(self, routes: Routes, x: Tensor, result: Tensor) -> Tensor:
+        """Plain updates of a mixed batch all in one function (see `kernels.lora`), the special ones group by group."""
+        parts = routes.parts(result)
+        names = {n for group, _ in parts for n in group if n in self.scaling}
+        precise = torch.is_grad_enabled() or not any(self.dropped(n) for n in names)
+        if not names or not precise or any(self.special(n) for n in names) or self.base_layer._forward_hooks:
+            return super().add_routed(routes, x, result)
+        updates = [
+            Update(index, *self.factors(n), self.scaling[n], self.dropped(n))
+            for group, index in parts for n in group if n in self.scaling
+        ]  # fmt: skip
+        return grouped_low_rank(result, x, updates, self.kept)
 
     def delta(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """What one adapter adds to the base layer's output."""
@@ -381,6 +419,13 @@ class Embedding(LoraLayer):
             plain = result if scale is None else result / scale
             update = (ratio - 1) * plain + ratio * update
         return update if scale is None else update * scale
+
+
+def in_all_rows(merged: list[str], routes: Routes) -> str:
+    """The text for a mixed batch over a base with merged adapters."""
+    rows = {n: [str(row) for row, i in enumerate(routes.of.tolist()) if n in routes.groups[i]] for n in merged}
+    which = ", ".join(f"{n!r} (of rows {', '.join(at) or 'none'})" for n, at in rows.items())
+    return f"A mixed batch goes through a base into which adapters are merged, all rows: {which}. Call unmerge_adapter() first."
 
 
 def wrap(layer: nn.Module, path: str, switch: Switch) -> LoraLayer:

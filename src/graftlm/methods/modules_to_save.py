@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,9 +12,9 @@ import torch
 from torch import nn
 
 from ..architectures import base_modules
-from ..errors import CompositionError, TargetError, nearest
+from ..errors import CompositionError, TargetError, UnsupportedError, nearest
 from ..quantization import dequantize, dequantized, in_source_form, quantized_kind
-from ..routing import Switch, active_adapters
+from ..routing import Switch, active_adapters, active_routes
 from .base import clean_path, replace_module
 
 
@@ -41,7 +42,11 @@ class ModulesToSaveWrapper(nn.Module):
     @property
     def active(self) -> nn.Module:
         """The module that computes now."""
-        names = [n for n in active_adapters(self.switch) if n in self.modules_to_save]
+        return self.of(active_adapters(self.switch))
+
+    def of(self, group: Iterable[str]) -> nn.Module:
+        """The module that computes under a composition of adapters."""
+        names = [n for n in group if n in self.modules_to_save]
         if len(names) > 1 and not self.is_head:
             raise CompositionError(
                 f"Adapters {', '.join(names)} each bring their own copy of one module (modules_to_save); only one of them "
@@ -50,7 +55,25 @@ class ModulesToSaveWrapper(nn.Module):
         return self.modules_to_save[names[0]] if names else self.original_module
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        module = self.active
+        routes = active_routes(self.switch)
+        if routes is None:
+            return self.call(self.active, x, *args, **kwargs)
+        made = [(index, self.call(self.of(group), x[index], *args, **kwargs)) for group, index in routes.parts(x)]
+        if not all(isinstance(part, torch.Tensor) for _, part in made):
+            raise UnsupportedError(
+                f"{type(self.original_module).__name__} is trained in full (modules_to_save) and gives more than one tensor; "
+                "it does not go into a batch of different adapters. Run one adapter a batch."
+            )
+        dtype = functools.reduce(torch.promote_types, (part.dtype for _, part in made))
+        index, part = made[0]
+        axes = 2 if isinstance(index, tuple) else 1
+        result = part.new_empty(*x.shape[:axes], *part.shape[axes:], dtype=dtype)
+        for index, part in made:
+            result[index] = part.to(dtype)
+        return result
+
+    @staticmethod
+    def call(module: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
         weight = next((p for p in module.parameters() if p.is_floating_point()), None)
         if weight is None or not torch.is_tensor(x) or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
             return module(x, *args, **kwargs)

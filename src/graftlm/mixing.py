@@ -1,0 +1,204 @@
+"""Mixed batches: rows that go through different adapters, and the trial that shows a model allows them.
+
+`adapter_names` has an entry for each row: an adapter's name, `"__base__"` for none, or a list of names for a composition.
+
+    model(**batch, adapter_names=["tweets", "__base__", ["style", "facts"], "tweets"])
+
+Every row equals itself alone. That is not assumed of a model: before the first mixed batch of adapters of some kind, a small
+random batch of them goes through it mixed and row by row, with the adapters' values disturbed (untrained ones change nothing
+and would prove nothing).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .architectures import backbone_embeddings, base_modules, is_encoder_decoder
+from .errors import AdapterError, CompositionError, UnsupportedError
+from .methods.modules_to_save import ModulesToSaveWrapper
+from .quantization import holds_quantized, quantized_layers
+from .routing import BASE_NAME, Group, Plan, Routes, running
+
+if TYPE_CHECKING:
+    from .host import Host
+
+TRIED = 4  # compositions of one trial
+
+AdapterNames = str | Sequence[str | Sequence[str]]
+
+
+def mixed_plan(host: Host, names: AdapterNames, batch: int | None = None) -> Plan:
+    """The plan of a call whose rows go through `names`; `batch` is the number of rows.
+
+    Raises:
+        AdapterError: an unknown name, a wrong number of names, adapters that are merged.
+        CompositionError: a row's adapters cannot be active together.
+        UnsupportedError: on this model rows would not equal themselves alone.
+    """
+    if isinstance(names, str):
+        names = [names] * (batch or 1)
+    rows = [_group(host, entry, row) for row, entry in enumerate(names)]
+    if not rows or (batch is not None and batch != len(rows)):
+        raise AdapterError(
+            f"adapter_names has {len(rows)} entries, the batch {batch} rows: expected one a row "
+            f"(an adapter's name, {BASE_NAME!r}, or a list of names for a composition)."
+        )
+    if len(set(rows)) == 1:
+        return Plan(host.switch, rows[0])
+    routes = Routes.by_row(rows)
+    adapters = tuple(dict.fromkeys(n for row in rows for n in row))
+    _try_out(host, routes.groups)
+    return Plan(host.switch, adapters, routes=routes)
+
+
+def _group(host: Host, entry: Any, row: int) -> Group:
+    """The adapters of one row."""
+    named = [entry] if isinstance(entry, str) else entry
+    if not isinstance(named, (list, tuple)) or not all(isinstance(n, str) for n in named):
+        raise AdapterError(f"adapter_names, row {row}: expected a name or a list of names, got {entry!r}.")
+    group = tuple(n for n in named if n != BASE_NAME)
+    try:
+        host._known(*group)
+    except AdapterError as error:
+        raise AdapterError(f"adapter_names, row {row}: {error}") from None
+    if len(set(group)) != len(group):
+        raise AdapterError(f"adapter_names, row {row}: {entry!r} names an adapter twice.")
+    for _, module in base_modules(host.base) if len(group) > 1 else ():
+        owned = isinstance(module, ModulesToSaveWrapper) and module.switch is host.switch
+        if owned and not module.is_head and sum(n in module.modules_to_save for n in group) > 1:
+            raise CompositionError(
+                f"adapter_names, row {row}: {', '.join(group)} each bring their own copy of one module (modules_to_save); "
+                "they cannot be active together."
+            )
+    return group
+
+
+# -- the trial -----------------------------------------------------------------------------------------------------------
+def _try_out(host: Host, groups: list[Group]) -> None:
+    """UnsupportedError unless rows of such compositions, mixed, equal themselves alone on this model. Tried once a kind."""
+    methods = {tuple(host.methods[n] for n in group) for group in groups}
+    if methods <= host.mixed:
+        return
+    kinds = {_kind(host, group): group for group in groups}
+    fresh = [group for kind, group in kinds.items() if kind not in host.mixes]
+    others = [g for g in groups if g not in fresh]
+    for start in range(0, len(fresh), TRIED - 1):
+        tried = fresh[start : start + TRIED - 1]
+        rows = [*tried, *(others[:1] or [()])] if len(tried) < 2 else tried
+        _Trial(host, rows).run()
+        host.mixes |= {_kind(host, group) for group in tried}
+    host.mixed |= methods
+
+
+def _kind(host: Host, group: Group) -> str:
+    """What adapters are alike for the trial: all that their configurations say."""
+    configs = [host.methods[n].config.to_dict() | {"inference_mode": None, "base_model_name_or_path": None} for n in group]
+    return json.dumps(configs, sort_keys=True, default=str)
+
+
+class _Trial:
+    """Random rows of different lengths, once as one batch and once each alone."""
+
+    LENGTHS = (5, 7, 4, 6)
+
+    def __init__(self, host: Host, groups: list[Group]) -> None:
+        self.host, self.groups = host, groups
+        base = host.base
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = min(backbone_embeddings(base).weight.shape[0], 1000)
+        self.rows = [torch.randint(1, vocabulary, (n,), generator=generator) for n in self.LENGTHS[: len(groups)]]
+        self.decoder_ids = torch.randint(1, vocabulary, (len(groups), 3), generator=generator)
+        self.left = not is_encoder_decoder(base) and "position_ids" in host.entry.signature.parameters
+
+    def run(self) -> None:
+        name = type(self.host.base).__name__
+        try:
+            with self.disturbed(), self.quiet(), torch.no_grad():
+                alone = [self.logits([i], [group]) for i, group in enumerate(self.groups)]
+                mixed = self.logits(list(range(len(self.groups))), self.groups)
+        except UnsupportedError:
+            raise
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise UnsupportedError(
+                f"{name}: a batch of rows of different adapters could not be tried out ({error}). Run one adapter a batch."
+            ) from error
+        for i, group in enumerate(self.groups):
+            error, limit = (mixed[i] - alone[i][0]).abs().max(), self.tolerance * alone[i][0].abs().max() + 1e-6
+            if not bool(error <= limit):
+                raise UnsupportedError(
+                    f"{name}: in a batch with other adapters, a row of {'+'.join(group) or 'the base'} gives other values than "
+                    f"alone (by {float(error):.1e}, allowed {float(limit):.1e}). Run one adapter a batch on this model."
+                )
+
+    def logits(self, rows: list[int], groups: list[Group]) -> list[Tensor]:
+        """First outputs of each row, at its own tokens where there is one a token."""
+        base, device = self.host.base, self.host.adapter_device
+        length = max(len(self.rows[i]) for i in rows)
+        ids, mask = torch.zeros(2, len(rows), length, dtype=torch.long)
+        places = []
+        for at, i in enumerate(rows):
+            own = slice(length - len(self.rows[i]), length) if self.left else slice(0, len(self.rows[i]))
+            ids[at, own], mask[at, own] = self.rows[i], 1
+            places.append(own)
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        if is_encoder_decoder(base):
+            inputs["decoder_input_ids"] = self.decoder_ids[rows].to(device)
+        routes = Routes.by_row(groups) if len(groups) > 1 else None
+        adapters = tuple(dict.fromkeys(n for g in groups for n in g))
+        with running(Plan(self.host.switch, adapters, routes=routes)):
+            output = self.host.base_model(**inputs, return_dict=True)
+        name = next((n for n in ("logits", "start_logits", "last_hidden_state") if output.get(n) is not None), None)
+        if name is None:
+            raise ValueError(f"no output of {', '.join(output)} to compare")
+        found = output[name].float()
+        per_token = not is_encoder_decoder(base) and found.dim() > 1 and found.shape[1] >= length
+        extra = found.shape[1] - length if per_token else 0
+        return [row[extra:][own] if per_token else row for row, own in zip(found, places, strict=True)]
+
+    @property
+    def precise(self) -> bool:
+        exact = self.host._float_dtype() is torch.float32 and not holds_quantized(self.host.base)
+        return exact and not torch.is_autocast_enabled(self.host.adapter_device.type)
+
+    @property
+    def tolerance(self) -> float:
+        return 1e-4 if self.precise else 0.1
+
+    @contextmanager
+    def disturbed(self) -> Iterator[None]:
+        """The adapters with noise on their values; afterwards as they were, bit for bit."""
+        names = dict.fromkeys(n for group in self.groups for n in group)
+        parameters: list[nn.Parameter] = [p for n in names for _, p in self.host.adapter_parameters(n)]
+        before = [p.detach().clone() for p in parameters]
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in parameters:
+                noise = torch.randn(p.shape, generator=generator) * (0.1 if self.precise else 0.3)
+                p.add_(noise.to(p.device, p.dtype))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, value in zip(parameters, before, strict=True):
+                    p.copy_(value)
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Evaluation mode, modes and the random generator as they were afterwards."""
+        trained = [m for m in self.host.modules() if m.training]
+        quantised = {layer for _, layer in quantized_layers(self.host.base)}
+        for module in trained:
+            module.training = module in quantised
+        try:
+            with torch.random.fork_rng(devices=[]):
+                yield
+        finally:
+            for module in trained:
+                module.training = True
+
