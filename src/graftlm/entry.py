@@ -183,9 +183,9 @@ class Entry:
             return named
         if mask is None and not past:
             self.keep_apart(named)
+        uneven = not (count.even and prefix.even)
         if count or prefix:
             self.refuse_packed(named)
-            uneven = not (count.even and prefix.even)
             if mask is None and (not past or uneven):
                 before = past - count.most - prefix.most if past else 0
                 mask = given.new_ones(given.shape[0], before + given.shape[1], dtype=torch.long)
@@ -218,7 +218,7 @@ class Entry:
         named["attention_mask"] = mask
         if self.takes_positions:
             length = named["inputs_embeds"].shape[1] if named.get("inputs_embeds") is not None else given.shape[1]
-            if positions is None and (self.offset == 0 or named.get("inputs_embeds") is not None):
+            if positions is None and (self.offset == 0 or uneven or named.get("inputs_embeds") is not None):
                 positions = positions_from_mask(mask)[:, -length:] + self.offset
             if positions is not None:
                 named["position_ids"] = positions
@@ -384,6 +384,8 @@ class Entry:
             cache = named.get("past_key_values")
             if cache is None or cache.get_seq_length() == 0:
                 named["past_key_values"] = self.fill_decoder_cache(plan, cache)
+            if not prefix.even and named.get("labels") is not None:
+                self.engine.decoder_inputs(named)
             if (decoder_mask := self.decoder_mask(named, prefix)) is not None:
                 mask = named["decoder_attention_mask"] = torch.cat((prefix.ones(decoder_mask), decoder_mask), dim=1)
                 if not prefix.even:

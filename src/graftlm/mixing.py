@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .architectures import backbone_embeddings, base_modules, is_encoder_decoder
-from .errors import AdapterError, CompositionError, UnsupportedError
+from .errors import AdapterError, CompositionError, GraftError, UnsupportedError
 from .methods.modules_to_save import ModulesToSaveWrapper
 from .quantization import holds_quantized, quantized_layers
 from .routing import BASE_NAME, Group, Plan, Routes, running
@@ -122,7 +122,7 @@ class _Trial:
             with self.disturbed(), self.quiet(), torch.no_grad():
                 alone = [self.logits([i], [group]) for i, group in enumerate(self.groups)]
                 mixed = self.logits(list(range(len(self.groups))), self.groups)
-        except UnsupportedError:
+        except GraftError:
             raise
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             raise UnsupportedError(

@@ -49,11 +49,13 @@ class Routes:
     Args:
         groups: the batch's different compositions of adapters; () is the bare base.
         of: the group of each row (of each token) [R].
+        packed: whether it is of tokens, in a packed row.
     """
 
-    def __init__(self, groups: list[Group], of: Tensor) -> None:
+    def __init__(self, groups: list[Group], of: Tensor, packed: bool = False) -> None:
         self.groups = groups
         self.of = of
+        self.packed = packed
         self._found: dict[Any, list[tuple[Group, Index]]] = {}
 
     @classmethod
@@ -66,23 +68,23 @@ class Routes:
         """Every group with the index of its part of `x`, for `x[index]`.
 
         x [n, ...] with n a multiple of R: rows, rows times beams, or rows times tokens in one axis (each row's side by
-        side); or [1, n, ...], a packed row.
+        side); of a packed row [R, ...] or [1, R, ...].
 
         Raises:
             UnsupportedError: another shape, in which rows cannot be told apart.
         """
-        packed = x.shape[0] % len(self.of) > 0
-        count = x.shape[1] if packed and x.dim() > 1 else x.shape[0]
-        key = packed, count, x.device
+        second = self.packed and x.dim() > 1 and x.shape[0] == 1
+        count = x.shape[1] if second else x.shape[0]
+        key = second, count, x.device
         if key not in self._found:
-            if count % len(self.of) or (packed and x.shape[0] != 1):
+            if count % len(self.of) or (self.packed and count > len(self.of)):
                 raise UnsupportedError(
                     f"A layer with adapters gets an input of shape {tuple(x.shape)} in a batch of {len(self.of)} rows of "
                     "different adapters; its rows cannot be told apart. Run one adapter a batch on this model."
                 )
             of = self.of.repeat_interleave(count // len(self.of))
             found = [(group, _places(of == i, x.device)) for i, group in enumerate(self.groups)]
-            self._found[key] = [(g, (slice(None), at) if packed else at) for g, at in found]
+            self._found[key] = [(g, (slice(None), at) if second else at) for g, at in found]
         return self._found[key]
 
     def each(self, count: int, device: torch.device) -> Tensor:

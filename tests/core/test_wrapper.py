@@ -306,8 +306,6 @@ def test_adapter_names_for_one_call() -> None:
     one = model.generate(ids, adapter_names=["second"] * 3, max_new_tokens=3, do_sample=False)
     model.set_adapter("second")
     assert torch.equal(one, model.generate(ids, max_new_tokens=3, do_sample=False))
-    with pytest.raises(UnsupportedError, match="different adapters in one batch"):
-        model(**INPUTS, adapter_names=["second", "default", "second"])
     with pytest.raises(AdapterError, match="no adapter 'third'"):
         model(**INPUTS, adapter_names=["third"] * 3)
 

@@ -163,7 +163,7 @@ class Engine:
         inputs |= {"return_dict": named["return_dict"]} if named.get("return_dict") is not None else {}
         pieces = row.pieces + [Piece(length, length + filler)] * (filler > 0)
         owners = F.pad(row.owners, (0, filler), value=int(row.owners[-1]))
-        routes = None if plan.routes is None else Routes(plan.groups, owners)
+        routes = None if plan.routes is None else Routes(plan.groups, owners, packed=True)
         plan.segments = Segments(pieces, memories, alibi_slopes(self.host.base))
         plan.around = functools.partial(self.packed, plan, routes)
         plan.scratch["leave"] = stack = ExitStack()
@@ -238,7 +238,7 @@ class Engine:
     def embedded(self, plan: Plan, ids: Tensor, row: Row) -> Tensor:
         """Embeddings [1, N, H] of the real tokens; the embedding layer may carry adapters."""
         before = plan.routes
-        plan.routes = None if before is None else Routes(plan.groups, row.owners[row.tokens])
+        plan.routes = None if before is None else Routes(plan.groups, row.owners[row.tokens], packed=True)
         try:
             return backbone_embeddings(self.host.base)(ids)
         finally:

@@ -14,7 +14,7 @@ from torch import nn
 from ..architectures import base_modules
 from ..errors import CompositionError, TargetError, UnsupportedError, nearest
 from ..quantization import dequantize, dequantized, in_source_form, quantized_kind
-from ..routing import Switch, active_adapters, active_routes
+from ..routing import Plan, Switch, active_adapters, active_routes, running
 from .base import clean_path, replace_module
 
 
@@ -58,7 +58,10 @@ class ModulesToSaveWrapper(nn.Module):
         routes = active_routes(self.switch)
         if routes is None:
             return self.call(self.active, x, *args, **kwargs)
-        made = [(index, self.call(self.of(group), x[index], *args, **kwargs)) for group, index in routes.parts(x)]
+        made = []
+        for group, index in routes.parts(x):
+            with running(Plan(self.switch, group)):
+                made.append((index, self.call(self.of(group), x[index], *args, **kwargs)))
         if not all(isinstance(part, torch.Tensor) for _, part in made):
             raise UnsupportedError(
                 f"{type(self.original_module).__name__} is trained in full (modules_to_save) and gives more than one tensor; "
