@@ -50,14 +50,16 @@ def _new(plain: Any) -> Any:
 
 @functools.cache
 def fast_class(plain: Any, forward: Any) -> Any:
-    """A subclass of `plain` that trains by `forward(module, plain's forward, *inputs)`; evaluation is as before.
+    """A subclass of `plain` that computes by `forward(module, plain's forward, *inputs)`: in training, and where
+    `EVALUATES` says so in evaluation; else as before.
 
     A packed row goes the fast way at any rate, so that the engine tries it out with what it will train with.
     """
+    always = forward in EVALUATES
 
     def either(self: Any, *args: Any, **kwargs: Any) -> Any:
         plan = current_plan()
-        trains = (self.training and torch.is_grad_enabled()) or (plan is not None and plan.segments is not None)
+        trains = always or (self.training and torch.is_grad_enabled()) or (plan is not None and plan.segments is not None)
         if torch.compiler.is_compiling() or not trains:
             return plain.forward(self, *args, **kwargs)
         return forward(self, functools.partial(plain.forward, self), *args, **kwargs)
@@ -106,6 +108,9 @@ FORWARDS: dict[type, Forward] = {
     BloomGelu: tanh_gelu,
     NewGELUActivation: tanh_gelu,
 }
+
+
+EVALUATES = {linear}  # forms that bring as much in evaluation
 
 
 def forward_for(module: nn.Module) -> Forward | None:

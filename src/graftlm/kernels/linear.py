@@ -17,7 +17,7 @@ from torch import Tensor
 from .order import first_order
 
 _CLEAR_WIN = 0.8  # of the default's time; nearer to 1 two runs of one script might choose differently
-_SMALL = 2**20  # multiplications under which choosing costs more than it brings
+_SMALL = 2**19  # multiplications under which choosing costs more than it brings
 
 
 MULTIPLE = 16  # of rows: products of odd sizes run at little more than half the speed
@@ -32,7 +32,7 @@ def even_rows(count: int) -> int:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b``: x [..., in], weight [out, in], bias [out] -> [..., out]. The gradient goes where it is required."""
     if _takes(x, weight) and onednn_wins(x.dtype):
-        return _Product.apply(x, weight, bias)
+        return _Product.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
 

@@ -123,8 +123,8 @@ def grouped_low_rank(y: Tensor, x: Tensor, updates: list[Update], kept: Kept) ->
         if len(updates) > 1 and waste < _WASTE * len(updates):
             return _side_by_side(y, x, updates, kept)
         for u in updates:
-            short = F.linear(x[u.index], u.a.to(dtype))
-            _add(y, u.index, short.view(-1, short.shape[-1]), u.b.to(dtype), u.scale)
+            short = plain_product(x[u.index].reshape(-1, x.shape[-1]), u.a.to(dtype))
+            _add(y, u.index, short, u.b.to(dtype), u.scale)
     return y
 
 
@@ -155,7 +155,7 @@ def _side_by_side(y: Tensor, x: Tensor, updates: list[Update], kept: Kept) -> Te
     for u in updates:
         shares[u.index[1] if axis else u.index, start : start + u.a.shape[0]] = u.scale
         start += u.a.shape[0]
-    short = F.linear(x, kept["a"])
+    short = plain_product(x, kept["a"])
     short = (short.view(len(shares), -1, short.shape[-1]) * shares[:, None]).view(-1, short.shape[-1])
     flat = y.view(-1, y.shape[-1])
     if y.dtype == x.dtype:
