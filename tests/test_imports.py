@@ -19,7 +19,7 @@ FLOORS: list[set[str]] = [
     {"routing", "kernels"},
     {"architectures", "quantization", "preparation"},
     {"methods"},
-    {"fingerprint", "card", "checkpoint", "entry", "engine", "merging", "mixing", "host", "model"},
+    {"fingerprint", "card", "checkpoint", "entry", "engine", "merging", "mixing", "host", "model", "joint"},
     {"data", "planning"},
     {"training", "inference"},
     {"comparison", "serving", "cli", "utils", "__init__", "__main__"},

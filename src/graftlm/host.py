@@ -6,8 +6,8 @@ Methods and entry points talk to this part (they call it the *host*); `model.Pef
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -25,7 +25,7 @@ from .methods.base import TASK_HEADS, replace_module
 from .methods.modules_to_save import ModulesToSaveWrapper, find_modules, saved_modules
 from .preparation import freeze_base
 from .quantization import quantized_kind, settle
-from .routing import BASE_NAME, Front, Group, Plan, Routes, Switch, active_routes, current_plan, running
+from .routing import BASE_NAME, Front, Group, Plan, Routes, Switch, active_routes, planned_adapters, running
 
 Memory = list[tuple[Tensor, Tensor]]
 
@@ -284,6 +284,13 @@ class Host(PreTrainedModel):
             for key, parameter in module.named_parameters():
                 yield f"base_model.model.{path}.modules_to_save.{name}.{key}", parameter
 
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
+        """As in torch, without the adapters of other wrappers over the same base."""
+        others = [host for host in _HOSTS.get(self.base, ()) if host is not self]
+        foreign = {id(p) for host in others for name in host.methods for _, p in host.adapter_parameters(name)}
+        found = super().named_parameters(prefix, recurse, remove_duplicate)
+        return ((name, p) for name, p in found if id(p) not in foreign)
+
     @contextmanager
     def without_adapters(self) -> Iterator[None]:
         """Run the base directly, without adapters and without gradients."""
@@ -295,8 +302,7 @@ class Host(PreTrainedModel):
 
         Hooks ask this; unlike LoRA's modules they do nothing when the base is called directly.
         """
-        plan = current_plan()
-        return plan.adapters if plan is not None and plan.switch is self.switch else ()
+        return planned_adapters(self.switch)
 
     def routes_now(self) -> Routes | None:
         """The routes of the running plan, if it is this wrapper's and its batch is mixed."""
@@ -318,9 +324,14 @@ class Host(PreTrainedModel):
                 count += method.config.num_virtual_tokens  # type: ignore[attr-defined]
         return count, prefix
 
+    def owners(self, plan: Plan) -> list[tuple[Host, Group]]:
+        """The compositions of adapters that take part, each with its wrapper."""
+        hosts = plan.routes.hosts if plan.routes is not None else None
+        return list(zip(hosts or [self] * len(plan.groups), plan.groups, strict=True))
+
     def fronts(self, plan: Plan, batch: int) -> tuple[Front, Front]:
         """What stands in front of each of `batch` rows: virtual tokens, and a prefix."""
-        counts, prefixes = zip(*(self.counts(group) for group in plan.groups), strict=True)
+        counts, prefixes = zip(*(host.counts(group) for host, group in self.owners(plan)), strict=True)
         each = None if plan.routes is None else plan.routes.each(batch, self.adapter_device)
         return Front.of(list(counts), each), Front.of(list(prefixes), each)
 
@@ -336,11 +347,19 @@ class Host(PreTrainedModel):
 
     def virtual_rows(self, plan: Plan, batch: int) -> Tensor:
         """Virtual tokens of `batch` rows [B, P, H]; a row with fewer has zeros in front of them."""
-        return self._by_row(plan, batch, [self.virtual_tokens(group) for group in plan.groups])
+        return self._by_row(plan, batch, self.asked(plan, lambda host, group: host.virtual_tokens(group)))
+
+    def asked(self, plan: Plan, question: Callable[[Host, Group], Any]) -> list[Any]:
+        """The answers of all who take part, each under its own random numbers."""
+        found = []
+        for i, (host, group) in enumerate(self.owners(plan)):
+            with nullcontext() if plan.routes is None else plan.routes.drawing(i):
+                found.append(question(host, group))
+        return found
 
     def memory_rows(self, plan: Plan, batch: int) -> Memory:
         """Prefixes per layer: [kv_heads, K, head_dim], or where rows differ [B, kv_heads, K, head_dim] with zeros in front."""
-        memories = [self.memory(group) for group in plan.groups]
+        memories = self.asked(plan, lambda host, group: host.memory(group))
         if plan.routes is None:
             return memories[0]  # type: ignore[return-value]
         layers = range(len(next(m for m in memories if m is not None)))

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .errors import UnsupportedError
+from .kernels.dropout import extra_rows
 
 
 class Switch:
@@ -50,12 +51,20 @@ class Routes:
         groups: the batch's different compositions of adapters; () is the bare base.
         of: the group of each row (of each token) [R].
         packed: whether it is of tokens, in a packed row.
+        hosts: the wrapper of each group, where adapters of several wrappers over one base run together; None: the plan's.
+        draws: what random numbers of each group come from (see `Draws`); None: torch's generator, for all.
     """
 
-    def __init__(self, groups: list[Group], of: Tensor, packed: bool = False) -> None:
+    def __init__(
+        self, groups: list[Group], of: Tensor, packed: bool = False, hosts: list[Any] | None = None,
+        draws: list[Draws] | None = None,
+    ) -> None:  # fmt: skip
         self.groups = groups
         self.of = of
         self.packed = packed
+        self.hosts = hosts
+        self.draws = draws
+        self._own: dict[int, Routes | None] = {}
         self._found: dict[Any, list[tuple[Group, Index]]] = {}
 
     @classmethod
@@ -87,9 +96,50 @@ class Routes:
             self._found[key] = [(g, (slice(None), at) if second else at) for g, at in found]
         return self._found[key]
 
+    def over(self, of: Tensor) -> Routes:
+        """The same for the tokens of a packed row, given the group of each."""
+        return Routes(self.groups, of, True, self.hosts, self.draws)
+
+    def of_switch(self, switch: Switch) -> Routes | None:
+        """What of it concerns one of several wrappers: other wrappers' groups are the bare base to it. None for nothing."""
+        if self.hosts is None:
+            return self
+        key = id(switch)
+        if key not in self._own:
+            groups = [g if h.switch is switch else () for h, g in zip(self.hosts, self.groups, strict=True)]
+            self._own[key] = Routes(groups, self.of, self.packed, None, self.draws) if any(groups) else None
+        return self._own[key]
+
+    def drawing(self, group: int) -> AbstractContextManager:
+        """The surroundings in which a group's random numbers are drawn."""
+        return nullcontext() if self.draws is None else self.draws[group].running()
+
     def each(self, count: int, device: torch.device) -> Tensor:
         """The group of each of `count` rows (a multiple of R: beams)."""
         return self.of.repeat_interleave(count // len(self.of)).to(device)
+
+
+class Draws:
+    """A stream of random numbers of its own: within `running()` torch's CPU generator goes on from `state`.
+
+    Args:
+        state: of `torch.get_rng_state()`.
+    """
+
+    def __init__(self, state: Tensor) -> None:
+        self.state = state
+        self.extra = 0  # rows of filling that the stream's owner would draw for as well, if it ran alone
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        before, rows = torch.get_rng_state(), extra_rows.set(self.extra)
+        torch.set_rng_state(self.state)
+        try:
+            yield
+        finally:
+            extra_rows.reset(rows)
+            self.state = torch.get_rng_state()
+            torch.set_rng_state(before)
 
 
 def _places(chosen: Tensor, device: torch.device) -> slice | Tensor:
@@ -176,20 +226,32 @@ def active_adapters(switch: Switch) -> tuple[str, ...]:
     plan = _running.get()
     if plan is None:
         return switch.active if switch.enabled else ()
-    return plan.adapters if plan.switch is switch else ()
+    return planned_adapters(switch)
+
+
+def planned_adapters(switch: Switch) -> Group:
+    """The same where a plan runs; none where none does."""
+    plan = _running.get()
+    if plan is not None and plan.routes is not None and plan.routes.hosts is not None:
+        own = plan.routes.of_switch(switch)
+        return tuple(dict.fromkeys(n for group in own.groups for n in group)) if own is not None else ()
+    return plan.adapters if plan is not None and plan.switch is switch else ()
 
 
 def active_routes(switch: Switch) -> Routes | None:
     """The routes of the mixed batch that runs now, for a layer of the wrapper `switch` belongs to; None for no such batch."""
     plan = _running.get()
-    return plan.routes if plan is not None and plan.switch is switch else None
+    if plan is None or plan.routes is None or not (plan.switch is switch or plan.routes.hosts):
+        return None
+    return plan.routes.of_switch(switch)
 
 
 def by_group(routes: Routes, result: Tensor, change: Callable[[Group, Index], Tensor | None]) -> Tensor:
     """`result` with each group's part replaced by `change(group, index)`; None leaves a part as it is."""
     made = None
-    for group, index in routes.parts(result):
-        part = change(group, index)
+    for i, (group, index) in enumerate(routes.parts(result)):
+        with routes.drawing(i):
+            part = change(group, index)
         if part is not None:
             made = result.clone() if made is None else made
             made[index] = part

@@ -129,7 +129,8 @@ def test_parameters_are_counted_in_elements(folders, options, capsys):
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
 def test_dropout_is_hf_pefts(folders, options, scheme, tmp_path, monkeypatch):
     """Under one seed the same masks (torch's, of the padded batch), the same loss; and another loss than without dropout."""
-    monkeypatch.setattr("graftlm.kernels.lora.is_cheap", lambda x, p: False)
+    for place in ("lora", "dropout"):
+        monkeypatch.setattr(f"graftlm.kernels.{place}.is_cheap", lambda x, p: False)
     settings = graftlm.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], lora_dropout=0.5, **options)
     model = randomise(graftlm.get_peft_model(load(folders["llama"], scheme), settings))
     model.packs = False

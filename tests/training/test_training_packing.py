@@ -14,7 +14,8 @@ import graftlm
 from graftlm.data import PackedRows, PackingCollator
 from graftlm.errors import DataError, RecipeError
 from graftlm.training import Trainer, bases
-from graftlm.training.joining import Joiner, joined
+from graftlm.joint import stacked
+from graftlm.training.joining import Joiner
 from graftlm.training.recipes import Recipe, run
 
 
@@ -73,7 +74,7 @@ def test_batches_of_other_kinds_are_not_joined() -> None:
     out = joiner.add(rows | {"token_type_ids": rows["labels"]}, last=False)
     assert [sorted(b) for b in out] == [["attention_mask", "input_ids", "labels"], sorted([*rows, "token_type_ids"])]
     assert joiner.waiting == []
-    both = joined([{k: v[:, :5] for k, v in rows.items()}, rows])
+    both = stacked([{k: v[:, :5] for k, v in rows.items()}, rows])
     assert both["input_ids"].shape == (2, 8)
     assert both["attention_mask"][0].tolist() == [1] * 5 + [0] * 3
     assert both["labels"][0, 5:].tolist() == [-100] * 3

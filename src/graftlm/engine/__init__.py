@@ -145,9 +145,9 @@ class Engine:
         groups = torch.zeros_like(found.starts)
         if plan.routes is not None:
             found, groups = found.sorted(plan.routes.of[found.kept[found.starts] // named["labels"].shape[1]])
-        counts, prefixes = zip(*(self.host.counts(group) for group in plan.groups), strict=True)
+        counts, prefixes = zip(*(host.counts(group) for host, group in self.host.owners(plan)), strict=True)
         fronts = torch.tensor([counts, prefixes])[:, groups]
-        if not self.fits(found, named, *fronts):
+        if not self.fits(found, named, groups, *fronts):
             return None
         memories, which = self.memories(plan, prefixes)
         row = Row.of(found.sizes.tolist(), groups.tolist(), list(counts), which, self.shares_virtual)
@@ -162,8 +162,10 @@ class Engine:
         inputs |= {"use_cache": False} if "use_cache" in self.entry.signature.parameters else {}
         inputs |= {"return_dict": named["return_dict"]} if named.get("return_dict") is not None else {}
         pieces = row.pieces + [Piece(length, length + filler)] * (filler > 0)
-        owners = F.pad(row.owners, (0, filler), value=int(row.owners[-1]))
-        routes = None if plan.routes is None else Routes(plan.groups, owners, packed=True)
+        owners = F.pad(row.owners, (0, filler), value=-1)  # of nobody
+        routes = None if plan.routes is None else plan.routes.over(owners)
+        for i, draws in enumerate((plan.routes.draws if plan.routes is not None else None) or ()):
+            draws.extra = even_rows(int((row.owners == i).sum()))
         plan.segments = Segments(pieces, memories, alibi_slopes(self.host.base))
         plan.around = functools.partial(self.packed, plan, routes)
         plan.scratch["leave"] = stack = ExitStack()
@@ -187,17 +189,18 @@ class Engine:
         """The prefixes that take part, and which of them is whose group's."""
         made: list = []
         which: list[int | None] = []
-        for group, prefix in zip(plan.groups, prefixes, strict=True):
+        for memory, prefix in zip(self.host.asked(plan, lambda host, group: host.memory(group)), prefixes, strict=True):
             which.append(len(made) if prefix else None)
-            made += [self.host.memory(group)] if prefix else []
+            made += [memory] if prefix else []
         return made, which
 
-    def fits(self, found: Sequences, named: dict, counts: Tensor, prefixes: Tensor) -> bool:
-        """Whether these sequences, packed, give what the plain model gives; virtual tokens and prefix entries [sequences]."""
+    def fits(self, found: Sequences, named: dict, groups: Tensor, counts: Tensor, prefixes: Tensor) -> bool:
+        """Whether these sequences, packed, give what the plain model gives; groups, virtual tokens and prefix entries
+        [sequences]."""
         if self.window and int((found.sizes + counts + prefixes).max()) > self.window:
             return False
-        many, tokens = len(found.sizes), len(found.kept)
-        if many > MANY and tokens < TINY * many and 2 * tokens > named["labels"].numel():
+        many, tokens = int(groups.bincount().max()), len(found.kept)
+        if many > MANY and tokens < TINY * len(groups) and 2 * tokens > named["labels"].numel():
             return False  # a step for each of many tiny sequences costs more than their padding
         if bool(((counts + prefixes > 0) & (found.positions[found.starts] > 0)).any()):
             return False  # positions of one's own, with no place in front for virtual tokens or a prefix
@@ -226,7 +229,7 @@ class Engine:
     def packed_inputs(self, plan: Plan, named: dict, kept: Tensor, row: Row) -> dict[str, Tensor]:
         """`input_ids` or `inputs_embeds` of the packed row."""
         embeds, ids = named.get("inputs_embeds"), named.get("input_ids")
-        virtual = [self.host.virtual_tokens(group) for group in plan.groups]
+        virtual = self.host.asked(plan, lambda host, group: host.virtual_tokens(group))
         if embeds is None and not any(v is not None for v in virtual):
             return {"input_ids": ids.flatten()[kept][None]}  # type: ignore[union-attr]
         if embeds is None:
@@ -238,7 +241,7 @@ class Engine:
     def embedded(self, plan: Plan, ids: Tensor, row: Row) -> Tensor:
         """Embeddings [1, N, H] of the real tokens; the embedding layer may carry adapters."""
         before = plan.routes
-        plan.routes = None if before is None else Routes(plan.groups, row.owners[row.tokens], packed=True)
+        plan.routes = None if before is None else before.over(row.owners[row.tokens])
         try:
             return backbone_embeddings(self.host.base)(ids)
         finally:
@@ -319,7 +322,7 @@ class Engine:
         """Losses [N] of hidden states [N, H]; group by group where the groups' adapters reach the head."""
         if plan.routes is None:
             return self.group_losses(rows, targets, form)
-        plans = [Plan(plan.switch, group) for group in plan.groups]
+        plans = [Plan(host.switch, group) for host, group in self.host.owners(plan)]
         heads = []
         for own in plans:
             with running(own):
@@ -388,7 +391,7 @@ class Engine:
     # -- what holds for this model -----------------------------------------------------------------------------------
     def form(self, plan: Plan) -> Form | None:
         """The short cuts that give what the plain model gives, under adapters of this kind; None for none."""
-        forms = [self.group_form(group) for group in plan.groups]
+        forms = [host.entry.engine.group_form(group) for host, group in self.host.owners(plan)]
         known = [f for f in forms if f is not None]
         return replace(known[0], packs=all(f.packs for f in known)) if len(known) == len(forms) else None
 

@@ -62,7 +62,7 @@ class Check:
             if name not in ("ForCausalLMLoss", "ForMaskedLMLoss"):
                 return None
             shifts = name == "ForCausalLMLoss"
-        with self.quiet(base), torch.no_grad():
+        with self.quiet(), torch.no_grad():
             plain, output = self.run("plain", None)
             softcap = getattr(self.engine.entry.decoder_config(), "final_logit_softcapping", None)
             head = HeadForm.recognise(plain["raw"], output.logits, softcap)
@@ -77,7 +77,7 @@ class Check:
 
     def counts(self) -> bool:
         """Whether the plain model divides its summed loss by `num_items_in_batch`."""
-        with self.quiet(self.engine.host.base), torch.no_grad():
+        with self.quiet(), torch.no_grad():
             mean, divided = (self.run("plain", None, items)[1].loss for items in (None, 7))
         every = is_encoder_decoder(self.engine.host.base) or self.engine.host.counts(self.plan.adapters)[0] > 0
         labels = self.batch["labels"] if every else self.batch["labels"][:, 1:]
@@ -164,10 +164,10 @@ class Check:
         return bool(torch.isclose(a.float(), b.float(), rtol=1e-4 if self.precise else 3e-2))
 
     @contextmanager
-    def quiet(self, base: nn.Module) -> Iterator[None]:
+    def quiet(self) -> Iterator[None]:
         """Evaluation mode (no dropout), except for quantised layers, which would be packed; the generator as it was."""
-        modes = {module: module.training for module in base.modules()}
-        quantised = {layer for _, layer in quantized_layers(base)}
+        modes = {module: module.training for module in self.engine.host.modules()}
+        quantised = {layer for _, layer in quantized_layers(self.engine.host.base)}
         for module in modes:
             module.training = module in quantised and modes[module]
         try:

@@ -6,6 +6,7 @@ torch draws a Bernoulli number for each element, one thread at a time. Here the 
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,10 +18,14 @@ from .order import first_order
 _LEVELS = 65536
 
 
+#: Rows (of the last axis) that a mask is drawn for besides those of its input, as if that were padded by so many.
+extra_rows: ContextVar[int] = ContextVar("graftlm_extra_rows", default=0)
+
+
 def keep_mask(like: Tensor, p: float) -> tuple[Tensor, float]:
     """A boolean mask of `like`'s shape that is False with probability `p` (rounded), and the scale 1 / (1 - p)."""
     drop = round(p * _LEVELS)
-    words = (like.numel() + 3) // 4
+    words = (like.numel() + extra_rows.get() * like.shape[-1] + 3) // 4
     info = torch.iinfo(torch.int64)
     draws = torch.randint(info.min, info.max, (words,), dtype=torch.int64, device=like.device)
     kept = draws.view(torch.int16)[: like.numel()] >= drop - _LEVELS // 2

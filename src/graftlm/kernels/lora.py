@@ -7,6 +7,8 @@ element).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -77,6 +79,7 @@ class Update(NamedTuple):
         a, b: [r, in] and [out, r].
         scale: of the update.
         p: probability of dropping an element of the input.
+        draw: the surroundings in which its dropout is drawn.
     """
 
     index: Any
@@ -84,6 +87,7 @@ class Update(NamedTuple):
     b: Tensor
     scale: float
     p: float
+    draw: Callable[[], AbstractContextManager] = nullcontext
 
 
 # One product over all adapters wastes their ranks' zeros, one for each adapter some microseconds of calls: where that many
@@ -112,7 +116,7 @@ def grouped_low_rank(y: Tensor, x: Tensor, updates: list[Update], kept: Kept) ->
     if torch.is_grad_enabled():
         with torch.autocast(y.device.type, enabled=False):
             factors = [t for u in updates for t in (u.a, u.b)]
-            return _GroupedLowRank.apply(y, x.to(y.dtype), [(u.index, u.scale, u.p) for u in updates], *factors)
+            return _GroupedLowRank.apply(y, x.to(y.dtype), updates, *factors)
     kind = y.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else updates[0].a.dtype
     y = y.contiguous() if not y._is_view() else y.clone(memory_format=torch.contiguous_format)
@@ -122,9 +126,14 @@ def grouped_low_rank(y: Tensor, x: Tensor, updates: list[Update], kept: Kept) ->
         waste = 2 * tokens * ranks * (x.shape[-1] + y.shape[-1])
         if len(updates) > 1 and waste < _WASTE * len(updates):
             return _side_by_side(y, x, updates, kept)
-        for u in updates:
-            short = plain_product(x[u.index].reshape(-1, x.shape[-1]), u.a.to(dtype))
-            _add(y, u.index, short, u.b.to(dtype), u.scale)
+        return _one_by_one(y, x, updates)
+
+
+def _one_by_one(y: Tensor, x: Tensor, updates: list[Update]) -> Tensor:
+    """A pair of products for each adapter."""
+    for u in updates:
+        short = plain_product(x[u.index].reshape(-1, x.shape[-1]), u.a.to(x.dtype))
+        _add(y, u.index, short, u.b.to(x.dtype), u.scale)
     return y
 
 
@@ -149,6 +158,9 @@ def _side_by_side(y: Tensor, x: Tensor, updates: list[Update], kept: Kept) -> Te
             "a": torch.cat([u.a.to(x.dtype) for u in updates]),
             "b": torch.cat([u.b.to(x.dtype).t() for u in updates]),
         }
+        kept["finite"] = all(bool(torch.isfinite(kept[k]).all()) for k in "ab")
+    if not kept["finite"]:  # zero times infinity would reach other adapters' rows
+        return _one_by_one(y, x, updates)
     axis = 1 if isinstance(updates[0].index, tuple) else 0
     shares = x.new_zeros(x.shape[axis], kept["a"].shape[0])
     start = 0
@@ -169,20 +181,22 @@ class _GroupedLowRank(torch.autograd.Function):
     """As `_LowRank`, for several adapters. Kept: the input, each product with A, and the dropout masks."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, parts: list[tuple[Any, float, float]], *factors: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, updates: list[Update], *factors: Tensor) -> Tensor:
         own = y._is_view() or not y.is_contiguous()
         made = y.clone(memory_format=torch.contiguous_format) if own else y
         kept: list[Tensor | None] = []
         scales = []
-        for (index, scale, p), a, b in zip(parts, factors[::2], factors[1::2], strict=True):
+        for update in updates:
+            index, a, b = update[:3]
             flat = x[index].reshape(-1, x.shape[-1])
-            mask, factor = _mask(flat, p)
-            scales.append(scale * factor)
+            with update.draw():
+                mask, factor = _mask(flat, update.p)
+            scales.append(update.scale * factor)
             short = plain_product(flat if mask is None else flat * mask, a.to(x.dtype))
             kept += [short, mask]
             _add(made, index, short, b.to(x.dtype), scales[-1])
         ctx.save_for_backward(x, *factors, *kept)
-        ctx.rest = [index for index, _, _ in parts], scales
+        ctx.rest = [u.index for u in updates], scales
         if not own:
             ctx.mark_dirty(y)
         return made

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architectures import block_sites
 from ..errors import ConfigError, TargetError, nearest
+from ..kernels import dropout
 from ..routing import Group, Index, by_group
 from .base import Method, PeftConfig, PeftType, as_enum, register
 from .targets import layer_index, matches
@@ -97,7 +98,7 @@ class Adapter(nn.Module):
             nn.init.zeros_(tensor)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.activation(self.down(self.dropout(x.to(self.down.weight.dtype))))) * self.scaling
+        return self.up(self.activation(self.down(dropout(x.to(self.down.weight.dtype), self.dropout.p, self.training)))) * self.scaling
 
 
 class Bottleneck(Method):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import AdapterError, UnsupportedError
-from ..kernels import Kept, Update, grouped_low_rank, low_rank
+from ..kernels import Kept, Update, dropout, grouped_low_rank, low_rank
 from ..quantization import dequantize, dequantized, quantized_kind, requantized
 from ..routing import Group, Index, Routes, Switch, active_adapters, active_routes, by_group
 from .lora_init import start_factors
@@ -358,8 +359,8 @@ class Linear(LoraLayer):
         if not names or not precise or any(self.special(n) for n in names) or self.base_layer._forward_hooks:
             return super().add_routed(routes, x, result)
         updates = [
-            Update(index, *self.factors(n), self.scaling[n], self.dropped(n))
-            for group, index in parts for n in group if n in self.scaling
+            Update(index, *self.factors(n), self.scaling[n], self.dropped(n), partial(routes.drawing, i))
+            for i, (group, index) in enumerate(parts) for n in group if n in self.scaling
         ]  # fmt: skip
         return grouped_low_rank(result, x, updates, self.kept)
 
@@ -367,7 +368,7 @@ class Linear(LoraLayer):
         """What one adapter adds to the base layer's output."""
         a, b = self.lora_A[name], self.lora_B[name]
         scale = self.scaling[name]
-        dropped = self.lora_dropout[name](x.to(a.weight.dtype))
+        dropped = dropout(x.to(a.weight.dtype), self.dropped(name))
         update = b(a(dropped)) * scale
         if name in self.start:
             a0, b0 = self.start[name]

@@ -70,7 +70,7 @@ class ModulesToSaveWrapper(nn.Module):
         dtype = functools.reduce(torch.promote_types, (part.dtype for _, part in made))
         index, part = made[0]
         axes = 2 if isinstance(index, tuple) else 1
-        result = part.new_empty(*x.shape[:axes], *part.shape[axes:], dtype=dtype)
+        result = part.new_zeros(*x.shape[:axes], *part.shape[axes:], dtype=dtype)
         for index, part in made:
             result[index] = part.to(dtype)
         return result

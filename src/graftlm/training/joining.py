@@ -9,13 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .meters import IGNORE_INDEX
+from ..joint import FILLERS, stacked
 
 TOKENS = 1024  # a joined batch is not grown beyond so many: more brings no speed, and takes memory
-FILLERS = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
 
 
 class Joiner:
@@ -37,7 +35,7 @@ class Joiner:
     def take(self) -> list[dict[str, Any]]:
         """What waits, as one batch; nothing if nothing does."""
         waiting, self.waiting = self.waiting, []
-        return [joined(waiting)] if waiting else []
+        return [stacked(waiting)] if waiting else []
 
 
 def joinable(inputs: dict[str, Any]) -> bool:
@@ -45,11 +43,3 @@ def joinable(inputs: dict[str, Any]) -> bool:
     shapes = {v.shape for v in inputs.values() if isinstance(v, Tensor)}
     return {"input_ids", "labels"} <= inputs.keys() <= FILLERS.keys() and len(shapes) == 1 and len(next(iter(shapes))) == 2
 
-
-def joined(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Batches [B_i, T_i] as one [sum of B_i, longest], padded on the right."""
-    width = max(b["input_ids"].shape[1] for b in batches)
-    return {
-        key: torch.cat([F.pad(b[key], (0, width - b[key].shape[1]), value=filler) for b in batches])
-        for key, filler in FILLERS.items()
-    }

@@ -1,0 +1,84 @@
+"""A joint training pass: batches of several wrappers over one base, each with its own adapters, as one batch.
+
+Every wrapper's adapters, data and random numbers stay its own; the base runs once over all rows. The loss of each batch
+comes back as a sum over its labelled tokens, so that whoever trains it divides as if it had been alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .architectures import is_encoder_decoder
+from .engine.row import IGNORED
+from .model import PeftModel
+from .routing import Draws, Plan, Routes, running
+
+FILLERS = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one wrapper brings.
+
+    Args:
+        model: in training mode.
+        inputs: `input_ids`, `labels`, and perhaps `attention_mask`, [B, T] (an encoder-decoder's labels [B, L]).
+        draws: its random numbers; None for torch's generator.
+    """
+
+    model: PeftModel
+    inputs: dict[str, Tensor]
+    draws: Draws | None = None
+
+
+def joinable(model: Any, inputs: dict[str, Any]) -> bool:
+    """Whether a batch can be part of a joint pass."""
+    names = {k for k, v in inputs.items() if v is not None}
+    if not isinstance(model, PeftModel) or not model.lean or not {"input_ids", "labels"} <= names <= FILLERS.keys():
+        return False
+    return all(inputs[k].dim() == 2 for k in names)
+
+
+def joint_losses(shares: list[Share]) -> list[tuple[Tensor, int]] | None:
+    """Each share's loss, summed over its labelled tokens (with a gradient), and their number.
+
+    None where the model allows no short cut (see `engine`): then everyone has to run alone.
+    """
+    lead = shares[0].model
+    hosts = [share.model for share in shares]
+    groups = [model.switch.active if model.switch.enabled else () for model in hosts]
+    sizes = [len(share.inputs["input_ids"]) for share in shares]
+    of = torch.arange(len(shares)).repeat_interleave(torch.tensor(sizes))
+    draws = None if shares[0].draws is None else [share.draws for share in shares]
+    plan = Plan(lead.switch, groups[0], routes=Routes(groups, of, hosts=hosts, draws=draws))  # type: ignore[arg-type]
+    inputs = stacked([share.inputs for share in shares])
+    if is_encoder_decoder(lead.base):
+        lead.entry.engine.decoder_inputs(inputs)
+    with running(plan):
+        try:
+            lead.base_model(**inputs)
+        finally:
+            lead.entry.engine.leave(plan)
+    if "losses" not in plan.scratch:
+        return None
+    losses, owners = plan.scratch["losses"], plan.scratch["owners"]
+    found = []
+    for i in range(len(shares)):
+        own = losses[owners == i]
+        found.append((own.sum(), len(own)))
+    return found
+
+
+def stacked(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Batches [B_i, T_i] as one [sum of B_i, longest], padded on the right."""
+    full = [{"attention_mask": torch.ones_like(b["input_ids"])} | b for b in batches]
+    widths = {key: max(b[key].shape[1] for b in full) for key in FILLERS}
+    return {
+        key: torch.cat([F.pad(b[key], (0, widths[key] - b[key].shape[1]), value=filler) for b in full])
+        for key, filler in FILLERS.items()
+    }
