@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     )
     from .model import PeftModel, get_peft_model
     from .preparation import prepare_model_for_kbit_training
-    from .training import Trainer
+    from .training import Trainer, train_together
 
 _HOME = {
     "BottleneckConfig": ".methods",
@@ -54,6 +54,7 @@ _HOME = {
     "load_peft_weights": ".checkpoint",
     "prepare_model_for_kbit_training": ".preparation",
     "set_peft_model_state_dict": ".checkpoint",
+    "train_together": ".training",
 }
 
 __all__ = [
@@ -79,6 +80,7 @@ __all__ = [
     "load_peft_weights",
     "prepare_model_for_kbit_training",
     "set_peft_model_state_dict",
+    "train_together",
 ]
 
 

@@ -42,6 +42,10 @@ class BaseMismatchError(CheckpointError):
     """The adapter was trained on another base model."""
 
 
+class DivergedError(GraftError, ArithmeticError):
+    """Training whose loss is no finite number."""
+
+
 class RecipeError(ConfigError):
     """A training recipe with unknown or impossible entries."""
 

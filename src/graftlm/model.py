@@ -135,6 +135,10 @@ class PeftModel(Host):
         form = engine.form(self._plan()) if self.lean and self.packs and engine.head is not None and not asked else None
         return form is not None and form.packs
 
+    def heeds_items(self) -> bool:
+        """Whether the base's training loss is divided by `num_items_in_batch`; tried once."""
+        return self.entry.engine.heeds_items(self._plan())
+
     def _refuse_half_on_cpu(self) -> None:
         """UnsupportedError for training in float16 on a CPU, where no gradient scaler keeps small gradients alive."""
         if not (self.training and torch.is_grad_enabled() and self.adapter_device.type == "cpu"):

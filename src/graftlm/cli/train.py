@@ -22,7 +22,10 @@ FLAGS = {
 
 
 def train(
-    recipe: Annotated[Path | None, typer.Argument(help="Recipe (YAML). Without one: flags over the defaults.")] = None,
+    recipes: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Recipe (YAML). Without one: flags over the defaults. Several train together over one base."),
+    ] = None,
     override: Annotated[
         list[str] | None, typer.Option("--override", "--set", help="key=value of the recipe: training.epochs=3. Repeatable.")
     ] = None,
@@ -50,6 +53,9 @@ def train(
     """Train an adapter and measure it before and after.
 
     Ctrl-C ends the running step, saves the adapter and a checkpoint; --resume goes on from there.
+
+    Several recipes share every pass over one frozen base, and each adapter comes out as if it were trained alone. A run that
+    fails ends alone; the exit code is then 1.
     """
     given = locals()
     from rich.console import Console
@@ -59,8 +65,11 @@ def train(
 
     flags = {key: given[flag] for flag, key in FLAGS.items() if given[flag] is not None}
     flags |= {name: True for name in ("resume", "overwrite") if given[name]}
-    chosen = build_recipe(recipe, flags, override or [])
     console = Console()
+    if len(recipes or ()) > 1:
+        several(console, [build_recipe(path, flags, override or []) for path in recipes or ()], show, quiet)
+        return
+    chosen = build_recipe(recipes[0] if recipes else None, flags, override or [])
     if show:
         console.print(chosen.to_yaml(), end="", highlight=False, markup=False)
         return
@@ -72,6 +81,34 @@ def train(
         console.print(f"Stopped. The adapter so far is in {folder}; go on with --resume and the same recipe.", markup=False)
         raise typer.Exit(130) from None
     report(console, chosen, result)
+
+
+def several(console: Any, recipes: list[Recipe], show: bool, quiet: bool) -> None:
+    """Runs that train together.
+
+    Raises:
+        Exit: code 1 if one failed, 130 after Ctrl-C.
+    """
+    from ..training import TrainingInterrupted, train_together
+
+    if show:
+        console.print("---\n".join(r.to_yaml() for r in recipes), end="", highlight=False, markup=False)
+        return
+    try:
+        with _base.notices_on_stderr():
+            outcomes = train_together(recipes, quiet=quiet)
+    except TrainingInterrupted as stopped:
+        console.print(f"{stopped} (--resume)", markup=False)
+        raise typer.Exit(130) from None
+    for outcome in outcomes:
+        if outcome.result is not None:
+            report(console, outcome.recipe, outcome.result)
+            console.print()
+    failed = [o for o in outcomes if o.error is not None]
+    for outcome in failed:
+        console.print(f"{outcome.recipe.output_dir}: {outcome.error}", style="red", markup=False, highlight=False)
+    if failed:
+        raise typer.Exit(1)
 
 
 def build_recipe(path: Path | None, flags: dict[str, Any], overrides: list[str]) -> Recipe:

@@ -63,7 +63,7 @@ class Engine:
         self.window = attention_window(base)
         self.shares_virtual = not has_dropout(base)
         self.forms: dict[tuple, Form | None] = {}
-        self.counts: bool | None = None  # whether the model's loss heeds `num_items_in_batch`
+        self.divides: bool | None = None  # whether the model's loss heeds `num_items_in_batch`
 
     def connect(self) -> list[Any]:
         """Register the hooks on the head; returns their handles."""
@@ -80,8 +80,8 @@ class Engine:
         if form is None:
             plan.scratch["way"] = "plain"
             return otherwise(plan, named)
-        if self.counts is None and named.get("num_items_in_batch") is not None:
-            self.counts = Check(self, plan).counts()
+        if named.get("num_items_in_batch") is not None:
+            self.heeds_items(plan)
         if way == "packed" and form.packs:
             packed = self.pack(plan, named)
             if packed is not None:
@@ -93,6 +93,13 @@ class Engine:
         named = otherwise(plan, named)
         self.take_labels(plan, named)
         return named
+
+    def heeds_items(self, plan: Plan) -> bool:
+        """Whether the plain model's loss is divided by `num_items_in_batch`."""
+        if self.divides is None:
+            host, group = self.host.owners(plan)[0]
+            self.divides = Check(self, Plan(self.host.switch, group if host is self.host else ())).heeds_items()
+        return self.divides
 
     def way(self, plan: Plan, named: dict) -> str:
         """ "packed", "padded" or "plain": which short cuts this call allows at all."""
@@ -312,7 +319,7 @@ class Engine:
         losses = self.losses(plan, rows, targets, form.head)
         plan.scratch["losses"] = losses
         total = losses.sum()
-        if items is not None and self.counts:
+        if items is not None and self.divides:
             loss = total / (items.to(total.device) if isinstance(items, Tensor) else items)
         else:
             loss = total / losses.shape[0] if losses.shape[0] else total / total.new_zeros(())

@@ -75,7 +75,7 @@ class Check:
             packs = self.packs(form, plain, output)
         return Form(head=head, packs=packs, shifts=shifts)
 
-    def counts(self) -> bool:
+    def heeds_items(self) -> bool:
         """Whether the plain model divides its summed loss by `num_items_in_batch`."""
         with self.quiet(), torch.no_grad():
             mean, divided = (self.run("plain", None, items)[1].loss for items in (None, 7))

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from .evaluation import Evaluation, evaluate, evaluation, generate_texts
 from .recipes import BaseModelError, Recipe, RunResult, measure, recipe_of, resolve_base, run
+from .together import Outcome, Together, train_together
 from .trainer import Trainer, TrainingInterrupted
 
 __all__ = [
     "BaseModelError",
     "Evaluation",
+    "Outcome",
     "Recipe",
     "RunResult",
+    "Together",
     "Trainer",
     "TrainingInterrupted",
     "evaluate",
@@ -26,4 +29,5 @@ __all__ = [
     "recipe_of",
     "resolve_base",
     "run",
+    "train_together",
 ]

@@ -30,6 +30,7 @@ from ..errors import RecipeError
 from ..model import PeftModel
 from ..preparation import prepare_model_for_kbit_training
 from ..quantization import SCHEMES, is_quantized, scheme_of
+from ..routing import Plan, Switch, running
 from .bases import BaseModelError, resolve_base
 from .evaluation import Evaluation, answers, evaluation, is_encoder_decoder
 from .output import METRICS_NAME, open_output, write_recipe, write_text
@@ -73,6 +74,7 @@ def run(
     callbacks: Sequence[TrainerCallback] = (),
     quiet: bool = False,
     baseline: Evaluation | None = None,
+    member: Any = None,
 ) -> RunResult:
     """Train the recipe's adapter, measure it and save it.
 
@@ -82,6 +84,7 @@ def run(
         callbacks: further Trainer callbacks.
         quiet: no progress bar and no lines.
         baseline: `measure(…)` of the plain base on the same held-out data, where it is known already.
+        member: its place among several runs that train together (`together.Member`).
 
     Raises:
         RecipeError, DataError, ConfigError, BaseModelError: mistakes in the recipe.
@@ -102,17 +105,20 @@ def run(
         made_ready(model, recipe.training.gradient_checkpointing, quiet)
         form = {"quantization": scheme_of(model), "base_bytes": model.get_memory_footprint()}
         data = load_data_of(recipe, tokenizer, is_encoder_decoder(model))
-        before = baseline if baseline is not None else measure(recipe, model, tokenizer, data)
+        with running(Plan(Switch(), ())):  # the base may carry the adapters of other runs
+            before = baseline if baseline is not None else measure(recipe, model, tokenizer, data)
         set_seed(recipe.training.seed)
         wrapped, recipe = attach(recipe, model, tokenizer, data)
         write_recipe(recipe, output)
         try:
             trainer = make_trainer(recipe, wrapped, tokenizer, data, callbacks, quiet)
+            if member is not None:
+                trainer.member, member.trainer = member, trainer
             fit(trainer, recipe, output)
             after = measure(recipe, wrapped, tokenizer, data)
             return finish(trainer, wrapped, output, before, after, form)
         finally:
-            if recipe.training.gradient_checkpointing:
+            if recipe.training.gradient_checkpointing and member is None:
                 getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
             wrapped.unload()
 

@@ -19,6 +19,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,6 +40,30 @@ log = logging.getLogger(__name__)
 
 class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C, after a checkpoint and the adapter were saved."""
+
+
+@dataclass
+class Request:
+    """A training pass that a run waits for.
+
+    Args:
+        items: what the sum of its labels' losses is divided by; None: their mean is, by `parts`.
+        given: `num_items_in_batch` as the Trainer has it.
+        loss: filled in when the pass is over, its gradients in place; `error` instead where it failed.
+    """
+
+    trainer: Any
+    model: Any
+    inputs: dict[str, Any]
+    items: float | None
+    parts: int
+    given: Any = None
+    loss: Tensor | None = None
+    error: Exception | None = None
+
+    @property
+    def answered(self) -> bool:
+        return self.loss is not None or self.error is not None
 
 
 class StopWhenAsked(TrainerCallback):
@@ -114,6 +139,7 @@ class Trainer(transformers.Trainer):
             self.add_callback(callback)
         self._pending: list[Tensor] = []
         self.joiner = Joiner()
+        self.member: Any = None  # of several runs that train together
         self._evaluated = TokenLoss()
         if self.label_smoother is None and has_virtual_tokens(self.accelerator.unwrap_model(self.model)):
             self._loss_shifts_labels = False  # the last virtual token predicts the first real one: every label counts
@@ -168,7 +194,7 @@ class Trainer(transformers.Trainer):
 
     def _training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         counts = self._weight(inputs), real_tokens(inputs)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = self._pass(model, inputs, num_items_in_batch)
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:  # the sum over all tokens of the step
             mean = loss * num_items_in_batch / self.accelerator.num_processes / max(counts[0], 1)
         else:
@@ -177,6 +203,31 @@ class Trainer(transformers.Trainer):
         if len(self._pending) >= 64 or self.accelerator.device.type == "cpu":
             self._drain()
         return loss
+
+    def _pass(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """Forward and backward of one batch: alone, or as a member of several runs in a pass with theirs."""
+        if self.member is None or not self._may_share():
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        heeded = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        items = float(num_items_in_batch) if heeded and self._heeds_items(model, inputs) else None
+        parts = 1 if heeded else self.current_gradient_accumulation_steps
+        request = Request(self, self.accelerator.unwrap_model(self.model), inputs, items, parts, num_items_in_batch)
+        return self.member.step(request)
+
+    def _may_share(self) -> bool:
+        own = type(self).compute_loss is not transformers.Trainer.compute_loss or self.compute_loss_func is not None
+        return self.label_smoother is None and not own and self.args.n_gpu <= 1
+
+    def _heeds_items(self, model: Any, inputs: dict[str, Any]) -> bool:
+        """Whether the base's loss divides by the number of labels of the whole update, when it is told."""
+        inner = self.accelerator.unwrap_model(model)
+        return isinstance(inner, PeftModel) and inner.heeds_items()
+
+    def own_step(self, request: Request) -> Tensor:
+        """The pass of a request without other runs."""
+        return super().training_step(self.model_wrapped, request.inputs, request.given)
 
     def _weight(self, inputs: dict[str, Any]) -> int:
         """Labelled tokens of a batch; its rows where it has no `labels`."""

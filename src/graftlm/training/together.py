@@ -1,0 +1,394 @@
+"""Several runs over one frozen base at the same time, each exactly as if it were alone.
+
+Every run is a whole run (`recipes.run`): its own wrapper, data, batches, optimizer, schedule, clipping, evaluation,
+checkpoints, early stop. They live in threads of which one runs at a time. A run that comes to a training pass waits; when all
+of them wait, one joint pass over all their batches gives every run its loss and its gradients::
+
+    run a   data  pass......  clip  step  data  pass......  clip  step  evaluate  data  pass…
+    run b         pass......  clip  step  data  pass......  clip  step  data            pass…
+    pass          a and b in one batch          a and b in one batch                    a and b
+
+Random numbers are a run's own: torch's, numpy's and Python's generators change with the run that goes on, and in the joint pass
+each run's dropout comes from its own. (Only the base's own dropout is drawn for all rows at once.)
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import DivergedError, RecipeError
+from ..joint import Share, joinable, joint_losses
+from ..routing import Draws
+from .bases import resolve_base
+from .evaluation import Evaluation
+from .recipes import Recipe, RunResult, made_ready, over, run, threads
+from .trainer import Request, TrainingInterrupted, interrupts_go_to
+
+log = logging.getLogger(__name__)
+
+# What all runs over one base must have in common.
+COMMON = ("base", "quantization", "task", "dtype", "training.threads", "training.gradient_checkpointing")
+
+
+@dataclass
+class Outcome:
+    """What became of one run.
+
+    Attributes:
+        recipe: the run.
+        result: of `graftlm.training.run`; None where it failed or was stopped.
+        error: why there is no result.
+    """
+
+    recipe: Recipe
+    result: RunResult | None = None
+    error: BaseException | None = None
+
+
+class Member:
+    """One run in its thread. It goes on when it is given the turn, and gives it back when it waits, ends or fails."""
+
+    def __init__(
+        self, outcome: Outcome, work: Callable[[Member], RunResult], done: Callable[[Outcome], None] | None
+    ) -> None:
+        self.outcome = outcome
+        self.request: Request | None = None
+        self.trainer: Any = None
+        self.ended = False
+        self.state = State.now()
+        self.done = done
+        self._work = work
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, name=outcome.recipe.output_dir, daemon=True)
+
+    def _run(self) -> None:
+        self._go.acquire()
+        try:
+            self.outcome.result = self._work(self)
+        except BaseException as error:  # of this run only: the others go on
+            self.outcome.error = error
+        finally:
+            self.ended = True
+            self._back.release()
+
+    def turn(self) -> None:
+        """Let it go on until it waits for a pass or has ended."""
+        if not self._thread.is_alive():
+            self._thread.start()
+        with self.state.in_place():
+            self._go.release()
+            self._back.acquire()
+
+    def step(self, request: Request) -> Tensor:
+        """Called by the run: wait for a training pass; its loss, whose gradients are in place."""
+        self.request = request
+        self._back.release()
+        self._go.acquire()
+        self.request = None
+        if request.error is not None:
+            raise request.error
+        if request.loss is None or not bool(torch.isfinite(request.loss)):
+            raise DivergedError(
+                f"{self.outcome.recipe.output_dir}: the loss is {request.loss} at step {request.trainer.state.global_step + 1}; "
+                "lower training.learning_rate, or look for broken rows in the data"
+            )
+        return request.loss
+
+
+class State:
+    """What belongs to the process and yet to one run: random generators, and where accelerate stands in its accumulation."""
+
+    def __init__(self, torch_state: Tensor, numpy_state: Any, python_state: Any, gradient_state: dict[str, Any]) -> None:
+        self.parts = torch_state, numpy_state, python_state, gradient_state
+
+    @classmethod
+    def now(cls) -> State:
+        return cls(torch.get_rng_state(), np.random.get_state(), random.getstate(), dict(_gradient_state()))
+
+    def put(self) -> None:
+        torch_state, numpy_state, python_state, gradient_state = self.parts
+        torch.set_rng_state(torch_state)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+        shared = _gradient_state()
+        shared.clear()
+        shared.update(gradient_state)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within the block the process has this state; afterwards its own again, and what became of this one is kept."""
+        before = State.now()
+        self.put()
+        try:
+            yield
+        finally:
+            self.parts = State.now().parts
+            before.put()
+
+
+def _gradient_state() -> dict[str, Any]:
+    from accelerate.state import GradientState
+
+    return GradientState._shared_state
+
+
+class Together:
+    """Runs over one base that train at the same time. Build it, `add` runs (also from a run's callback, while others train),
+    then `run()`.
+
+    Args:
+        base, tokenizer: loaded; None loads the recipes' own.
+        at_once: how many runs are active at a time; the others join when one ends. None: all.
+        quiet: no lines of progress.
+        say: what shows a line of progress; None prints it.
+    """
+
+    def __init__(
+        self, base: Any = None, tokenizer: Any = None, *, at_once: int | None = None, quiet: bool = False,
+        say: Callable[[str], None] | None = None,
+    ) -> None:  # fmt: skip
+        if at_once is not None and at_once < 1:
+            raise RecipeError(f"at_once={at_once}: expected at least 1")
+        self.base, self.tokenizer = base, tokenizer
+        self.at_once = at_once
+        self.say = (lambda text: None) if quiet else say or print
+        self.outcomes: list[Outcome] = []
+        self.passes = {"joint": 0, "alone": 0}
+        self._waiting: list[Member] = []
+        self._live: list[Member] = []
+        self._checked: dict[tuple[int, ...], bool] = {}
+        self._interrupted = False
+
+    def add(
+        self, recipe: Recipe, *, callbacks: Sequence[Any] = (), baseline: Evaluation | None = None,
+        done: Callable[[Outcome], None] | None = None,
+    ) -> Outcome:  # fmt: skip
+        """Take in a run; its outcome is filled in when it has ended, and then given to `done`.
+
+        Raises:
+            RecipeError: another base, or form of it, than the other runs'; the output directory of another one.
+        """
+        self._check_common(recipe)
+        outcome = Outcome(recipe)
+
+        def work(member: Member) -> RunResult:
+            return run(
+                recipe, model=self.base, tokenizer=self.tokenizer, callbacks=callbacks, quiet=True, baseline=baseline,
+                member=member,
+            )  # fmt: skip
+
+        self.outcomes.append(outcome)
+        self._waiting.append(Member(outcome, work, done))
+        return outcome
+
+    def _check_common(self, recipe: Recipe) -> None:
+        for other in self.outcomes:
+            ours, theirs = recipe.model_dump(), other.recipe.model_dump()
+            for name in COMMON:
+                section, _, key = name.rpartition(".")
+                a, b = ((v[section] if section else v)[key] for v in (ours, theirs))
+                if a != b:
+                    raise RecipeError(
+                        f"{name}: {a!r} in the run of {recipe.output_dir}, {b!r} in that of {other.recipe.output_dir}: runs "
+                        "that train together share one base in one form"
+                    )
+            if recipe.output_dir == other.recipe.output_dir:
+                raise RecipeError(f"output_dir: {recipe.output_dir!r} is that of two runs; give each its own")
+
+    def run(self) -> list[Outcome]:
+        """Train all runs to their ends.
+
+        Raises:
+            TrainingInterrupted: Ctrl-C; every run that had begun has saved its adapter and a checkpoint.
+            BaseModelError, RecipeError: the base.
+        """
+        if not self.outcomes:
+            return []
+        first = self.outcomes[0].recipe
+        if self.base is None:
+            self.base, self.tokenizer = resolve_base(
+                first.base, task=first.task, dtype=first.dtype, quantization=first.quantization
+            )
+        over(self.base, first)
+        made_ready(self.base, first.training.gradient_checkpointing, quiet=True)
+        with threads(first.training.threads), interrupts_go_to(self._ask):
+            while self._live or (self._waiting and not self._interrupted):
+                self._fill()
+                for member in list(self._live):
+                    if member.request is None or member.request.answered:
+                        self._turn(member)
+                waiting = [m for m in self._live if m.request is not None]
+                if waiting:
+                    self._pass([m.request for m in waiting])  # type: ignore[misc]
+        if first.training.gradient_checkpointing:
+            getattr(self.base, "activation_checkpointing_disable", self.base.gradient_checkpointing_disable)()
+        if self._interrupted:
+            raise TrainingInterrupted(
+                "Stopped. Every run that had begun has saved its adapter and a checkpoint; the same recipes with resume go on."
+            )
+        return self.outcomes
+
+    def _fill(self) -> None:
+        """Let waiting runs join."""
+        while self._waiting and not self._interrupted and (self.at_once is None or len(self._live) < self.at_once):
+            member = self._waiting.pop(0)
+            self._live.append(member)
+            self.say(f"{member.outcome.recipe.output_dir}: starts")
+
+    def _turn(self, member: Member) -> None:
+        member.turn()
+        if not member.ended:
+            return
+        self._live.remove(member)
+        outcome = member.outcome
+        if outcome.error is None:
+            loss = outcome.result.metrics.get("loss") if outcome.result else None
+            self.say(f"{outcome.recipe.output_dir}: done" + ("" if loss is None else f", held-out loss {loss:.4f}"))
+        elif not isinstance(outcome.error, TrainingInterrupted):
+            self.say(f"{outcome.recipe.output_dir}: failed, the others go on. {type(outcome.error).__name__}: {outcome.error}")
+        if member.done is not None:
+            member.done(outcome)
+
+    def _ask(self, *_: Any) -> None:
+        """The handler of Ctrl-C: every run stops after its step; a second one interrupts at once."""
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+        log.warning("Stopping every run after its step; checkpoints are saved. Ctrl-C again stops at once, without them.")
+        for member in self._live:
+            if member.trainer is not None:
+                member.trainer.stop.ask()
+
+    # -- passes ------------------------------------------------------------------------------------------------------
+    def _pass(self, requests: list[Request]) -> None:
+        """One pass for all that can share it, one for each of the others."""
+        shared = [r for r in requests if joinable(r.model, r.inputs)]
+        if len(shared) < 2 or not self._joins(shared):
+            shared = []
+        for request in requests:
+            if request not in shared:
+                self._alone(request)
+        if shared:
+            self._joint(shared)
+
+    def _alone(self, request: Request) -> None:
+        member = self._of(request)
+        self.passes["alone"] += 1
+        with member.state.in_place():
+            try:
+                request.loss = request.trainer.own_step(request)
+            except Exception as error:  # of this run only
+                request.error = error
+
+    def _joint(self, requests: list[Request]) -> None:
+        self.passes["joint"] += 1
+        members = [self._of(r) for r in requests]
+        draws = [Draws(m.state.parts[0]) for m in members]
+        try:
+            found = joint_losses([Share(r.model, r.inputs, d) for r, d in zip(requests, draws, strict=True)])
+        except Exception as error:
+            log.warning("A joint pass failed (%s); its runs go by themselves this time, so that only the cause of it fails.", error)
+            found = None
+        if found is None:
+            for request in requests:
+                self._alone(request)
+            return
+        losses = []
+        for request, member, draw, (total, count) in zip(requests, members, draws, found, strict=True):
+            member.state.parts = (draw.state, *member.state.parts[1:])
+            loss = total / request.items if request.items is not None else total / max(count, 1) / request.parts
+            request.loss = loss.detach()
+            if bool(torch.isfinite(request.loss)):
+                losses.append(loss)
+        if losses:
+            torch.stack(losses).sum().backward()
+
+    def _of(self, request: Request) -> Member:
+        return next(m for m in self._live if m.request is request)
+
+    def _joins(self, requests: list[Request]) -> bool:
+        """Whether these runs' losses in a joint pass are those alone; tried once for each set of runs, without dropout."""
+        key = tuple(id(r.model) for r in requests)
+        if key not in self._checked:
+            try:
+                self._checked[key] = self._agree(requests)
+            except Exception as error:  # a batch that cannot be run: alone it fails its own run only
+                log.warning("A joint pass failed (%s); its runs go by themselves this time.", error)
+                return False
+        return self._checked[key]
+
+    def _agree(self, requests: list[Request]) -> bool:
+        models = [r.model for r in requests]
+        trained = [m for m in {id(x): x for model in models for x in model.modules()}.values() if m.training]
+        dropping = [m for m in trained if m is not models[0].base and drops(m)]
+        before = State.now()
+        try:
+            for model in models:
+                if model.entry.engine.form(model._plan()) is None:
+                    return False
+            for module in dropping:
+                module.training = False
+            with torch.no_grad():
+                joint = joint_losses([Share(r.model, r.inputs) for r in requests])
+                alone = [joint_losses([Share(r.model, r.inputs)]) for r in requests]
+        finally:
+            for module in dropping:
+                module.training = True
+            before.put()
+        if joint is None or any(a is None for a in alone):
+            log.warning("This base does not allow joint passes; runs take turns.")
+            return False
+        precise = models[0]._float_dtype() is torch.float32
+        for (total, count), own in zip(joint, alone, strict=True):
+            a, b = float(total) / max(count, 1), float(own[0][0]) / max(own[0][1], 1)  # type: ignore[index]
+            if abs(a - b) > (1e-4 if precise else 3e-2) * max(abs(b), 1e-6):
+                log.warning("A joint pass gives a loss of %.6f where it is %.6f alone; runs take turns.", a, b)
+                return False
+        return True
+
+
+def drops(module: Any) -> bool:
+    """Whether a module drops anything in training."""
+    rates = [value for name, value in vars(module).items() if "drop" in name]
+    return any(isinstance(r, float) and r > 0 for r in rates) or bool(isinstance(module, torch.nn.Dropout) and module.p)
+
+
+def train_together(
+    recipes: Sequence[Recipe],
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    at_once: int | None = None,
+    quiet: bool = False,
+) -> list[Outcome]:
+    """Train the recipes' adapters at the same time over one base, each as `graftlm.training.run` would alone.
+
+    Args:
+        recipes: runs over one base; each with its own `output_dir`.
+        model, tokenizer: a loaded base, else the recipes' own is loaded once.
+        at_once: how many train at a time (memory grows with it); the others join as these end.
+        quiet: no lines of progress.
+
+    Returns:
+        An outcome each, in the order of the recipes: a result, or the error that ended that run alone.
+
+    Raises:
+        RecipeError: the recipes do not share a base, or share an output directory.
+        TrainingInterrupted: Ctrl-C; all runs are saved, `resume` goes on.
+    """
+    if (model is None) != (tokenizer is None):
+        raise RecipeError("train_together(model=…, tokenizer=…): give both, or neither")
+    together = Together(model, tokenizer, at_once=at_once, quiet=quiet)
+    for recipe in recipes:
+        together.add(recipe)
+    return together.run()
