@@ -116,11 +116,10 @@ def against_peft(rounds: int) -> list[dict[str, Any]]:
                 calls = [make(m, inputs, names) for m in (theirs, ours)]
                 apart = (calls[0]().float() - calls[1]().float()).abs().max()
                 seconds = alternate(calls, rounds)
-                found.append(
-                    {"adapters": count, "work": title, "rows": arrangement, "ratio": seconds[0] / seconds[1], "apart": float(apart)}
-                )
-                row = found[-1]
-                print(f"K={count:2}  {title:26} {arrangement:13} HF PEFT / GraftLM {row['ratio']:.2f}  apart {row['apart']:.1e}", flush=True)
+                row = {"adapters": count, "work": title, "rows": arrangement}
+                found.append(row | {"ratio": seconds[0] / seconds[1], "apart": float(apart)})
+                ratio = f"HF PEFT / GraftLM {found[-1]['ratio']:.2f}"
+                print(f"K={count:2}  {title:26} {arrangement:13} {ratio}  apart {float(apart):.1e}", flush=True)
     return found
 
 
@@ -150,11 +149,20 @@ def soft_rows(rounds: int) -> list[dict[str, Any]]:
                     cache.update(k.expand(ROWS, -1, -1, -1), v.expand(ROWS, -1, -1, -1), i)
                 mask = torch.ones(ROWS, length + VIRTUAL, dtype=torch.long)
                 with torch.no_grad():
-                    return plain(input_ids=given["input_ids"], attention_mask=mask, past_key_values=cache, logits_to_keep=1, adapter_names="__base__")
+                    return plain(
+                        input_ids=given["input_ids"],
+                        attention_mask=mask,
+                        past_key_values=cache,
+                        logits_to_keep=1,
+                        adapter_names="__base__",
+                    )
 
         seconds = alternate([longer, mixed], rounds)
         found.append({"work": f"{name} rows", "ratio": seconds[0] / seconds[1]})
-        print(f"{name} rows, mixed with plain ones: plain batch of as many tokens and keys / GraftLM {found[-1]['ratio']:.2f}", flush=True)
+        print(
+            f"{name} rows, mixed with plain ones: plain batch of as many tokens and keys / GraftLM {found[-1]['ratio']:.2f}",
+            flush=True,
+        )
     return found
 
 

@@ -189,4 +189,5 @@ PUBLIC = [
     "load_peft_weights",
     "prepare_model_for_kbit_training",
     "set_peft_model_state_dict",
+    "train_together",
 ]

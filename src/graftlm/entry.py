@@ -189,7 +189,7 @@ class Entry:
             if mask is None and (not past or uneven):
                 before = past - count.most - prefix.most if past else 0
                 mask = given.new_ones(given.shape[0], before + given.shape[1], dtype=torch.long)
-            if uneven:
+            if uneven and mask is not None:
                 self.refuse_window(mask.shape[1] + count.most + prefix.most)
         if mask is None:
             if past and named.get("position_ids") is not None:

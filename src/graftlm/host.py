@@ -358,12 +358,14 @@ class Host(PreTrainedModel):
         return found
 
     def memory_rows(self, plan: Plan, batch: int) -> Memory:
-        """Prefixes per layer: [kv_heads, K, head_dim], or where rows differ [B, kv_heads, K, head_dim] with zeros in front."""
+        """Prefixes per layer: [kv_heads, K, head_dim], or where rows differ [B, kv_heads, K, head_dim], zeros in front."""
         memories = self.asked(plan, lambda host, group: host.memory(group))
         if plan.routes is None:
             return memories[0]  # type: ignore[return-value]
         layers = range(len(next(m for m in memories if m is not None)))
-        rows = [[self._by_row(plan, batch, [None if m is None else m[i][j] for m in memories]) for j in (0, 1)] for i in layers]
+        rows = [
+            [self._by_row(plan, batch, [None if m is None else m[i][j] for m in memories]) for j in (0, 1)] for i in layers
+        ]
         return [(keys, values) for keys, values in rows]
 
     @staticmethod

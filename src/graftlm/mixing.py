@@ -70,8 +70,9 @@ def _group(host: Host, entry: Any, row: int) -> Group:
     if len(set(group)) != len(group):
         raise AdapterError(f"adapter_names, row {row}: {entry!r} names an adapter twice.")
     for _, module in base_modules(host.base) if len(group) > 1 else ():
-        owned = isinstance(module, ModulesToSaveWrapper) and module.switch is host.switch
-        if owned and not module.is_head and sum(n in module.modules_to_save for n in group) > 1:
+        if not isinstance(module, ModulesToSaveWrapper) or module.switch is not host.switch or module.is_head:
+            continue
+        if sum(n in module.modules_to_save for n in group) > 1:
             raise CompositionError(
                 f"adapter_names, row {row}: {', '.join(group)} each bring their own copy of one module (modules_to_save); "
                 "they cannot be active together."
@@ -129,11 +130,11 @@ class _Trial:
                 f"{name}: a batch of rows of different adapters could not be tried out ({error}). Run one adapter a batch."
             ) from error
         for i, group in enumerate(self.groups):
-            error, limit = (mixed[i] - alone[i][0]).abs().max(), self.tolerance * alone[i][0].abs().max() + 1e-6
-            if not bool(error <= limit):
+            apart, limit = (mixed[i] - alone[i][0]).abs().max(), self.tolerance * alone[i][0].abs().max() + 1e-6
+            if not bool(apart <= limit):
                 raise UnsupportedError(
-                    f"{name}: in a batch with other adapters, a row of {'+'.join(group) or 'the base'} gives other values than "
-                    f"alone (by {float(error):.1e}, allowed {float(limit):.1e}). Run one adapter a batch on this model."
+                    f"{name}: in a batch with other adapters, a row of {'+'.join(group) or 'the base'} gives other values "
+                    f"than alone (by {float(apart):.1e}, allowed {float(limit):.1e}). Run one adapter a batch on this model."
                 )
 
     def logits(self, rows: list[int], groups: list[Group]) -> list[Tensor]:
@@ -201,4 +202,3 @@ class _Trial:
         finally:
             for module in trained:
                 module.training = True
-

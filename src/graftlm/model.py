@@ -6,7 +6,7 @@ import functools
 import inspect
 import os
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from . import checkpoint
 from .architectures import base_modules
 from .architectures.fast import slow_down
-from .errors import AdapterError, UnsupportedError
 from .entry import batch_size
+from .errors import AdapterError, UnsupportedError
 from .host import _HOSTS, Host
 from .methods import PeftConfig
 from .mixing import AdapterNames, mixed_plan

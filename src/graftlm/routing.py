@@ -181,10 +181,12 @@ class Front:
 class Plan:
     """One forward pass: its wrapper's switch and the adapters that every token goes through.
 
-    In a mixed batch `routes` says who goes through what, and `adapters` names all that take part. `scratch` holds what the entry points of this pass need to tell each other (for example the encoder's positions).
+    In a mixed batch `routes` says who goes through what, and `adapters` names all that take part. `scratch` holds what
+    the entry points of this pass need to tell each other (for example the encoder's positions).
 
-    In a training pass `segments` says how a packed row divides into sequences, and `around` makes the surroundings in which
-    the base's layers run (again). `way`, `form` and `form_check` are the engine's while it tries out its short cuts.
+    In a training pass `segments` says how a packed row divides into sequences, and `around` makes the surroundings in
+    which the base's layers run (again). `way`, `form` and `form_check` are the engine's while it tries out its short
+    cuts.
     """
 
     switch: Switch
@@ -239,7 +241,7 @@ def planned_adapters(switch: Switch) -> Group:
 
 
 def active_routes(switch: Switch) -> Routes | None:
-    """The routes of the mixed batch that runs now, for a layer of the wrapper `switch` belongs to; None for no such batch."""
+    """The routes of the mixed batch that runs now, for a layer of the wrapper `switch` belongs to; None for none."""
     plan = _running.get()
     if plan is None or plan.routes is None or not (plan.switch is switch or plan.routes.hosts):
         return None

@@ -100,7 +100,11 @@ def test_dropout_is_drawn_as_alone() -> None:
         graftlm.LoraConfig(**common, r=3, lora_dropout=0.3),
         graftlm.BottleneckConfig(**common, reduction_factor=4, dropout=0.3),
         graftlm.PromptEncoderConfig(
-            **common, num_virtual_tokens=3, encoder_hidden_size=8, encoder_reparameterization_type="LSTM", encoder_dropout=0.3
+            **common,
+            num_virtual_tokens=3,
+            encoder_hidden_size=8,
+            encoder_reparameterization_type="LSTM",
+            encoder_dropout=0.3,
         ),
         graftlm.LoraConfig(**common, r=3, lora_dropout=0.2, use_dora=True),
     ]

@@ -13,8 +13,8 @@ from training_helpers import arguments, examples, losses, save_base, save_tweets
 import graftlm
 from graftlm.data import PackedRows, PackingCollator
 from graftlm.errors import DataError, RecipeError
-from graftlm.training import Trainer, bases
 from graftlm.joint import stacked
+from graftlm.training import Trainer, bases
 from graftlm.training.joining import Joiner
 from graftlm.training.recipes import Recipe, run
 

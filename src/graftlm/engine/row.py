@@ -91,9 +91,7 @@ class Row:
     order: list[tuple[int, int | None]]
 
     @classmethod
-    def of(
-        cls, lengths: list[int], groups: list[int], counts: list[int], memories: list[int | None], share: bool
-    ) -> Row:
+    def of(cls, lengths: list[int], groups: list[int], counts: list[int], memories: list[int | None], share: bool) -> Row:
         """Lay out sequences of `lengths` real tokens.
 
         Args:

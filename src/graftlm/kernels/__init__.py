@@ -3,7 +3,7 @@
 Each has its slow reference in `tests/core/test_kernels.py`.
 """
 
-from .allocator import keep_freed_memory
+from .allocator import keep_freed_memory, release_freed_memory
 from .attention import Segments
 from .dropout import dropout
 from .linear import product
@@ -21,6 +21,7 @@ __all__ = [
     "keep_freed_memory",
     "low_rank",
     "product",
+    "release_freed_memory",
     "rms_norm",
     "token_losses",
 ]

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import os
+from contextlib import suppress
 
 _TRIM, _MMAP = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
 _SHARE = 8  # at most an eighth of the memory is kept
@@ -30,3 +32,10 @@ def keep_freed_memory() -> bool:
         )
     except (OSError, ValueError, AttributeError):  # another C library
         return False
+
+
+def release_freed_memory() -> None:
+    """Give back to the system what is kept and not used, so that what is measured next counts from there."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

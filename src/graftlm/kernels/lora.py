@@ -105,9 +105,9 @@ class Kept(dict):
 def grouped_low_rank(y: Tensor, x: Tensor, updates: list[Update], kept: Kept) -> Tensor:
     """`y` [..., out] with the updates of different adapters, each to its part of the batch; x [..., in].
 
-    With gradients in y's dtype, as `low_rank`; without in the adapters', as a linear layer would. A few tokens go through one
-    product with all A side by side (each token's others masked to zero) and one with all B, more of them through a pair of
-    products for each adapter.
+    With gradients in y's dtype, as `low_rank`; without in the adapters', as a linear layer would. A few tokens go through
+    one product with all A side by side (each token's others masked to zero) and one with all B, more of them through a
+    pair of products for each adapter.
 
     Args:
         y: the layer's output so far, which nothing else may need.
@@ -210,7 +210,8 @@ class _GroupedLowRank(torch.autograd.Function):
         to_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
         made: list[Tensor] = []
         for i, (index, scale) in enumerate(zip(indices, scales, strict=True)):
-            a, b, short, mask = *factors[2 * i : 2 * i + 2], *kept[2 * i : 2 * i + 2]
+            a, b = factors[2 * i], factors[2 * i + 1]
+            short, mask = kept[2 * i], kept[2 * i + 1]
             flat = x[index].reshape(-1, x.shape[-1])
             outer = gradient[index].reshape(-1, gradient.shape[-1]).to(x.dtype)
             to_short = plain_product(outer, b.to(x.dtype).t()).mul_(scale)

@@ -98,7 +98,10 @@ class Adapter(nn.Module):
             nn.init.zeros_(tensor)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.activation(self.down(dropout(x.to(self.down.weight.dtype), self.dropout.p, self.dropout.training)))) * self.scaling
+        return (
+            self.up(self.activation(self.down(dropout(x.to(self.down.weight.dtype), self.dropout.p, self.dropout.training))))
+            * self.scaling
+        )
 
 
 class Bottleneck(Method):

@@ -426,7 +426,9 @@ def in_all_rows(merged: list[str], routes: Routes) -> str:
     """The text for a mixed batch over a base with merged adapters."""
     rows = {n: [str(row) for row, i in enumerate(routes.of.tolist()) if n in routes.groups[i]] for n in merged}
     which = ", ".join(f"{n!r} (of rows {', '.join(at) or 'none'})" for n, at in rows.items())
-    return f"A mixed batch goes through a base into which adapters are merged, all rows: {which}. Call unmerge_adapter() first."
+    return (
+        f"A mixed batch goes through a base into which adapters are merged, all rows: {which}. Call unmerge_adapter() first."
+    )
 
 
 def wrap(layer: nn.Module, path: str, switch: Switch) -> LoraLayer:

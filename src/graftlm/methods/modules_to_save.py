@@ -64,8 +64,8 @@ class ModulesToSaveWrapper(nn.Module):
                 made.append((index, self.call(self.of(group), x[index], *args, **kwargs)))
         if not all(isinstance(part, torch.Tensor) for _, part in made):
             raise UnsupportedError(
-                f"{type(self.original_module).__name__} is trained in full (modules_to_save) and gives more than one tensor; "
-                "it does not go into a batch of different adapters. Run one adapter a batch."
+                f"{type(self.original_module).__name__} is trained in full (modules_to_save) and gives more than one "
+                "tensor; it does not go into a batch of different adapters. Run one adapter a batch."
             )
         dtype = functools.reduce(torch.promote_types, (part.dtype for _, part in made))
         index, part = made[0]

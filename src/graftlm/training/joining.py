@@ -42,4 +42,3 @@ def joinable(inputs: dict[str, Any]) -> bool:
     """Whether a batch has ids, labels and perhaps a mask, [B, T], and nothing else."""
     shapes = {v.shape for v in inputs.values() if isinstance(v, Tensor)}
     return {"input_ids", "labels"} <= inputs.keys() <= FILLERS.keys() and len(shapes) == 1 and len(next(iter(shapes))) == 2
-

@@ -16,7 +16,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -75,6 +75,8 @@ def run(
     quiet: bool = False,
     baseline: Evaluation | None = None,
     member: Any = None,
+    data: RunData | None = None,
+    also: Callable[[Any, Any], dict[str, Any]] | None = None,
 ) -> RunResult:
     """Train the recipe's adapter, measure it and save it.
 
@@ -85,6 +87,8 @@ def run(
         quiet: no progress bar and no lines.
         baseline: `measure(…)` of the plain base on the same held-out data, where it is known already.
         member: its place among several runs that train together (`together.Member`).
+        data: the recipe's data, where it is loaded already.
+        also: further measures of the trained model, given it and the tokenizer; they join the metrics.
 
     Raises:
         RecipeError, DataError, ConfigError, BaseModelError: mistakes in the recipe.
@@ -104,7 +108,7 @@ def run(
             )
         made_ready(model, recipe.training.gradient_checkpointing, quiet)
         form = {"quantization": scheme_of(model), "base_bytes": model.get_memory_footprint()}
-        data = load_data_of(recipe, tokenizer, is_encoder_decoder(model))
+        data = data or load_data_of(recipe, tokenizer, is_encoder_decoder(model))
         with running(Plan(Switch(), ())):  # the base may carry the adapters of other runs
             before = baseline if baseline is not None else measure(recipe, model, tokenizer, data)
         set_seed(recipe.training.seed)
@@ -114,8 +118,13 @@ def run(
             trainer = make_trainer(recipe, wrapped, tokenizer, data, callbacks, quiet)
             if member is not None:
                 trainer.member, member.trainer = member, trainer
+            start = None if member is None else member.spent()
             fit(trainer, recipe, output)
+            if member is not None:  # its own part of the time and of the memory
+                form |= {"seconds": member.spent() - start, "peak_memory_bytes": member.peak_memory}
             after = measure(recipe, wrapped, tokenizer, data)
+            if also is not None:
+                form |= also(wrapped, tokenizer)
             return finish(trainer, wrapped, output, before, after, form)
         finally:
             if recipe.training.gradient_checkpointing and member is None:
@@ -263,8 +272,9 @@ def finish(
     after: Evaluation | None,
     form: dict[str, Any],
 ) -> RunResult:
-    """Collect the measures, put them into the card and `metrics.json`. `form`: quantisation and bytes of the base."""
-    metrics: dict[str, Any] = dict(form)
+    """Collect the measures, put them into the card and `metrics.json`. `form`: quantisation and bytes of the base, and what
+    else was measured."""
+    metrics: dict[str, Any] = {}
     for name in ("loss", "perplexity", "accuracy"):
         metrics[f"{name}_before"] = before.metrics[name] if before else None
         metrics[name] = after.metrics[name] if after else None
@@ -275,7 +285,9 @@ def finish(
         "seconds": end.get("train_runtime"),
         "tokens_per_second": end.get("train_tokens_per_second"),
         "peak_memory_bytes": end.get("peak_memory_bytes"),
-    }
+    } | form
+    if "seconds" in form:
+        metrics["tokens_per_second"] = trainer.meter.tokens / form["seconds"] if form["seconds"] else 0.0
     samples = [
         {"prompt": p, "target": t, "before": b, "after": a}
         for p, t, b, a in zip(after.prompts, after.targets, before.outputs, after.outputs, strict=True)

@@ -1,22 +1,22 @@
 """Several runs over one frozen base at the same time, each exactly as if it were alone.
 
 Every run is a whole run (`recipes.run`): its own wrapper, data, batches, optimizer, schedule, clipping, evaluation,
-checkpoints, early stop. They live in threads of which one runs at a time. A run that comes to a training pass waits; when all
-of them wait, one joint pass over all their batches gives every run its loss and its gradients::
+checkpoints, early stop. They are greenlets: one of them runs at a time, in one thread. A run that comes to a training pass
+waits; when all of them wait, one joint pass over all their batches gives every run its loss and its gradients::
 
     run a   data  pass......  clip  step  data  pass......  clip  step  evaluate  data  pass…
     run b         pass......  clip  step  data  pass......  clip  step  data            pass…
     pass          a and b in one batch          a and b in one batch                    a and b
 
-Random numbers are a run's own: torch's, numpy's and Python's generators change with the run that goes on, and in the joint pass
-each run's dropout comes from its own. (Only the base's own dropout is drawn for all rows at once.)
+Random numbers are a run's own: torch's, numpy's and Python's generators change with the run that goes on, and in the joint
+pass each run's dropout comes from its own. (Only the base's own dropout is drawn for all rows at once.)
 """
 
 from __future__ import annotations
 
 import logging
 import random
-import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,14 +24,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor
 
 from ..errors import DivergedError, RecipeError
 from ..joint import Share, joinable, joint_losses
-from ..routing import Draws
+from ..kernels import release_freed_memory
+from ..routing import Draws, Plan, Switch, running
 from .bases import resolve_base
 from .evaluation import Evaluation
-from .recipes import Recipe, RunResult, made_ready, over, run, threads
+from .meters import peak_memory, real_tokens, reset_peak_memory
+from .recipes import Recipe, RunResult, made_ready, measure, over, run, threads
+from .setup import RunData
 from .trainer import Request, TrainingInterrupted, interrupts_go_to
 
 log = logging.getLogger(__name__)
@@ -56,7 +60,7 @@ class Outcome:
 
 
 class Member:
-    """One run in its thread. It goes on when it is given the turn, and gives it back when it waits, ends or fails."""
+    """One run. It goes on when it is given the turn, and gives it back when it waits, ends or fails."""
 
     def __init__(
         self, outcome: Outcome, work: Callable[[Member], RunResult], done: Callable[[Outcome], None] | None
@@ -68,39 +72,48 @@ class Member:
         self.state = State.now()
         self.done = done
         self._work = work
-        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._run, name=outcome.recipe.output_dir, daemon=True)
+        self._greenlet = greenlet(self._run)
+        self._seconds = 0.0
+        self._since: float | None = None
+        self.peak_memory: int | None = None  # of the process, at its first pass, which it makes alone
+
+    def spent(self) -> float:
+        """Seconds of its own: its turns, and its part of the joint passes."""
+        return self._seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+    def charge(self, seconds: float) -> None:
+        """Add its part of a pass."""
+        self._seconds += seconds
 
     def _run(self) -> None:
-        self._go.acquire()
         try:
             self.outcome.result = self._work(self)
-        except BaseException as error:  # of this run only: the others go on
+        except (Exception, TrainingInterrupted) as error:  # of this run only: the others go on
             self.outcome.error = error
         finally:
             self.ended = True
-            self._back.release()
 
     def turn(self) -> None:
         """Let it go on until it waits for a pass or has ended."""
-        if not self._thread.is_alive():
-            self._thread.start()
-        with self.state.in_place():
-            self._go.release()
-            self._back.acquire()
+        self._greenlet.parent = getcurrent()
+        self._since = time.perf_counter()
+        try:
+            with self.state.in_place():
+                self._greenlet.switch()
+        finally:
+            self._seconds, self._since = self.spent(), None
 
     def step(self, request: Request) -> Tensor:
         """Called by the run: wait for a training pass; its loss, whose gradients are in place."""
         self.request = request
-        self._back.release()
-        self._go.acquire()
+        self._greenlet.parent.switch()
         self.request = None
         if request.error is not None:
             raise request.error
         if request.loss is None or not bool(torch.isfinite(request.loss)):
             raise DivergedError(
-                f"{self.outcome.recipe.output_dir}: the loss is {request.loss} at step {request.trainer.state.global_step + 1}; "
-                "lower training.learning_rate, or look for broken rows in the data"
+                f"{self.outcome.recipe.output_dir}: the loss is {request.loss} at step "
+                f"{request.trainer.state.global_step + 1}; lower training.learning_rate, or look for broken rows in the data"
             )
         return request.loss
 
@@ -167,13 +180,15 @@ class Together:
         self._waiting: list[Member] = []
         self._live: list[Member] = []
         self._checked: dict[tuple[int, ...], bool] = {}
+        self._baselines: dict[tuple[str, int], Evaluation | None] = {}
         self._interrupted = False
 
     def add(
         self, recipe: Recipe, *, callbacks: Sequence[Any] = (), baseline: Evaluation | None = None,
+        data: RunData | None = None, also: Callable[[Any, Any], dict[str, Any]] | None = None,
         done: Callable[[Outcome], None] | None = None,
     ) -> Outcome:  # fmt: skip
-        """Take in a run; its outcome is filled in when it has ended, and then given to `done`.
+        """Take in a run; its outcome is filled in when it has ended, and then given to `done`. The rest as in `recipes.run`.
 
         Raises:
             RecipeError: another base, or form of it, than the other runs'; the output directory of another one.
@@ -183,13 +198,21 @@ class Together:
 
         def work(member: Member) -> RunResult:
             return run(
-                recipe, model=self.base, tokenizer=self.tokenizer, callbacks=callbacks, quiet=True, baseline=baseline,
-                member=member,
+                recipe, model=self.base, tokenizer=self.tokenizer, callbacks=callbacks, quiet=True,
+                baseline=baseline or self._baseline(recipe), member=member, data=data, also=also,
             )  # fmt: skip
 
         self.outcomes.append(outcome)
         self._waiting.append(Member(outcome, work, done))
         return outcome
+
+    def _baseline(self, recipe: Recipe) -> Evaluation | None:
+        """What the plain base gives on the run's held-out rows, measured once for all runs that have the same."""
+        key = recipe.data.model_dump_json(), recipe.training.eval_batch_size
+        if key not in self._baselines:
+            with running(Plan(Switch(), ())):
+                self._baselines[key] = measure(recipe, self.base, self.tokenizer)
+        return self._baselines[key]
 
     def _check_common(self, recipe: Recipe) -> None:
         for other in self.outcomes:
@@ -234,7 +257,8 @@ class Together:
             getattr(self.base, "activation_checkpointing_disable", self.base.gradient_checkpointing_disable)()
         if self._interrupted:
             raise TrainingInterrupted(
-                "Stopped. Every run that had begun has saved its adapter and a checkpoint; the same recipes with resume go on."
+                "Stopped. Every run that had begun has saved its adapter and a checkpoint; the same recipes with resume go "
+                "on from there."
             )
         return self.outcomes
 
@@ -255,7 +279,9 @@ class Together:
             loss = outcome.result.metrics.get("loss") if outcome.result else None
             self.say(f"{outcome.recipe.output_dir}: done" + ("" if loss is None else f", held-out loss {loss:.4f}"))
         elif not isinstance(outcome.error, TrainingInterrupted):
-            self.say(f"{outcome.recipe.output_dir}: failed, the others go on. {type(outcome.error).__name__}: {outcome.error}")
+            self.say(
+                f"{outcome.recipe.output_dir}: failed, the others go on. {type(outcome.error).__name__}: {outcome.error}"
+            )
         if member.done is not None:
             member.done(outcome)
 
@@ -272,7 +298,7 @@ class Together:
     # -- passes ------------------------------------------------------------------------------------------------------
     def _pass(self, requests: list[Request]) -> None:
         """One pass for all that can share it, one for each of the others."""
-        shared = [r for r in requests if joinable(r.model, r.inputs)]
+        shared = [r for r in requests if joinable(r.model, r.inputs) and self._of(r).peak_memory is not None]
         if len(shared) < 2 or not self._joins(shared):
             shared = []
         for request in requests:
@@ -284,20 +310,29 @@ class Together:
     def _alone(self, request: Request) -> None:
         member = self._of(request)
         self.passes["alone"] += 1
+        first, start = member.peak_memory is None, time.perf_counter()
+        if first:
+            release_freed_memory()
+            reset_peak_memory()
         with member.state.in_place():
             try:
                 request.loss = request.trainer.own_step(request)
             except Exception as error:  # of this run only
                 request.error = error
+        if first:
+            member.peak_memory = peak_memory()
+        member.charge(time.perf_counter() - start)
 
     def _joint(self, requests: list[Request]) -> None:
         self.passes["joint"] += 1
-        members = [self._of(r) for r in requests]
+        members, start = [self._of(r) for r in requests], time.perf_counter()
         draws = [Draws(m.state.parts[0]) for m in members]
         try:
             found = joint_losses([Share(r.model, r.inputs, d) for r, d in zip(requests, draws, strict=True)])
         except Exception as error:
-            log.warning("A joint pass failed (%s); its runs go by themselves this time, so that only the cause of it fails.", error)
+            log.warning(
+                "A joint pass failed (%s); its runs go by themselves this time, so that only the cause of it fails.", error
+            )
             found = None
         if found is None:
             for request in requests:
@@ -312,6 +347,10 @@ class Together:
                 losses.append(loss)
         if losses:
             torch.stack(losses).sum().backward()
+        sizes = [real_tokens(r.inputs) for r in requests]
+        seconds = time.perf_counter() - start
+        for member, size in zip(members, sizes, strict=True):
+            member.charge(seconds * size / max(sum(sizes), 1))
 
     def _of(self, request: Request) -> Member:
         return next(m for m in self._live if m.request is request)

@@ -18,7 +18,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,7 +152,7 @@ class Trainer(transformers.Trainer):
         self.stop.asked = self.stop.stopped = False
         self.joiner.take()  # what an interrupted update left
         try:
-            with interrupts_go_to(self.stop.ask):
+            with interrupts_go_to(self.stop.ask) if self.member is None else nullcontext():
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.progress.close()
