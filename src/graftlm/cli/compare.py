@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -31,6 +32,11 @@ def compare(
     batch_size: Annotated[int | None, typer.Option(help="Rows a step.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="May be repeated: mean and deviation are shown.")] = None,
     format: Annotated[str | None, typer.Option(help="Format of the data; default: by the column names.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Time for a search of learning rates before: 90s, 10m, 1h. Default: no search.")
+    ] = None,
+    general: Annotated[str, typer.Option(help="General text for the forgetting; none for no measure.")] = "quotes",
+    at_once: Annotated[int, typer.Option(min=1, help="Runs that train at a time; memory grows with it.")] = 8,
     split: Annotated[str | None, typer.Option(help="Rows to train on.")] = None,
     eval_split: Annotated[str | None, typer.Option(help="Rows held out.")] = None,
     set_: Annotated[
@@ -39,7 +45,7 @@ def compare(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier comparison in --output.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the table at the end.")] = False,
 ) -> None:
-    """Train every method on one data set; table, JSON and HTML report.
+    """Train every method on one data set, all of them together; table, JSON and HTML report.
 
     The base is loaded once, and once more for each quantised form that a row names: lora-int8 and qlora are LoRA over an
     int8 and an NF4 base, prompt-tuning:quantization=nf4 is Prompt Tuning over NF4. Quality is measured on held-out rows,
@@ -47,7 +53,8 @@ def compare(
     finished.
 
     A method's options follow its name: lora:r=16,use_dora=true. Keys with a dot are parts of the recipe:
-    prompt-tuning:training.learning_rate=0.3.
+    prompt-tuning:training.learning_rate=0.3. Several values make a grid: lora:r=4|8|16. With --budget 10m learning rates
+    are searched first, per method, by successive halving on rows taken out of the training rows.
     """
     _base.quiet_libraries()
     from .. import comparison
@@ -58,9 +65,20 @@ def compare(
         result = comparison.compare(
             base=base, data={k: v for k, v in given.items() if v is not None}, methods=method or comparison.METHODS,
             output_dir=output, overwrite=overwrite, seeds=seed or [0], settings=settings, quiet=quiet,
-            command=shlex.join(["graftlm", *sys.argv[1:]]),
+            command=shlex.join(["graftlm", *sys.argv[1:]]), budget=seconds_of(budget),
+            general=None if general == "none" else general, at_once=at_once,
         )  # fmt: skip
     finish(result)
+
+
+def seconds_of(text: str | None) -> float | None:
+    """Seconds of "90s", "10m", "1.5h" or "90". ConfigError for anything else."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text)
+    if found is None or not float(found[1]):
+        raise ConfigError(f"--budget {text!r}: expected a time above 0, as in 90s, 10m or 1.5h.")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def recipe_settings(

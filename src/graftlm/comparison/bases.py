@@ -14,6 +14,8 @@ from ..quantization import scheme_of
 
 if TYPE_CHECKING:
     from ..training import Evaluation, Recipe
+    from ..training.setup import RunData
+    from .general import General
     from .result import ComparisonResult
 
 
@@ -49,6 +51,8 @@ class Bases:
         if self.given:
             self.held[None] = self.given
         self.main: str | None = None
+        self.data: dict[tuple[str, int], RunData] = {}
+        self.general: dict[str | None, float | None] = {}
 
     def get(self, scheme: str | None) -> Base:
         """The base in a scheme.
@@ -90,15 +94,25 @@ class Bases:
             del self.held[scheme]
         gc.collect()
 
-    def measure(self, recipe: Recipe, result: ComparisonResult) -> Evaluation | None:
+    def data_of(self, recipe: Recipe) -> RunData:
+        """A recipe's data, loaded once for all that have the same rows."""
+        from ..training.setup import load_data_of
+
+        key = recipe.data.model_dump_json(), recipe.training.seed
+        if key not in self.data:
+            base = self.get(recipe.quantization)
+            self.data[key] = load_data_of(recipe, base.tokenizer, base.model.config.is_encoder_decoder)
+        return self.data[key]
+
+    def measure(self, recipe: Recipe, result: ComparisonResult, general: General | None = None) -> Evaluation | None:
         """The plain base on the held-out rows, once for each scheme and seed (which may choose the rows)."""
         from .. import training
-        from ..training.setup import load_data_of
 
         scheme, seed = recipe.quantization, recipe.training.seed
         if (scheme, seed) not in self.measured:
-            base = self.get(scheme)
-            rows = load_data_of(recipe, base.tokenizer, base.model.config.is_encoder_decoder)
+            base, rows = self.get(scheme), self.data_of(recipe)
+            if scheme not in self.general and general is not None:
+                self.general[scheme] = general.measure(base.model, base.tokenizer)["general_loss"]
             self.measured[scheme, seed] = training.measure(recipe, base.model, base.tokenizer, rows)
             result.train_rows = len(rows.train_rows)
             result.eval_rows = len(rows.held_out) if rows.held_out is not None else None

@@ -173,17 +173,23 @@ def scatter_chart(
     y_title: str,
     y_show: Callable[[float], str],
     reference: tuple[str, float] | None = None,
+    higher: bool | None = None,
+    x_show: Callable[[float], str] = wording.short,
 ) -> str:
-    """One point a series, x on a log scale, named beside the point; the base as a dashed line."""
+    """One point a series, x on a log scale, named beside the point; the base as a dashed line. With `higher` a line goes
+    through the points that no other one beats in both (Pareto): further left, and higher up (or lower down)."""
     series = [s for s in series if s.points and s.points[0][0] > 0]
     if not series:
         return ""
     points = [s.points[0] for s in series]
     x = axis_around([p[0] for p in points], LEFT, WIDTH - 20, log=True)
     y = axis_around([p[1] for p in points] + ([reference[1]] if reference else []), HEIGHT - BOTTOM, TOP + 8, pad=0.12)
-    body = [frame(x, y, x_title, y_title, wording.short, y_show)]
+    body = [frame(x, y, x_title, y_title, x_show, y_show)]
     if reference:
         body.append(reference_line(*reference, x, y))
+    if higher is not None:
+        line = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in frontier(points, higher))
+        body.append(f'<polyline class="frontier" points="{line}"/>')
     taken = [Box(x(a) - 7, y(b) - 7, 14, 14) for a, b in points]
     names = []
     for s, (a, b) in zip(series, points, strict=True):
@@ -193,6 +199,15 @@ def scatter_chart(
         body.append(marker(s.colour, x(a), y(b), s.hint or s.label, 6))
         names.append(f'<text class="name t{s.colour % 8}" x="{box.x:.1f}" y="{box.y + 12:.1f}">{text}</text>')
     return svg("".join(body + names), title)
+
+
+def frontier(points: Sequence[tuple[float, float]], higher: bool) -> list[tuple[float, float]]:
+    """The points that none with a smaller (or the same) x beats in y, by x."""
+    found: list[tuple[float, float]] = []
+    for a, b in sorted(points, key=lambda p: (p[0], -p[1] if higher else p[1])):
+        if not found or (b > found[-1][1] if higher else b < found[-1][1]):
+            found.append((a, b))
+    return found
 
 
 @dataclass(frozen=True)

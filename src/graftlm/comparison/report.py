@@ -16,7 +16,8 @@ SAMPLES = 4  # examples with generations
 
 def page(result: ComparisonResult) -> str:
     """The whole document."""
-    sections = [header(result), tiles(result), pictures(result), table(result), samples(result), recipes(result)]
+    parts = (header, tiles, advice, pictures, table, rates, samples, recipes)
+    sections = [part(result) for part in parts]
     title = f"{result.data} on {short_name(result.base)}"
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -64,6 +65,32 @@ def tiles(result: ComparisonResult) -> str:
     return f'<section class="tiles">{body}</section>'
 
 
+def advice(result: ComparisonResult) -> str:
+    """What to take, and why."""
+    lines = wording.recommendation(result)
+    body = "".join(f"<p>{escape(line)}</p>" for line in lines)
+    return f'<h2>What to take</h2><div class="card advice">{body}</div>' if lines else ""
+
+
+def rates(result: ComparisonResult) -> str:
+    """The search of learning rates."""
+    if not result.search:
+        return ""
+    body = ""
+    for label, trials in result.search.items():
+        cells = "".join(
+            f"<td{' class=right' if t['status'] == 'chosen' else ''}>{t['learning_rate']:g}"
+            f"<small>{wording.number(t['loss'])}, {escape(t['status'])}, {t['steps']:,} steps</small></td>"
+            for t in trials
+        )
+        body += f"<tr><td>{escape(label)}</td>{cells}</tr>"
+    note = "Loss on tuning rows, a part of the rows to train on; the worse half stopped twice. Held-out rows chose nothing."
+    return (
+        f'<h2>How the learning rates were found</h2><div class="card scroll"><table><tbody>{body}</tbody></table></div>'
+        f'<p class="note">{note}</p>'
+    )
+
+
 def machine(result: ComparisonResult) -> str:
     device = result.machine.get("device", "")
     return f"for all of it, on {device}" if device else "for all of it"
@@ -71,7 +98,7 @@ def machine(result: ComparisonResult) -> str:
 
 def pictures(result: ComparisonResult) -> str:
     """The charts, two in a row."""
-    cards = [gains(result), against_parameters(result), *curves(result)]
+    cards = [gains(result), *(against(result, *cost) for cost in COSTS), forgotten(result), *curves(result)]
     body = "".join(
         f'<div class="card"><h3>{escape(t)}</h3><p class="note">{escape(n)}</p>{s}</div>' for t, n, s in cards if s
     )
@@ -95,26 +122,44 @@ def gains(result: ComparisonResult) -> tuple[str, str, str]:
     )
 
 
-def against_parameters(result: ComparisonResult) -> tuple[str, str, str]:
+# What quality is shown against: title, metric, axis, how a value reads.
+COSTS: tuple[tuple[str, str, str, Any], ...] = (
+    ("parameters", "trainable_parameters", "trained parameters (log scale)", wording.count),
+    ("file", "file_bytes", "size of the adapter's file (log scale)", wording.size),
+    ("time", "seconds", "seconds of training (log scale)", wording.duration),
+    ("memory", "peak_memory_bytes", "peak memory (log scale)", wording.size),
+)
+
+
+def against(result: ComparisonResult, name: str, metric: str, axis: str, read: Any) -> tuple[str, str, str]:
+    """Quality against one cost, with the line of what nothing else beats (Pareto)."""
     key = result.quality
     show = wording.percent if key == "accuracy" else wording.number
     tick = (lambda v: wording.percent(v, 0)) if key == "accuracy" else (lambda v: f"{v:g}")
     series = []
     for row in result.rows:
-        size, value = row.mean("trainable_parameters"), row.mean(key)
-        if size is not None and value is not None:
-            hint = f"{row.label}: {show(value)}, {wording.count(size)} parameters"
-            series.append(Series(row.label, colours(result)[row.label], [(size, value)], hint))
+        cost, value = row.mean(metric), row.mean(key)
+        if cost is not None and value is not None:
+            hint = f"{row.label}: {show(value)}, {read(cost)}"
+            series.append(Series(row.label, colours(result)[row.label], [(cost, value)], hint))
     before = result.base_metrics.get(key)
     heights = [s.points[0][1] for s in series] or [0.0]
     far = before is not None and min(abs(h - before) for h in heights) > 1.5 * (max(heights) - min(heights))
     reference = None if before is None or far else (f"base {show(before)}", before)
     picture = charts.scatter_chart(
-        series, f"{key} against trained parameters", "trained parameters (log scale)", f"held-out {key}", tick, reference
+        series, f"{key} against {name}", axis, f"held-out {key}", tick, reference, key == "accuracy",
+        wording.short if metric == "trainable_parameters" else read,
     )  # fmt: skip
-    note = f" The plain base, at {show(before)}, is far below the picture." if far and key == "accuracy" else ""
-    note = note or (f" The plain base is at {show(before)}." if far else "")
-    return "Quality for its size", f"What a method gets out of the parameters that it trains.{note}", picture
+    note = f" The plain base, at {show(before)}, is outside of the picture." if far else ""
+    return f"Quality for its {name}", f"On the line: nothing else is better and cheaper.{note}", picture
+
+
+def forgotten(result: ComparisonResult) -> tuple[str, str, str]:
+    """Loss on general text before and after."""
+    rows = [(r.label, colours(result)[r.label], r.mean("general_loss_before"), r.mean("general_loss")) for r in result.rows]
+    found = sorted((r for r in rows if r[2] is not None and r[3] is not None), key=lambda r: r[3] or 0)
+    note = f"Loss on general text ({result.general}) that no method was trained on: further right, more is forgotten."
+    return "Forgetting", note, charts.dumbbells(found, "Loss on general text", wording.number)  # type: ignore[arg-type]
 
 
 def curves(result: ComparisonResult) -> list[tuple[str, str, str]]:
@@ -150,9 +195,9 @@ def table(result: ComparisonResult) -> str:
     """All measures, a row each method, best first."""
     has = result.quality == "accuracy"
     titles = ["Method", *(["Accuracy"] if has else []), "Loss", "Perplexity", "Trained", "File", "Time",
-              "Tokens/s", "Peak memory", "Base in memory"]  # fmt: skip
+              "Tokens/s", "Peak memory", *(["General text"] if result.general else []), "Base in memory"]  # fmt: skip
     head = "".join(f"<th>{t}</th>" for t in titles)
-    body = [base_row(title, measured, has) for title, measured in result.bases.items()]
+    body = [base_row(result, title, measured, has) for title, measured in result.bases.items()]
     body += [table_row(result, row, has, len(titles)) for row in ordered(result)]
     seeds = max((len(r.runs) for r in result.rows), default=1)
     note = f"Mean ± standard deviation over {seeds} seeds. " if seeds > 1 else ""
@@ -163,8 +208,10 @@ def table(result: ComparisonResult) -> str:
     )
 
 
-def base_row(title: str, base: Mapping[str, Any], has_accuracy: bool) -> str:
+def base_row(result: ComparisonResult, title: str, base: Mapping[str, Any], has_accuracy: bool) -> str:
     """The plain base, in one form."""
+    own = [r for r in result.rows if r.quantization == base.get("quantization")]
+    general = next((v for r in own if (v := r.mean("general_loss_before")) is not None), None)
     cells = [
         f"plain {title}",
         *([wording.percent(base.get("accuracy"))] if has_accuracy else []),
@@ -172,6 +219,7 @@ def base_row(title: str, base: Mapping[str, Any], has_accuracy: bool) -> str:
         wording.perplexity(base.get("perplexity")),
         "0",
         *[wording.DASH] * 4,
+        *([wording.number(general)] if result.general else []),
         wording.size(base.get("base_bytes")),
     ]
     return '<tr class="base">' + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>"
@@ -204,6 +252,7 @@ def table_row(result: ComparisonResult, row: Row, has_accuracy: bool, width: int
         wording.duration(row.mean("seconds")),
         wording.count(row.mean("tokens_per_second")),
         wording.size(row.mean("peak_memory_bytes")),
+        *([with_change(result, row, "general_loss", wording.number, False)] if result.general else []),
         wording.size(row.mean("base_bytes")) + (f"<small>{escape(row.quantization)}</small>" if row.quantization else ""),
     ]
     return f"<tr{' class=best' if best else ''}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
@@ -272,6 +321,7 @@ def footer(result: ComparisonResult) -> str:
     found = ", ".join(f"{k} {v}" for k, v in result.machine.items() if k != "device")
     return (
         f"<footer>Base: {escape(result.base)} · data: {escape(result.data)} · {escape(found)}<br>"
-        "Peak memory is that of the whole process (or of the GPU) while the method trained; base in memory, its weights. "
+        "All methods trained together over one base: time is a method's own part of it, peak memory that of the whole "
+        "process (or of the GPU) in the one step that it made alone; base in memory, its weights. "
         "The same figures are in comparison.json beside this page.</footer>"
     )

@@ -78,6 +78,8 @@ class ComparisonResult:
             base_bytes, its weights in memory, and quantization. It is the unquantised base, where any method has it.
         quantized: the same of the base in other schemes, by scheme.
         runs: in the order of training.
+        search: learning rates that were tried before, by label (see `search`).
+        general: source of the general text on which forgetting was measured.
     """
 
     base: str
@@ -92,6 +94,8 @@ class ComparisonResult:
     seconds: float = 0.0
     machine: dict[str, Any] = field(default_factory=dict)
     command: str | None = None
+    search: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    general: str | None = None
 
     @property
     def json_path(self) -> Path:
@@ -139,6 +143,7 @@ class ComparisonResult:
         """Plain JSON values; NaN and infinities are null."""
         values = {f: getattr(self, f) for f in ("base", "data", "base_parameters", "train_rows", "eval_rows")}
         values |= {"base_metrics": self.base_metrics, "quantized": self.quantized, "runs": [asdict(r) for r in self.runs]}
+        values |= {"search": self.search, "general": self.general}
         return finite(values | {"seconds": self.seconds, "machine": self.machine, "command": self.command, "format": 1})
 
     def save(self) -> None:

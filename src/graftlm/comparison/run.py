@@ -1,26 +1,27 @@
-"""Training every method on one base, one after another; on quantised forms of it where a row says so."""
+"""Training every method on one base, all of them together; on quantised forms of it where a row says so."""
 
 from __future__ import annotations
 
 import math
 import os
 import platform
-import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-
-from ..errors import ConfigError, DataError, GraftError
+from ..errors import ConfigError, GraftError
 from .bases import Bases
-from .result import DONE, FAILED, INTERRUPTED, JSON_NAME, ComparisonResult, MethodRun
+from .general import General
+from .progress import Shown
+from .result import DONE, FAILED, INTERRUPTED, JSON_NAME, WAITING, ComparisonResult, MethodRun
+from .search import search
 from .spec import METHODS, MethodSpec, merged, parse_all
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..training import Recipe
+    from ..training import Outcome, Recipe
 
 # The last weights count, not the best on the held-out rows: those rows choose nothing, so that they measure honestly.
 FAIR = {"training": {"load_best": False, "save_strategy": "no"}}
@@ -41,13 +42,17 @@ def compare(
     quiet: bool = False,
     console: Console | None = None,
     command: str | None = None,
+    budget: float | None = None,
+    general: str | Mapping[str, Any] | None = "quotes",
+    at_once: int = 8,
 ) -> ComparisonResult:
     """Train every method on one data set with one base, and measure all of them on the held-out rows.
 
-    The base is loaded once and stays frozen; a row over a quantised base loads it once more in that form, by its name, and
-    it is let go after the last such row. Adapters are written below `output_dir`, a folder each, and beside them
-    `comparison.json` and `report.html`, which are renewed after every method. A method that fails does not stop the
-    others: its row says why. Ctrl-C keeps what is finished; the result's `interrupted` is then true.
+    All of them train together over one base, which is loaded once and stays frozen, and each comes out as if it were
+    alone (`training.together`); rows over a quantised base train over that form of it, loaded by its name and let go after
+    the last such row. Adapters are written below `output_dir`, a folder each, and beside them `comparison.json` and
+    `report.html`, which are renewed after every method. A method that fails does not stop the others: its row says why.
+    Ctrl-C keeps what is finished; the result's `interrupted` is then true.
 
     Args:
         base: model id or path; "graftlm-base" is the bundled one.
@@ -60,6 +65,10 @@ def compare(
         model, tokenizer: a loaded base, instead of loading `base`, for the rows that name no quantisation.
         quiet: no output; else progress goes to `console` (stderr by default).
         command: the command line that repeats this, for the report.
+        budget: seconds for a search of learning rates before (see `search`), for the rows that name none; None for none.
+        general: general text (source or `data` part) on which the loss before and after shows what was forgotten; None
+            for none.
+        at_once: how many runs train at a time; memory grows with it.
 
     Raises:
         GraftError: what concerns all methods: the base, the data, an unknown method, no seeds.
@@ -72,6 +81,8 @@ def compare(
     unknown = set(overrides or ()) - {s.method for s in specs} - {s.label for s in specs}
     if unknown:
         raise ConfigError(f"overrides for {sorted(unknown)}, which are not compared; compared: {[s.label for s in specs]}.")
+    if budget is not None and not budget > 0:
+        raise ConfigError(f"budget={budget!r}: expected seconds above 0, or None for no search.")
     source = data if isinstance(data, str) else str(data.get("source"))
     result = ComparisonResult(base=base, data=source, output_dir=Path(output_dir), command=command)
     result.runs = [planned(spec, seed, len(seeds) > 1) for seed in seeds for spec in specs]
@@ -83,50 +94,92 @@ def compare(
     bases.main = None if bases.given or None in schemes.values() else schemes[specs[0].label]
     result.base_parameters = bases.get(bases.main).parameters
     result.machine = machine(bases.get(bases.main).model)
-    start = time.perf_counter()
+    texts = General.of(general, source)
+    result.general = texts.source if texts is not None else None
     result.save()
-    say = printer(quiet, console)
-    for number, run in enumerate(result.runs, 1):
-        say(f"[bold cyan]{number}/{len(result.runs)}[/] [bold]{escape(run.label)}[/]")
-        spec = next(s for s in specs if s.label == run.label)
-        one(result, run, spec, layers[run.label], bases, quiet)
-        result.seconds = time.perf_counter() - start
-        result.save()
-        if run.error:
-            say(f"  [red]{run.status}[/]: {escape(run.error)}")
-        if run.status == INTERRUPTED:
-            break
-        bases.renew(schemes[run.label])
-        bases.keep({schemes[r.label] for r in result.runs[number:]})
+    with Shown(quiet, console, len(result.runs)) as shown:
+        if budget is not None:
+            result.search = search(specs, layers, seeds[0], bases, budget, shown)
+            for label, trials in result.search.items():
+                rate = next(t["learning_rate"] for t in trials if t["status"] == "chosen")
+                layers[label] = merged(layers[label], {"training": {"learning_rate": rate}})
+        recipes: dict[int, Recipe] = {}
+        for number, run in enumerate(result.runs):
+            spec = next(s for s in specs if s.label == run.label)
+            try:
+                recipe = recipes[number] = recipe_for(result, run, spec, layers[run.label])
+                run.recipe, run.quantization = recipe.to_yaml(), recipe.quantization
+            except (GraftError, ValueError, TypeError) as error:
+                run.status, run.error = FAILED, f"{type(error).__name__}: {error}"
+                shown.ended(run)
+        field = Field(result, bases, texts, at_once, shown)
+        groups = grouped(recipes)
+        for number, group in enumerate(groups):
+            if not field.train([(result.runs[i], recipes[i]) for i in group]):
+                break
+            bases.keep({recipes[i].quantization for later in groups[number + 1 :] for i in later})
+        result.seconds = shown.seconds
+    result.save()
     return result
 
 
-def one(
-    result: ComparisonResult, run: MethodRun, spec: MethodSpec, layers: dict[str, Any], bases: Bases, quiet: bool
-) -> None:
-    """Train and measure one method; what goes wrong is noted in its run, unless it concerns all methods."""
-    from .. import training
+def grouped(recipes: dict[int, Recipe]) -> list[list[int]]:
+    """Numbers of the runs that can train together: over one form of the base."""
+    from ..training.together import common_parts
 
-    try:
-        recipe = recipe_for(result, run, spec, layers)
-        run.recipe, run.quantization = recipe.to_yaml(), recipe.quantization
-        baseline = bases.measure(recipe, result)
-        base = bases.get(recipe.quantization)
-        found = training.run(
-            recipe.replace(overwrite=True), model=base.model, tokenizer=base.tokenizer, quiet=quiet, baseline=baseline
-        )
-    except KeyboardInterrupt:
-        run.status, run.error = INTERRUPTED, "stopped by Ctrl-C"
-        return
-    except DataError:
-        raise
-    except (GraftError, ArithmeticError, RuntimeError, ValueError, TypeError, OSError) as error:
-        run.status, run.error = FAILED, f"{type(error).__name__}: {error}"
-        return
-    run.recipe = (found.output_dir / "recipe.yaml").read_text(encoding="utf-8")
-    run.metrics, run.history, run.samples = dict(found.metrics), list(found.history), list(found.samples)
-    run.quantization = found.metrics.get("quantization")
-    run.status, run.error = judged(found.metrics)
+    groups: dict[tuple, list[int]] = {}
+    for number, recipe in recipes.items():
+        groups.setdefault(common_parts(recipe), []).append(number)
+    return list(groups.values())
+
+
+class Field:
+    """The runs of one comparison that train over one form of the base."""
+
+    def __init__(self, result: ComparisonResult, bases: Bases, general: General | None, at_once: int, shown: Shown) -> None:
+        self.result, self.bases, self.general, self.at_once, self.shown = result, bases, general, at_once, shown
+
+    def train(self, runs: list[tuple[MethodRun, Recipe]]) -> bool:
+        """Train and measure them together; what goes wrong is noted in a run, unless it concerns all. False after Ctrl-C."""
+        from ..training import Together, TrainingInterrupted
+
+        scheme = runs[0][1].quantization
+        base = self.bases.get(scheme)
+        together = Together(base.model, base.tokenizer, at_once=self.at_once, quiet=True)
+        also = self.general.measure if self.general is not None else None
+        for run, recipe in runs:
+            baseline = self.bases.measure(recipe, self.result, self.general)
+            together.add(
+                recipe.replace(overwrite=True), baseline=baseline, data=self.bases.data_of(recipe), also=also,
+                callbacks=[self.shown.steps()], done=partial(self.note, run),
+            )  # fmt: skip
+        try:
+            together.run()
+        except (KeyboardInterrupt, TrainingInterrupted):
+            for run, _ in runs:
+                if run.status == WAITING:
+                    run.status, run.error = INTERRUPTED, "stopped by Ctrl-C"
+            return False
+        finally:
+            self.bases.renew(scheme)
+        return True
+
+    def note(self, run: MethodRun, outcome: Outcome) -> None:
+        """What became of a run."""
+        if isinstance(outcome.error, KeyboardInterrupt):
+            run.status, run.error = INTERRUPTED, "stopped by Ctrl-C"
+        elif outcome.error is not None:
+            run.status, run.error = FAILED, f"{type(outcome.error).__name__}: {outcome.error}"
+        elif outcome.result is not None:
+            found = outcome.result
+            run.recipe = (found.output_dir / "recipe.yaml").read_text(encoding="utf-8")
+            run.metrics, run.history, run.samples = dict(found.metrics), list(found.history), list(found.samples)
+            run.metrics["general_loss_before"] = self.bases.general.get(run.quantization)
+            run.quantization = found.metrics.get("quantization")
+            run.status, run.error = judged(found.metrics)
+        self.result.seconds = self.shown.seconds
+        self.result.save()
+        self.shown.ended(run)
 
 
 def judged(metrics: Mapping[str, Any]) -> tuple[str, str | None]:
@@ -198,13 +251,3 @@ def machine(model: Any) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-
-
-def printer(quiet: bool, console: Console | None) -> Any:
-    """What prints a line of progress."""
-    if quiet:
-        return lambda text: None
-    from rich.console import Console
-
-    out = console or Console(stderr=True, highlight=False)
-    return out.print

@@ -5,12 +5,16 @@
     prompt-tuning:quantization=nf4
     prompt-tuning:num_virtual_tokens=8,training.learning_rate=0.3,training.epochs=10
 
+    lora:r=4|8|16,training.learning_rate=1e-3|3e-3
+
+Values with `|` between them make a row each (of a grid: every combination); inside brackets or quotes `|` is itself.
 A key without a dot is an option of the method; one with a dot is a path in the recipe, and so is `quantization`. Values
 are read as YAML. `lora-int8` and `qlora` are LoRA over an int8 and over an NF4 base.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,12 +71,24 @@ def parse(text: str) -> MethodSpec:
     return MethodSpec(label=text.strip(), method=method, options=options, overrides=overrides)
 
 
-def split(text: str) -> list[str]:
-    """Parts between commas that stand in no bracket."""
-    parts, depth = [""], 0
+def expand(text: str) -> list[str]:
+    """The lines of a grid, one for every combination of its values."""
+    name, colon, rest = text.strip().partition(":")
+    choices = []
+    for part in split(rest):
+        key, given, value = part.partition("=")
+        choices.append([f"{key.strip()}{given}{v.strip()}" for v in split(value, "|")] if given else [part])
+    return [name + colon + ",".join(found) for found in itertools.product(*choices)] if choices else [text]
+
+
+def split(text: str, at: str = ",") -> list[str]:
+    """Parts between commas (or another sign) that stand in no bracket and no quotes."""
+    parts, depth, quote = [""], 0, ""
     for letter in text:
-        depth += (letter in "[{(") - (letter in "]})")
-        if letter == "," and depth == 0:
+        if letter in "'\"" and quote in ("", letter):
+            quote = "" if quote else letter
+        depth += (letter in "[{(") - (letter in "]})") if not quote else 0
+        if letter == at and depth == 0 and not quote:
             parts.append("")
         else:
             parts[-1] += letter
@@ -111,7 +127,7 @@ def merged(*layers: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def parse_all(methods: Sequence[str | MethodSpec]) -> list[MethodSpec]:
     """All rows; ConfigError where there are none, or two of one name."""
-    specs = [m if isinstance(m, MethodSpec) else parse(m) for m in methods]
+    specs = [s for m in methods for s in ([m] if isinstance(m, MethodSpec) else map(parse, expand(m)))]
     if not specs:
         raise ConfigError("No methods to compare.")
     folders = [s.slug for s in specs]

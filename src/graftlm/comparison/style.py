@@ -36,6 +36,8 @@ svg .reference{stroke:var(--soft);stroke-width:1.5;stroke-dasharray:5 4}
 svg .leader{stroke:var(--soft);stroke-width:.8;opacity:.55;fill:none}
 svg .line{fill:none;stroke-width:2.2;stroke-linejoin:round;stroke-linecap:round}
 svg .bell{stroke-width:3;opacity:.55}
+svg .frontier{fill:none;stroke:var(--soft);stroke-width:1.5;stroke-dasharray:2 4}
+.advice p{margin:6px 0}
 svg .before{fill:var(--card);stroke:var(--soft);stroke-width:2}
 svg .mark{stroke:var(--card);stroke-width:1}
 .scroll{overflow-x:auto}

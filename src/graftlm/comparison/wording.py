@@ -80,3 +80,53 @@ def verdict(result: ComparisonResult) -> str:
         f"{best.label} takes held-out {key} from {show(before)} to {show(after)} with {count(parameters)} trained "
         f"parameters ({share(parameters, result.base_parameters)} of the base)."
     )
+
+
+def recommendation(result: ComparisonResult) -> list[str]:
+    """What to take and why, in plain words: a sentence or two each."""
+    best = result.best
+    if best is None:
+        return []
+    key, show = result.quality, percent if result.quality == "accuracy" else number
+    value, before, seeds = best.mean(key) or 0.0, result.before(best, key), len(best.done)
+    if before is not None and (value <= before if key == "accuracy" else value >= before):
+        return [f"Take none yet: the best, {best.label}, is no better than the plain base. Train longer, or on more data."]
+    over = f" (mean of {seeds} seeds)" if seeds > 1 else ""
+    lines = [f"Take {best.label}: its held-out {key}, {spread(best, key, show)}{over}, is the best."]
+    margin, own = uncertainty(result, best), best.mean("trainable_parameters") or 0.0
+    close = [r for r in result.rows if r.label != best.label and r.done and abs((r.mean(key) or 0.0) - value) <= margin]
+    cheaper = [r for r in close if 0 < (r.mean("trainable_parameters") or 0) < 0.7 * own]
+    if cheaper:
+        small = min(cheaper, key=lambda r: r.mean("trainable_parameters") or 0.0)
+        lines.append(
+            f"Where size matters, {small.label} does as well within the uncertainty ({show(small.mean(key))}, differences "
+            f"under {show(margin)} say nothing) with {own / (small.mean('trainable_parameters') or 1):.1f} times fewer trained "
+            f"parameters and a file of {size(small.mean('file_bytes'))}."
+        )
+    elif close:
+        lines.append(f"Within the uncertainty of {show(margin)} are also {', '.join(r.label for r in close)}.")
+    if seeds < 3:
+        lines.append(
+            "One or two seeds do not tell luck from skill: with three (--seed 0 --seed 1 --seed 2) the spread shows."
+        )
+    kept = [r for r in result.rows if r.done and r.mean("general_loss") is not None]
+    if kept:
+        least = min(kept, key=forgetting)
+        end = "" if least is best or least.label == best.label else f"; that of {best.label} by {forgetting(best):+.3f}"
+        lines.append(f"{least.label} forgets least: its loss on general text changes by {forgetting(least):+.3f}{end}.")
+    return lines
+
+
+def forgetting(row: Row) -> float:
+    """By how much the loss on general text has grown."""
+    return (row.mean("general_loss") or 0.0) - (row.mean("general_loss_before") or 0.0)
+
+
+def uncertainty(result: ComparisonResult, row: Row) -> float:
+    """What a difference in quality has to exceed: two standard errors over the seeds, and for an accuracy one standard error
+    of so many held-out rows (binomial)."""
+    found = 2 * (row.deviation(result.quality) or 0.0) / math.sqrt(max(len(row.done), 1))
+    if result.quality == "accuracy" and result.eval_rows:
+        right = min(max(row.mean("accuracy") or 0.0, 0.0), 1.0)
+        found = max(found, math.sqrt(right * (1 - right) / result.eval_rows))
+    return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import gc
 import os
 from contextlib import suppress
 
@@ -36,6 +35,5 @@ def keep_freed_memory() -> bool:
 
 def release_freed_memory() -> None:
     """Give back to the system what is kept and not used, so that what is measured next counts from there."""
-    gc.collect()
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)

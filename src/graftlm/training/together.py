@@ -33,7 +33,7 @@ from ..kernels import release_freed_memory
 from ..routing import Draws, Plan, Switch, running
 from .bases import resolve_base
 from .evaluation import Evaluation
-from .meters import peak_memory, real_tokens, reset_peak_memory
+from .meters import memory_now, peak_memory, real_tokens, reset_peak_memory
 from .recipes import Recipe, RunResult, made_ready, measure, over, run, threads
 from .setup import RunData
 from .trainer import Request, TrainingInterrupted, interrupts_go_to
@@ -42,6 +42,13 @@ log = logging.getLogger(__name__)
 
 # What all runs over one base must have in common.
 COMMON = ("base", "quantization", "task", "dtype", "training.threads", "training.gradient_checkpointing")
+
+
+def common_parts(recipe: Recipe) -> tuple:
+    """The values of `COMMON` in a recipe."""
+    values = recipe.model_dump()
+    sections = ((values[n.partition(".")[0]] if "." in n else values, n.rpartition(".")[2]) for n in COMMON)
+    return tuple(section[key] for section, key in sections)
 
 
 @dataclass
@@ -75,7 +82,7 @@ class Member:
         self._greenlet = greenlet(self._run)
         self._seconds = 0.0
         self._since: float | None = None
-        self.peak_memory: int | None = None  # of the process, at its first pass, which it makes alone
+        self.peak_memory: int | None = None  # at its first pass, which it makes alone, over what was there before all runs
 
     def spent(self) -> float:
         """Seconds of its own: its turns, and its part of the joint passes."""
@@ -182,6 +189,7 @@ class Together:
         self._checked: dict[tuple[int, ...], bool] = {}
         self._baselines: dict[tuple[str, int], Evaluation | None] = {}
         self._interrupted = False
+        self._floor = 0  # memory before the first run
 
     def add(
         self, recipe: Recipe, *, callbacks: Sequence[Any] = (), baseline: Evaluation | None = None,
@@ -199,7 +207,7 @@ class Together:
         def work(member: Member) -> RunResult:
             return run(
                 recipe, model=self.base, tokenizer=self.tokenizer, callbacks=callbacks, quiet=True,
-                baseline=baseline or self._baseline(recipe), member=member, data=data, also=also,
+                baseline=baseline or (self._baseline(recipe) if data is None else None), member=member, data=data, also=also,
             )  # fmt: skip
 
         self.outcomes.append(outcome)
@@ -216,10 +224,7 @@ class Together:
 
     def _check_common(self, recipe: Recipe) -> None:
         for other in self.outcomes:
-            ours, theirs = recipe.model_dump(), other.recipe.model_dump()
-            for name in COMMON:
-                section, _, key = name.rpartition(".")
-                a, b = ((v[section] if section else v)[key] for v in (ours, theirs))
+            for name, a, b in zip(COMMON, common_parts(recipe), common_parts(other.recipe), strict=True):
                 if a != b:
                     raise RecipeError(
                         f"{name}: {a!r} in the run of {recipe.output_dir}, {b!r} in that of {other.recipe.output_dir}: runs "
@@ -244,6 +249,7 @@ class Together:
             )
         over(self.base, first)
         made_ready(self.base, first.training.gradient_checkpointing, quiet=True)
+        self._floor = memory_now()
         with threads(first.training.threads), interrupts_go_to(self._ask):
             while self._live or (self._waiting and not self._interrupted):
                 self._fill()
@@ -314,13 +320,14 @@ class Together:
         if first:
             release_freed_memory()
             reset_peak_memory()
+            before = memory_now()
         with member.state.in_place():
             try:
                 request.loss = request.trainer.own_step(request)
             except Exception as error:  # of this run only
                 request.error = error
         if first:
-            member.peak_memory = peak_memory()
+            member.peak_memory = self._floor + max(peak_memory() - before, 0)
         member.charge(time.perf_counter() - start)
 
     def _joint(self, requests: list[Request]) -> None:
