@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graftlm import PeftModel
 from graftlm.comparison import ComparisonResult, MethodRun, compare
+from graftlm.comparison.bases import Bases
 from graftlm.comparison.table import errors, rich_table
 from graftlm.errors import ConfigError, DataError, GraftError
-from graftlm.training import Recipe, TrainingInterrupted
+from graftlm.training import Recipe
 
 GOOD = ["lora:r=2", "prompt-tuning", "p-tuning", "prefix-tuning", "bottleneck"]
 
@@ -101,40 +105,131 @@ def test_several_seeds(base, tmp_path):
 
 
 def test_ctrl_c_keeps_what_is_finished(base, tmp_path, monkeypatch):
-    from graftlm import training
+    from graftlm.training import together
 
-    real, calls = training.run, []
+    real, calls = together.run, []
 
     def interrupted(recipe, **options):
         calls.append(recipe.method)
         if len(calls) == 2:
-            raise TrainingInterrupted
+            os.kill(os.getpid(), signal.SIGINT)
         return real(recipe, **options)
 
-    monkeypatch.setattr(training, "run", interrupted)
-    result = small(base, tmp_path, "lora", "prompt-tuning", "bottleneck")
+    monkeypatch.setattr(together, "run", interrupted)
+    result = small(base, tmp_path, "lora", "prompt-tuning", "bottleneck", at_once=1)
     assert [r.status for r in result.runs] == ["done", "interrupted", "not started"]
     assert result.interrupted and calls == ["lora", "prompt-tuning"]
     assert ComparisonResult.load(tmp_path / "o").runs[0].status == "done"
 
 
-def test_a_run_that_leaves_something_in_the_base(base, tmp_path, monkeypatch):
-    """The base is loaded anew for the next method."""
-    from graftlm import training
+def test_a_base_in_which_something_was_left_is_loaded_anew(base):
+    bases = Bases(base, "fp32")
+    first = bases.get(None)
+    bases.renew(None)
+    assert bases.get(None) is first
+    first.model.register_forward_hook(lambda *_: None)
+    bases.renew(None)
+    assert bases.get(None) is not first
 
-    real, seen = training.run, []
 
-    def messy(recipe, *, model, **options):
-        seen.append(model)
-        if len(seen) == 1:
-            model.register_forward_hook(lambda *_: None)
-            raise RuntimeError("died half-way")
-        return real(recipe, model=model, **options)
+def test_together_is_as_alone(base, tmp_path):
+    """The very same rows, one at a time and all at once."""
+    methods = ("lora", "prompt-tuning", "prefix-tuning", "bottleneck")
+    alone, joint = (small(base, tmp_path / str(n), *methods, at_once=n) for n in (1, 4))
+    for a, b in zip(alone.runs, joint.runs, strict=True):
+        assert a.metrics["loss"] == pytest.approx(b.metrics["loss"], rel=1e-4)
+        assert a.metrics["general_loss"] == pytest.approx(b.metrics["general_loss"], rel=1e-4)
+        assert a.metrics["seconds"] > 0 and b.metrics["peak_memory_bytes"] > 0
 
-    monkeypatch.setattr(training, "run", messy)
-    result = small(base, tmp_path, "lora", "bottleneck")
-    assert [r.status for r in result.runs] == ["failed", "done"]
-    assert seen[0] is not seen[1]
+
+def test_a_grid(base, tmp_path):
+    result = small(base, tmp_path, "lora:r=2|4,training.learning_rate=1e-3|1e-2")
+    assert [r.label for r in result.runs] == [
+        f"lora:r={r},training.learning_rate={rate}" for r in (2, 4) for rate in ("1e-3", "1e-2")
+    ]
+    assert all(r.status == "done" for r in result.runs) and len({r.metrics["loss"] for r in result.runs}) == 4
+
+
+def test_forgetting_is_that_of_the_saved_adapter(result, base):
+    from graftlm import PeftModel
+    from graftlm.comparison.general import General
+    from graftlm.training import resolve_base
+
+    general = General.of("quotes", "tweets")
+    model, tokenizer = resolve_base(base)
+    before = general.measure(model, tokenizer)["general_loss"]
+    for run in result.runs:
+        if run.status != "done":
+            continue
+        assert run.metrics["general_loss_before"] == pytest.approx(before, rel=1e-5)
+        adapted = PeftModel.from_pretrained(resolve_base(base)[0], result.output_dir / run.directory)
+        assert general.measure(adapted, tokenizer)["general_loss"] == pytest.approx(run.metrics["general_loss"], rel=1e-4)
+
+
+def test_learning_rates_are_searched_without_the_held_out_rows(base, tmp_path, monkeypatch):
+    module, evaluation = (importlib.import_module(f"graftlm.{n}") for n in ("comparison.search", "training.evaluation"))
+    seen, real = [], evaluation.loss_metrics
+
+    def noted(model, tokenizer, rows, *rest):
+        seen.append([tuple(r["input_ids"]) for r in rows])
+        return real(model, tokenizer, rows, *rest)
+
+    monkeypatch.setattr(evaluation, "loss_metrics", noted)
+    monkeypatch.setattr(module, "FACTORS", (0.1, 1.0, 1e6))
+    data = {"source": "tweets", "max_examples": 20, "max_eval_examples": 6}
+    methods = ["lora", "prompt-tuning:training.learning_rate=0.2"]
+    result = compare(
+        base=base,
+        data=data,
+        methods=methods,
+        output_dir=tmp_path / "o",
+        settings=SETTINGS,
+        quiet=True,
+        budget=3,
+        general=None,
+    )
+    assert set(result.search) == {"lora"}
+    trials = result.search["lora"]
+    assert [t["status"] for t in trials].count("chosen") == 1 and len(trials) == 3
+    chosen = next(t for t in trials if t["status"] == "chosen")
+    recipe = Recipe.from_yaml(result.output_dir / "lora" / "recipe.yaml")
+    assert recipe.training.learning_rate == pytest.approx(chosen["learning_rate"])
+    held_out = {tuple(i) for i in loaded(result, recipe).held_out_rows["input_ids"]}
+    tuned = [rows for rows in seen if not held_out & set(rows)]
+    assert tuned and all(set(rows) <= {tuple(i) for i in loaded(result, recipe).train_rows["input_ids"]} for rows in tuned)
+    assert "How the learning rates were found" in result.report_path.read_text()
+    assert ComparisonResult.load(result.output_dir).search == json.loads(result.json_path.read_text())["search"]
+
+
+def loaded(result, recipe):
+    from graftlm.training import resolve_base
+    from graftlm.training.setup import load_data_of
+
+    return load_data_of(recipe, resolve_base(result.base)[1], False)
+
+
+def test_the_worse_half_stops():
+    from graftlm.comparison.search import Method
+
+    method = Method([1e-3, 3e-3, 1e-2, 3e-2, 1e-1], [1.0, 2.0, 3.0], None, None)
+    for candidate, loss in zip(method.candidates, (5.0, 3.0, 1.0, 2.0), strict=False):
+        candidate.losses.append(loss)
+        method.decide(0)
+    assert all(c.status == "running" for c in method.candidates)  # one has not been measured
+    method.candidates[4].status = "failed"
+    method.decide(0)
+    assert [c.status for c in method.candidates] == ["dropped", "dropped", "running", "running", "failed"]
+    for candidate, loss in ((method.candidates[2], 0.9), (method.candidates[3], 0.5)):
+        candidate.losses.append(loss)
+        method.decide(1)
+    assert [c.status for c in method.candidates][2:4] == ["dropped", "running"]
+    assert method.chosen() is method.candidates[3]
+
+
+@pytest.mark.parametrize(("budget", "message"), [(0, "budget=0"), (-1, "budget=-1")])
+def test_bad_budgets(base, tmp_path, budget, message):
+    with pytest.raises(ConfigError, match=message):
+        small(base, tmp_path, "lora", budget=budget)
 
 
 def test_table_for_the_terminal(result):

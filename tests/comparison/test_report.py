@@ -58,7 +58,7 @@ def test_contents(result):
     found = check_self_contained(result.report_path.read_text())
     for run in result.runs:
         assert run.label in found.text
-    assert found.tags.count("svg") == 4
+    assert found.tags.count("svg") == 8
     assert "r=-1" in found.text, BROKEN
     assert f"{result.base_metrics['loss']:.3f}" in found.text
     assert f"{result.base_parameters:,}" in found.text

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, GraftError
+from ..errors import ConfigError, DataError, GraftError
 from .bases import Bases
 from .general import General
 from .progress import Shown
@@ -144,11 +144,19 @@ class Field:
         from ..training import Together, TrainingInterrupted
 
         scheme = runs[0][1].quantization
-        base = self.bases.get(scheme)
+        try:
+            base = self.bases.get(scheme)
+            baselines = [self.bases.measure(recipe, self.result, self.general) for _, recipe in runs]
+        except DataError:  # it concerns all
+            raise
+        except (GraftError, RuntimeError, ValueError, OSError) as error:
+            for run, _ in runs:
+                run.status, run.error = FAILED, f"{type(error).__name__}: {error}"
+                self.shown.ended(run)
+            return True
         together = Together(base.model, base.tokenizer, at_once=self.at_once, quiet=True)
         also = self.general.measure if self.general is not None else None
-        for run, recipe in runs:
-            baseline = self.bases.measure(recipe, self.result, self.general)
+        for (run, recipe), baseline in zip(runs, baselines, strict=True):
             together.add(
                 recipe.replace(overwrite=True), baseline=baseline, data=self.bases.data_of(recipe), also=also,
                 callbacks=[self.shown.steps()], done=partial(self.note, run),
@@ -156,9 +164,9 @@ class Field:
         try:
             together.run()
         except (KeyboardInterrupt, TrainingInterrupted):
-            for run, _ in runs:
-                if run.status == WAITING:
-                    run.status, run.error = INTERRUPTED, "stopped by Ctrl-C"
+            waiting = [run for run, _ in runs if run.status == WAITING]
+            for run in waiting[: not self.result.interrupted]:
+                run.status, run.error = INTERRUPTED, "stopped by Ctrl-C"
             return False
         finally:
             self.bases.renew(scheme)

@@ -100,8 +100,8 @@ def recommendation(result: ComparisonResult) -> list[str]:
         small = min(cheaper, key=lambda r: r.mean("trainable_parameters") or 0.0)
         lines.append(
             f"Where size matters, {small.label} does as well within the uncertainty ({show(small.mean(key))}, differences "
-            f"under {show(margin)} say nothing) with {own / (small.mean('trainable_parameters') or 1):.1f} times fewer trained "
-            f"parameters and a file of {size(small.mean('file_bytes'))}."
+            f"under {show(margin)} say nothing) with {own / (small.mean('trainable_parameters') or 1):.1f} times fewer "
+            f"trained parameters and a file of {size(small.mean('file_bytes'))}."
         )
     elif close:
         lines.append(f"Within the uncertainty of {show(margin)} are also {', '.join(r.label for r in close)}.")

@@ -107,7 +107,8 @@ def run(
                 recipe.base, task=recipe.task, dtype=recipe.dtype, quantization=recipe.quantization
             )
         made_ready(model, recipe.training.gradient_checkpointing, quiet)
-        form = {"quantization": scheme_of(model), "base_bytes": model.get_memory_footprint()}
+        size = model.get_memory_footprint() if member is None else member.base_bytes  # without other runs' adapters
+        form = {"quantization": scheme_of(model), "base_bytes": size}
         data = data or load_data_of(recipe, tokenizer, is_encoder_decoder(model))
         with running(Plan(Switch(), ())):  # the base may carry the adapters of other runs
             before = baseline if baseline is not None else measure(recipe, model, tokenizer, data)

@@ -76,6 +76,7 @@ class Member:
         self.request: Request | None = None
         self.trainer: Any = None
         self.ended = False
+        self.base_bytes = 0
         self.state = State.now()
         self.done = done
         self._work = work
@@ -189,7 +190,7 @@ class Together:
         self._checked: dict[tuple[int, ...], bool] = {}
         self._baselines: dict[tuple[str, int], Evaluation | None] = {}
         self._interrupted = False
-        self._floor = 0  # memory before the first run
+        self._floor = self._base_bytes = 0  # memory before the first run, and the base's part of it
 
     def add(
         self, recipe: Recipe, *, callbacks: Sequence[Any] = (), baseline: Evaluation | None = None,
@@ -249,7 +250,7 @@ class Together:
             )
         over(self.base, first)
         made_ready(self.base, first.training.gradient_checkpointing, quiet=True)
-        self._floor = memory_now()
+        self._floor, self._base_bytes = memory_now(), self.base.get_memory_footprint()
         with threads(first.training.threads), interrupts_go_to(self._ask):
             while self._live or (self._waiting and not self._interrupted):
                 self._fill()
@@ -272,12 +273,15 @@ class Together:
         """Let waiting runs join."""
         while self._waiting and not self._interrupted and (self.at_once is None or len(self._live) < self.at_once):
             member = self._waiting.pop(0)
+            member.base_bytes = self._base_bytes
             self._live.append(member)
             self.say(f"{member.outcome.recipe.output_dir}: starts")
 
     def _turn(self, member: Member) -> None:
         member.turn()
         if not member.ended:
+            if self._interrupted and not member.trainer.stop.asked:  # it was being set up then
+                member.trainer.stop.ask()
             return
         self._live.remove(member)
         outcome = member.outcome
@@ -298,7 +302,7 @@ class Together:
         self._interrupted = True
         log.warning("Stopping every run after its step; checkpoints are saved. Ctrl-C again stops at once, without them.")
         for member in self._live:
-            if member.trainer is not None:
+            if member.trainer is not None and not member.trainer.stop.asked:
                 member.trainer.stop.ask()
 
     # -- passes ------------------------------------------------------------------------------------------------------
