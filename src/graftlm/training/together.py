@@ -14,6 +14,7 @@ pass each run's dropout comes from its own. (Only the base's own dropout is draw
 
 from __future__ import annotations
 
+import gc
 import logging
 import random
 import time
@@ -250,6 +251,8 @@ class Together:
             )
         over(self.base, first)
         made_ready(self.base, first.training.gradient_checkpointing, quiet=True)
+        gc.collect()
+        release_freed_memory()
         self._floor, self._base_bytes = memory_now(), self.base.get_memory_footprint()
         with threads(first.training.threads), interrupts_go_to(self._ask):
             while self._live or (self._waiting and not self._interrupted):
