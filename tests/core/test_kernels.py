@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from helpers import close
 from torch import Tensor
 
 from graftlm import kernels
-from graftlm.kernels import HeadForm, Segments, attention, linear, loss
+from graftlm.kernels import HeadForm, Segments, Update, attention, grouped_low_rank, linear, lora, loss
 from graftlm.kernels.attention import Piece
 
 
@@ -205,3 +207,68 @@ def test_products_work_under_autocast() -> None:
         q = normal(6, 2, 4, seed=2, dtype=torch.float32).transpose(0, 1)
         assert Segments([Piece(0, 6)]).attend(q, q, q.bfloat16(), 0, 0.5).dtype is torch.bfloat16
     close(got, F.cross_entropy(hidden @ weight.T, targets, reduction="none"), 5e-2)
+
+
+# -- LoRA of several adapters --------------------------------------------------------------------------------------------
+def updates(many: int, shape: tuple[int, ...], second: bool, scattered: bool, dtype: torch.dtype) -> list[Update]:
+    """Adapters of other ranks, each with its part of x [..., 12] -> [..., 10]."""
+    count = shape[1] if second else shape[0]
+    found = []
+    for i in range(many):
+        places: Any = slice(i * count // many, (i + 1) * count // many)
+        places = torch.arange(i, count, many) if scattered else places
+        a, b = normal(i + 1, 12, seed=i, dtype=dtype), normal(10, i + 1, seed=i + 20, dtype=dtype)
+        found.append(Update((slice(None), places) if second else places, a, b, 0.5 + i, 0.0))
+    return found
+
+
+def slowly(y: Tensor, x: Tensor, parts: list[Update]) -> Tensor:
+    for u in parts:
+        change = torch.zeros_like(y)
+        change[u.index] = (x[u.index] @ u.a.T @ u.b.T) * u.scale
+        y = y + change
+    return y
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["side by side", "one by one"])
+@pytest.mark.parametrize("scattered", [False, True])
+@pytest.mark.parametrize(("shape", "second"), [((6, 3), False), ((6,), False), ((1, 9), True)])
+@pytest.mark.parametrize("grad", [False, True])
+def test_updates_of_several_adapters(
+    shape: tuple[int, ...], second: bool, scattered: bool, few: bool, grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora, "_WASTE", 1e12 if few else 0.0)
+    x, y = normal(*shape, 12, seed=40), normal(*shape, 10, seed=41)
+    parts = updates(3, shape, second, scattered, torch.float64)
+    wanted = slowly(y, x, parts)
+    kept = kernels.Kept()
+    if not grad:
+        with torch.no_grad():
+            for _ in range(2):  # the second time from what was kept
+                close(grouped_low_rank(y.clone(), x, parts, kept), wanted)
+            assert bool(kept) is few
+            parts[1].a.mul_(2)  # a changed adapter is seen
+            close(grouped_low_rank(y.clone(), x, parts, kept), slowly(y, x, parts))
+        return
+    leaves = [t.requires_grad_() for t in (x, y, *(f for u in parts for f in (u.a, u.b)))]
+    got = grouped_low_rank(y * 1.0, x, parts, kept)
+    close(got, wanted)
+    outer = normal(*got.shape, seed=42)
+    theirs = torch.autograd.grad(slowly(y, x, parts), leaves, outer)
+    for mine, other in zip(torch.autograd.grad(got, leaves, outer), theirs, strict=True):
+        close(mine, other)
+
+
+def test_an_adapter_of_nan_stays_in_its_rows() -> None:
+    x, y = normal(4, 1, 12), normal(4, 1, 10, seed=1)
+    parts = updates(2, (4, 1), False, False, torch.float64)
+    parts[0].b.fill_(torch.nan)
+    with torch.no_grad():
+        made = grouped_low_rank(y.clone(), x, parts, kernels.Kept())
+    assert made[:2].isnan().all()
+    close(made[2:], slowly(y, x, parts[1:])[2:])
+
+
+def test_what_is_kept_is_not_copied() -> None:
+    kept = kernels.Kept(key=1)
+    assert copy.deepcopy(kept) == {} == pickle.loads(pickle.dumps(kept))

@@ -34,6 +34,7 @@ from helpers import (
 from torch import nn
 
 import graftlm
+from graftlm.architectures import base_modules
 from graftlm.errors import AdapterError, ConfigError, UnsupportedError
 
 METHODS: tuple[Any, ...] = (
@@ -804,3 +805,18 @@ def test_loading_into_an_attached_adapter_checks_what_it_computes(tmp_path: Path
     model.set_adapter("other")
     assert all(p.requires_grad for n, p in model.named_parameters() if ".other." in n)
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".default." in n)
+
+
+def test_switching_looks_at_the_base_and_not_at_all_adapters() -> None:
+    """What `set_adapter` walks through is the same with two adapters and with twenty."""
+
+    def counted(count: int) -> int:
+        model = attach("llama", "lora")
+        for i in range(count):
+            model.add_adapter(f"more{i}", config("lora", "llama"))
+        walked = [module for _, module in base_modules(model.base)]
+        adapters = [m for _, m in model.base.named_modules() if isinstance(m, torch.nn.ModuleDict)]
+        assert adapters and not set(adapters) & set(walked)
+        return len(walked)
+
+    assert counted(1) == counted(19)
