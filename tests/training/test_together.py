@@ -156,6 +156,53 @@ def test_a_row_that_fails_the_joint_pass_fails_its_run_only(tmp_path: Path) -> N
     same(tmp_path / "reference", tmp_path / "good")
 
 
+def test_dropout_under_activation_checkpointing_takes_turns(tmp_path: Path) -> None:
+    options = {"method_options": {"lora_dropout": 0.2}}
+    runs = [recipe(tmp_path, n, gradient_checkpointing=True, seed=i).replace(**options) for i, n in enumerate("ab")]
+    for one in runs:
+        run(one.replace(output_dir=f"{one.output_dir}-alone"), quiet=True)
+    together = Together(quiet=True)
+    for one in runs:
+        together.add(one)
+    assert [o.error for o in together.run()] == [None, None] and together.passes["joint"] == 0
+    for one in runs:
+        same(f"{one.output_dir}-alone", one.output_dir)
+
+
+class Breaks(TrainerCallback):
+    """A gradient hook that raises at a step."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            parameter = next(p for p in model.parameters() if p.requires_grad)
+            parameter.register_hook(self.fail)
+
+    @staticmethod
+    def fail(gradient: torch.Tensor) -> None:
+        raise RuntimeError("no more memory")
+
+
+def test_a_backward_that_fails_is_one_runs_own(tmp_path: Path) -> None:
+    run(recipe(tmp_path, "reference"), quiet=True)
+    together = Together(quiet=True)
+    together.add(recipe(tmp_path, "breaks", seed=4), callbacks=[Breaks()])
+    together.add(recipe(tmp_path, "good"))
+    breaks, good = together.run()
+    assert "no more memory" in str(breaks.error) and good.error is None
+    same(tmp_path / "reference", tmp_path / "good")
+
+
+def test_each_seed_is_measured_on_its_own_rows(tmp_path: Path) -> None:
+    rows = "\n".join(f"question {i},answer {i % 7}" for i in range(30))
+    (tmp_path / "data.csv").write_text(f"prompt,completion\n{rows}\n")
+    data = {"source": str(tmp_path / "data.csv"), "format": "completion", "holdout": 0.2}
+    runs = [recipe(tmp_path, f"{s}", seed=s, max_steps=1).replace(data=data) for s in (0, 1)]
+    before = [run(r.replace(output_dir=f"{r.output_dir}-alone"), quiet=True).metrics["loss_before"] for r in runs]
+    outcomes = train_together(runs, quiet=True)
+    assert [o.result.metrics["loss_before"] for o in outcomes] == pytest.approx(before, rel=1e-6)
+    assert before[0] != before[1]
+
+
 def test_late_runs_join_and_the_base_is_given_back(tmp_path: Path) -> None:
     base, tokenizer = resolve_base("graftlm-base", dtype="fp32")
     before = {k: v.clone() for k, v in base.state_dict().items()}

@@ -73,6 +73,7 @@ def compare(
     Raises:
         GraftError: what concerns all methods: the base, the data, an unknown method, no seeds.
     """
+    from ..training import TrainingInterrupted
     from ..training.bases import scheme_name
 
     specs = parse_all(methods)
@@ -99,7 +100,15 @@ def compare(
     result.save()
     with Shown(quiet, console, len(result.runs)) as shown:
         if budget is not None:
-            result.search = search(specs, layers, seeds[0], bases, budget, shown)
+            try:
+                result.search = search(specs, layers, seeds, bases, budget, shown)
+            except (KeyboardInterrupt, TrainingInterrupted):
+                result.runs[0].status, result.runs[0].error = (
+                    INTERRUPTED,
+                    "stopped by Ctrl-C, in the search of learning rates",
+                )
+                result.save()
+                return result
             for label, trials in result.search.items():
                 rate = next(t["learning_rate"] for t in trials if t["status"] == "chosen")
                 layers[label] = merged(layers[label], {"training": {"learning_rate": rate}})

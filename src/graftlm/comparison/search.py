@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from ..errors import ConfigError, GraftError
 from .spec import MethodSpec, merged
 
 if TYPE_CHECKING:
-    from ..training import Outcome
+    from ..training import Outcome, Recipe
     from ..training.setup import RunData
     from .bases import Bases
     from .progress import Shown
@@ -94,13 +95,19 @@ class Rungs(TrainerCallback):
 
 
 def search(
-    specs: list[MethodSpec], layers: dict[str, dict[str, Any]], seed: int, bases: Bases, budget: float, shown: Shown
+    specs: list[MethodSpec],
+    layers: dict[str, dict[str, Any]],
+    seeds: Sequence[int],
+    bases: Bases,
+    budget: float,
+    shown: Shown,
 ) -> dict[str, list[dict[str, Any]]]:
     """Learning rates of the rows that name none: by label, what was tried and what became of it ("chosen", "finished",
     "dropped", "failed").
 
     Args:
         layers: what holds for each row, as in `run.compare`.
+        seeds: of the comparison; the search runs with the first, on rows that none of them holds out.
         budget: seconds for all of it.
 
     Raises:
@@ -114,7 +121,7 @@ def search(
         groups: dict[tuple, list[tuple[MethodSpec, Recipe]]] = {}
         for spec in specs:
             own = {"method": spec.method, "method_options": spec.options, "output_dir": str(Path(name) / spec.slug)}
-            quick = {"eval_strategy": "no", "save_strategy": "no", "load_best": False, "seed": seed}
+            quick = {"eval_strategy": "no", "save_strategy": "no", "load_best": False, "seed": seeds[0]}
             try:
                 recipe = Recipe.from_dict(merged(layers[spec.label], own, {"training": quick}))
             except GraftError:
@@ -124,7 +131,7 @@ def search(
         methods = sum(len(g) for g in groups.values())
         for group in groups.values():
             base = bases.get(group[0][1].quantization)
-            data = tuning(bases.data_of(group[0][1]), seed)
+            data = tuning(bases.data_of(group[0][1]), seeds[0], held_out(bases, group[0][1], seeds))
             now, share = time.perf_counter(), budget * len(group) / methods
             until = [now + part * share for part in (*RUNGS, 1.0)]
             together = Together(base.model, base.tokenizer, quiet=True)
@@ -167,13 +174,20 @@ def entry(candidate: Candidate) -> dict[str, Any]:
     return {"learning_rate": candidate.rate, "loss": loss, "steps": candidate.steps, "status": candidate.status}
 
 
-def tuning(data: RunData, seed: int) -> RunData:
-    """The rows to train on, a part of them taken out and in the place of the held-out rows."""
-    count = len(data.train_rows)
-    if count < 2 * FEWEST:
+def held_out(bases: Bases, recipe: Recipe, seeds: Sequence[int]) -> set[tuple[int, ...]]:
+    """Token ids of the rows that the comparison holds out under any of its seeds (which may choose them)."""
+    parts = [bases.data_of(recipe.replace(f"training.seed={seed}")).held_out_rows for seed in seeds]
+    return {tuple(ids) for part in parts if part is not None for ids in part["input_ids"]}
+
+
+def tuning(data: RunData, seed: int, forbidden: set[tuple[int, ...]]) -> RunData:
+    """The rows to train on without the forbidden ones, a part of them taken out and in the place of the held-out rows."""
+    kept = [i for i, ids in enumerate(data.train_rows["input_ids"]) if tuple(ids) not in forbidden]
+    if len(kept) < 2 * FEWEST:
         raise ConfigError(
-            f"{count} rows to train on are too few to search learning rates with (at least {2 * FEWEST}); leave budget out "
-            "and name training.learning_rate, or go with the defaults."
+            f"{len(kept)} rows to train on are too few to search learning rates with (at least {2 * FEWEST}); leave budget "
+            "out and name training.learning_rate, or go with the defaults."
         )
-    parts = data.train_rows.train_test_split(test_size=max(FEWEST, round(SHARE * count)), seed=seed)
+    size = max(FEWEST, round(SHARE * len(kept)))
+    parts = data.train_rows.select(kept).train_test_split(test_size=size, seed=seed)
     return replace(data, train_rows=parts["train"], held_out_rows=parts["test"])

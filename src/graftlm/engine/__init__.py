@@ -206,8 +206,10 @@ class Engine:
         [sequences]."""
         if self.window and int((found.sizes + counts + prefixes).max()) > self.window:
             return False
-        many, tokens = int(groups.bincount().max()), len(found.kept)
-        if many > MANY and tokens < TINY * len(groups) and 2 * tokens > named["labels"].numel():
+        many = groups.bincount()  # of each group's own sequences, as it would be alone
+        tokens = torch.zeros_like(many).index_add_(0, groups, found.sizes)
+        crowded = bool(((many > MANY) & (tokens < TINY * many)).any())
+        if crowded and 2 * len(found.kept) > named["labels"].numel():
             return False  # a step for each of many tiny sequences costs more than their padding
         if bool(((counts + prefixes > 0) & (found.positions[found.starts] > 0)).any()):
             return False  # positions of one's own, with no place in front for virtual tokens or a prefix

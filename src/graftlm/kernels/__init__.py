@@ -7,13 +7,12 @@ from .allocator import keep_freed_memory, release_freed_memory
 from .attention import Segments
 from .dropout import dropout
 from .linear import product
-from .lora import Kept, Update, grouped_low_rank, low_rank
+from .lora import Update, grouped_low_rank, low_rank
 from .loss import HeadForm, token_losses
 from .norm import rms_norm
 
 __all__ = [
     "HeadForm",
-    "Kept",
     "Segments",
     "Update",
     "dropout",

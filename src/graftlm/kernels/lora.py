@@ -95,14 +95,7 @@ class Update(NamedTuple):
 _WASTE = 1.5e6
 
 
-class Kept(dict):
-    """What is kept between calls of `grouped_low_rank`; copies and pickles of it are empty."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return Kept, ()
-
-
-def grouped_low_rank(y: Tensor, x: Tensor, updates: list[Update], kept: Kept) -> Tensor:
+def grouped_low_rank(y: Tensor, x: Tensor, updates: list[Update], kept: dict) -> Tensor:
     """`y` [..., out] with the updates of different adapters, each to its part of the batch; x [..., in].
 
     With gradients in y's dtype, as `low_rank`; without in the adapters', as a linear layer would. A few tokens go through
@@ -111,29 +104,30 @@ def grouped_low_rank(y: Tensor, x: Tensor, updates: list[Update], kept: Kept) ->
 
     Args:
         y: the layer's output so far, which nothing else may need.
-        kept: where the factors side by side are kept from call to call.
+        kept: where the factors side by side are kept, for calls between which they do not change.
     """
     if torch.is_grad_enabled():
         with torch.autocast(y.device.type, enabled=False):
             factors = [t for u in updates for t in (u.a, u.b)]
             return _GroupedLowRank.apply(y, x.to(y.dtype), updates, *factors)
     kind = y.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else updates[0].a.dtype
+    auto = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    dtypes = {auto or u.a.dtype for u in updates}
     y = y.contiguous() if not y._is_view() else y.clone(memory_format=torch.contiguous_format)
     with torch.autocast(kind, enabled=False):
-        x = x.to(dtype)
         tokens, ranks = x.numel() // x.shape[-1], sum(u.a.shape[0] for u in updates)
         waste = 2 * tokens * ranks * (x.shape[-1] + y.shape[-1])
-        if len(updates) > 1 and waste < _WASTE * len(updates):
-            return _side_by_side(y, x, updates, kept)
-        return _one_by_one(y, x, updates)
+        if len(updates) > 1 and len(dtypes) == 1 and waste < _WASTE * len(updates):
+            return _side_by_side(y, x.to(dtypes.pop()), updates, kept)
+        return _one_by_one(y, x, updates, auto)
 
 
-def _one_by_one(y: Tensor, x: Tensor, updates: list[Update]) -> Tensor:
-    """A pair of products for each adapter."""
+def _one_by_one(y: Tensor, x: Tensor, updates: list[Update], auto: torch.dtype | None) -> Tensor:
+    """A pair of products for each adapter, in its own dtype (or autocast's)."""
     for u in updates:
-        short = plain_product(x[u.index].reshape(-1, x.shape[-1]), u.a.to(x.dtype))
-        _add(y, u.index, short, u.b.to(x.dtype), u.scale)
+        dtype = auto or u.a.dtype
+        short = plain_product(x[u.index].reshape(-1, x.shape[-1]).to(dtype), u.a.to(dtype))
+        _add(y, u.index, short, u.b.to(dtype), u.scale)
     return y
 
 
@@ -148,19 +142,14 @@ def _add(y: Tensor, index: Any, short: Tensor, b: Tensor, scale: float) -> None:
         part.add_(torch.mm(short, b.t()).view(part.shape).to(y.dtype), alpha=scale)
 
 
-def _side_by_side(y: Tensor, x: Tensor, updates: list[Update], kept: Kept) -> Tensor:
+def _side_by_side(y: Tensor, x: Tensor, updates: list[Update], kept: dict) -> Tensor:
     """All adapters in one pair of products."""
-    key = (x.dtype, *((id(t), t._version, t.data_ptr()) for u in updates for t in (u.a, u.b)))
-    if kept.get("key") != key:
-        kept |= {
-            "key": key,
-            "tensors": [(u.a, u.b) for u in updates],  # while they are kept, no other tensor takes their place
-            "a": torch.cat([u.a.to(x.dtype) for u in updates]),
-            "b": torch.cat([u.b.to(x.dtype).t() for u in updates]),
-        }
+    if not kept:
+        kept["a"] = torch.cat([u.a.to(x.dtype) for u in updates])
+        kept["b"] = torch.cat([u.b.to(x.dtype).t() for u in updates])
         kept["finite"] = all(bool(torch.isfinite(kept[k]).all()) for k in "ab")
     if not kept["finite"]:  # zero times infinity would reach other adapters' rows
-        return _one_by_one(y, x, updates)
+        return _one_by_one(y, x, updates, x.dtype)
     axis = 1 if isinstance(updates[0].index, tuple) else 0
     shares = x.new_zeros(x.shape[axis], kept["a"].shape[0])
     start = 0

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import AdapterError, UnsupportedError
-from ..kernels import Kept, Update, dropout, grouped_low_rank, low_rank
+from ..kernels import Update, dropout, grouped_low_rank, low_rank
 from ..quantization import dequantize, dequantized, quantized_kind, requantized
 from ..routing import Group, Index, Routes, Switch, active_adapters, active_routes, by_group
 from .lora_init import start_factors
@@ -71,7 +71,6 @@ class LoraLayer(nn.Module):
         self.merged_adapters: list[str] = []
         # while merged, what stood here before: the base weight, or the whole layer if it is quantised; registered nowhere
         self.__dict__["saved_weight"] = self.__dict__["saved_layer"] = None
-        self.kept = Kept()  # factors of a mixed batch, side by side
         self.trained_bias: Tensor | None = None  # set by the method where `bias` is trained
         self.train(base_layer.training)
 
@@ -149,7 +148,6 @@ class LoraLayer(nn.Module):
         if name in self.merged_adapters:
             self.unmerge()
         self.trained_bias = None
-        self.kept.clear()
         for table in (self.r, self.lora_alpha, self.scaling, self.start):
             table.pop(name, None)
         for module in (self.lora_dropout, self.lora_A, self.lora_B, self.lora_magnitude_vector):
@@ -362,7 +360,7 @@ class Linear(LoraLayer):
             Update(index, *self.factors(n), self.scaling[n], self.dropped(n), partial(routes.drawing, i))
             for i, (group, index) in enumerate(parts) for n in group if n in self.scaling
         ]  # fmt: skip
-        return grouped_low_rank(result, x, updates, self.kept)
+        return grouped_low_rank(result, x, updates, routes.kept_for(self))
 
     def delta(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """What one adapter adds to the base layer's output."""

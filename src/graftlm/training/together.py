@@ -28,9 +28,11 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor
 
+from ..architectures import base_modules
 from ..errors import DivergedError, RecipeError
 from ..joint import Share, joinable, joint_losses
 from ..kernels import release_freed_memory
+from ..model import PeftModel
 from ..routing import Draws, Plan, Switch, running
 from .bases import resolve_base
 from .evaluation import Evaluation
@@ -130,18 +132,20 @@ class Member:
 class State:
     """What belongs to the process and yet to one run: random generators, and where accelerate stands in its accumulation."""
 
-    def __init__(self, torch_state: Tensor, numpy_state: Any, python_state: Any, gradient_state: dict[str, Any]) -> None:
-        self.parts = torch_state, numpy_state, python_state, gradient_state
+    def __init__(self, *parts: Any) -> None:
+        self.parts = parts  # of torch, numpy, Python, GPUs, accelerate
 
     @classmethod
     def now(cls) -> State:
-        return cls(torch.get_rng_state(), np.random.get_state(), random.getstate(), dict(_gradient_state()))
+        return cls(torch.get_rng_state(), np.random.get_state(), random.getstate(), _gpu_states(), dict(_gradient_state()))
 
     def put(self) -> None:
-        torch_state, numpy_state, python_state, gradient_state = self.parts
+        torch_state, numpy_state, python_state, gpu_states, gradient_state = self.parts
         torch.set_rng_state(torch_state)
         np.random.set_state(numpy_state)
         random.setstate(python_state)
+        if gpu_states:
+            torch.cuda.set_rng_state_all(gpu_states)
         shared = _gradient_state()
         shared.clear()
         shared.update(gradient_state)
@@ -156,6 +160,10 @@ class State:
         finally:
             self.parts = State.now().parts
             before.put()
+
+
+def _gpu_states() -> list[Tensor]:
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
 
 
 def _gradient_state() -> dict[str, Any]:
@@ -189,7 +197,7 @@ class Together:
         self._waiting: list[Member] = []
         self._live: list[Member] = []
         self._checked: dict[tuple[int, ...], bool] = {}
-        self._baselines: dict[tuple[str, int], Evaluation | None] = {}
+        self._baselines: dict[tuple[str, int, int], Evaluation | None] = {}
         self._interrupted = False
         self._floor = self._base_bytes = 0  # memory before the first run, and the base's part of it
 
@@ -218,7 +226,7 @@ class Together:
 
     def _baseline(self, recipe: Recipe) -> Evaluation | None:
         """What the plain base gives on the run's held-out rows, measured once for all runs that have the same."""
-        key = recipe.data.model_dump_json(), recipe.training.eval_batch_size
+        key = recipe.data.model_dump_json(), recipe.training.eval_batch_size, recipe.training.seed
         if key not in self._baselines:
             with running(Plan(Switch(), ())):
                 self._baselines[key] = measure(recipe, self.base, self.tokenizer)
@@ -338,29 +346,30 @@ class Together:
         member.charge(time.perf_counter() - start)
 
     def _joint(self, requests: list[Request]) -> None:
-        self.passes["joint"] += 1
         members, start = [self._of(r) for r in requests], time.perf_counter()
         draws = [Draws(m.state.parts[0]) for m in members]
+        shares = [Share(r.model, r.inputs, d, adapters_drop(r.model)) for r, d in zip(requests, draws, strict=True)]
+        parameters = [p for r in requests for p in r.model.parameters() if p.requires_grad]
+        before = [None if p.grad is None else p.grad.clone() for p in parameters]
         try:
-            found = joint_losses([Share(r.model, r.inputs, d) for r, d in zip(requests, draws, strict=True)])
+            found = joint_losses(shares)
+            losses = [] if found is None else [scaled(r, *own) for r, own in zip(requests, found, strict=True)]
+            finite = [loss for loss in losses if bool(torch.isfinite(loss.detach()))]
+            if finite:
+                torch.stack(finite).sum().backward()
         except Exception as error:
-            log.warning(
-                "A joint pass failed (%s); its runs go by themselves this time, so that only the cause of it fails.", error
-            )
-            found = None
-        if found is None:
+            log.warning("A joint pass failed (%s); its runs go by themselves this time.", error)
+            losses = []
+            for parameter, gradient in zip(parameters, before, strict=True):
+                parameter.grad = gradient
+        if not losses:
             for request in requests:
                 self._alone(request)
             return
-        losses = []
-        for request, member, draw, (total, count) in zip(requests, members, draws, found, strict=True):
+        self.passes["joint"] += 1
+        for request, member, draw, loss in zip(requests, members, draws, losses, strict=True):
             member.state.parts = (draw.state, *member.state.parts[1:])
-            loss = total / request.items if request.items is not None else total / max(count, 1) / request.parts
             request.loss = loss.detach()
-            if bool(torch.isfinite(request.loss)):
-                losses.append(loss)
-        if losses:
-            torch.stack(losses).sum().backward()
         sizes = [real_tokens(r.inputs) for r in requests]
         seconds = time.perf_counter() - start
         for member, size in zip(members, sizes, strict=True):
@@ -371,6 +380,10 @@ class Together:
 
     def _joins(self, requests: list[Request]) -> bool:
         """Whether these runs' losses in a joint pass are those alone; tried once for each set of runs, without dropout."""
+        base = requests[0].model.base
+        checkpointed = any(getattr(m, "gradient_checkpointing", False) for _, m in base_modules(base))
+        if (checkpointed or base.device.type != "cpu") and any(adapters_drop(r.model) for r in requests):
+            return False  # masks are made again in the backward pass, or come from a generator that all share
         key = tuple(id(r.model) for r in requests)
         if key not in self._checked:
             try:
@@ -408,6 +421,17 @@ class Together:
                 log.warning("A joint pass gives a loss of %.6f where it is %.6f alone; runs take turns.", a, b)
                 return False
         return True
+
+
+def scaled(request: Request, total: Tensor, count: int) -> Tensor:
+    """A run's loss as its Trainer has it, from the sum over its labels."""
+    return total / request.items if request.items is not None else total / max(count, 1) / request.parts
+
+
+def adapters_drop(model: PeftModel) -> bool:
+    """Whether a model's own adapters drop anything in training."""
+    own = {module for _, module in base_modules(model.base)}
+    return any(drops(m) and m.training for m in model.modules() if m not in own)
 
 
 def drops(module: Any) -> bool:

@@ -218,7 +218,8 @@ class Trainer(transformers.Trainer):
 
     def _may_share(self) -> bool:
         own = type(self).compute_loss is not transformers.Trainer.compute_loss or self.compute_loss_func is not None
-        return self.label_smoother is None and not own and self.args.n_gpu <= 1
+        plain = not (self.args.fp16 or self.args.bf16)  # no autocast, no gradient scaling
+        return plain and self.label_smoother is None and not own and self.args.n_gpu <= 1
 
     def _heeds_items(self, model: Any, inputs: dict[str, Any]) -> bool:
         """Whether the base's loss divides by the number of labels of the whole update, when it is told."""
