@@ -60,12 +60,12 @@ def test_bad_input(cli, base, tmp_path, arguments, message):
 
 
 def test_interrupted_comparison_is_130(cli, base, tmp_path, monkeypatch):
-    from graftlm import training
+    from graftlm.training import together
 
     def interrupted(recipe, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "run", interrupted)
+    monkeypatch.setattr(together, "run", interrupted)
     result = cli("compare", "-b", base, "-m", "lora", "-o", tmp_path / "out", *FEW)
     assert result.exit_code == 130
     assert "interrupted" in result.stdout

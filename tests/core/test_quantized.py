@@ -130,7 +130,7 @@ def test_parameters_are_counted_in_elements(folders, options, capsys):
 def test_dropout_is_hf_pefts(folders, options, scheme, tmp_path, monkeypatch):
     """Under one seed the same masks (torch's, of the padded batch), the same loss; and another loss than without dropout."""
     for place in ("lora", "dropout"):
-        monkeypatch.setattr(f"graftlm.kernels.{place}.is_cheap", lambda x, p: False)
+        monkeypatch.setattr(sys.modules[f"graftlm.kernels.{place}"], "is_cheap", lambda x, p: False)
     settings = graftlm.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], lora_dropout=0.5, **options)
     model = randomise(graftlm.get_peft_model(load(folders["llama"], scheme), settings))
     model.packs = False

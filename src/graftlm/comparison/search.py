@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of the method's default rate
 RUNGS = (0.25, 0.5)  # shares of the time at which the worse half stops
+ENOUGH = 20  # steps after which a loss says something about a rate
 SHARE, FEWEST = 0.2, 4  # tuning rows: their share, and how many there must be
 
 
@@ -154,7 +155,8 @@ def search(
                 if best is not None:
                     best.status = "chosen"
                     found[spec.label] = [entry(c) for c in method.candidates]
-                    shown.say(f"learning rate of {spec.label}: {best.rate:g} (after {best.steps} steps)")
+                    weak = "; too few to tell: give a larger budget" if best.steps < ENOUGH else ""
+                    shown.say(f"learning rate of {spec.label}: {best.rate:g} (after {best.steps} steps{weak})")
     return found
 
 
