@@ -160,7 +160,7 @@ def soft_rows(rounds: int) -> list[dict[str, Any]]:
         seconds = alternate([longer, mixed], rounds)
         found.append({"work": f"{name} rows", "ratio": seconds[0] / seconds[1]})
         print(
-            f"{name} rows, mixed with plain ones: plain batch of as many tokens and keys / GraftLM {found[-1]['ratio']:.2f}",
+            f"{name} rows among plain ones: a plain batch of as many tokens and keys / this {found[-1]['ratio']:.2f}",
             flush=True,
         )
     return found
