@@ -362,6 +362,9 @@ class Together:
             losses = []
             for parameter, gradient in zip(parameters, before, strict=True):
                 parameter.grad = gradient
+            found = []
+        if found is None:  # not with these runs, at no step: no pass is begun for it again
+            self._checked[self._key(requests)] = False
         if not losses:
             for request in requests:
                 self._alone(request)
@@ -378,13 +381,17 @@ class Together:
     def _of(self, request: Request) -> Member:
         return next(m for m in self._live if m.request is request)
 
+    def _key(self, requests: list[Request]) -> tuple[int, ...]:
+        """A set of runs. (By their outcomes, which are kept; another model may come to lie where one has gone.)"""
+        return tuple(id(self._of(r).outcome) for r in requests)
+
     def _joins(self, requests: list[Request]) -> bool:
         """Whether these runs' losses in a joint pass are those alone; tried once for each set of runs, without dropout."""
         base = requests[0].model.base
         checkpointed = any(getattr(m, "gradient_checkpointing", False) for _, m in base_modules(base))
         if (checkpointed or base.device.type != "cpu") and any(adapters_drop(r.model) for r in requests):
             return False  # masks are made again in the backward pass, or come from a generator that all share
-        key = tuple(id(r.model) for r in requests)
+        key = self._key(requests)
         if key not in self._checked:
             try:
                 self._checked[key] = self._agree(requests)

@@ -188,9 +188,19 @@ class Trainer(transformers.Trainer):
     def _may_join(self, num_items_in_batch: Any) -> bool:
         model = self.accelerator.unwrap_model(self.model)
         several = self.args.gradient_accumulation_steps > 1 and num_items_in_batch is not None and self.args.n_gpu <= 1
+        return (
+            several
+            and self._plain_loss
+            and self.model_accepts_loss_kwargs
+            and isinstance(model, PeftModel)
+            and model.can_pack()
+        )
+
+    @property
+    def _plain_loss(self) -> bool:
+        """Whether the loss is the model's own, not smoothed and not someone's."""
         own = type(self).compute_loss is not transformers.Trainer.compute_loss or self.compute_loss_func is not None
-        plain = self.label_smoother is None and not own and self.model_accepts_loss_kwargs
-        return several and plain and isinstance(model, PeftModel) and model.can_pack()
+        return self.label_smoother is None and not own
 
     def _training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         counts = self._weight(inputs), real_tokens(inputs)
@@ -217,9 +227,8 @@ class Trainer(transformers.Trainer):
         return self.member.step(request)
 
     def _may_share(self) -> bool:
-        own = type(self).compute_loss is not transformers.Trainer.compute_loss or self.compute_loss_func is not None
-        plain = not (self.args.fp16 or self.args.bf16)  # no autocast, no gradient scaling
-        return plain and self.label_smoother is None and not own and self.args.n_gpu <= 1
+        full = not (self.args.fp16 or self.args.bf16)  # no autocast, no gradient scaling
+        return full and self._plain_loss and self.args.n_gpu <= 1
 
     def _heeds_items(self, model: Any, inputs: dict[str, Any]) -> bool:
         """Whether the base's loss divides by the number of labels of the whole update, when it is told."""
