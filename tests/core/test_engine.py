@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import graftlm
 from graftlm.architectures import fast
+from graftlm.architectures.gated import mlp_forward
 from graftlm.errors import UnsupportedError
 
 METHODS = ("lora", "prompt", "p_tuning_mlp", "prefix", "prefix_projection", "houlsby", "dora", "bias_all", "modules_to_save")
@@ -227,6 +228,46 @@ def test_trained_heads_are_trained(options: dict[str, Any]) -> None:
 def test_a_base_without_language_model_head_is_left_alone() -> None:
     model = trained("bert", "lora")
     assert "logits" in model(**batch("bert"))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3", "chatglm"])
+def test_gated_mlps_keep_less_and_compute_the_same(name: str) -> None:
+    model = attach(name, "lora").train()
+    mlps = [m for m in model.modules() if isinstance(m, fast.Fast) and type(m).__name__.endswith("MLP")]
+    assert mlps, "no gated MLP was found"
+    for mlp in mlps:
+        x = torch.randn(2, 3, model.config.hidden_size)
+        kept, results = [], []
+        for forward in (mlp.forward, lambda x, m=mlp: m.plain_class.forward(m, x)):
+            x = x.detach().requires_grad_()
+            sizes: dict[int, int] = {}
+
+            def pack(t: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+                sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+                return t
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                y = forward(x)
+            kept.append(sum(sizes.values()))
+            results.append((y.detach(), *torch.autograd.grad(y.sin().sum(), x)))
+        assert kept[0] < kept[1]
+        for ours, plain in zip(*results, strict=True):
+            close(ours, plain, 1e-6)
+
+
+def test_mlps_of_another_kind_are_left_alone() -> None:
+    class OtherMLP(nn.Module):
+        """Its gate is the other half."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj, self.down_proj, self.act = nn.Linear(8, 12), nn.Linear(6, 8), nn.SiLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            up, gate = self.gate_up_proj(x).chunk(2, -1)
+            return self.down_proj(self.act(gate) * up)
+
+    assert mlp_forward(OtherMLP()) is None
 
 
 def test_sliding_windows_are_kept() -> None:

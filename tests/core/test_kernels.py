@@ -14,6 +14,7 @@ from torch import Tensor
 from graftlm import kernels
 from graftlm.kernels import HeadForm, Segments, Update, attention, grouped_low_rank, linear, lora, loss
 from graftlm.kernels.attention import Piece
+from graftlm.kernels.gated import ACTIVATIONS as GATED
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -160,6 +161,19 @@ def test_onednns_product_has_torchs_gradients(trained: bool, monkeypatch: pytest
     close(got, wanted)
     for ours, theirs in zip(*(torch.autograd.grad(y, wanted_of, outer) for y in (got, wanted)), strict=True):
         close(ours, theirs)
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["apart", "joint"])
+@pytest.mark.parametrize("activation", GATED)
+def test_gated_activations_and_their_gradients(activation: str, joint: bool) -> None:
+    both = normal(2, 5, 24).requires_grad_()
+    plain = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[activation]
+    gate, up = both.chunk(2, -1)
+    got = kernels.gated(both, None, activation) if joint else kernels.gated(gate, up, activation)
+    wanted = plain(gate) * up
+    close(got, wanted, 0)
+    outer = normal(2, 5, 12, seed=8)
+    close(*(torch.autograd.grad(y, both, outer, retain_graph=True)[0] for y in (got, wanted)))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])

@@ -24,7 +24,7 @@ from ..kernels import norm
 from ..kernels.linear import onednn_wins, product
 from ..quantization import linear_4bit, quantized_kind
 from ..routing import current_plan
-from . import bloom
+from . import bloom, gated
 from .attention import attention_modules
 from .walk import base_modules
 
@@ -123,7 +123,7 @@ def forward_for(module: nn.Module) -> Forward | None:
         return linear_4bit
     if kind.__name__.endswith("RMSNorm") and not issubclass(kind, Fast):
         return _norm_forward(module)
-    return FORWARDS.get(kind)
+    return FORWARDS.get(kind) or gated.mlp_forward(module)
 
 
 _NORMS: dict[tuple, Forward | None] = {}

@@ -6,6 +6,7 @@ Each has its slow reference in `tests/core/test_kernels.py`.
 from .allocator import keep_freed_memory, release_freed_memory
 from .attention import Segments
 from .dropout import dropout
+from .gated import gated
 from .linear import product
 from .lora import Update, grouped_low_rank, low_rank
 from .loss import HeadForm, token_losses
@@ -16,6 +17,7 @@ __all__ = [
     "Segments",
     "Update",
     "dropout",
+    "gated",
     "grouped_low_rank",
     "keep_freed_memory",
     "low_rank",
