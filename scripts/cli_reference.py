@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from typer.models import ArgumentInfo, OptionInfo
@@ -186,6 +187,13 @@ def kind(field: Any) -> str:
     options = getattr(annotation, "__args__", ())
     if options and all(isinstance(o, str) for o in options):
         return " \\| ".join(f"`{o}`" for o in options)
+    if get_origin(annotation) in (Union, UnionType):
+        return ", ".join(word(plain(option)) for option in options)
+    return word(annotation)
+
+
+def word(annotation: Any) -> str:
+    """A type that is no choice of words."""
     names = {str: "text", int: "whole number", float: "number", bool: "true, false", dict: "mapping", list: "list"}
     return names[get_origin(annotation) or annotation]
 

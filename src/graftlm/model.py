@@ -6,7 +6,7 @@ import functools
 import inspect
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
@@ -195,16 +195,25 @@ class PeftModel(Host):
             module._gradient_checkpointing_func = keep_plan(function)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
-        """Switch activation checkpointing on in the base."""
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            self.base.enable_input_require_grads()
-        self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+        """Switch activation checkpointing on in the base.
+
+        Args:
+            gradient_checkpointing_kwargs: for `torch.utils.checkpoint`, and `every_n_layers` (only each n-th layer is
+                computed again; the others keep their activations), so that it can stand in `TrainingArguments`.
+        """
+        self._enable_checkpointing(self.base.gradient_checkpointing_enable, gradient_checkpointing_kwargs, kwargs)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
         """The same under transformers' newer name."""
-        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        self._enable_checkpointing(self.base.activation_checkpointing_enable, activation_checkpointing_kwargs, kwargs)
+
+    def _enable_checkpointing(self, enable: Callable, given: dict | None, others: dict[str, Any]) -> None:
+        options = dict(given or {})
+        if "every_n_layers" in options:
+            others = others | {"every_n_layers": options.pop("every_n_layers")}
+        if options.get("use_reentrant"):
             self.base.enable_input_require_grads()
-        self.base.activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        enable(options or None, **others)
 
     # -- counting ----------------------------------------------------------------------------------------------------
     def get_nb_trainable_parameters(self) -> tuple[int, int]:

@@ -505,6 +505,23 @@ def test_checkpointing_changes_neither_loss_nor_gradients(name: str, method: Any
     assert not model.is_gradient_checkpointing
 
 
+@pytest.mark.parametrize("newer", [False, True], ids=["gradient", "activation"])
+@pytest.mark.parametrize("method", ["lora", "prompt", "prefix", ("prefix", "lora")], ids=label)
+def test_checkpointing_every_other_layer(method: Any, newer: bool) -> None:
+    model = attach("llama", method).train()
+    model(**INPUTS).loss.backward()
+    wanted = grads(model)
+    model.zero_grad(set_to_none=True)
+    enable = model.activation_checkpointing_enable if newer else model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "every_n_layers": 2})
+    assert [layer.gradient_checkpointing for layer in model.base.model.layers] == [True, False]
+    model(**INPUTS, use_cache=False).loss.backward()
+    got = grads(model)
+    assert got.keys() == wanted.keys()
+    for key, value in wanted.items():
+        torch.testing.assert_close(got[key], value, atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("method", ["lora", "prompt", "p_tuning_mlp", "houlsby", "embedding", ("lora", "prompt")], ids=label)
 def test_reentrant_checkpointing(method: Any) -> None:
     model = attach("llama", method).train()

@@ -10,6 +10,7 @@ import torch
 import transformers as t
 from safetensors.torch import load_file
 from training_helpers import Kill, equal, save_base, save_tweets
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from graftlm import PeftModel
 from graftlm.errors import RecipeError
@@ -209,6 +210,26 @@ def test_text_data_with_holdout_and_checkpointing(place: Path, tmp_path: Path) -
         recipe(place, tmp_path / "none", "data.holdout=0", data={"source": str(tmp_path / "texts.jsonl")}), quiet=True
     )
     assert none.metrics["loss"] is None and none.samples == []
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix-tuning"])
+def test_checkpointing_each_nth_layer(method: str, place: Path, tmp_path: Path) -> None:
+    seen: dict[int, set[tuple[bool, ...]]] = {0: set(), 1: set(), 2: set()}
+    losses = []
+
+    class Look(t.TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            layers = (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
+            seen[every].add(tuple(m.gradient_checkpointing for m in layers))
+
+    for every in seen:
+        written = str(every) if every else "false"
+        made = recipe(place, tmp_path / written, f"training.gradient_checkpointing={written}", method=method)
+        history = run(made, quiet=True, callbacks=[Look()]).history
+        losses.append([e["epoch_train_loss"] for e in history if "epoch_train_loss" in e])
+    assert {k: next(iter(v)) for k, v in seen.items()} == {0: (False, False), 1: (True, True), 2: (True, False)}
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert losses[2] == pytest.approx(losses[0], abs=1e-5)
 
 
 def test_encoder_decoder_run(tmp_path: Path) -> None:

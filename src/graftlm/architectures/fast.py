@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomGelu
 
 from ..errors import UnsupportedError
-from ..kernels import norm
+from ..kernels import dropout, norm
+from ..kernels.dropout import CheapDropout
 from ..kernels.linear import onednn_wins, product
 from ..quantization import linear_4bit, quantized_kind
 from ..routing import current_plan
@@ -85,6 +87,17 @@ def tanh_gelu(module: nn.Module, otherwise: Forward, x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def cheap_dropout(module: nn.Dropout, otherwise: Forward, x: Tensor) -> Tensor:
+    """Dropout whose mask is drawn quickly."""
+    return otherwise(x) if module.inplace else dropout(x, module.p)
+
+
+def cheap_dropouts(module: nn.Module, otherwise: Forward, *args: Any, **kwargs: Any) -> Any:
+    """A layer that calls torch's dropout itself (OPT, BART), with masks that are drawn quickly."""
+    with CheapDropout():
+        return otherwise(*args, **kwargs)
+
+
 def rms_norm(module: Any, otherwise: Forward, x: Tensor) -> Tensor:
     """An RMSNorm that keeps its input and one number a token."""
     if module.weight.requires_grad:
@@ -107,6 +120,7 @@ FORWARDS: dict[type, Forward] = {
     BloomAttention: bloom.attention,
     BloomGelu: tanh_gelu,
     NewGELUActivation: tanh_gelu,
+    nn.Dropout: cheap_dropout,
 }
 
 
@@ -123,7 +137,14 @@ def forward_for(module: nn.Module) -> Forward | None:
         return linear_4bit
     if kind.__name__.endswith("RMSNorm") and not issubclass(kind, Fast):
         return _norm_forward(module)
+    if isinstance(module, GradientCheckpointingLayer) and any(dropout_rates(m) for _, m in base_modules(module)):
+        return cheap_dropouts
     return FORWARDS.get(kind) or gated.mlp_forward(module)
+
+
+def dropout_rates(module: nn.Module) -> list[float]:
+    """The rates above zero that a module keeps as numbers, for torch's function."""
+    return [v for n, v in vars(module).items() if "dropout" in n and isinstance(v, float) and v > 0]
 
 
 _NORMS: dict[tuple, Forward | None] = {}
@@ -244,6 +265,4 @@ def alibi_slopes(base: nn.Module) -> Tensor | None:
 def has_dropout(base: nn.Module) -> bool:
     """Whether the base drops anything in training: then no two sequences may share what they compute."""
     modules = [m for _, m in base_modules(base)]
-    names = {n for _, m in attention_modules(base) for n in vars(m) if "dropout" in n} | {"dropout", "activation_dropout"}
-    rates = (vars(m).get(n) for m in modules for n in names)
-    return any(isinstance(m, nn.Dropout) and m.p > 0 for m in modules) or any(isinstance(r, float) and r > 0 for r in rates)
+    return any(dropout_rates(m) or (isinstance(m, nn.Dropout) and m.p > 0) for m in modules)

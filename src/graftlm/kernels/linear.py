@@ -43,6 +43,14 @@ def plain_product(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+def add_product(y: Tensor, x: Tensor, weight: Tensor, scale: float) -> None:
+    """``y += scale * x W^T`` in place, without a gradient; y [N, out], x [N, in], weight [out, in]."""
+    if _takes(x, weight) and onednn_wins(x.dtype):
+        y.add_(_onednn(x, weight, None), alpha=scale)
+    else:
+        y.addmm_(x, weight.t(), alpha=scale)
+
+
 def _takes(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dropout import is_cheap, keep_mask
-from .linear import plain_product
+from .linear import add_product, plain_product
 from .order import first_order
 
 
@@ -28,11 +28,11 @@ class _LowRank(torch.autograd.Function):
         ctx.scale = scale * factor
         short = plain_product(flat if kept is None else flat * kept, a.to(x.dtype))
         ctx.save_for_backward(x, a, b, short, kept)
-        wide = b.to(y.dtype).t()
         if y._is_view():  # what some functions hand out may not be written into
-            return torch.addmm(y.reshape(-1, y.shape[-1]), short, wide, alpha=ctx.scale).view(y.shape)
-        y.view(-1, y.shape[-1]).addmm_(short, wide, alpha=ctx.scale)
-        ctx.mark_dirty(y)
+            y = y.clone(memory_format=torch.contiguous_format)
+        else:
+            ctx.mark_dirty(y)
+        add_product(y.view(-1, y.shape[-1]), short, b.to(y.dtype), ctx.scale)
         return y
 
     @staticmethod
@@ -41,14 +41,24 @@ class _LowRank(torch.autograd.Function):
         x, a, b, short, kept = ctx.saved_tensors
         flat = x.reshape(-1, x.shape[-1])
         outer = gradient.reshape(-1, gradient.shape[-1]).to(x.dtype)
-        to_short = plain_product(outer, b.to(x.dtype).t()).mul_(ctx.scale)
-        to_b = torch.mm(outer.t(), short).to(b.dtype).mul_(ctx.scale)
-        to_a = torch.mm(to_short.t(), flat if kept is None else flat * kept).to(a.dtype)
-        to_x = None
-        if ctx.needs_input_grad[1]:
-            to_x = torch.mm(to_short, a.to(x.dtype))
-            to_x = (to_x if kept is None else to_x.mul_(kept)).view(x.shape)
-        return gradient, to_x, to_a, to_b, None, None
+        to_x, to_a, to_b = _gradients(flat, outer, a, b, short, kept, ctx.scale, ctx.needs_input_grad[1])
+        return gradient, None if to_x is None else to_x.view(x.shape), to_a, to_b, None, None
+
+
+def _gradients(
+    x: Tensor, outer: Tensor, a: Tensor, b: Tensor, short: Tensor, kept: Tensor | None, scale: float, wants_x: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of ``scale * drop(x) A^T B^T`` to x [N, in] (if wanted), A and B, from that of its value [N, out].
+
+    Those of A and B are made as ``[r, N] [N, …]``: many columns of a product cost less than many rows of one.
+    """
+    to_short = plain_product(outer, b.to(x.dtype).t()).mul_(scale)
+    to_b = plain_product(short.t(), outer.t()).t().to(b.dtype, memory_format=torch.contiguous_format).mul_(scale)
+    to_a = plain_product(to_short.t(), (x if kept is None else x * kept).t()).to(a.dtype)
+    if not wants_x:
+        return None, to_a, to_b
+    to_x = plain_product(to_short, a.to(x.dtype).t())
+    return to_x if kept is None else to_x.mul_(kept), to_a, to_b
 
 
 def _mask(x: Tensor, p: float) -> tuple[Tensor | None, float]:
@@ -137,7 +147,7 @@ def _add(y: Tensor, index: Any, short: Tensor, b: Tensor, scale: float) -> None:
     if not part._is_view():  # a copy of scattered rows
         y[index] = part + torch.mm(short, b.t()).mul_(scale).view(part.shape).to(y.dtype)
     elif y.dtype == short.dtype:
-        part.view(-1, part.shape[-1]).addmm_(short, b.t(), alpha=scale)
+        add_product(part.view(-1, part.shape[-1]), short, b, scale)
     else:
         part.add_(torch.mm(short, b.t()).view(part.shape).to(y.dtype), alpha=scale)
 
@@ -199,14 +209,11 @@ class _GroupedLowRank(torch.autograd.Function):
         to_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
         made: list[Tensor] = []
         for i, (index, scale) in enumerate(zip(indices, scales, strict=True)):
-            a, b = factors[2 * i], factors[2 * i + 1]
-            short, mask = kept[2 * i], kept[2 * i + 1]
             flat = x[index].reshape(-1, x.shape[-1])
             outer = gradient[index].reshape(-1, gradient.shape[-1]).to(x.dtype)
-            to_short = plain_product(outer, b.to(x.dtype).t()).mul_(scale)
-            to_b = torch.mm(outer.t(), short).to(b.dtype).mul_(scale)
-            made += [torch.mm(to_short.t(), flat if mask is None else flat * mask).to(a.dtype), to_b]
-            if to_x is not None:
-                back = torch.mm(to_short, a.to(x.dtype))
-                to_x[index] += (back if mask is None else back.mul_(mask)).view(to_x[index].shape)
+            pair, (short, mask) = factors[2 * i : 2 * i + 2], kept[2 * i : 2 * i + 2]
+            back, *both = _gradients(flat, outer, *pair, short, mask, scale, to_x is not None)
+            made += both
+            if to_x is not None and back is not None:
+                to_x[index] += back.view(to_x[index].shape)
         return gradient, to_x, None, *made

@@ -106,7 +106,7 @@ def run(
             model, tokenizer = resolve_base(
                 recipe.base, task=recipe.task, dtype=recipe.dtype, quantization=recipe.quantization
             )
-        made_ready(model, recipe.training.gradient_checkpointing, quiet)
+        made_ready(model, bool(recipe.training.gradient_checkpointing), quiet)
         size = model.get_memory_footprint() if member is None else member.base_bytes  # without other runs' adapters
         form = {"quantization": scheme_of(model), "base_bytes": size}
         data = data or load_data_of(recipe, tokenizer, is_encoder_decoder(model))
@@ -211,13 +211,15 @@ def training_arguments(recipe: Recipe, held_out: bool, dtype: torch.dtype) -> Tr
     )
 
 
-def checkpointing(wanted: bool) -> dict[str, Any]:
-    """The arguments that switch activation checkpointing on, under the name that this version of transformers has."""
+def checkpointing(wanted: bool | int) -> dict[str, Any]:
+    """The arguments that switch activation checkpointing on (a number n: of each n-th layer), under the name that this
+    version of transformers has."""
     if not wanted:
         return {}
     names = {f.name for f in fields(TrainingArguments)}
     name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    options = {"use_reentrant": False} | ({"every_n_layers": wanted} if wanted > 1 else {})
+    return {name: True, f"{name}_kwargs": options}
 
 
 def make_trainer(

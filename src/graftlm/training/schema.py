@@ -29,6 +29,7 @@ from .defaults import HIDDEN_FIELDS, QUANTIZED, config_type, defaults_of, plain_
 Cut = Literal["end", "prompt"]
 # YAML reads a bare `no` as false.
 Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(lambda v: "no" if v is False else v)]
+Layers = Annotated[int, Field(ge=1)]
 Scheme = Annotated[Literal["int8", "nf4", "fp4"] | None, BeforeValidator(scheme_name)]
 
 
@@ -79,7 +80,9 @@ class TrainingSection(Section):
     keep_checkpoints: int = Field(default=2, ge=1, description="checkpoints that are kept (the best is always)")
     load_best: bool = Field(default=True, description="end with the best checkpoint by held-out loss")
     early_stopping: int | None = Field(default=None, ge=1, description="stop after so many evaluations without gain")
-    gradient_checkpointing: bool = Field(default=False, description="recompute activations to save memory")
+    gradient_checkpointing: bool | Layers = Field(
+        default=False, description="recompute activations to save memory; a number n: those of each n-th layer"
+    )
     threads: int | None = Field(default=None, ge=1, description="CPU threads of torch")
     report_to: list[str] = Field(default_factory=list, description="trackers of transformers, e.g. tensorboard")
 

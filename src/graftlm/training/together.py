@@ -258,7 +258,7 @@ class Together:
                 first.base, task=first.task, dtype=first.dtype, quantization=first.quantization
             )
         over(self.base, first)
-        made_ready(self.base, first.training.gradient_checkpointing, quiet=True)
+        made_ready(self.base, bool(first.training.gradient_checkpointing), quiet=True)
         gc.collect()
         release_freed_memory()
         self._floor, self._base_bytes = memory_now(), self.base.get_memory_footprint()
