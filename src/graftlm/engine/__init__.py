@@ -61,6 +61,7 @@ class Engine:
         self.head: Any = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
         self.configs = attention_configs(base)
         self.window = attention_window(base)
+        self.slopes = alibi_slopes(base)
         self.shares_virtual = not has_dropout(base)
         self.forms: dict[tuple, Form | None] = {}
         self.divides: bool | None = None  # whether the model's loss heeds `num_items_in_batch`
@@ -173,7 +174,7 @@ class Engine:
         routes = None if plan.routes is None else plan.routes.over(owners)
         for i, draws in enumerate((plan.routes.draws if plan.routes is not None else None) or ()):
             draws.extra = even_rows(int((row.owners == i).sum()))
-        plan.segments = Segments(pieces, memories, alibi_slopes(self.host.base))
+        plan.segments = Segments(pieces, memories, self.slopes)
         plan.around = functools.partial(self.packed, plan, routes)
         plan.scratch["leave"] = stack = ExitStack()
         stack.enter_context(plan.around())
