@@ -187,6 +187,7 @@ PUBLIC = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "load_peft_weights",
+    "prepacked",
     "prepare_model_for_kbit_training",
     "set_peft_model_state_dict",
     "train_together",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .architectures.prepacked import prepacked
     from .checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
     from .methods import (
         BottleneckConfig,
@@ -52,6 +53,7 @@ _HOME = {
     "get_peft_model": ".model",
     "get_peft_model_state_dict": ".checkpoint",
     "load_peft_weights": ".checkpoint",
+    "prepacked": ".architectures.prepacked",
     "prepare_model_for_kbit_training": ".preparation",
     "set_peft_model_state_dict": ".checkpoint",
     "train_together": ".training",
@@ -78,6 +80,7 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "load_peft_weights",
+    "prepacked",
     "prepare_model_for_kbit_training",
     "set_peft_model_state_dict",
     "train_together",

@@ -351,6 +351,33 @@ def test_the_base_is_its_own_again_after_unwrapping(name: str, monkeypatch: pyte
     assert {n: type(m) for n, m in base.named_modules()} == before
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_prepacked_weights_change_no_result(name: str) -> None:
+    model = attach(name, "lora_default", base=still(name))
+    inputs = batch(name)
+    before = {n: type(m) for n, m in model.named_modules()}
+    prompt = {k: v for k, v in inputs.items() if "label" not in k}
+
+    def everything() -> tuple:
+        model.train()
+        loss, gradients, _ = pass_(model, **inputs)
+        model.eval()
+        return loss, gradients, model.generate(**prompt, max_new_tokens=4, do_sample=False)
+
+    plain = everything()
+    with graftlm.prepacked(model, at_most=10) as size:
+        assert size == 0
+        assert {n: type(m) for n, m in model.named_modules()} == before
+    with graftlm.prepacked(model) as size:
+        assert size > 1000
+        loss, gradients, tokens = everything()
+    assert {n: type(m) for n, m in model.named_modules()} == before
+    close(loss, plain[0])
+    assert torch.equal(tokens, plain[2])
+    for key, value in plain[1].items():
+        torch.testing.assert_close(gradients[key], value, atol=1e-5, rtol=1e-4)
+
+
 def test_a_failing_pass_puts_the_attention_back() -> None:
     base = still("llama")
     model = graftlm.get_peft_model(base, config("lora", "llama")).train()

@@ -12,7 +12,7 @@ from helpers import close
 from torch import Tensor
 
 from graftlm import kernels
-from graftlm.kernels import HeadForm, Segments, Update, attention, grouped_low_rank, linear, lora, loss
+from graftlm.kernels import HeadForm, Segments, Update, attention, grouped_low_rank, linear, lora, loss, packed
 from graftlm.kernels.attention import Piece
 from graftlm.kernels.gated import ACTIVATIONS as GATED
 
@@ -277,3 +277,31 @@ def test_an_adapter_of_nan_stays_in_its_rows() -> None:
         made = grouped_low_rank(y.clone(), x, parts, {})
     assert made[:2].isnan().all()
     close(made[2:], slowly(y, x, parts[1:])[2:])
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+def test_products_by_kept_blocks(transposed: bool) -> None:
+    weight = torch.nn.Parameter(normal(*((40, 24) if transposed else (24, 40)), seed=1, dtype=torch.float32), False)
+    bias, x = normal(24, seed=2, dtype=torch.float32), normal(3, 7, 40, dtype=torch.float32).requires_grad_()
+    outer = normal(3, 7, 24, seed=3, dtype=torch.float32)
+    assert packed.packed(x, weight, bias) is None
+    with packed.packed_weights([(weight, transposed)]):
+        for change in (0.0, 1.0):
+            with torch.no_grad():
+                weight += change  # noticed: the blocks are made anew
+            kept = packed.packed(x, weight, bias)
+            assert kept is not None
+            got = packed.packed_product(x, kept, weight, bias)
+            wanted = F.linear(x, weight.t() if transposed else weight, bias)
+            close(got, wanted)
+            close(*(torch.autograd.grad(y, x, outer)[0] for y in (got, wanted)))
+            close(packed.packed_product(x.detach(), kept, weight, bias), wanted.detach())
+        with packed.packed_weights([(weight, transposed)]):
+            pass
+        assert packed.packed(x, weight, bias) is not None, "the inner block has taken the outer one's away"
+        assert packed.packed(x.double(), weight, bias) is None
+        with torch.autocast("cpu"):
+            assert packed.packed(x, weight, bias) is None
+        weight.requires_grad_()
+        assert packed.packed(x, weight, bias) is None
+    assert packed.packed(x, weight.requires_grad_(False), bias) is None

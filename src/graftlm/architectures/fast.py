@@ -19,15 +19,16 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bloom.modeling_bloom import BloomAttention, BloomGelu
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedError
 from ..kernels import dropout, norm
 from ..kernels.dropout import CheapDropout
 from ..kernels.linear import onednn_wins, product
+from ..kernels.packed import packed, packed_product
 from ..quantization import linear_4bit, quantized_kind
 from ..routing import current_plan
 from . import bloom, gated
-from .attention import attention_modules
 from .walk import base_modules
 
 segment_attention = "graftlm_segments"  # the name of our attention in transformers' registry
@@ -79,7 +80,16 @@ def _signature(plain: Any) -> Any:
 
 def linear(module: nn.Linear, otherwise: Forward, x: Tensor) -> Tensor:
     """A linear layer by oneDNN (see `kernels.linear`)."""
+    if (kept := packed(x, module.weight, module.bias)) is not None:
+        return packed_product(x, kept, module.weight, module.bias)
     return product(x, module.weight, module.bias)
+
+
+def conv1d(module: Conv1D, otherwise: Forward, x: Tensor) -> Tensor:
+    """The same for GPT-2's layers, whose weight lies [in, out]."""
+    if (kept := packed(x, module.weight, module.bias)) is not None:
+        return packed_product(x, kept, module.weight, module.bias)
+    return product(x, module.weight.t(), module.bias)
 
 
 def tanh_gelu(module: nn.Module, otherwise: Forward, x: Tensor) -> Tensor:
@@ -124,22 +134,29 @@ FORWARDS: dict[type, Forward] = {
 }
 
 
-EVALUATES = {linear}  # forms that bring as much in evaluation
+LINEAR: dict[type, Forward] = {nn.Linear: linear, Conv1D: conv1d}
+EVALUATES = {linear, conv1d}  # forms that bring as much in evaluation
 
 
 def forward_for(module: nn.Module) -> Forward | None:
     """The fast forward of a module, or None."""
     kind = type(module)
-    if kind is nn.Linear:
+    if kind in LINEAR:
         weight: Any = module.weight
-        return linear if weight.device.type == "cpu" and onednn_wins(weight.dtype) else None
+        wins = weight.device.type == "cpu" and onednn_wins(weight.dtype)
+        return LINEAR[kind] if wins else None
     if "weight" in module._parameters and quantized_kind(module) == "4bit" and module.weight.device.type == "cpu":  # type: ignore[union-attr]
         return linear_4bit
-    if kind.__name__.endswith("RMSNorm") and not issubclass(kind, Fast):
+    if kind.__name__.endswith(("RMSNorm", "T5LayerNorm")) and not issubclass(kind, Fast):
         return _norm_forward(module)
-    if isinstance(module, GradientCheckpointingLayer) and any(dropout_rates(m) for _, m in base_modules(module)):
+    if isinstance(module, GradientCheckpointingLayer) and drops_by_itself(module):
         return cheap_dropouts
     return FORWARDS.get(kind) or gated.mlp_forward(module)
+
+
+def drops_by_itself(layer: nn.Module) -> bool:
+    """Whether a layer calls torch's dropout outside its attention (whose kernel takes the rate)."""
+    return any(dropout_rates(m) for _, m in base_modules(layer) if "Attention" not in type(m).__name__)
 
 
 def dropout_rates(module: nn.Module) -> list[float]:
@@ -172,6 +189,11 @@ def speed_up(model: nn.Module) -> None:
         forward = None if isinstance(module, Fast) else forward_for(module)
         if forward is not None:
             module.__class__ = fast_class(type(module), forward)  # type: ignore[arg-type]
+
+
+def plain_kind(module: nn.Module) -> type:
+    """A module's class, or the one that a fast one stands for."""
+    return module.plain_class if isinstance(module, Fast) else type(module)
 
 
 def slow_down(base: nn.Module) -> None:

@@ -69,12 +69,13 @@ def chat(
     model = _base.attach(model, adapters)
     session = Session(model, tokenizer, sampling, list(adapters), list(adapters)[:1], system)
     say(f"Adapters: {', '.join(adapters) or 'none'}. Answering: {session.title}. /help lists the commands.")
-    while (line := ask(session)) is not None:
-        if line.startswith("/"):
-            if not command(session, line):
-                break
-        elif line:
-            answer(session, line)
+    with _base.ready_to_generate(model):
+        while (line := ask(session)) is not None:
+            if line.startswith("/"):
+                if not command(session, line):
+                    break
+            elif line:
+                answer(session, line)
 
 
 def say(text: str) -> None:

@@ -71,7 +71,7 @@ def generate(
     answers: dict[str, list[str]] = {}
     for variant in chosen:
         streamer = prompt_and_streamer(prompts[0], tokenizer) if streaming else None
-        with variant.under():
+        with variant.under(), _base.ready_to_generate(model):
             answers[variant.title] = complete(
                 model, tokenizer, prompts, sampling, batch_size=batch_size, streamer=streamer
             )  # fmt: skip

@@ -89,9 +89,21 @@ class _Product(torch.autograd.Function):
 
 
 @functools.cache
+def onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether this torch and this processor have oneDNN's products of a dtype."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    try:
+        _onednn(torch.ones(16, 16, dtype=dtype), torch.ones(16, 16, dtype=dtype), None)
+    except RuntimeError:  # a processor without the instructions
+        return False
+    return True
+
+
+@functools.cache
 def onednn_wins(dtype: torch.dtype) -> bool:
     """Whether oneDNN is clearly faster here for a product and its gradient; measured once (some ten milliseconds)."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not onednn_multiplies(dtype):
         return False
     with torch.no_grad():
         x, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
@@ -99,10 +111,7 @@ def onednn_wins(dtype: torch.dtype) -> bool:
             (lambda: F.linear(x, weight), lambda: _onednn(x, weight, None)),
             (lambda: x @ weight, lambda: _onednn(x, weight.t(), None)),
         ]
-        try:
-            default, onednn = (sum(_seconds(pair[i]) for pair in pairs) for i in (0, 1))
-        except RuntimeError:  # a processor without the instructions for this dtype
-            return False
+        default, onednn = (sum(_seconds(pair[i]) for pair in pairs) for i in (0, 1))
     return onednn < _CLEAR_WIN * default
 
 

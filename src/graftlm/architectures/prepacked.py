@@ -1,0 +1,57 @@
+"""Frozen linear layers that multiply by weights kept in the processor's own layout (see `kernels.packed`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..kernels.linear import onednn_multiplies
+from ..kernels.packed import packed_weights
+from .fast import LINEAR, Fast, fast_class, plain_kind
+from .walk import base_modules
+
+
+@contextmanager
+def prepacked(model: nn.Module, at_most: int | None = None) -> Iterator[int]:
+    """Within the block, keep a model's frozen linear weights on a CPU a second time, in the layout that oneDNN multiplies
+    by fastest (and a third time where it is trained); yields the bytes of one such copy.
+
+    It helps most where few rows meet large weights: generation, short batches, bf16. Results differ by rounding. Within the
+    block nobody may write into these weights by `weight.data`; everything else that changes them is noticed.
+
+    Args:
+        model: a `PeftModel` or its base.
+        at_most: bytes of one copy, above which nothing is kept (0 is yielded).
+    """
+    base: Any = getattr(model, "base", model)
+    layers: list[Any] = [m for _, m in base_modules(base) if plain_kind(m) in LINEAR and packable(m)]
+    size = sum(m.weight.numel() * m.weight.element_size() for m in layers)
+    if at_most is not None and size > at_most:
+        layers, size = [], 0
+    ours = [m for m in layers if not isinstance(m, Fast)]
+    for module in ours:
+        kind: Any = type(module)
+        module.__class__ = fast_class(kind, LINEAR[kind])
+    try:
+        with packed_weights([(m.weight, plain_kind(m) is Conv1D) for m in layers]):
+            yield size
+    finally:
+        for module in ours:
+            if isinstance(module, Fast):
+                module.__class__ = module.plain_class
+
+
+def packable(module: Any) -> bool:
+    """Whether a linear layer's weight is frozen and can be kept in oneDNN's layout."""
+    weight = module.weight
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and not any(p.requires_grad for p in module.parameters(recurse=False))
+        and onednn_multiplies(weight.dtype)
+    )

@@ -1,0 +1,100 @@
+"""Frozen weights kept a second and third time, in the layout that oneDNN multiplies by fastest.
+
+oneDNN brings a weight into blocks of its own at every product: with few rows, that takes as long as the product. Where the
+memory is there, the blocks are kept, one set for ``x W^T`` and one for the gradient's ``g W``. Nothing tells when somebody
+writes into a weight past autograd (`weight.data`), so this holds within a block of code only (`packed_weights`), in which
+nobody does.
+
+Shapes: x [..., in], W [out, in], g [..., out].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .order import first_order
+
+_ROWS = 64  # that the blocks are laid out for; products of any number of rows take them
+_KEPT: Any = WeakIdKeyDictionary()  # weights, and their blocks
+
+
+class Packed:
+    """The blocks of one weight, made when they are first needed."""
+
+    def __init__(self, weight: Tensor, transposed: bool) -> None:
+        self.transposed = transposed
+        self.users = 0
+        self.made = self.state(weight)
+        self.blocks: dict[bool, Tensor] = {}
+
+    @staticmethod
+    def state(weight: Tensor) -> tuple:
+        return weight.data_ptr(), weight._version, weight.dtype
+
+    def of(self, weight: Tensor, backward: bool) -> Tensor:
+        """The blocks for a forward or backward product."""
+        if self.state(weight) != self.made:
+            self.blocks.clear()
+            self.made = self.state(weight)
+        if backward not in self.blocks:
+            plain = weight.detach()
+            plain = plain.t() if self.transposed != backward else plain
+            self.blocks[backward] = torch.ops.mkldnn._reorder_linear_weight(plain.contiguous(), _ROWS)
+        return self.blocks[backward]
+
+
+@contextmanager
+def packed_weights(weights: Iterable[tuple[Tensor, bool]]) -> Iterator[None]:
+    """Within the block, keep blocks of these weights on a CPU: each with whether it lies [in, out]."""
+    held = []
+    for weight, transposed in weights:
+        if weight not in _KEPT:
+            _KEPT[weight] = Packed(weight, transposed)
+        held.append(weight)
+        _KEPT[weight].users += 1
+    try:
+        yield
+    finally:
+        for weight in held:
+            _KEPT[weight].users -= 1
+            if not _KEPT[weight].users:
+                del _KEPT[weight]
+
+
+def packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Packed | None:
+    """What is kept of `weight`, if a product with x can use it."""
+    if not _KEPT or (kept := _KEPT.get(weight)) is None:
+        return None
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    usable = x.dtype is weight.dtype and x.numel() and not torch.is_autocast_enabled("cpu")
+    return kept if usable and not trained and not torch.compiler.is_compiling() else None
+
+
+def packed_product(x: Tensor, kept: Packed, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + b``; the gradient goes to x."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _PackedProduct.apply(x, kept, weight, bias)
+    return _product(x, kept.of(weight, backward=False), bias)
+
+
+class _PackedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Packed, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.kept = kept
+        return _product(x, kept.of(weight, backward=False), bias)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _product(gradient.contiguous(), ctx.kept.of(ctx.saved_tensors[0], backward=True), None), None, None, None
+
+
+def _product(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, blocks, bias, "none", [], "")
