@@ -211,7 +211,8 @@ class _GroupedLowRank(torch.autograd.Function):
         for i, (index, scale) in enumerate(zip(indices, scales, strict=True)):
             flat = x[index].reshape(-1, x.shape[-1])
             outer = gradient[index].reshape(-1, gradient.shape[-1]).to(x.dtype)
-            a, b, short, mask = (*factors[2 * i : 2 * i + 2], *kept[2 * i : 2 * i + 2])
+            a, b = factors[2 * i : 2 * i + 2]
+            short, mask = kept[2 * i : 2 * i + 2]
             back, *both = _gradients(flat, outer, a, b, short, mask, scale, to_x is not None)
             made += both
             if to_x is not None and back is not None:
