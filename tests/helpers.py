@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from families import CAUSAL, ENCODERS, SEQ2SEQ, VOCAB, build, task
 from torch import Tensor, nn
 
 import graftlm
+from graftlm.kernels import varlen
 
 EMBEDDINGS = {
     "bloom": "word_embeddings", "opt": "embed_tokens", "gpt2": "wte", "gpt_neox": "embed_in", "falcon": "word_embeddings",
@@ -171,7 +174,38 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {k: v.detach().clone() for k, v in model.state_dict().items()}
 
 
+def on_flash(monkeypatch: Any) -> list[tuple]:
+    """Let packed rows go through the GPU's attention, which is computed slowly here; returns a list of its calls."""
+    calls: list[tuple] = []
+
+    def noted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(args)
+        return flash(*args, **kwargs)
+
+    monkeypatch.setattr(varlen, "takes", lambda device, dtype: True)
+    monkeypatch.setattr(varlen, "kernel", lambda: noted)
+    return calls
+
+
+def flash(
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+    scale: float, window_size: tuple[int, int], enable_gqa: bool,
+) -> Tensor:  # fmt: skip
+    """What torch's kernel for sequences of different lengths computes on a GPU, slowly: [tokens, heads, head_dim]."""
+    assert window_size == (-1, 0)
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    made = []
+    spans = (itertools.pairwise(t.tolist()) for t in (cu_seq_q, cu_seq_k))
+    for (a, b), (c, d) in zip(*spans, strict=True):
+        assert b - a <= max_q and d - c <= max_k
+        k, v = (t[c:d].repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(0, 1) for t in (key, value))
+        seen = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+        made.append(F.scaled_dot_product_attention(query[a:b].transpose(0, 1), k, v, seen, scale=scale).transpose(0, 1))
+    return torch.cat(made)
+
+
 __all__ = [
     "CAUSAL", "COMPOSITIONS", "CONFIGS", "ENCODERS", "ONE_OF_EACH", "SEQ2SEQ", "attach", "cases", "close", "config",
-    "embedding_name", "fresh", "head_name", "label", "logits_of", "padded", "randomise", "rows", "state_of", "still",
+    "embedding_name", "fresh", "head_name", "label", "logits_of", "on_flash", "padded", "randomise", "rows",
+    "state_of", "still",
 ]  # fmt: skip

@@ -248,7 +248,18 @@ class Host(PreTrainedModel):
         for name in names:
             if name not in self.methods:
                 have = ", ".join(map(repr, self.methods)) or "none"
-                raise AdapterError(f"There is no adapter {name!r}; attached: {have}{nearest(str(name), self.methods)}")
+                hint = nearest(str(name), self.methods) + self._elsewhere(name)
+                raise AdapterError(f"There is no adapter {name!r}; attached: {have}{hint}")
+
+    def _elsewhere(self, name: str) -> str:
+        """What to say of an unknown adapter that another wrapper has: an adapter belongs to its base, and to its wrapper."""
+        for base, hosts in _HOSTS.items():
+            if any(name in host.methods for host in hosts if host is not self):
+                if base is self.base:
+                    return f"; {name!r} belongs to another wrapper over this base: load it into this one to use both at once"
+                title = getattr(base.config, "name_or_path", "") or type(base).__name__
+                return f"; {name!r} is an adapter of another base ({title}): it works on that one only"
+        return ""
 
     # -- switching ---------------------------------------------------------------------------------------------------
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as t
 from families import CAUSAL, SEQ2SEQ, VOCAB, batch
-from helpers import CONFIGS, attach, cases, close, config, padded, randomise, rows, still
+from helpers import CONFIGS, attach, cases, close, config, on_flash, padded, randomise, rows, still
 from torch import Tensor, nn
 
 import graftlm
@@ -73,6 +73,15 @@ def test_loss_gradients_and_logits(name: str, method: Any, side: str) -> None:
     close(output.logits[:, -width:][real], plain.logits[:, -width:][real])
     assert output.logits.shape == plain.logits.shape
     assert model.can_pack() == (name not in PADDED)
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt", "prefix", ("prompt", "prefix")])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "opt"])
+def test_packed_rows_by_the_gpus_attention(name: str, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = on_flash(monkeypatch)
+    model = trained(name, method)
+    same(model, **ragged())
+    assert model.can_pack() and calls
 
 
 @pytest.mark.parametrize("name", SEQ2SEQ)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from families import batch
-from helpers import attach, close
+from helpers import attach, close, still
 from test_quantized import folders, load  # noqa: F401  (a fixture)
 from transformers import AutoModelForCausalLM
 
@@ -57,6 +57,28 @@ def test_fp16_with_a_gradient_scaler(folders, scheme):  # noqa: F811
         optimiser.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
+def test_packed_rows_by_the_flash_kernel(name, method):
+    model = attach(name, method, base=still(name).to("cuda", torch.bfloat16)).cuda().train()
+    ids = torch.randint(3, 60, (4, 40), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    for row, length in enumerate((40, 9, 23, 1)):
+        mask[row, length:] = 0
+    given = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    given = {k: v.cuda() for k, v in given.items()}
+    losses = []
+    for lean in (False, True):
+        model.lean = lean
+        model.zero_grad()
+        loss = model(**given).loss
+        loss.backward()
+        losses.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    assert model.can_pack()
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=2e-2)
+    assert (losses[1][1] - losses[0][1]).norm() <= 0.1 * losses[0][1].norm()
 
 
 def test_outputs_are_those_of_the_cpu(folders):  # noqa: F811

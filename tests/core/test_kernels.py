@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import close
+from helpers import close, on_flash
 from torch import Tensor
 
 from graftlm import kernels
@@ -46,7 +46,7 @@ def dense_attention(
     return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1)
 
 
-@pytest.mark.parametrize("long", [False, True], ids=["short", "long"])
+@pytest.mark.parametrize("way", ["short", "long", "varlen"])
 @pytest.mark.parametrize(
     ("heads", "groups", "alibi", "shared", "prefix"),
     [
@@ -59,10 +59,12 @@ def dense_attention(
     ],
 )
 def test_segments_attend_like_a_masked_row(
-    heads: int, groups: int, alibi: bool, shared: int, prefix: int, long: bool, monkeypatch: pytest.MonkeyPatch
+    heads: int, groups: int, alibi: bool, shared: int, prefix: int, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if long:
+    if way == "long":
         monkeypatch.setattr(attention, "LONG", 1)
+    if way == "varlen":
+        calls = on_flash(monkeypatch)
     lengths, width = [5, 1, 7], 8
     count = shared + sum(lengths)
     tensors = [normal(count, n, width, seed=i).requires_grad_() for i, n in enumerate((heads, groups, groups))]
@@ -80,6 +82,7 @@ def test_segments_attend_like_a_masked_row(
     outer = normal(*got.shape, seed=11)
     for ours, theirs in zip(*(torch.autograd.grad(x, tensors + memory, outer) for x in (got, wanted)), strict=True):
         close(ours, theirs)
+    assert way != "varlen" or len(calls) == (not alibi)
 
 
 def test_attention_dropout_drops_and_its_gradient_is_that_of_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:

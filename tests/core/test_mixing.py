@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from families import CAUSAL, ENCODERS, SEQ2SEQ, VOCAB, build, randomise
-from helpers import TARGETS, fresh, head_name, still, task
+from helpers import CONFIGS, TARGETS, fresh, head_name, still, task
 from test_quantized import WIDER, load
 from torch import Tensor
 
@@ -84,19 +84,25 @@ def alone(inputs: dict[str, Tensor], row: int) -> dict[str, Tensor]:
     }
 
 
+def same_logits(model: Any, rows: list[Any], inputs: dict[str, Tensor], tokens: bool = False) -> None:
+    """Each row's logits in the batch are those that it has alone; with `tokens` they are one a given token."""
+    with torch.no_grad():
+        mixed = model(**inputs, adapter_names=rows).logits
+        for i, entry in enumerate(rows):
+            own = alone(inputs, i)
+            got, wanted = mixed[i], model(**own, adapter_names=[entry]).logits[0]
+            if tokens:
+                got = got[-inputs["input_ids"].shape[1] :][inputs["attention_mask"][i].bool()]
+                wanted = wanted[-own["input_ids"].shape[1] :]
+            assert (got - wanted).abs().max() <= 1e-5, (entry, float((got - wanted).abs().max()))
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", CAUSAL)
 def test_each_row_equals_itself_alone(name: str, side: str) -> None:
     model = crowd(name)
     rows = rows_of(model)
-    inputs = padded(len(rows), side)
-    with torch.no_grad():
-        mixed = model(**inputs, adapter_names=rows).logits
-        for i, entry in enumerate(rows):
-            own = alone(inputs, i)
-            wanted = model(**own, adapter_names=[entry]).logits[0, -own["input_ids"].shape[1] :]
-            got = mixed[i, -inputs["input_ids"].shape[1] :][inputs["attention_mask"][i].bool()]
-            assert (got - wanted).abs().max() <= 1e-5, (entry, float((got - wanted).abs().max()))
+    same_logits(model, rows, padded(len(rows), side), tokens=True)
 
 
 @pytest.mark.parametrize("how", ["greedy", "beams", "groups"])
@@ -137,15 +143,10 @@ def test_encoder_decoder_rows(name: str) -> None:
     inputs["decoder_input_ids"] = torch.randint(3, VOCAB, (len(rows), 4), generator=torch.Generator().manual_seed(3))
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1, "num_beams": 2}
     given = {k: v for k, v in inputs.items() if not k.startswith("decoder")}
-    with torch.no_grad():
-        mixed = model(**inputs, adapter_names=rows).logits
-        written = model.generate(**given, adapter_names=rows, **options)
-        for i, entry in enumerate(rows):
-            own = alone(inputs, i)
-            wanted = model(**own, adapter_names=[entry]).logits[0]
-            assert (mixed[i] - wanted).abs().max() <= 1e-5, entry
-            own.pop("decoder_input_ids")
-            assert torch.equal(written[i], model.generate(**own, adapter_names=[entry], **options)[0]), entry
+    same_logits(model, rows, inputs)
+    written = model.generate(**given, adapter_names=rows, **options)
+    for i, entry in enumerate(rows):
+        assert torch.equal(written[i], model.generate(**alone(given, i), adapter_names=[entry], **options)[0]), entry
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -154,11 +155,7 @@ def test_classifier_rows(name: str, side: str) -> None:
     """Each adapter's own trained head included."""
     model = crowd(name)
     rows = rows_of(model)
-    inputs = padded(len(rows), side)
-    with torch.no_grad():
-        mixed = model(**inputs, adapter_names=rows).logits
-        for i, entry in enumerate(rows):
-            assert (mixed[i] - model(**alone(inputs, i), adapter_names=[entry]).logits[0]).abs().max() <= 1e-5, entry
+    same_logits(model, rows, padded(len(rows), side))
 
 
 def test_heads_embeddings_and_biases_of_one_row_only() -> None:
@@ -174,13 +171,7 @@ def test_heads_embeddings_and_biases_of_one_row_only() -> None:
         randomise(made)
         made.eval()
         rows = [*made.methods, "__base__", next(iter(made.methods))]
-        inputs = padded(len(rows), "left")
-        with torch.no_grad():
-            mixed = made(**inputs, adapter_names=rows).logits
-            for i, entry in enumerate(rows):
-                own = alone(inputs, i)
-                length = own["input_ids"].shape[1]
-                assert (mixed[i, -length:] - made(**own, adapter_names=[entry]).logits[0, -length:]).abs().max() <= 1e-5
+        same_logits(made, rows, padded(len(rows), "left"), tokens=True)
 
 
 # -- training ------------------------------------------------------------------------------------------------------------
@@ -275,6 +266,20 @@ def test_rows_on_a_quantised_base(kind: str, tmp_path: Any) -> None:
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------------
+def test_adapters_of_other_bases_and_wrappers() -> None:
+    model, other = (
+        crowd("llama", ["lora", "prompt"]),
+        graftlm.get_peft_model(fresh("bloom"), CONFIGS["lora"](graftlm, "bloom"), "foreign"),
+    )
+    second = graftlm.get_peft_model(model.base, CONFIGS["prompt"](graftlm, "llama"), "second")
+    inputs = padded(2, "left")
+    with pytest.raises(AdapterError, match=r"row 1: .*'foreign' is an adapter of another base \(BloomForCausalLM\)"):
+        model(**inputs, adapter_names=["lora", "foreign"])
+    with pytest.raises(AdapterError, match="row 0: .*'second' belongs to another wrapper over this base"):
+        model(**inputs, adapter_names=["second", "lora"])
+    assert other.methods and second.methods
+
+
 def test_bad_names() -> None:
     model = crowd("llama", ["lora", "prompt"])
     inputs = padded(3, "left")

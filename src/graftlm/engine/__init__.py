@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..architectures import backbone_embeddings, is_encoder_decoder
 from ..architectures.fast import alibi_slopes, attention_configs, attention_window, has_dropout, packed_attention
-from ..kernels import HeadForm, Segments, keep_freed_memory, token_losses
+from ..kernels import HeadForm, Segments, keep_freed_memory, token_losses, varlen
 from ..kernels.attention import Piece
 from ..kernels.linear import even_rows
 from ..kernels.loss import chunked_losses
@@ -128,7 +128,16 @@ class Engine:
         extra = any(v is not None and k not in PACKABLE for k, v in named.items())
         extra = extra or hasattr(backbone_embeddings(base), "neftune_noise_alpha")  # noise scaled by the row's length
         extra = extra or (named.get("position_ids") is not None and named["position_ids"].dim() != 2)
-        return "padded" if extra or not self.host.packs or labels.device.type != "cpu" else "packed"
+        extra = extra or not self.packs_on(labels.device, mixed=plan.routes is not None)
+        return "padded" if extra or not self.host.packs else "packed"
+
+    def packs_on(self, device: torch.device, mixed: bool = False) -> bool:
+        """Whether packed rows are tried on a device: on GPUs only where its flash kernel does all of their attention."""
+        if device.type == "cpu":
+            return True
+        auto = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if auto else self.host._float_dtype()
+        return not mixed and self.shares_virtual and self.slopes is None and varlen.takes(device, dtype)
 
     def asked(self, named: dict, name: str) -> bool:
         """Whether an extra output is asked for: by the call, the configuration, or the model's own default."""
@@ -144,10 +153,11 @@ class Engine:
 
     # -- the packed row ----------------------------------------------------------------------------------------------
     def pack(self, plan: Plan, named: dict) -> dict | None:
-        """All rows as one, without padding; None where these rows cannot be packed."""
-        found = Sequences.of(
-            named["labels"], named.get("shift_labels"), named.get("attention_mask"), named.get("position_ids")
-        )
+        """All rows as one, without padding; None where these rows cannot be packed. It is laid out on the CPU."""
+        device = named["labels"].device
+        keys = ("labels", "shift_labels", "attention_mask", "position_ids")
+        named = named | {k: named[k].cpu() for k in keys if named.get(k) is not None}
+        found = Sequences.of(*(named.get(k) for k in keys))  # type: ignore[arg-type]
         if found is None:
             return None
         groups = torch.zeros_like(found.starts)
@@ -163,7 +173,7 @@ class Engine:
         own = found.positions + fronts.sum(0).repeat_interleave(found.sizes)
         positions = row.spread(own, [torch.arange(p, p + c) for c, p in zip(counts, prefixes, strict=True)])
         if self.entry.takes_positions:
-            inputs["position_ids"] = positions[None]
+            inputs["position_ids"] = positions[None].to(device)
         length = len(positions)
         filler = even_rows(length)  # a sequence of nothing
         inputs = {k: F.pad(v, (0, 0) * (v.dim() - 2) + (0, filler)) for k, v in inputs.items()}
@@ -179,7 +189,8 @@ class Engine:
         plan.scratch["leave"] = stack = ExitStack()
         stack.enter_context(plan.around())
         places, targets = self.targets(named, found, row)
-        plan.scratch |= {"loss": (places, targets, named.get("num_items_in_batch")), "owners": row.owners[places]}
+        loss = places.to(device), targets.to(device), named.get("num_items_in_batch")
+        plan.scratch |= {"loss": loss, "owners": row.owners[places]}
         plan.scratch["unpack"] = named["labels"].shape, found, row, max(counts)
         return inputs
 
@@ -380,7 +391,8 @@ class Engine:
         if scratch["way"] == "packed":
             (batch, length), found, row, most = scratch["unpack"]
             packed = hidden[0]
-            hidden = packed.new_zeros(batch * length, packed.shape[-1]).index_copy(0, found.kept, packed[row.tokens])
+            at = found.kept.to(packed.device)
+            hidden = packed.new_zeros(batch * length, packed.shape[-1]).index_copy(0, at, packed[row.tokens])
             hidden = hidden.view(batch, length, -1)
             if most:
                 rows = (found.kept[found.starts] // length).tolist()
@@ -388,7 +400,7 @@ class Engine:
                     (r * most + most - end + p, p)
                     for r, (start, end) in zip(rows, row.virtual, strict=True) for p in range(start, end)
                 ]  # fmt: skip
-                to, origin = torch.tensor(pairs).T
+                to, origin = torch.tensor(pairs, device=packed.device).T
                 front = packed.new_zeros(batch * most, packed.shape[-1]).index_copy(0, to, packed[origin])
                 hidden = torch.cat((front.view(batch, most, -1), hidden), dim=1)
         elif "order" in scratch:

@@ -88,7 +88,7 @@ class Check:
         engine = self.engine
         tuned = getattr(engine.entry.decoder_config(), "attn_temperature_tuning", None)  # Llama 4: by places in the row
         mixes = any(isinstance(m, nn.Conv1d) for m in engine.host.base.modules())  # along the row
-        if not form.shifts or tuned or mixes or engine.host.adapter_device.type != "cpu":
+        if not form.shifts or tuned or mixes or not engine.packs_on(engine.host.adapter_device):
             return False
         packing = replace(form, packs=True)
         try:

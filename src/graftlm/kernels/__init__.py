@@ -3,6 +3,7 @@
 Each has its slow reference in `tests/core/test_kernels.py`.
 """
 
+from . import varlen
 from .allocator import keep_freed_memory, release_freed_memory
 from .attention import Segments
 from .dropout import dropout
@@ -25,4 +26,5 @@ __all__ = [
     "release_freed_memory",
     "rms_norm",
     "token_losses",
+    "varlen",
 ]

@@ -7,9 +7,9 @@ tokens, L tokens of a sequence.
     memory   p p p p  (keys and values         b: attends to memory p, s, b up to itself
               that are not part of the row)    c: attends to c up to itself
 
-No padding is computed, and neither prefixes nor shared virtual tokens are copied for every sequence. Short sequences go
-through plain batched products with a backward pass of their own (it beats the fused kernel's on CPUs there), long ones
-through `scaled_dot_product_attention`, which keeps no probabilities.
+No padding is computed, and neither prefixes nor shared virtual tokens are copied for every sequence. On CPUs short sequences
+go through plain batched products with a backward pass of their own (it beats the fused kernel's there), long ones through
+`scaled_dot_product_attention`, which keeps no probabilities; on GPUs all go through `varlen` at once.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import varlen
 from .dropout import is_cheap, keep_mask
 from .order import first_order
 
@@ -58,6 +59,7 @@ class Segments:
         self.slopes = slopes
         self.longest = max((p.end - p.start for p in pieces), default=0)
         self._masks: dict[Any, Tensor] = {}
+        self._layout: varlen.Layout | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, p: float = 0.0) -> Tensor:
         """q [H, N, D], k and v [G, N, D] of any strides -> [N, H, D]. `p`: dropout of the probabilities."""
@@ -66,6 +68,10 @@ class Segments:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         memory = [t.to(dtype) for m in self.memories for t in m[layer]]
         with torch.autocast(kind, enabled=False):
+            if not p and self.slopes is None and varlen.takes(q.device, dtype):
+                if self._layout is None:
+                    self._layout = varlen.Layout(self, [t.shape[1] for t in memory[::2]], q.device)
+                return varlen.attend(q, k, v, self._layout, memory, scale)
             if self.longest < LONG:
                 return _Short.apply(q, k, v, self, scale, p, *memory)
             return self._long(q, k, v, memory, scale, p)
