@@ -197,7 +197,8 @@ def wrap(library: Any, base: Any, work: Workload) -> Any:
     kind, settings = work.settings
     if work.quantized:
         base = library.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-    return library.get_peft_model(base, getattr(library, kind)(task_type="CAUSAL_LM", **settings)).train()
+    task = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
+    return library.get_peft_model(base, getattr(library, kind)(task_type=task, **settings)).train()
 
 
 def sharing(base: Any) -> Any:
@@ -249,14 +250,17 @@ class Runner:
         self.model.zero_grad()
         return loss, found
 
-    def step(self, fused: bool) -> tuple[float, float]:
-        """Seconds of forward and backward, and of the optimiser."""
+    def step(self, *optimisers: bool) -> list[float]:
+        """Seconds of forward and backward, and of each optimiser (fused or not) with these gradients; the fused one's."""
         start = time.perf_counter()
         self.backward()
-        middle = time.perf_counter()
-        self.adamw[fused].step()
+        found = [time.perf_counter() - start]
+        for fused in optimisers or (True,):
+            start = time.perf_counter()
+            self.adamw[fused].step()
+            found.append(time.perf_counter() - start)
         self.model.zero_grad()
-        return middle - start, time.perf_counter() - middle
+        return found
 
 
 def joined(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -348,19 +352,13 @@ def alternate(theirs: Runner, ours: Runner, work: Workload, rounds: int) -> dict
     for round_ in range(rounds + 1):
         allocator(kept=False)
         theirs.backward()  # not timed: the allocator settles
-        plain = theirs.step(fused=False) if work.plain_adamw else None
-        fused = theirs.step(fused=True)
+        passes, *optimisers = theirs.step(not work.plain_adamw, True)
         allocator(kept=True)
         ours.backward()
-        own = ours.step(fused=True)
+        own = ours.step()
         if round_:
-            for seconds in (plain, fused):
-                if seconds:
-                    times["peft"].append(seconds[0])
-            times["peft fused"].append(fused[1])
-            times["peft adamw"].append((plain or fused)[1])
-            times["graftlm"].append(own[0])
-            times["graftlm fused"].append(own[1])
+            for key, seconds in zip(times, (passes, *optimisers, *own), strict=True):
+                times[key].append(seconds)
     return times
 
 
@@ -436,7 +434,7 @@ def memory_worker(library: str, name: str, dtype_name: str, folder: str) -> None
     runner = Runner(library, model, inputs, work.accumulate)
     memory_bench.settle("cpu")
     for _ in range(3):
-        runner.step(fused=library == "graftlm" or not work.plain_adamw)
+        runner.step(library == "graftlm" or not work.plain_adamw)
     print(json.dumps({"peak": memory_bench.peak("cpu")}))
 
 
@@ -524,8 +522,11 @@ def workloads(args: argparse.Namespace) -> None:
 
 
 # -- sweep ---------------------------------------------------------------------------------------------------------------
+FAMILIES = ["bloom", "opt", "gpt2", "llama", "qwen2", "falcon", "t5"]
+
+
 def families() -> dict[str, Callable[[Any], Any]]:
-    """Models of six families with some thirty million parameters in their blocks."""
+    """Models of `FAMILIES` with some thirty million parameters in their blocks."""
     import transformers as t
 
     sizes = {"vocab_size": 32000, "hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8}
@@ -537,6 +538,10 @@ def families() -> dict[str, Callable[[Any], Any]]:
         "llama": (t.LlamaForCausalLM, t.LlamaConfig(**gated)),
         "qwen2": (t.Qwen2ForCausalLM, t.Qwen2Config(**gated)),
         "falcon": (t.FalconForCausalLM, t.FalconConfig(**sizes)),
+        "t5": (
+            t.T5ForConditionalGeneration,
+            t.T5Config(vocab_size=32000, d_model=512, num_layers=6, num_heads=8, d_ff=2048, decoder_start_token_id=0),
+        ),
     }
 
     def maker(kind: Any, config: Any) -> Callable[[Any], Any]:
@@ -572,7 +577,7 @@ def sweep(args: argparse.Namespace) -> None:
 
     slow = []
     print(f"{'family':8} {'method':10} {'dtype':9} " + " ".join(f"{name:>22}" for name in SHAPES))
-    for family, make in families().items():
+    for family, make in ((f, m) for f, m in families().items() if f in args.families):
         for method, settings in METHODS.items():
             for dtype in args.dtype:
                 cells = []
@@ -623,8 +628,8 @@ def overheads(args: argparse.Namespace) -> None:
         print(f"wrapping a 1 B model takes {wrapping / loading:.1%} of loading it")
         model, inputs = models[1], batch(work, 65024)
         runner = Runner("graftlm", model, inputs, False)
-        first = sum(runner.step(fused=True))
-        steady = statistics.median(sum(runner.step(fused=True)) for _ in range(3))
+        first = sum(runner.step())
+        steady = statistics.median(sum(runner.step()) for _ in range(3))
         print(f"the first step takes {first / steady:.2f} of a later one")
         theirs = wrap(peft, AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16), work)
         saves = [seconds(lambda m=m: m.save_pretrained(Path(name) / "adapter"), 5) for m in (theirs, model)]
@@ -688,6 +693,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of each library")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory runs out")
     parser.add_argument("--sweep", action="store_true", help="families x methods x dtypes x batches")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES, help="of the sweep")
     parser.add_argument("--overheads", action="store_true", help="what is not the step itself")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--plot", type=Path, default=None)

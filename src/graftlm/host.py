@@ -252,14 +252,15 @@ class Host(PreTrainedModel):
                 raise AdapterError(f"There is no adapter {name!r}; attached: {have}{hint}")
 
     def _elsewhere(self, name: str) -> str:
-        """What to say of an unknown adapter that another wrapper has: an adapter belongs to its base, and to its wrapper."""
-        for base, hosts in _HOSTS.items():
-            if any(name in host.methods for host in hosts if host is not self):
-                if base is self.base:
-                    return f"; {name!r} belongs to another wrapper over this base: load it into this one to use both at once"
-                title = getattr(base.config, "name_or_path", "") or type(base).__name__
-                return f"; {name!r} is an adapter of another base ({title}): it works on that one only"
-        return ""
+        """What to say of an unknown adapter that another wrapper has: an adapter belongs to its wrapper, and to its base."""
+        if any(name in host.methods for host in _HOSTS.get(self.base, ())):
+            return f"; {name!r} belongs to another wrapper over this base: load it into this one to use both at once"
+        others = (base for base, hosts in _HOSTS.items() if any(name in host.methods for host in hosts))
+        other: Any = next(others, None)
+        if other is None:
+            return ""
+        title = getattr(other.config, "name_or_path", "") or type(other).__name__
+        return f"; {name!r} is attached to another base ({title}): rows of this one cannot go through it"
 
     # -- switching ---------------------------------------------------------------------------------------------------
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:

@@ -213,7 +213,15 @@ class PeftModel(Host):
             others = others | {"every_n_layers": options.pop("every_n_layers")}
         if options.get("use_reentrant"):
             self.base.enable_input_require_grads()
-        enable(options or None, **others)
+        try:
+            enable(options or None, **others)
+        except TypeError as error:
+            if "every_n_layers" not in others:
+                raise
+            raise UnsupportedError(
+                f"every_n_layers={others['every_n_layers']}: this version of transformers, or this model, recomputes every "
+                f"layer or none ({error}). Leave it out."
+            ) from error
 
     # -- counting ----------------------------------------------------------------------------------------------------
     def get_nb_trainable_parameters(self) -> tuple[int, int]:

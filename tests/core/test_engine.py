@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
-from families import CAUSAL, SEQ2SEQ, VOCAB, batch
+from families import CAUSAL, SEQ2SEQ, VOCAB, batch, build
 from helpers import CONFIGS, attach, cases, close, config, on_flash, padded, randomise, rows, still
 from torch import Tensor, nn
 
@@ -264,19 +264,62 @@ def test_gated_mlps_keep_less_and_compute_the_same(name: str) -> None:
             close(ours, plain, 1e-6)
 
 
-def test_mlps_of_another_kind_are_left_alone() -> None:
-    class OtherMLP(nn.Module):
-        """Its gate is the other half."""
+class GatedMLP(nn.Module):
+    """A gated MLP, or one that does something else in between."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.gate_up_proj, self.down_proj, self.act = nn.Linear(8, 12), nn.Linear(6, 8), nn.SiLU()
+    def __init__(self, twist: str = "", limit: float = 0.0) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj, self.act = nn.Linear(8, 12), nn.Linear(6, 8), nn.SiLU()
+        self.twist, self.limit = twist, limit
 
-        def forward(self, x: Tensor) -> Tensor:
-            up, gate = self.gate_up_proj(x).chunk(2, -1)
-            return self.down_proj(self.act(gate) * up)
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        if self.twist == "swapped":
+            gate, up = up, gate
+        if self.twist == "clamped":
+            up = up.clamp(-10, 10)
+        made = self.act(gate) * up
+        if self.twist == "dropped":
+            made = nn.functional.dropout(made, 0.1, self.training)
+        return self.down_proj(made + self.limit if self.limit else made)
 
-    assert mlp_forward(OtherMLP()) is None
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("twist", ["swapped", "clamped", "dropped"])
+def test_mlps_of_another_kind_are_left_alone(twist: str, training: bool) -> None:
+    tried: dict = {}
+    assert mlp_forward(GatedMLP().train(training), tried) is not None
+    assert mlp_forward(GatedMLP(twist).train(training), tried) is None
+    assert mlp_forward(GatedMLP(limit=1.0).train(training), tried) is None
+    owner = GatedMLP()
+    owner.scale = nn.Parameter(torch.ones(()))
+    assert mlp_forward(owner, tried) is None
+    assert owner.training and owner.act.training
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bart"])
+def test_dropout_of_the_base(name: str) -> None:
+    """Models that drop are packed; a layer that is run again draws its masks again, with and without a gradient."""
+    rates = {"gpt2": {"resid_pdrop": 0.3, "embd_pdrop": 0.3}}.get(name, {"dropout": 0.3})
+    model = attach(name, "lora", base=build(name, **rates)).train()
+    inputs = batch(name) if name in SEQ2SEQ else ragged()
+    assert model.can_pack() == (name not in SEQ2SEQ)
+    found = []
+    for options in (None, {"use_reentrant": False}, {"use_reentrant": True}):
+        if options:
+            model.gradient_checkpointing_enable(options)
+        model(**inputs)
+        torch.manual_seed(1)
+        loss, gradients, _ = pass_(model, **inputs, use_cache=False)
+        found.append((loss, torch.cat([g.flatten() for g in gradients.values()])))
+    torch.manual_seed(2)
+    assert pass_(model, **inputs, use_cache=False)[0] != found[0][0], "nothing was dropped"
+    for loss, gradient in found[1:]:
+        close(loss, found[0][0])
+        close(gradient, found[0][1])
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(*(model(**inputs).logits for _ in range(2)))
 
 
 def test_sliding_windows_are_kept() -> None:

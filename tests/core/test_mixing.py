@@ -273,7 +273,7 @@ def test_adapters_of_other_bases_and_wrappers() -> None:
     )
     second = graftlm.get_peft_model(model.base, CONFIGS["prompt"](graftlm, "llama"), "second")
     inputs = padded(2, "left")
-    with pytest.raises(AdapterError, match=r"row 1: .*'foreign' is an adapter of another base \(BloomForCausalLM\)"):
+    with pytest.raises(AdapterError, match=r"row 1: .*'foreign' is attached to another base \(BloomForCausalLM\)"):
         model(**inputs, adapter_names=["lora", "foreign"])
     with pytest.raises(AdapterError, match="row 0: .*'second' belongs to another wrapper over this base"):
         model(**inputs, adapter_names=["second", "lora"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -99,25 +99,25 @@ def tanh_gelu(module: nn.Module, otherwise: Forward, x: Tensor) -> Tensor:
 
 def cheap_dropout(module: nn.Dropout, otherwise: Forward, x: Tensor) -> Tensor:
     """Dropout whose mask is drawn quickly."""
-    return otherwise(x) if module.inplace else dropout(x, module.p)
+    return otherwise(x) if module.inplace else dropout(x, module.p, module.training)
 
 
 def cheap_dropouts(module: nn.Module, otherwise: Forward, *args: Any, **kwargs: Any) -> Any:
     """A layer that calls torch's dropout itself (OPT, BART), with masks that are drawn quickly."""
-    with CheapDropout():
+    with CheapDropout() if module.training else nullcontext():
         return otherwise(*args, **kwargs)
 
 
 def rms_norm(module: Any, otherwise: Forward, x: Tensor) -> Tensor:
     """An RMSNorm that keeps its input and one number a token."""
-    if module.weight.requires_grad:
+    if module.weight.requires_grad or x.dtype is not module.weight.dtype:
         return otherwise(x)
     return norm.rms_norm(x, module.weight, _epsilon(module), one_more=False)
 
 
 def rms_norm_plus_one(module: Any, otherwise: Forward, x: Tensor) -> Tensor:
     """The same where the weight is a difference to one (Gemma)."""
-    if module.weight.requires_grad:
+    if module.weight.requires_grad or x.dtype is not module.weight.dtype:
         return otherwise(x)
     return norm.rms_norm(x, module.weight, _epsilon(module), one_more=True)
 
@@ -135,11 +135,13 @@ FORWARDS: dict[type, Forward] = {
 
 
 LINEAR: dict[type, Forward] = {nn.Linear: linear, Conv1D: conv1d}
-EVALUATES = {linear, conv1d}  # forms that bring as much in evaluation
+# Forms that bring as much in evaluation, and those that go by their module's own mode: under reentrant checkpointing a
+# layer's first pass has no gradient, and must draw the masks that its second one draws.
+EVALUATES = {linear, conv1d, cheap_dropout, cheap_dropouts}
 
 
-def forward_for(module: nn.Module) -> Forward | None:
-    """The fast forward of a module, or None."""
+def forward_for(module: nn.Module, tried: dict) -> Forward | None:
+    """The fast forward of a module, or None; `tried` keeps what was found of modules like it."""
     kind = type(module)
     if kind in LINEAR:
         weight: Any = module.weight
@@ -151,12 +153,13 @@ def forward_for(module: nn.Module) -> Forward | None:
         return _norm_forward(module)
     if isinstance(module, GradientCheckpointingLayer) and drops_by_itself(module):
         return cheap_dropouts
-    return FORWARDS.get(kind) or gated.mlp_forward(module)
+    return FORWARDS.get(kind) or gated.mlp_forward(module, tried)
 
 
 def drops_by_itself(layer: nn.Module) -> bool:
-    """Whether a layer calls torch's dropout outside its attention (whose kernel takes the rate)."""
-    return any(dropout_rates(m) for _, m in base_modules(layer) if "Attention" not in type(m).__name__)
+    """Whether a layer on a CPU calls torch's dropout outside its attention (whose kernel takes the rate)."""
+    drops = any(dropout_rates(m) for _, m in base_modules(layer) if "Attention" not in type(m).__name__)
+    return drops and all(p.device.type == "cpu" for p in layer.parameters())
 
 
 def dropout_rates(module: nn.Module) -> list[float]:
@@ -185,8 +188,9 @@ def _norm_forward(module: Any) -> Forward | None:
 def speed_up(model: nn.Module) -> None:
     """Put the fast forms in place, in a base and in adapters. Repeatable."""
     module: Any
+    tried: dict = {}
     for module in model.modules():
-        forward = None if isinstance(module, Fast) else forward_for(module)
+        forward = None if isinstance(module, Fast) else forward_for(module, tried)
         if forward is not None:
             module.__class__ = fast_class(type(module), forward)  # type: ignore[arg-type]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,25 +25,26 @@ LAYERS = [
 ]  # fmt: skip
 ACTIVATIONS = {nn.SiLU: "silu", a.SiLUActivation: "silu", a.GELUActivation: "gelu", a.GELUTanh: "gelu_tanh"}
 
-_TRIED: dict[tuple, Callable | None] = {}
 
-
-def mlp_forward(module: nn.Module) -> Callable | None:
-    """The fast forward of a gated MLP; None for any other module."""
-    children = module._modules
+def mlp_forward(module: nn.Module, tried: dict | None = None) -> Callable | None:
+    """The fast forward of a gated MLP; None for any other module. `tried` keeps what was found of modules like it."""
+    children = {name: child for name, child in module._modules.items() if child is not None}
     names = next((n for n in LAYERS if all(name in children for name in n)), None)
-    if names is None:
+    own = [*module._parameters.values(), *module._buffers.values()]
+    if names is None or any(t is not None for t in own):
         return None
-    others = {name: child for name, child in children.items() if name not in names and child is not None}
+    others = {name: child for name, child in children.items() if name not in names}
     active = [ACTIVATIONS.get(plain(type(child)), "") for child in others.values() if not isinstance(child, nn.Dropout)]
     dropout = next((name for name, child in others.items() if isinstance(child, nn.Dropout)), None)
     if len(active) > 1 or (active and not active[0]) or len(others) > 2:
         return None
-    key = type(module), names, *active, dropout
-    if key not in _TRIED:
+    tried = {} if tried is None else tried
+    settings = [(n, v if isinstance(v, (int, float, str)) else id(v)) for n, v in vars(module).items() if n[0] != "_"]
+    key = type(module), names, *active, dropout, *sorted(settings)
+    if key not in tried:
         forward = mlp(names, active[0] if active else "silu", dropout)
-        _TRIED[key] = forward if same(module, names, forward) else None
-    return _TRIED[key]
+        tried[key] = forward if same(module, names, forward) else None
+    return tried[key]
 
 
 def plain(kind: Any) -> Any:
@@ -67,23 +69,31 @@ def mlp(names: tuple[str, ...], activation: str, dropout: str | None) -> Callabl
 
 
 def same(module: nn.Module, names: tuple[str, ...], forward: Callable) -> bool:
-    """Whether `forward` computes what this family's MLP does, found with layers of its own kind that are small."""
+    """Whether `forward` computes what this family's MLP does, found with layers of its own kind that are small: in training
+    and in evaluation (dropout), for small inputs and large ones (clamps), in fp32 and bf16."""
     probe = copy.copy(module)
     wide = 2 if len(names) == 2 else 1
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         layers = [nn.Linear(8, 6 * wide) for _ in names[:-1]] + [nn.Linear(6, 8)]
-        probe._modules = module._modules | dict(zip(names, layers, strict=True))
-        for dtype in (torch.float32, torch.bfloat16):
+        others: dict[str, Any] = {
+            n: copy.copy(child) for n, child in module._modules.items() if child is not None and n not in names
+        }
+        probe._modules = others | dict(zip(names, layers, strict=True))
+        cases = itertools.product((torch.float32, torch.bfloat16), (1.0, 1e4), (True, False))
+        for dtype, size, training in cases:
+            for part in (*layers, *others.values()):
+                part.training = training
+            probe.training = training
             for layer in layers:
                 layer.to(dtype)
-            x = torch.randn(3, 8).to(dtype)
+            x = (torch.randn(3, 8) * size).to(dtype)
             made = []
             for run in (functools.partial(plain(type(module)).forward, probe), functools.partial(forward, probe, None)):
                 torch.manual_seed(1)
                 try:
                     made.append(run(x))
-                except Exception:  # noqa: BLE001 - a forward that wants more than its input
+                except Exception:  # a forward that wants more than its input
                     return False
             if made[0].dtype is not made[1].dtype or not torch.equal(*made):
                 return False

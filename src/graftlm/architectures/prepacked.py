@@ -50,7 +50,9 @@ def packable(module: Any) -> bool:
     """Whether a linear layer's weight is frozen and can be kept in oneDNN's layout."""
     weight = module.weight
     return (
-        weight.device.type == "cpu"
+        type(weight) in (torch.Tensor, nn.Parameter)  # no quantised tensor
+        and not weight.is_inference()  # those tell of no changes
+        and weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.bfloat16)
         and not any(p.requires_grad for p in module.parameters(recurse=False))
         and onednn_multiplies(weight.dtype)

@@ -137,10 +137,11 @@ def attach(model: Any, adapters: dict[str, str], allow_base_mismatch: bool = Fal
 
 def ready_to_generate(model: Any) -> AbstractContextManager:
     """Weights kept as this processor multiplies by them fastest, where that takes less than half of the free memory."""
+    import psutil
+
     from ..architectures.prepacked import prepacked
 
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
-    return prepacked(model, at_most=free // 2)
+    return prepacked(model, at_most=psutil.virtual_memory().available // 2)
 
 
 def directory(path: str) -> Path:

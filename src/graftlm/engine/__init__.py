@@ -419,7 +419,9 @@ class Engine:
 
     def group_form(self, group: Group) -> Form | None:
         """The same for one composition of adapters."""
-        key = (*(c > 0 for c in self.host.counts(group)), getattr(self.host.base, "loss_function", None))
+        kind = self.host.adapter_device.type
+        auto = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        key = (*(c > 0 for c in self.host.counts(group)), getattr(self.host.base, "loss_function", None), kind, auto)
         if key not in self.forms:
             if self.host.adapter_device.type == "cpu":
                 keep_freed_memory()

@@ -7,9 +7,9 @@ tokens, L tokens of a sequence.
     memory   p p p p  (keys and values         b: attends to memory p, s, b up to itself
               that are not part of the row)    c: attends to c up to itself
 
-No padding is computed, and neither prefixes nor shared virtual tokens are copied for every sequence. On CPUs short sequences
-go through plain batched products with a backward pass of their own (it beats the fused kernel's there), long ones through
-`scaled_dot_product_attention`, which keeps no probabilities; on GPUs all go through `varlen` at once.
+No padding is computed. On CPUs neither prefixes nor shared virtual tokens are copied for every sequence; short sequences go
+through plain batched products with a backward pass of their own (it beats the fused kernel's there), long ones through
+`scaled_dot_product_attention`, which keeps no probabilities. On GPUs all go through `varlen` at once, with such keys copied.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Segments:
                 made = made.repeat(heads // groups, 1)[None]
             else:
                 places = torch.arange(before + length, device=like.device)
-                made = made + (self.slopes.float()[:, None, None] * places).to(like.dtype)
+                made = made + (self.slopes.to(like.device).float()[:, None, None] * places).to(like.dtype)
                 made = made.reshape(groups, heads // groups * length, -1)
             self._masks[key] = made.to(like.dtype)
         return self._masks[key]

@@ -53,7 +53,7 @@ def _gradients(
     Those of A and B are made as ``[r, N] [N, …]``: many columns of a product cost less than many rows of one.
     """
     to_short = plain_product(outer, b.to(x.dtype).t()).mul_(scale)
-    to_b = plain_product(short.t(), outer.t()).t().to(b.dtype, memory_format=torch.contiguous_format).mul_(scale)
+    to_b = plain_product(short.t(), outer.t()).t().to(b.dtype).contiguous().mul_(scale)
     to_a = plain_product(to_short.t(), (x if kept is None else x * kept).t()).to(a.dtype)
     if not wants_x:
         return None, to_a, to_b

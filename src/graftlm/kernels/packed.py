@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .order import first_order
 
+_DTYPES = (torch.float32, torch.bfloat16)
 _ROWS = 64  # that the blocks are laid out for; products of any number of rows take them
 _KEPT: Any = WeakIdKeyDictionary()  # weights, and their blocks
 
@@ -72,8 +73,9 @@ def packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Packed | None:
     if not _KEPT or (kept := _KEPT.get(weight)) is None:
         return None
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    usable = x.dtype is weight.dtype and x.numel() and not torch.is_autocast_enabled("cpu")
-    return kept if usable and not trained and not torch.compiler.is_compiling() else None
+    usable = x.dtype is weight.dtype and x.dtype in _DTYPES and weight.device.type == "cpu" and x.numel()
+    usable = usable and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    return kept if usable and not trained else None
 
 
 def packed_product(x: Tensor, kept: Packed, weight: Tensor, bias: Tensor | None) -> Tensor:
