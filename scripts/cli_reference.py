@@ -194,6 +194,8 @@ def kind(field: Any) -> str:
 
 def word(annotation: Any) -> str:
     """A type that is no choice of words."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
     names = {str: "text", int: "whole number", float: "number", bool: "true, false", dict: "mapping", list: "list"}
     return names[get_origin(annotation) or annotation]
 
