@@ -80,16 +80,19 @@ def _signature(plain: Any) -> Any:
 
 def linear(module: nn.Linear, otherwise: Forward, x: Tensor) -> Tensor:
     """A linear layer by oneDNN (see `kernels.linear`)."""
-    if (kept := packed(x, module.weight, module.bias)) is not None:
-        return packed_product(x, kept, module.weight, module.bias)
-    return product(x, module.weight, module.bias)
+    return by_onednn(module, x, module.weight)
 
 
 def conv1d(module: Conv1D, otherwise: Forward, x: Tensor) -> Tensor:
     """The same for GPT-2's layers, whose weight lies [in, out]."""
+    return by_onednn(module, x, module.weight.t())
+
+
+def by_onednn(module: Any, x: Tensor, weight: Tensor) -> Tensor:
+    """``x W^T + b`` of a layer; by what is kept of its weight, if anything is. weight: the layer's, as [out, in]."""
     if (kept := packed(x, module.weight, module.bias)) is not None:
         return packed_product(x, kept, module.weight, module.bias)
-    return product(x, module.weight.t(), module.bias)
+    return product(x, weight, module.bias)
 
 
 def tanh_gelu(module: nn.Module, otherwise: Forward, x: Tensor) -> Tensor:
@@ -193,11 +196,6 @@ def speed_up(model: nn.Module) -> None:
         forward = None if isinstance(module, Fast) else forward_for(module, tried)
         if forward is not None:
             module.__class__ = fast_class(type(module), forward)  # type: ignore[arg-type]
-
-
-def plain_kind(module: nn.Module) -> type:
-    """A module's class, or the one that a fast one stands for."""
-    return module.plain_class if isinstance(module, Fast) else type(module)
 
 
 def slow_down(base: nn.Module) -> None:

@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..kernels.linear import onednn_multiplies
 from ..kernels.packed import packed_weights
-from .fast import LINEAR, Fast, fast_class, plain_kind
+from .fast import LINEAR, Fast, fast_class
+from .gated import plain
 from .walk import base_modules
 
 
@@ -29,7 +30,7 @@ def prepacked(model: nn.Module, at_most: int | None = None) -> Iterator[int]:
         at_most: bytes of one copy, above which nothing is kept (0 is yielded).
     """
     base: Any = getattr(model, "base", model)
-    layers: list[Any] = [m for _, m in base_modules(base) if plain_kind(m) in LINEAR and packable(m)]
+    layers: list[Any] = [m for _, m in base_modules(base) if plain(type(m)) in LINEAR and packable(m)]
     size = sum(m.weight.numel() * m.weight.element_size() for m in layers)
     if at_most is not None and size > at_most:
         layers, size = [], 0
@@ -38,7 +39,7 @@ def prepacked(model: nn.Module, at_most: int | None = None) -> Iterator[int]:
         kind: Any = type(module)
         module.__class__ = fast_class(kind, LINEAR[kind])
     try:
-        with packed_weights([(m.weight, plain_kind(m) is Conv1D) for m in layers]):
+        with packed_weights([(m.weight, plain(type(m)) is Conv1D) for m in layers]):
             yield size
     finally:
         for module in ours:

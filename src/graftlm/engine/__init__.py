@@ -423,7 +423,7 @@ class Engine:
         auto = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         key = (*(c > 0 for c in self.host.counts(group)), getattr(self.host.base, "loss_function", None), kind, auto)
         if key not in self.forms:
-            if self.host.adapter_device.type == "cpu":
+            if kind == "cpu":
                 keep_freed_memory()
             try:
                 self.forms[key] = Check(self, Plan(self.host.switch, group)).form()
