@@ -83,6 +83,23 @@ def test_each_run_is_as_alone(tmp_path: Path) -> None:
             assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5), (name, key)
 
 
+def test_an_early_stop_is_one_runs_own(tmp_path: Path) -> None:
+    each = {"eval_strategy": "steps", "save_strategy": "steps", "interval": 1}
+
+    def pair(folder: Path) -> list[Recipe]:
+        """One whose loss grows at once, and one that goes on."""
+        return [recipe(folder, "stops", learning_rate=3.0, early_stopping=1, **each), recipe(folder, "other")]
+
+    for one in pair(tmp_path / "alone"):
+        run(one, quiet=True)
+    outcomes = train_together(pair(tmp_path / "together"), quiet=True)
+    assert [o.error for o in outcomes] == [None, None]
+    steps = {n: [len(losses(tmp_path / way / n)) for way in ("alone", "together")] for n in ("stops", "other")}
+    assert steps["stops"][0] == steps["stops"][1] < 6
+    assert steps["other"] == [6, 6]
+    same(tmp_path / "alone" / "other", tmp_path / "together" / "other")
+
+
 @pytest.mark.slow
 def test_fifty_steps_stay_within_1e5(tmp_path: Path) -> None:
     def runs(folder: Path) -> list[Recipe]:
