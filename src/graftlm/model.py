@@ -118,7 +118,9 @@ class PeftModel(Host):
         if self.entry.engine.stale():
             self._connect()
         names = kwargs.pop("adapter_names", None)
+        smoothing = kwargs.pop("label_smoothing", None) or 0.0
         plan = self._plan(names, None if names is None else batch_size(self.entry.named(args, kwargs)))
+        plan.smoothing = smoothing
         with running(plan):
             try:
                 return self.base_model(*args, **kwargs)
@@ -130,10 +132,24 @@ class PeftModel(Host):
 
         It is tried out once, on a small random batch.
         """
+        form = self._training_form() if self.packs else None
+        return form is not None and form.packs
+
+    def makes_loss(self, inputs: dict[str, Any] | None = None) -> bool:
+        """Whether training passes, or that of these `inputs`, make the loss without all logits under the active adapters;
+        only then does a call take `label_smoothing`, the share of each target that is spread over the vocabulary.
+
+        It is tried out once, on a small random batch.
+        """
+        if inputs is not None and self.entry.engine.way(self._plan(), inputs) == "plain":
+            return False
+        return self._training_form() is not None
+
+    def _training_form(self) -> Any:
+        """The short cuts of training passes; None for none."""
         engine = self.entry.engine
         asked = any(engine.asked({}, k) for k in ("output_attentions", "output_hidden_states", "output_router_logits"))
-        form = engine.form(self._plan()) if self.lean and self.packs and engine.head is not None and not asked else None
-        return form is not None and form.packs
+        return engine.form(self._plan()) if self.lean and engine.head is not None and not asked else None
 
     def heeds_items(self) -> bool:
         """Whether the base's training loss is divided by `num_items_in_batch`; tried once."""

@@ -191,7 +191,7 @@ class Plan:
 
     In a training pass `segments` says how a packed row divides into sequences, and `around` makes the surroundings in
     which the base's layers run (again). `way`, `form` and `form_check` are the engine's while it tries out its short
-    cuts.
+    cuts. `smoothing` is the call's `label_smoothing`.
     """
 
     switch: Switch
@@ -202,6 +202,7 @@ class Plan:
     way: str | None = None
     form: Any = None
     form_check: bool = False
+    smoothing: float = 0.0
     routes: Routes | None = None
 
     @property

@@ -103,17 +103,19 @@ def test_attention_dropout_drops_and_its_gradient_is_that_of_its_mask(monkeypatc
 FORMS = [HeadForm(), HeadForm(scale=0.3), HeadForm(softcap=5.0), HeadForm(scale=2.0, softcap=4.0)]
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("form", FORMS, ids=["plain", "scaled", "capped", "both"])
-def test_losses_are_those_of_all_logits(form: HeadForm, bias: bool) -> None:
+def test_losses_are_those_of_all_logits(form: HeadForm, bias: bool, smoothing: float) -> None:
     hidden = normal(300, 16, dtype=torch.float32).requires_grad_()
     weight = normal(9000, 16, seed=1, dtype=torch.float32)
     added = normal(9000, seed=2, dtype=torch.float32) if bias else None
     targets = torch.randint(0, 9000, (300,), generator=generator(3))
     share = torch.rand(300, generator=generator(4))
-    wanted = F.cross_entropy(form.apply(F.linear(hidden, weight, added)), targets, reduction="none")
-    ours = kernels.token_losses(hidden, weight, added, targets, form)
-    chunks = loss.chunked_losses(lambda x: F.linear(x, weight, added), hidden, targets, form)
+    logits = form.apply(F.linear(hidden, weight, added))
+    wanted = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    ours = kernels.token_losses(hidden, weight, added, targets, form, smoothing=smoothing)
+    chunks = loss.chunked_losses(lambda x: F.linear(x, weight, added), hidden, targets, form, smoothing)
     (gradient,) = torch.autograd.grad((wanted * share).sum(), hidden)
     for got in (ours, chunks):
         close(got, wanted)

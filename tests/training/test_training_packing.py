@@ -40,10 +40,10 @@ def fit(
 
 
 @pytest.mark.parametrize("method", ["lora", "prompt", "p_tuning_mlp", "prefix", "bottleneck"])
-@pytest.mark.parametrize("family", ["llama", "bloom"])
-def test_joined_accumulation_takes_the_same_steps(method: str, family: str, tmp_path: Path) -> None:
-    plain, many = fit(method, tmp_path / "1", family, join=False)
-    ours, few = fit(method, tmp_path / "2", family)
+@pytest.mark.parametrize("family, smoothing", [("llama", 0.0), ("bloom", 0.0), ("llama", 0.1)])
+def test_joined_accumulation_takes_the_same_steps(method: str, family: str, smoothing: float, tmp_path: Path) -> None:
+    plain, many = fit(method, tmp_path / "1", family, join=False, label_smoothing_factor=smoothing)
+    ours, few = fit(method, tmp_path / "2", family, label_smoothing_factor=smoothing)
     assert (many - few) >= 9  # 14 rows in 4 updates
     assert losses(ours) == pytest.approx(losses(plain), abs=1e-5)
     for key, value in trained(plain.model).items():

@@ -103,6 +103,40 @@ def test_label_smoothing_with_virtual_tokens_is_exact(method: str, cls: type, tm
     assert float(got) == pytest.approx(wanted, abs=1e-5)
 
 
+@pytest.mark.parametrize("family", ["bloom", "t5"])
+@pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
+def test_label_smoothing_in_training_needs_no_logits(
+    method: str, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and gradients are those of a model that makes all logits; the first token is predicted too, as without."""
+    model = wrapped(method, family).train()
+    trainer = Trainer(model, arguments(tmp_path, label_smoothing_factor=0.1), train_dataset=examples(family=family))
+    rows = examples(3, family)
+    batch = {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
+    batch["labels"][0] = torch.arange(5, 5 + batch["labels"].shape[1])  # from the first token on
+    for module in model.modules():  # without dropout
+        for name in {"p", "dropout"} & vars(module).keys():
+            setattr(module, name, 0.0)
+    asked: list = []
+    monkeypatch.setattr(type(model.entry.engine), "logits", lambda *_: asked.append(1))
+    loss = trainer.compute_loss(model, dict(batch))
+    ours = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+    assert not asked
+    model.lean = False
+    with pytest.raises(graftlm.errors.UnsupportedError, match="label_smoothing=0.1.*makes_loss"):
+        model(**batch, label_smoothing=0.1)
+    logits, labels = model(**batch).logits, batch["labels"]
+    if family == "bloom" and (virtual := logits.shape[1] - labels.shape[1]):
+        logits = logits[:, virtual - 1 : -1]
+    elif family == "bloom":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+    theirs = torch.autograd.grad(wanted, [p for p in model.parameters() if p.requires_grad])
+    assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
 def test_seq2seq_trainer_predicts_with_generate(method: str, tmp_path: Path) -> None:
     values = arguments(tmp_path).to_dict()

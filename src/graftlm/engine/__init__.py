@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..architectures import backbone_embeddings, is_encoder_decoder
 from ..architectures.fast import alibi_slopes, attention_configs, attention_window, has_dropout, packed_attention
+from ..errors import UnsupportedError
 from ..kernels import HeadForm, Segments, keep_freed_memory, token_losses, varlen
 from ..kernels.attention import Piece
 from ..kernels.linear import even_rows
@@ -79,6 +80,12 @@ class Engine:
         way = plan.scratch["way"] = self.way(plan, named)
         form = plan.scratch["form"] = None if way == "plain" else plan.form or self.form(plan)
         if form is None:
+            if plan.smoothing:
+                raise UnsupportedError(
+                    f"label_smoothing={plan.smoothing}: this pass of {type(self.host.base).__name__} makes all its "
+                    "logits; compute the smoothed loss from them. (The model takes label_smoothing where "
+                    "`makes_loss(inputs)` is true.)"
+                )
             plan.scratch["way"] = "plain"
             return otherwise(plan, named)
         if named.get("num_items_in_batch") is not None:
@@ -330,7 +337,7 @@ class Engine:
         plan.scratch |= {"made": True, "autocast": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
         places, targets, items = plan.scratch["loss"]
         rows = hidden.reshape(-1, hidden.shape[-1])[places]
-        losses = self.losses(plan, rows, targets, form.head)
+        losses = self.losses(plan, rows, targets, form.head, plan.smoothing)
         plan.scratch["losses"] = losses
         total = losses.sum()
         if items is not None and self.divides:
@@ -339,10 +346,10 @@ class Engine:
             loss = total / losses.shape[0] if losses.shape[0] else total / total.new_zeros(())
         return with_lazy_logits(output, loss, lambda: self.logits(plan))
 
-    def losses(self, plan: Plan, rows: Tensor, targets: Tensor, form: HeadForm) -> Tensor:
+    def losses(self, plan: Plan, rows: Tensor, targets: Tensor, form: HeadForm, smoothing: float = 0.0) -> Tensor:
         """Losses [N] of hidden states [N, H]; group by group where the groups' adapters reach the head."""
         if plan.routes is None:
-            return self.group_losses(rows, targets, form)
+            return self.group_losses(rows, targets, form, smoothing)
         plans = [Plan(host.switch, group) for host, group in self.host.owners(plan)]
         heads = []
         for own in plans:
@@ -350,23 +357,24 @@ class Engine:
                 heads.append(self.plain_head())
         if heads[0] is not None and all(head is heads[0] for head in heads):
             with running(plans[0]):
-                return self.group_losses(rows, targets, form)
+                return self.group_losses(rows, targets, form, smoothing)
         losses = rows.new_empty(len(targets), dtype=torch.float32)
         for i, own in enumerate(plans):
             chosen = (plan.scratch["owners"] == i).nonzero()[:, 0]
             with running(own):
-                losses = losses.index_copy(0, chosen, self.group_losses(rows[chosen], targets[chosen], form))
+                made = self.group_losses(rows[chosen], targets[chosen], form, smoothing)
+                losses = losses.index_copy(0, chosen, made)
         return losses
 
-    def group_losses(self, rows: Tensor, targets: Tensor, form: HeadForm) -> Tensor:
+    def group_losses(self, rows: Tensor, targets: Tensor, form: HeadForm, smoothing: float) -> Tensor:
         """Losses [N] of hidden states [N, H] under the running plan, one composition's."""
         plain = self.plain_head()
         kind = rows.device.type
         if plain is None:
-            return chunked_losses(self.head, rows, targets, form)
+            return chunked_losses(self.head, rows, targets, form, smoothing)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else plain.weight.dtype
         with torch.autocast(kind, enabled=False):
-            return token_losses(rows, plain.weight, plain.bias, targets, form, dtype=dtype)
+            return token_losses(rows, plain.weight, plain.bias, targets, form, dtype, smoothing)
 
     def plain_head(self) -> nn.Linear | None:
         """The head where it is a frozen linear layer now; None where it is trained, adapted or quantised."""

@@ -5,6 +5,8 @@ Shapes: N labelled places, H hidden size, V vocabulary; hidden [N, H], weight [V
 The vocabulary is gone through in tiles with a running maximum and sum (online softmax, arXiv:1805.02867); the gradient with
 respect to the hidden states, ``(softmax - onehot) W``, is made tile by tile in the same pass, so that nothing of size
 [N, V] ever exists and the backward pass is one multiplication. (Fusing head and loss: arXiv:2410.10989.)
+
+With label smoothing e (arXiv:1512.00567) the loss of a place is ``logsumexp - (1 - e) logit[target] - e mean(logits)``.
 """
 
 from __future__ import annotations
@@ -53,11 +55,11 @@ class HeadForm:
 
 def token_losses(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: HeadForm,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None, smoothing: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Losses [N] in nats, fp32, of a head whose weight and bias are frozen. The gradient goes to `hidden`.
 
-    Products are made in `dtype` (the weight's), sums in fp32.
+    Products are made in `dtype` (the weight's), sums in fp32. `smoothing`: share of the target spread over the vocabulary.
 
     Raises:
         IndexError: a target outside the vocabulary.
@@ -67,16 +69,16 @@ def token_losses(
             f"labels from {int(targets.min())} to {int(targets.max())}: expected ids of the {len(weight):,} entries of the "
             "vocabulary, or -100 for places without a label"
         )
-    return _TokenLosses.apply(hidden, weight, bias, targets, form, dtype or weight.dtype)
+    return _TokenLosses.apply(hidden, weight, bias, targets, form, dtype or weight.dtype, smoothing)
 
 
-def chunked_losses(head: Any, hidden: Tensor, targets: Tensor, form: HeadForm) -> Tensor:
+def chunked_losses(head: Any, hidden: Tensor, targets: Tensor, form: HeadForm, smoothing: float = 0.0) -> Tensor:
     """The same for a head of any kind (trained, adapted, quantised): logits of `ROWS` places at a time, made again in the
     backward pass."""
 
     def losses(rows: Tensor, wanted: Tensor) -> Tensor:
         logits = form.apply(head(rows)).float()
-        return F.cross_entropy(logits, wanted, reduction="none")
+        return F.cross_entropy(logits, wanted, reduction="none", label_smoothing=smoothing)
 
     if hidden.shape[0] <= ROWS:
         return losses(hidden, targets)
@@ -88,7 +90,7 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: HeadForm,
-        dtype: torch.dtype,
+        dtype: torch.dtype, smoothing: float,
     ) -> Tensor:  # fmt: skip
         count = hidden.shape[0]
         filler = even_rows(count)
@@ -99,7 +101,7 @@ class _TokenLosses(torch.autograd.Function):
         rows, tile = _tiling(x, weight)
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)
-            losses[part], made = _rows(x[part], weight, bias, targets[part], form, tile, gradient is not None)
+            losses[part], made = _rows(x[part], weight, bias, targets[part], form, tile, gradient is not None, smoothing)
             if gradient is not None and made is not None:
                 gradient[part] = made
         ctx.save_for_backward(None if gradient is None else gradient[:count])
@@ -109,7 +111,7 @@ class _TokenLosses(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
-        return (gradient * outer[:, None]).to(gradient.dtype), None, None, None, None, None
+        return (gradient * outer[:, None]).to(gradient.dtype), None, None, None, None, None, None
 
 
 def _tiling(x: Tensor, weight: Tensor) -> tuple[int, int]:
@@ -122,19 +124,25 @@ def _tiling(x: Tensor, weight: Tensor) -> tuple[int, int]:
 
 def _rows(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: HeadForm, tile: int,
-    wants_gradient: bool,
+    wants_gradient: bool, smoothing: float,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Losses [n] and their gradient [n, H] of a few hidden states x [n, H], over all tiles of the vocabulary."""
     count, vocabulary = x.shape[0], weight.shape[0]
     highest = torch.full((count, 1), -torch.inf, device=x.device)
     total = torch.zeros(count, 1, device=x.device)
     pull = torch.zeros(x.shape, device=x.device)  # sum of exp(logit - highest) W, later softmax W
+    mean = torch.zeros(count, 1, device=x.device)  # of the logits, and its gradient; with smoothing only
+    level: Tensor | float = 0.0
     for start in range(0, vocabulary, tile):
         part = weight[start : start + tile].to(x.dtype)
         raw = plain_product(x, part).float()
         if bias is not None:
             raw += bias[start : start + tile]
         logits, slope = _formed(raw, form)
+        if smoothing:
+            mean.add_(logits.sum(-1, keepdim=True), alpha=1 / vocabulary)
+            slopes = part.float().sum(0) if slope is None else plain_product(slope.to(part.dtype), part.t()).float()
+            level = level + slopes / vocabulary
         before, highest = highest, torch.maximum(highest, logits.amax(-1, keepdim=True))
         rescale = torch.exp(before - highest)
         shares = (logits - highest if slope is not None else logits.sub_(highest)).exp_()
@@ -147,10 +155,13 @@ def _rows(
     if bias is not None:
         raw = raw + bias[targets][:, None]
     logit, slope = _formed(raw, form)
-    losses = highest + total.log() - logit
+    losses = highest + total.log() - (1 - smoothing) * logit - smoothing * mean
     if not wants_gradient:
         return losses[:, 0], None
-    gradient = pull.div_(total).sub_(chosen.float() if slope is None else chosen.float() * slope)
+    chosen = chosen.float() if slope is None else chosen.float() * slope
+    gradient = pull.div_(total).sub_(chosen, alpha=1 - smoothing)
+    if smoothing:
+        gradient.sub_(level, alpha=smoothing)
     return losses[:, 0], gradient.mul_(form.scale) if form.scale != 1 else gradient
 
 

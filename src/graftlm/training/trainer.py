@@ -141,7 +141,8 @@ class Trainer(transformers.Trainer):
         self.joiner = Joiner()
         self.member: Any = None  # of several runs that train together
         self._evaluated = TokenLoss()
-        if self.label_smoother is None and has_virtual_tokens(self.accelerator.unwrap_model(self.model)):
+        inner = self.accelerator.unwrap_model(self.model)
+        if has_virtual_tokens(inner) and (self.label_smoother is None or inner.makes_loss()):
             self._loss_shifts_labels = False  # the last virtual token predicts the first real one: every label counts
 
     # -- running -----------------------------------------------------------------------------------------------------
@@ -185,6 +186,24 @@ class Trainer(transformers.Trainer):
         losses = [self._training_step(model, batch, num_items_in_batch) for batch in batches]
         return sum(losses, torch.zeros((), device=self.args.device))
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.compute_loss`; a smoothed loss is left to models that need no logits for it."""
+        smoother, inner = self.label_smoother, self.accelerator.unwrap_model(model)
+        inside = smoother is not None and self.compute_loss_func is None and isinstance(inner, PeftModel)
+        if not (inside and "labels" in inputs and inner.makes_loss(inputs)):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with self._unsmoothed():
+            return super().compute_loss(model, inputs | {"label_smoothing": smoother.epsilon}, *args, **kwargs)
+
+    @contextmanager
+    def _unsmoothed(self) -> Iterator[None]:
+        """Within the block transformers takes the model's loss as it is."""
+        smoother, self.label_smoother = self.label_smoother, None
+        try:
+            yield
+        finally:
+            self.label_smoother = smoother
+
     def _may_join(self, num_items_in_batch: Any) -> bool:
         model = self.accelerator.unwrap_model(self.model)
         several = self.args.gradient_accumulation_steps > 1 and num_items_in_batch is not None and self.args.n_gpu <= 1
@@ -198,9 +217,8 @@ class Trainer(transformers.Trainer):
 
     @property
     def _plain_loss(self) -> bool:
-        """Whether the loss is the model's own, not smoothed and not someone's."""
-        own = type(self).compute_loss is not transformers.Trainer.compute_loss or self.compute_loss_func is not None
-        return self.label_smoother is None and not own
+        """Whether the loss is the model's (perhaps smoothed), not someone's own."""
+        return type(self).compute_loss is Trainer.compute_loss and self.compute_loss_func is None
 
     def _training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         counts = self._weight(inputs), real_tokens(inputs)
@@ -228,7 +246,7 @@ class Trainer(transformers.Trainer):
 
     def _may_share(self) -> bool:
         full = not (self.args.fp16 or self.args.bf16)  # no autocast, no gradient scaling
-        return full and self._plain_loss and self.args.n_gpu <= 1
+        return full and self._plain_loss and self.label_smoother is None and self.args.n_gpu <= 1
 
     def _heeds_items(self, model: Any, inputs: dict[str, Any]) -> bool:
         """Whether the base's loss divides by the number of labels of the whole update, when it is told."""
@@ -289,12 +307,8 @@ class Trainer(transformers.Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
         weight = self._weight(inputs)
-        smoother: Any = self.label_smoother
-        self.label_smoother = None
-        try:
+        with self._unsmoothed():
             found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        finally:
-            self.label_smoother = smoother
         if found[0] is not None:
             self._evaluated.add(float(found[0]), weight)
         return found
