@@ -6,6 +6,8 @@ comes back as a sum over its labelled tokens, so that whoever trains it divides 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .architectures import is_encoder_decoder
+from .architectures import base_modules, is_encoder_decoder
 from .engine.row import IGNORED
 from .model import PeftModel
 from .routing import Draws, Plan, Routes, running
@@ -85,3 +87,28 @@ def stacked(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         key: torch.cat([F.pad(b[key], (0, widths[key] - b[key].shape[1]), value=filler) for b in full])
         for key, filler in FILLERS.items()
     }
+
+
+def adapters_drop(model: PeftModel) -> bool:
+    """Whether a model's own adapters drop anything in training."""
+    own = {module for _, module in base_modules(model.base)}
+    return any(drops(m) and m.training for m in model.modules() if m not in own)
+
+
+def drops(module: Any) -> bool:
+    """Whether a module drops anything in training."""
+    rates = [value for name, value in vars(module).items() if "drop" in name]
+    return any(isinstance(r, float) and r > 0 for r in rates) or bool(isinstance(module, torch.nn.Dropout) and module.p)
+
+
+@contextmanager
+def dropout_off(models: Sequence[PeftModel]) -> Iterator[None]:
+    """Within the block these models, in training mode, drop nothing."""
+    modules = {id(m): m for model in models for m in model.modules() if m.training and m is not model.base and drops(m)}
+    for module in modules.values():
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            module.training = True

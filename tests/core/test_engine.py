@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import pickle
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 import graftlm
 from graftlm.architectures import fast
 from graftlm.architectures.gated import mlp_forward
+from graftlm.engine.check import Check
 from graftlm.errors import UnsupportedError
+from graftlm.kernels import varlen
 
 METHODS = ("lora", "prompt", "p_tuning_mlp", "prefix", "prefix_projection", "houlsby", "dora", "bias_all", "modules_to_save")
 TOGETHER = (("prompt", "prefix"), ("prefix", "lora"), ("prompt", "lora"))
@@ -82,6 +85,23 @@ def test_packed_rows_by_the_gpus_attention(name: str, method: Any, monkeypatch: 
     model = trained(name, method)
     same(model, **ragged())
     assert model.can_pack() and calls
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
+@pytest.mark.parametrize("right", [True, False])
+def test_a_gpus_attention_with_wrong_gradients_is_not_used(
+    method: str, right: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    on_flash(monkeypatch)
+    monkeypatch.setattr(Check, "tries_gradients", True)
+    if not right:
+        made = varlen.kernel()
+        monkeypatch.setattr(varlen, "kernel", lambda: lambda *args, **kwargs: made(*args, **kwargs).detach())
+    model = trained("llama", method)
+    with caplog.at_level(logging.INFO, "graftlm.engine"):
+        same(model, **ragged())
+    assert model.can_pack() == right
+    assert right or "packing changes its gradients" in caplog.text
 
 
 @pytest.mark.parametrize("name", SEQ2SEQ)

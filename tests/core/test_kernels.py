@@ -85,6 +85,19 @@ def test_segments_attend_like_a_masked_row(
     assert way != "varlen" or len(calls) == (not alibi)
 
 
+def test_gradients_of_keys_that_many_sequences_see_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_flash(monkeypatch)
+    memory = [normal(2, 3, 8, seed=i, dtype=torch.bfloat16).requires_grad_() for i in range(2)]
+    row = [normal(2, 300, 8, seed=2 + i, dtype=torch.bfloat16) for i in range(3)]
+    pieces = [Piece(i, i + 1, (0, 0), 0) for i in range(300)]
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        own = [m.detach().to(dtype).requires_grad_() for m in memory]
+        made = Segments(pieces, [[tuple(own)]]).attend(*(t.to(dtype) for t in row), 0, 0.3)  # type: ignore[list-item]
+        found.append(torch.cat(torch.autograd.grad(made, own, torch.ones_like(made))).float())
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-2  # summed in bf16 it is 0.04
+
+
 def test_attention_dropout_drops_and_its_gradient_is_that_of_its_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = torch.tensor([0.0, 2.0])[torch.randint(0, 2, (2, 6, 6), generator=generator())].double()
     monkeypatch.setattr(attention, "_mask_of", lambda shares, p: mask)

@@ -176,12 +176,15 @@ _NORMS: dict[tuple, Forward | None] = {}
 def _norm_forward(module: Any) -> Forward | None:
     """Which of the two RMSNorms a family's own computes, found by trying; None if neither."""
     weight, epsilon = getattr(module, "weight", None), _epsilon(module)
-    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(epsilon, float) or weight.device.type != "cpu":
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(epsilon, float):
         return None
-    key = type(module), weight.dtype
+    kind = weight.device.type
+    if kind not in ("cpu", "cuda"):
+        return None
+    key = type(module), weight.dtype, kind
     if key not in _NORMS:
-        x = torch.randn(3, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        x = torch.randn(3, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(weight)
+        with torch.no_grad(), torch.autocast(kind, enabled=False):
             wanted = type(module).forward(module, x)
             tried = {f: f(module, lambda x: torch.full_like(x, torch.nan), x) for f in (rms_norm, rms_norm_plus_one)}
         _NORMS[key] = next((f for f, y in tried.items() if y.dtype is wanted.dtype and torch.equal(y, wanted)), None)

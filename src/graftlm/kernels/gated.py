@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import liger
 from .order import first_order
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -24,6 +25,9 @@ def gated(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
         up: [..., I]; None where `gate` holds both.
         activation: of `ACTIVATIONS`.
     """
+    usable = activation == "silu" and up is not None and liger.runs_on(gate) and torch.is_grad_enabled()
+    if usable and liger.wins("swiglu", gate, liger.SwiGLU.apply, lambda *given: _Gated.apply(*given, "silu"), inputs=2):
+        return liger.SwiGLU.apply(gate, up)
     return _Gated.apply(gate, up, activation)
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .order import first_order
+
 if TYPE_CHECKING:
     from .attention import Segments
 
@@ -65,8 +67,26 @@ def attend(q: Tensor, k: Tensor, v: Tensor, layout: Layout, memory: list[Tensor]
     seen = []
     for own, kept in ((k, memory[::2]), (v, memory[1::2])):
         every = torch.cat((*kept, own), 1) if kept else own
-        seen.append((every if layout.index is None else every.index_select(1, layout.index)).transpose(0, 1).contiguous())
+        seen.append((every if layout.index is None else _Repeated.apply(every, layout.index)).transpose(0, 1).contiguous())
     return kernel()(
         q.transpose(0, 1).contiguous(), *seen, layout.queries, layout.keys, *layout.longest, scale=scale,
         window_size=(-1, 0), enable_gqa=q.shape[0] != k.shape[0],
     )  # fmt: skip
+
+
+class _Repeated(torch.autograd.Function):
+    """Tokens [G, N, D] at places of their axis, [G, seen, D]; their gradients are summed in fp32 at least."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.count = tokens.shape[1]
+        return tokens.index_select(1, index)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        total = gradient.new_zeros(gradient.shape[0], ctx.count, gradient.shape[2], dtype=wide)
+        return total.index_add_(1, index, gradient.to(wide)).to(gradient.dtype), None

@@ -8,6 +8,7 @@ print(result.metrics["loss_before"], result.metrics["loss"])
 
 from __future__ import annotations
 
+from .compiling import CompiledLayers
 from .evaluation import Evaluation, evaluate, evaluation, generate_texts
 from .recipes import BaseModelError, Recipe, RunResult, measure, recipe_of, resolve_base, run
 from .together import Outcome, Together, train_together
@@ -15,6 +16,7 @@ from .trainer import Trainer, TrainingInterrupted
 
 __all__ = [
     "BaseModelError",
+    "CompiledLayers",
     "Evaluation",
     "Outcome",
     "Recipe",

@@ -32,6 +32,7 @@ from ..preparation import prepare_model_for_kbit_training
 from ..quantization import SCHEMES, is_quantized, scheme_of
 from ..routing import Plan, Switch, running
 from .bases import BaseModelError, resolve_base
+from .compiling import CompiledLayers
 from .evaluation import Evaluation, answers, evaluation, is_encoder_decoder
 from .output import METRICS_NAME, open_output, write_recipe, write_text
 from .progress import RichProgress
@@ -236,6 +237,8 @@ def make_trainer(
     )
     if recipe.training.early_stopping and data.held_out_rows is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.training.early_stopping))
+    if recipe.training.torch_compile:
+        trainer.add_callback(CompiledLayers(trainer))
     if quiet:
         trainer.remove_callback(RichProgress)
     return trainer

@@ -30,9 +30,8 @@ from torch import Tensor
 
 from ..architectures import base_modules
 from ..errors import DivergedError, RecipeError
-from ..joint import Share, joinable, joint_losses
+from ..joint import Share, adapters_drop, dropout_off, joinable, joint_losses
 from ..kernels import release_freed_memory
-from ..model import PeftModel
 from ..routing import Draws, Plan, Switch, running
 from .bases import resolve_base
 from .evaluation import Evaluation
@@ -233,6 +232,10 @@ class Together:
         return self._baselines[key]
 
     def _check_common(self, recipe: Recipe) -> None:
+        if recipe.training.torch_compile:
+            raise RecipeError(
+                f"training.torch_compile in the run of {recipe.output_dir}: it is for runs that train alone; leave it out"
+            )
         for other in self.outcomes:
             for name, a, b in zip(COMMON, common_parts(recipe), common_parts(other.recipe), strict=True):
                 if a != b:
@@ -402,21 +405,15 @@ class Together:
 
     def _agree(self, requests: list[Request]) -> bool:
         models = [r.model for r in requests]
-        trained = [m for m in {id(x): x for model in models for x in model.modules()}.values() if m.training]
-        dropping = [m for m in trained if m is not models[0].base and drops(m)]
         before = State.now()
         try:
             for model in models:
                 if model.entry.engine.form(model._plan()) is None:
                     return False
-            for module in dropping:
-                module.training = False
-            with torch.no_grad():
+            with dropout_off(models), torch.no_grad():
                 joint = joint_losses([Share(r.model, r.inputs) for r in requests])
                 alone = [joint_losses([Share(r.model, r.inputs)]) for r in requests]
         finally:
-            for module in dropping:
-                module.training = True
             before.put()
         if joint is None or any(a is None for a in alone):
             log.warning("This base does not allow joint passes; runs take turns.")
@@ -433,18 +430,6 @@ class Together:
 def scaled(request: Request, total: Tensor, count: int) -> Tensor:
     """A run's loss as its Trainer has it, from the sum over its labels."""
     return total / request.items if request.items is not None else total / max(count, 1) / request.parts
-
-
-def adapters_drop(model: PeftModel) -> bool:
-    """Whether a model's own adapters drop anything in training."""
-    own = {module for _, module in base_modules(model.base)}
-    return any(drops(m) and m.training for m in model.modules() if m not in own)
-
-
-def drops(module: Any) -> bool:
-    """Whether a module drops anything in training."""
-    rates = [value for name, value in vars(module).items() if "drop" in name]
-    return any(isinstance(r, float) and r > 0 for r in rates) or bool(isinstance(module, torch.nn.Dropout) and module.p)
 
 
 def train_together(

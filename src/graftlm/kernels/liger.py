@@ -1,0 +1,112 @@
+"""Liger's Triton kernels for GPUs (pip install liger-kernel; arXiv:2410.10989), where they are installed and faster.
+
+Each stands beside a function of ours and is taken for tensors of a kind (device, dtype, width) after both have run on random
+ones: it must give the same, up to rounding, in less time, forward and backward. Else, and where no gradient is asked for,
+ours is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import statistics
+import time
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("graftlm.kernels")
+
+ROWS, TIMES = 4096, 7
+
+
+@functools.cache
+def operations(name: str) -> Any:
+    """The module `liger_kernel.ops.<name>`; None where it is not installed, or does not go with this torch or Triton."""
+    try:
+        return import_module(f"liger_kernel.ops.{name}")
+    except Exception as error:  # Triton fails in many ways where it has no device
+        if not isinstance(error, ModuleNotFoundError):
+            log.info("liger-kernel is left out: %s", error)
+        return None
+
+
+def runs_on(x: Tensor) -> bool:
+    """Whether tensors like this are Triton's to compute."""
+    return x.is_cuda
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, one_more: bool) -> Tensor:
+    """As `norm.rms_norm`; the gradient's memory is not reused, since others may read it."""
+    offset, mode = (1.0, "gemma") if one_more else (0.0, "llama")
+    return operations("rms_norm").LigerRMSNormFunction.apply(x, weight, epsilon, offset, mode, False)
+
+
+class SwiGLU(torch.autograd.Function):
+    """As `gated.gated` with silu. (Liger's own writes into what it kept: a graph could not be gone through twice.)"""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        return operations("swiglu").swiglu_forward(gate, up)[-1]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        gate, up = (t.clone() for t in ctx.saved_tensors)
+        return operations("swiglu").swiglu_backward(gate, up, gradient.contiguous())
+
+
+_WINS: dict[tuple, bool] = {}
+
+
+def wins(name: str, x: Tensor, theirs: Callable[..., Tensor], ours: Callable[..., Tensor], inputs: int = 1) -> bool:
+    """Whether Liger's `theirs` is used for x [..., W] in the place of `ours`, both functions of `inputs` tensors [N, W]."""
+    if not runs_on(x) or operations(name) is None:
+        return False
+    key = name, x.device, x.dtype, x.shape[-1]
+    if key not in _WINS:
+        generator = torch.Generator().manual_seed(0)
+        given = [torch.randn(ROWS, x.shape[-1], generator=generator).to(x) for _ in range(inputs)]
+        try:
+            _WINS[key] = alike(theirs, ours, given) and faster(theirs, ours, given)
+        except Exception as error:  # a version of Liger with other arguments, a width that Triton refuses
+            log.info("liger-kernel's %s is left out: %s", name, error)
+            _WINS[key] = False
+    return _WINS[key]
+
+
+def alike(theirs: Callable[..., Tensor], ours: Callable[..., Tensor], given: list[Tensor]) -> bool:
+    """Whether both give the same, and the same gradients, up to a few roundings."""
+    share = 1e-4 if given[0].dtype is torch.float32 else 2e-2
+    pairs = zip(both_ways(theirs, given), both_ways(ours, given), strict=True)
+    return all(float((a - b).float().norm()) <= share * float(b.float().norm()) for a, b in pairs)
+
+
+def both_ways(function: Callable[..., Tensor], given: list[Tensor]) -> list[Tensor]:
+    """A function's value and its gradients."""
+    tensors = [t.detach().requires_grad_() for t in given]
+    with torch.enable_grad():
+        made = function(*tensors)
+        return [made.detach(), *torch.autograd.grad(made, tensors, made.detach())]
+
+
+def faster(theirs: Callable[..., Tensor], ours: Callable[..., Tensor], given: list[Tensor]) -> bool:
+    """Whether `theirs` takes less time, alternating, by medians."""
+    times: dict[Any, list[float]] = {theirs: [], ours: []}
+    for function in (theirs, ours) * TIMES:
+        wait(given[0])
+        start = time.perf_counter()
+        both_ways(function, given)
+        wait(given[0])
+        times[function].append(time.perf_counter() - start)
+    return statistics.median(times[theirs]) < statistics.median(times[ours])
+
+
+def wait(x: Tensor) -> None:
+    """Until the tensor's device has done what it was given."""
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
