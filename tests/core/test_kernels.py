@@ -196,7 +196,10 @@ def test_gated_activations_and_their_gradients(activation: str, joint: bool) -> 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("view", [False, True], ids=["in_place", "view"])
-def test_low_rank_update_and_its_gradients(p: float, view: bool) -> None:
+@pytest.mark.parametrize("few", [False, True], ids=["one function", "few elements"])
+def test_low_rank_update_and_its_gradients(p: float, view: bool, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not few:
+        monkeypatch.setattr(lora, "_FEW", 0)
     x, a, b = (normal(*s, seed=i).requires_grad_() for i, s in enumerate([(2, 5, 16), (3, 16), (12, 3)]))
     before = normal(2, 5, 12, seed=7).requires_grad_()
 

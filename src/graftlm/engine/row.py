@@ -97,24 +97,25 @@ class Row:
         Args:
             groups: the group of each sequence.
             counts, memories: of each group, its virtual tokens and which memory it attends to.
-            share: one copy of virtual tokens for all sequences of a group.
+            share: one copy of virtual tokens for all sequences of a group; where it has only one, they are its own.
         """
         pieces, virtual, tokens, owners = [], [], [], []
         order: list[tuple[int, int | None]] = []
         shared: dict[int, tuple[int, int]] = {}
         place = read = 0
+        several = {group for group in groups if share and groups.count(group) > 1}
         for length, group in zip(lengths, groups, strict=True):
             count, front = counts[group], shared.get(group, (0, 0))
             begin = place
             if count and group not in shared:
                 place += count
                 order.append((group, None))
-                if share:
+                if group in several:
                     front = shared[group] = (begin, place)
                     pieces.append(Piece(begin, place, memory=memories[group]))
                     owners += [group] * count
                     begin = place
-            own = (begin, place) if count and not share else front
+            own = (begin, place) if count and group not in several else front
             pieces.append(Piece(begin, place + length, front, memories[group]))
             owners += [group] * (place + length - begin)
             virtual.append(own)

@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import is_cheap, keep_mask
+from .dropout import dropout, is_cheap, keep_mask
 from .linear import add_product, plain_product
 from .order import first_order
+
+_FEW = 150_000  # elements of input and output up to which one function costs more calls than it saves
 
 
 class _LowRank(torch.autograd.Function):
@@ -73,11 +75,14 @@ def low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float 
     Args:
         y: [..., out], the layer's output so far, which nothing else may need.
         x: [..., in], its input.
-        a, b: [r, in] and [out, r], in any floating dtype; the products are made in y's.
+        a, b: [r, in] and [out, r], in any floating dtype; the products are made in y's, or, for few elements, in theirs.
         scale: of the update.
         p: probability of dropping an element of x.
     """
     with torch.autocast(y.device.type, enabled=False):
+        if y.device.type == "cpu" and x.numel() + y.numel() <= _FEW:
+            short = F.linear(dropout(x.to(a.dtype), p) if p else x.to(a.dtype), a)
+            return y + F.linear(short * scale, b).to(y.dtype)
         return _LowRank.apply(y, x.to(y.dtype), a, b, scale, p)
 
 
