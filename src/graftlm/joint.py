@@ -102,9 +102,12 @@ def drops(module: Any) -> bool:
 
 
 @contextmanager
-def dropout_off(models: Sequence[PeftModel]) -> Iterator[None]:
+def dropout_off(models: Sequence[Any]) -> Iterator[None]:
     """Within the block these models, in training mode, drop nothing."""
-    modules = {id(m): m for model in models for m in model.modules() if m.training and m is not model.base and drops(m)}
+    tops = {id(m) for model in models for m in (model, getattr(model, "base", None))}
+    every = [m for model in models for m in model.modules() if m.training and id(m) not in tops]
+    # an attention may hand its dropout layer's rate to a kernel, by its own mode
+    modules = {id(m): m for m in every if any(drops(part) for part in (m, *m.children()))}
     for module in modules.values():
         module.training = False
     try:

@@ -19,7 +19,7 @@ from . import checkpoint
 from .architectures import base_modules
 from .architectures.fast import slow_down
 from .entry import batch_size
-from .errors import AdapterError, UnsupportedError
+from .errors import AdapterError, ConfigError, UnsupportedError
 from .host import _HOSTS, Host
 from .methods import PeftConfig
 from .mixing import AdapterNames, mixed_plan
@@ -119,6 +119,8 @@ class PeftModel(Host):
             self._connect()
         names = kwargs.pop("adapter_names", None)
         smoothing = kwargs.pop("label_smoothing", None) or 0.0
+        if not 0 <= smoothing < 1:
+            raise ConfigError(f"label_smoothing={smoothing}: expected a share of at least 0 and below 1.")
         plan = self._plan(names, None if names is None else batch_size(self.entry.named(args, kwargs)))
         plan.smoothing = smoothing
         with running(plan):
@@ -141,12 +143,16 @@ class PeftModel(Host):
 
         It is tried out once, on a small random batch.
         """
-        if inputs is not None and self.entry.engine.way(self._plan(), inputs) == "plain":
-            return False
+        if inputs is not None:
+            inputs = {k: v for k, v in inputs.items() if k not in ("adapter_names", "label_smoothing")}
+            if self.entry.engine.way(self._plan(), inputs) == "plain":
+                return False
         return self._training_form() is not None
 
     def _training_form(self) -> Any:
         """The short cuts of training passes; None for none."""
+        if self.entry.engine.stale():
+            self._connect()
         engine = self.entry.engine
         asked = any(engine.asked({}, k) for k in ("output_attentions", "output_hidden_states", "output_router_logits"))
         return engine.form(self._plan()) if self.lean and engine.head is not None and not asked else None

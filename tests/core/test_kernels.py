@@ -136,11 +136,18 @@ def test_losses_are_those_of_all_logits(form: HeadForm, bias: bool, smoothing: f
         close(own, gradient, 1e-4)
 
 
-def test_losses_in_bf16_are_close_and_need_no_gradient() -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_losses_in_bf16_are_close_and_need_no_gradient(smoothing: float) -> None:
     hidden, weight = normal(70, 32, dtype=torch.bfloat16), normal(5000, 32, seed=1, dtype=torch.bfloat16) * 0.1
     targets = torch.randint(0, 5000, (70,), generator=generator(3))
-    wanted = F.cross_entropy((hidden.float() @ weight.float().T), targets, reduction="none")
-    got = kernels.token_losses(hidden, weight, None, targets, HeadForm())
+    hidden.requires_grad_()
+    logits = hidden.float() @ weight.float().T
+    wanted = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    given = kernels.token_losses(hidden, weight, None, targets, HeadForm(), smoothing=smoothing)
+    ours, theirs = (torch.autograd.grad(x.mean(), hidden)[0].float() for x in (given, wanted))
+    assert float((ours - theirs).norm()) < 2e-2 * float(theirs.norm())
+    with torch.no_grad():
+        got = kernels.token_losses(hidden, weight, None, targets, HeadForm(), smoothing=smoothing)
     assert got.dtype is torch.float32
     close(got, wanted, 2e-2)
     assert kernels.token_losses(hidden[:0], weight, None, targets[:0], HeadForm()).shape == (0,)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from helpers import close
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from graftlm import kernels
 from graftlm.kernels import liger
@@ -82,7 +83,7 @@ def test_liger_is_taken_where_it_is_right_and_faster(
     liger_stands_in(way != "slower")
     if way == "wrong":
         Swapped.factor = 1.1
-        monkeypatch.setattr(liger, "SwiGLU", SimpleNamespace(apply=lambda a, b: F.silu(a) * b * 1.1))
+        monkeypatch.setattr(liger, "SwiGLU", SimpleNamespace(apply=lambda a, b: swiglu_forward(a, b)[-1] * 1.1))
     if way == "missing":
         monkeypatch.setattr(liger, "operations", lambda name: None)
     x, other = (normal(2, 5, 16, seed=i).requires_grad_() for i in (0, 1))
@@ -110,6 +111,35 @@ def test_liger_is_taken_where_it_is_right_and_faster(
     for found in gradients:  # a graph can be gone through twice
         for ours, theirs in zip(found, expected, strict=True):
             close(ours, theirs)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_trial_leaves_checkpointing_alone(reentrant: bool, liger_stands_in: Any) -> None:
+    liger_stands_in(True)
+    x, weight = normal(2, 5, 16).requires_grad_(), normal(16, seed=2)
+    made = checkpoint(lambda x: kernels.rms_norm(x * 2, weight, 1e-6), x, use_reentrant=reentrant)
+    made.sum().backward()
+    plain = x.detach().requires_grad_()
+    kernels.rms_norm(plain * 2, weight, 1e-6).sum().backward()
+    assert list(liger._WINS.values()) == [True]
+    close(x.grad, plain.grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("case", ["norm", "swiglu"])
+def test_second_derivatives_raise(case: str, liger_stands_in: Any) -> None:
+    liger_stands_in(True)
+    x, other = normal(2, 16).requires_grad_(), normal(2, 16, seed=1)
+    made = kernels.rms_norm(x, other[0], 1e-6) if case == "norm" else kernels.gated(x, other, "silu")
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(made.sum(), x, create_graph=True)
+
+
+def test_each_mode_is_tried(liger_stands_in: Any) -> None:
+    liger_stands_in(True)
+    x = normal(2, 16).requires_grad_()
+    for one_more in (False, True):
+        kernels.rms_norm(x, normal(16, seed=2), 1e-6, one_more)
+    assert [key[1] for key in liger._WINS] == [False, True]
 
 
 def test_liger_is_timed_both_ways(liger_stands_in: Any) -> None:

@@ -137,6 +137,42 @@ def test_label_smoothing_in_training_needs_no_logits(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", ["bloom", "t5"])
+def test_smoothed_accumulation_is_that_of_transformers(family: str, tmp_path: Path) -> None:
+    """T5 does not heed the items of an update, a smoothed loss does."""
+    found = []
+    for cls in (t.Trainer, Trainer):
+        model = wrapped("lora", family)
+        for module in model.modules():
+            for name in {"p", "dropout", "dropout_rate"} & vars(module).keys():
+                setattr(module, name, 0.0)
+        options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "label_smoothing_factor": 0.1}
+        rows = examples(9, family)
+        for i, row in enumerate(rows):
+            row["labels"][: 1 + i % 4] = -100
+            if family == "t5":
+                row["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(row["labels"][None])[0]
+        trainer = cls(model, arguments(tmp_path / cls.__module__, save_strategy="no", **options), train_dataset=rows)
+        trainer.train()
+        found.append((losses(trainer), trained(model)))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
+    for key, value in found[0][1].items():
+        torch.testing.assert_close(found[1][1][key], value, atol=1e-4, rtol=1e-3)
+
+
+def test_someones_own_smoother_is_used(tmp_path: Path) -> None:
+    trainer = trainer_of("lora", tmp_path, Trainer, label_smoothing_factor=0.1)
+    trainer.label_smoother = lambda output, labels, **_: output["logits"].sum() * 0 + 7
+    batch = {k: torch.stack([r[k] for r in examples(2)]) for k in examples(1)[0]}
+    assert trainer.compute_loss(trainer.model.train(), batch).item() == 7
+
+
+def test_a_share_of_one_or_more_raises() -> None:
+    model = wrapped("lora")
+    with pytest.raises(graftlm.errors.ConfigError, match="label_smoothing=1.5"):
+        model(input_ids=torch.ones(1, 3, dtype=torch.long), label_smoothing=1.5)
+
+
 @pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
 def test_seq2seq_trainer_predicts_with_generate(method: str, tmp_path: Path) -> None:
     values = arguments(tmp_path).to_dict()

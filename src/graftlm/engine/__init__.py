@@ -340,7 +340,7 @@ class Engine:
         losses = self.losses(plan, rows, targets, form.head, plan.smoothing)
         plan.scratch["losses"] = losses
         total = losses.sum()
-        if items is not None and self.divides:
+        if items is not None and (self.divides or plan.smoothing):  # whoever smooths a loss outside divides it
             loss = total / (items.to(total.device) if isinstance(items, Tensor) else items)
         else:
             loss = total / losses.shape[0] if losses.shape[0] else total / total.new_zeros(())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -143,17 +143,22 @@ class Check:
     def same_gradients(self, form: Form) -> bool:
         """Whether the packed row gives the plain pass's gradients, roughly (a kernel that is wrong is far off)."""
         trained = [p for p in self.engine.host.parameters() if p.requires_grad]
-        plain, packed = (self.gradients(way, form, trained) for way in ("plain", "packed"))
-        return bool((packed - plain).norm() <= (1e-3 if self.precise else 1e-1) * plain.norm())
+        try:
+            plain, packed = (self.gradients(way, form, trained) for way in ("plain", "packed"))
+        except Exception as reason:  # a kernel without a backward pass for these shapes
+            log.info("%s: the packed row's backward pass failed: %s", type(self.engine.host.base).__name__, reason)
+            return False
+        off = sum(float((a - b).float().square().sum()) for a, b in zip(packed, plain, strict=True))
+        size = sum(float(b.float().square().sum()) for b in plain)
+        return off <= (1e-3 if self.precise else 1e-1) ** 2 * size
 
-    def gradients(self, way: str, form: Form, trained: list[nn.Parameter]) -> Tensor:
-        """Those of the batch's loss, one after the other."""
-        with torch.enable_grad():
+    def gradients(self, way: str, form: Form, trained: list[nn.Parameter]) -> Sequence[Tensor]:
+        """Those of the batch's loss. (In evaluation mode cuDNN's LSTM has none; torch's own has.)"""
+        with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
             loss = self.run(way, form)[1].loss
-        if not (trained and loss.requires_grad):
-            return torch.zeros(1)
-        found = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
-        return torch.cat([g.flatten().float() for g in found])
+            if not (trained and loss.requires_grad):
+                return [torch.zeros_like(p) for p in trained]
+            return torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
 
     def run(self, way: str, form: Form | None, items: int | None = None) -> tuple[dict, Any]:
         """One pass; what its plan kept, and its output."""

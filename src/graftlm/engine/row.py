@@ -5,6 +5,7 @@ Shapes: B rows, T tokens a row as given, N real tokens.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -103,7 +104,7 @@ class Row:
         order: list[tuple[int, int | None]] = []
         shared: dict[int, tuple[int, int]] = {}
         place = read = 0
-        several = {group for group in groups if share and groups.count(group) > 1}
+        several = {group for group, many in Counter(groups).items() if share and many > 1}
         for length, group in zip(lengths, groups, strict=True):
             count, front = counts[group], shared.get(group, (0, 0))
             begin = place

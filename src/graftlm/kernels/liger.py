@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .order import first_order
+
 log = logging.getLogger("graftlm.kernels")
 
 ROWS, TIMES = 4096, 7
@@ -42,7 +44,21 @@ def runs_on(x: Tensor) -> bool:
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, one_more: bool) -> Tensor:
     """As `norm.rms_norm`; the gradient's memory is not reused, since others may read it."""
     offset, mode = (1.0, "gemma") if one_more else (0.0, "llama")
-    return operations("rms_norm").LigerRMSNormFunction.apply(x, weight, epsilon, offset, mode, False)
+    with torch.cuda.device_of(x):
+        return Once.apply(operations("rms_norm").LigerRMSNormFunction.apply(x, weight, epsilon, offset, mode, False))
+
+
+class Once(torch.autograd.Function):
+    """x as it is, which may not be differentiated twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient
 
 
 class SwiGLU(torch.autograd.Function):
@@ -52,27 +68,34 @@ class SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        return operations("swiglu").swiglu_forward(gate, up)[-1]
+        with torch.cuda.device_of(gate):
+            return operations("swiglu").swiglu_forward(gate, up)[-1]
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         gate, up = (t.clone() for t in ctx.saved_tensors)
-        return operations("swiglu").swiglu_backward(gate, up, gradient.contiguous())
+        with torch.cuda.device_of(gate):
+            return operations("swiglu").swiglu_backward(gate, up, gradient.contiguous())
 
 
 _WINS: dict[tuple, bool] = {}
 
 
-def wins(name: str, x: Tensor, theirs: Callable[..., Tensor], ours: Callable[..., Tensor], inputs: int = 1) -> bool:
-    """Whether Liger's `theirs` is used for x [..., W] in the place of `ours`, both functions of `inputs` tensors [N, W]."""
+def wins(
+    name: str, x: Tensor, theirs: Callable[..., Tensor], ours: Callable[..., Tensor], inputs: int = 1, mode: Any = None
+) -> bool:
+    """Whether Liger's `theirs` is used for x [..., W] in the place of `ours`, both functions of `inputs` tensors [N, W].
+    `mode`: whatever else they depend on."""
     if not runs_on(x) or operations(name) is None:
         return False
-    key = name, x.device, x.dtype, x.shape[-1]
+    key = name, mode, x.device, x.dtype, x.shape[-1]
     if key not in _WINS:
         generator = torch.Generator().manual_seed(0)
         given = [torch.randn(ROWS, x.shape[-1], generator=generator).to(x) for _ in range(inputs)]
         try:
-            _WINS[key] = alike(theirs, ours, given) and faster(theirs, ours, given)
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):  # not those of checkpointing around it
+                _WINS[key] = alike(theirs, ours, given) and faster(theirs, ours, given)
         except Exception as error:  # a version of Liger with other arguments, a width that Triton refuses
             log.info("liger-kernel's %s is left out: %s", name, error)
             _WINS[key] = False

@@ -82,7 +82,7 @@ def low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float 
     with torch.autocast(y.device.type, enabled=False):
         if y.device.type == "cpu" and x.numel() + y.numel() <= _FEW:
             short = F.linear(dropout(x.to(a.dtype), p) if p else x.to(a.dtype), a)
-            return y + F.linear(short * scale, b).to(y.dtype)
+            return y + F.linear((short * scale).to(b.dtype), b).to(y.dtype)
         return _LowRank.apply(y, x.to(y.dtype), a, b, scale, p)
 
 

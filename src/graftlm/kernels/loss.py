@@ -99,9 +99,11 @@ class _TokenLosses(torch.autograd.Function):
         losses = torch.empty(len(x), device=x.device)
         gradient = x.new_empty(x.shape, dtype=hidden.dtype) if ctx.needs_input_grad[0] else None
         rows, tile = _tiling(x, weight)
+        level = weight.sum(0, dtype=torch.float32) / len(weight) if smoothing and form.softcap is None else None
         for start in range(0, len(x), rows):
             part = slice(start, start + rows)
-            losses[part], made = _rows(x[part], weight, bias, targets[part], form, tile, gradient is not None, smoothing)
+            wants = gradient is not None
+            losses[part], made = _rows(x[part], weight, bias, targets[part], form, tile, wants, smoothing, level)
             if gradient is not None and made is not None:
                 gradient[part] = made
         ctx.save_for_backward(None if gradient is None else gradient[:count])
@@ -124,15 +126,17 @@ def _tiling(x: Tensor, weight: Tensor) -> tuple[int, int]:
 
 def _rows(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, form: HeadForm, tile: int,
-    wants_gradient: bool, smoothing: float,
+    wants_gradient: bool, smoothing: float, level: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Losses [n] and their gradient [n, H] of a few hidden states x [n, H], over all tiles of the vocabulary."""
+    """Losses [n] and their gradient [n, H] of a few hidden states x [n, H], over all tiles of the vocabulary.
+
+    level: the gradient of the mean logit [H] where it is the same for all x.
+    """
     count, vocabulary = x.shape[0], weight.shape[0]
     highest = torch.full((count, 1), -torch.inf, device=x.device)
     total = torch.zeros(count, 1, device=x.device)
     pull = torch.zeros(x.shape, device=x.device)  # sum of exp(logit - highest) W, later softmax W
-    mean = torch.zeros(count, 1, device=x.device)  # of the logits, and its gradient; with smoothing only
-    level: Tensor | float = 0.0
+    mean = torch.zeros(count, 1, device=x.device)  # of the logits; with smoothing only
     for start in range(0, vocabulary, tile):
         part = weight[start : start + tile].to(x.dtype)
         raw = plain_product(x, part).float()
@@ -141,8 +145,9 @@ def _rows(
         logits, slope = _formed(raw, form)
         if smoothing:
             mean.add_(logits.sum(-1, keepdim=True), alpha=1 / vocabulary)
-            slopes = part.float().sum(0) if slope is None else plain_product(slope.to(part.dtype), part.t()).float()
-            level = level + slopes / vocabulary
+            if slope is not None and wants_gradient:
+                own = plain_product(slope.to(part.dtype), part.t()).float() / vocabulary
+                level = own if level is None else level + own
         before, highest = highest, torch.maximum(highest, logits.amax(-1, keepdim=True))
         rescale = torch.exp(before - highest)
         shares = (logits - highest if slope is not None else logits.sub_(highest)).exp_()
@@ -160,7 +165,7 @@ def _rows(
         return losses[:, 0], None
     chosen = chosen.float() if slope is None else chosen.float() * slope
     gradient = pull.div_(total).sub_(chosen, alpha=1 - smoothing)
-    if smoothing:
+    if level is not None:
         gradient.sub_(level, alpha=smoothing)
     return losses[:, 0], gradient.mul_(form.scale) if form.scale != 1 else gradient
 

@@ -41,6 +41,6 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, one_more: bool = False) 
     """The norm of x [..., H] by a frozen weight [H]; with `one_more` the weight is a difference to one."""
     if liger.runs_on(x) and torch.is_grad_enabled():
         theirs = functools.partial(liger.rms_norm, weight=weight, epsilon=epsilon, one_more=one_more)
-        if liger.wins("rms_norm", x, theirs, lambda x: _RMSNorm.apply(x, weight, epsilon, one_more)):
+        if liger.wins("rms_norm", x, theirs, lambda x: _RMSNorm.apply(x, weight, epsilon, one_more), mode=one_more):
             return theirs(x)
     return _RMSNorm.apply(x, weight, epsilon, one_more)

@@ -7,19 +7,20 @@ gradients must agree (dropout off), and the compiled passes must be clearly fast
 from __future__ import annotations
 
 import logging
+import random
 import statistics
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..joint import dropout_off
-from ..model import PeftModel
+from .meters import reset_peak_memory
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +54,11 @@ class CompiledLayers(TrainerCallback):
         self.trainer, self.times = trainer, times
         self.trial: Trial | None = None
         self.calls: dict[nn.Module, Any] = {}  # the compiled call of each layer
+        self.limits: dict[str, int] = {}  # of the compiler, as they were
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trial = self.tried()
+        reset_peak_memory()
         if self.trial.kept:
             log.info("torch.compile: a pass takes %.2f of its time", self.trial.ratio)
         else:
@@ -63,6 +66,8 @@ class CompiledLayers(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.switch(False)
+        for name, limit in self.limits.items():
+            setattr(torch._dynamo.config, name, limit)
 
     def layers(self) -> list[nn.Module]:
         """The layers of transformers' models, by the class that they share."""
@@ -82,40 +87,54 @@ class CompiledLayers(TrainerCallback):
         model, count = self.trainer.accelerator.unwrap_model(self.trainer.model), len(self.layers())
         if not count:
             return Trial(False, reason=f"{type(model).__name__} has no layers of transformers' usual kind")
-        config: Any = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, 4 * count)  # a layer's number is part of what is compiled
-        with torch.random.fork_rng():
-            trial = self._compare(model)
-        self.switch(trial.kept)
+        if any(layer._compiled_call_impl is not None and layer not in self.calls for layer in self.layers()):
+            return Trial(False, reason="layers of this model are compiled already")
+        config = torch._dynamo.config
+        self.limits = {name: getattr(config, name) for name in ("recompile_limit", "accumulated_recompile_limit")}
+        for name, limit in self.limits.items():  # a layer's number is part of what is compiled
+            setattr(config, name, limit * count)
+        states, kept = (random.getstate(), np.random.get_state()), False
+        try:
+            with torch.random.fork_rng():
+                trial = self._compare(model)
+            kept = trial.kept
+        finally:
+            self.switch(kept)
+            random.setstate(states[0])
+            np.random.set_state(states[1])
         return trial
 
     def _compare(self, model: Any) -> Trial:
-        still = dropout_off([model]) if isinstance(model, PeftModel) else nullcontext()
-        model.train()
         try:
-            with still:
-                wanted = self.one_pass(model)
-                self.switch(True)
-                error = difference(self.one_pass(model), wanted)
-            if not error <= tolerance(model):
-                return Trial(False, reason=f"compiled layers change loss or gradients by {error:.1e} of their size")
+            for mode in (False, True):  # evaluations go through the layers too
+                model.train(mode)
+                with dropout_off([model]):
+                    self.switch(False)
+                    wanted = self.one_pass(model)
+                    self.switch(True)
+                    error = difference(self.one_pass(model), wanted)
+                if not error <= tolerance(self.trainer, model):
+                    return Trial(False, reason=f"compiled layers change loss or gradients by {error:.1e} of their size")
             self.one_pass(model)  # with dropout it is compiled anew
             ratio = self.ratio(model)
-        except Exception as reason:  # whatever the compiler cannot do
-            return Trial(False, reason=f"it failed ({type(reason).__name__}: {str(reason).strip().splitlines()[0]})")
+        except Exception as error:  # whatever the compiler cannot do
+            lines = str(error).strip().splitlines() or ["no message"]
+            return Trial(False, reason=f"it failed ({type(error).__name__}: {lines[0]})")
         if ratio > GAIN:
             return Trial(False, ratio, f"a compiled pass takes {ratio:.2f} of a plain one's time")
         return Trial(True, ratio)
 
     def one_pass(self, model: nn.Module) -> list[Tensor]:
-        """Loss and gradients of the first rows."""
+        """Loss of the first rows, and in training mode its gradients."""
         trainer = self.trainer
         count = min(len(trainer.train_dataset), trainer.args.train_batch_size)
         collate = trainer._get_collator_with_removed_columns(trainer.data_collator)
         inputs = trainer._prepare_inputs(collate([trainer.train_dataset[i] for i in range(count)]))
         trained = [p for p in model.parameters() if p.requires_grad]
-        with trainer.compute_loss_context_manager():
+        with trainer.compute_loss_context_manager(), torch.set_grad_enabled(model.training):
             loss = trainer.compute_loss(model, inputs)
+        if not model.training:
+            return [loss]
         return [loss.detach(), *torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)]
 
     def ratio(self, model: nn.Module) -> float:
@@ -136,13 +155,13 @@ def difference(found: list[Tensor], wanted: list[Tensor]) -> float:
     loss = float((found[0] - wanted[0]).abs() / wanted[0].abs())
     square = sum(float((a - b).float().square().sum()) for a, b in zip(found[1:], wanted[1:], strict=True))
     size = sum(float(b.float().square().sum()) for b in wanted[1:])
-    return max(loss, (square / size) ** 0.5 if size else square)
+    return float(torch.tensor([loss, (square / size) ** 0.5 if size else square]).max())  # NaN where either is
 
 
-def tolerance(model: Any) -> float:
+def tolerance(trainer: Any, model: Any) -> float:
     """The largest difference by rounding that is taken for none."""
     full = all(p.dtype is torch.float32 for p in model.parameters() if p.is_floating_point())
-    return 1e-3 if full and not torch.is_autocast_enabled(next(model.parameters()).device.type) else 5e-2
+    return 1e-3 if full and trainer.accelerator.mixed_precision == "no" else 5e-2
 
 
 def wait(model: nn.Module) -> None:

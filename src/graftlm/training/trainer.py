@@ -26,6 +26,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
 
 from ..errors import CheckpointError, ConfigError
 from ..model import PeftModel
@@ -142,7 +143,7 @@ class Trainer(transformers.Trainer):
         self.member: Any = None  # of several runs that train together
         self._evaluated = TokenLoss()
         inner = self.accelerator.unwrap_model(self.model)
-        if has_virtual_tokens(inner) and (self.label_smoother is None or inner.makes_loss()):
+        if has_virtual_tokens(inner) and (self.label_smoother is None or self._smooths_inside(inner)):
             self._loss_shifts_labels = False  # the last virtual token predicts the first real one: every label counts
 
     # -- running -----------------------------------------------------------------------------------------------------
@@ -188,12 +189,19 @@ class Trainer(transformers.Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.compute_loss`; a smoothed loss is left to models that need no logits for it."""
-        smoother, inner = self.label_smoother, self.accelerator.unwrap_model(model)
-        inside = smoother is not None and self.compute_loss_func is None and isinstance(inner, PeftModel)
-        if not (inside and "labels" in inputs and inner.makes_loss(inputs)):
+        smoother = self.label_smoother
+        if smoother is None or not self._smooths_inside(self.accelerator.unwrap_model(model), inputs):
             return super().compute_loss(model, inputs, *args, **kwargs)
         with self._unsmoothed():
-            return super().compute_loss(model, inputs | {"label_smoothing": smoother.epsilon}, *args, **kwargs)
+            return super().compute_loss(model, {**inputs, "label_smoothing": smoother.epsilon}, *args, **kwargs)
+
+    def _smooths_inside(self, model: Any, inputs: dict[str, Any] | None = None) -> bool:
+        """Whether transformers' smoothed loss (not someone's own) can be left to the model."""
+        usual = type(self.label_smoother) is LabelSmoother and self.label_smoother.ignore_index == -100
+        if not usual or self.compute_loss_func is not None or not isinstance(model, PeftModel):
+            return False
+        with self.accelerator.autocast():
+            return (inputs is None or "labels" in inputs) and model.makes_loss(inputs)
 
     @contextmanager
     def _unsmoothed(self) -> Iterator[None]:
