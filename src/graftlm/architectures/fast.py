@@ -107,8 +107,13 @@ def cheap_dropout(module: nn.Dropout, otherwise: Forward, x: Tensor) -> Tensor:
 
 def cheap_dropouts(module: nn.Module, otherwise: Forward, *args: Any, **kwargs: Any) -> Any:
     """A layer that calls torch's dropout itself (OPT, BART), with masks that are drawn quickly."""
-    with CheapDropout() if module.training else nullcontext():
+    x = args[0] if args else kwargs.get("hidden_states")
+    pays = module.training and isinstance(x, Tensor) and x.numel() >= WORTH_A_MODE
+    with CheapDropout() if pays else nullcontext():
         return otherwise(*args, **kwargs)
+
+
+WORTH_A_MODE = 2**15  # elements of a layer's input; under that the mode's calls cost what quick masks save
 
 
 def rms_norm(module: Any, otherwise: Forward, x: Tensor) -> Tensor:
