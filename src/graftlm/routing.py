@@ -198,7 +198,7 @@ class Plan:
     adapters: tuple[str, ...]
     scratch: dict = field(default_factory=dict)
     segments: Any = None
-    around: Callable[[], AbstractContextManager] = nullcontext
+    around: Callable[[Plan], AbstractContextManager] = nullcontext  # of this plan, which it must not hold
     way: str | None = None
     form: Any = None
     form_check: bool = False
@@ -279,7 +279,7 @@ def keep_plan(function: Callable) -> Callable:
         plan = _running.get()
 
         def under_plan(*inner, **inner_kwargs):
-            with running(plan), plan.around() if plan is not None else nullcontext():
+            with running(plan), plan.around(plan) if plan is not None else nullcontext():
                 return layer_function(*inner, **inner_kwargs)
 
         return function(under_plan, *args, **kwargs)

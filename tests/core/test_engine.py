@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
 from typing import Any
@@ -386,6 +387,31 @@ def test_evaluation_and_other_requests_are_plain() -> None:
     assert "past_key_values" in model(**inputs, use_cache=True)
     assert "logits" in model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
     assert model.base(**inputs).logits is not None
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt", "prefix_projection", "houlsby"])
+@pytest.mark.parametrize("name", ["bloom", "llama", "falcon", "t5"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_step_leaves_nothing_to_the_garbage_collector(name: str, method: str, training: bool) -> None:
+    """What a cycle of references holds lives on into the next steps, and is added to their memory."""
+    model = trained(name, method).train(training)
+    inputs = batch(name) if name in SEQ2SEQ else ragged()
+    model(**inputs).loss.backward()
+
+    def tensors() -> set[int]:
+        return {id(o) for o in gc.get_objects() if issubclass(type(o), Tensor)}
+
+    model.zero_grad(set_to_none=False)
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        model(**inputs).loss.backward()
+        model(**inputs)
+        left = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and id(o) not in before]
+    finally:
+        gc.enable()
+    assert [tuple(o.shape) for o in left] == []
 
 
 def test_dropout_of_the_base_is_not_shared_between_sequences() -> None:

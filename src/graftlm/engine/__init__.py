@@ -192,9 +192,9 @@ class Engine:
         for i, draws in enumerate((plan.routes.draws if plan.routes is not None else None) or ()):
             draws.extra = even_rows(int((row.owners == i).sum()))
         plan.segments = Segments(pieces, memories, self.slopes)
-        plan.around = functools.partial(self.packed, plan, routes)
+        plan.around = functools.partial(self.packed, routes)  # no cycle: graphs would outlive their step
         plan.scratch["leave"] = stack = ExitStack()
-        stack.enter_context(plan.around())
+        stack.enter_context(plan.around(plan))
         places, targets = self.targets(named, found, row)
         loss = places.to(device), targets.to(device), named.get("num_items_in_batch")
         plan.scratch |= {"loss": loss, "owners": row.owners[places]}
@@ -202,7 +202,7 @@ class Engine:
         return inputs
 
     @contextmanager
-    def packed(self, plan: Plan, routes: Routes | None) -> Iterator[None]:
+    def packed(self, routes: Routes | None, plan: Plan) -> Iterator[None]:
         """Within the block the base runs over a packed row, whose tokens go through `routes`."""
         before, plan.routes = plan.routes, routes
         try:
