@@ -337,7 +337,7 @@ class Engine:
         plan.scratch |= {"made": True, "autocast": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
         places, targets, items = plan.scratch["loss"]
         rows = hidden.reshape(-1, hidden.shape[-1])[places]
-        losses = self.losses(plan, rows, targets, form.head, plan.smoothing)
+        losses = self.losses(plan, rows, targets, form.head)
         plan.scratch["losses"] = losses
         total = losses.sum()
         if items is not None and (self.divides or plan.smoothing):  # whoever smooths a loss outside divides it
@@ -346,10 +346,10 @@ class Engine:
             loss = total / losses.shape[0] if losses.shape[0] else total / total.new_zeros(())
         return with_lazy_logits(output, loss, lambda: self.logits(plan))
 
-    def losses(self, plan: Plan, rows: Tensor, targets: Tensor, form: HeadForm, smoothing: float = 0.0) -> Tensor:
+    def losses(self, plan: Plan, rows: Tensor, targets: Tensor, form: HeadForm) -> Tensor:
         """Losses [N] of hidden states [N, H]; group by group where the groups' adapters reach the head."""
         if plan.routes is None:
-            return self.group_losses(rows, targets, form, smoothing)
+            return self.group_losses(rows, targets, form, plan.smoothing)
         plans = [Plan(host.switch, group) for host, group in self.host.owners(plan)]
         heads = []
         for own in plans:
@@ -357,12 +357,12 @@ class Engine:
                 heads.append(self.plain_head())
         if heads[0] is not None and all(head is heads[0] for head in heads):
             with running(plans[0]):
-                return self.group_losses(rows, targets, form, smoothing)
+                return self.group_losses(rows, targets, form, plan.smoothing)
         losses = rows.new_empty(len(targets), dtype=torch.float32)
         for i, own in enumerate(plans):
             chosen = (plan.scratch["owners"] == i).nonzero()[:, 0]
             with running(own):
-                made = self.group_losses(rows[chosen], targets[chosen], form, smoothing)
+                made = self.group_losses(rows[chosen], targets[chosen], form, plan.smoothing)
                 losses = losses.index_copy(0, chosen, made)
         return losses
 

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..joint import dropout_off
+from ..kernels.liger import wait
 from .meters import reset_peak_memory
 
 log = logging.getLogger(__name__)
@@ -140,12 +141,13 @@ class CompiledLayers(TrainerCallback):
     def ratio(self, model: nn.Module) -> float:
         """A compiled pass's time over a plain one's, alternating."""
         times: dict[bool, list[float]] = {False: [], True: []}
+        where = next(model.parameters())
         for on in (False, True) * self.times:
             self.switch(on)
-            wait(model)
+            wait(where)
             start = time.perf_counter()
             self.one_pass(model)
-            wait(model)
+            wait(where)
             times[on].append(time.perf_counter() - start)
         return statistics.median(times[True]) / statistics.median(times[False])
 
@@ -162,9 +164,3 @@ def tolerance(trainer: Any, model: Any) -> float:
     """The largest difference by rounding that is taken for none."""
     full = all(p.dtype is torch.float32 for p in model.parameters() if p.is_floating_point())
     return 1e-3 if full and trainer.accelerator.mixed_precision == "no" else 5e-2
-
-
-def wait(model: nn.Module) -> None:
-    """Until the device has done what it was given."""
-    if next(model.parameters()).is_cuda:
-        torch.cuda.synchronize()
