@@ -29,6 +29,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -429,8 +430,17 @@ def useful_flops(work: Workload, model: Any) -> float:
     return total + 3 * 4.0 * layers * width * seen
 
 
+def kept_weights(model: Any, packed: bool) -> AbstractContextManager:
+    """GraftLM's weights as the processor multiplies by them fastest, if asked for."""
+    if not packed:
+        return nullcontext()
+    import graftlm
+
+    return graftlm.prepacked(model)
+
+
 # -- memory --------------------------------------------------------------------------------------------------------------
-def memory_worker(library: str, name: str, dtype_name: str, folder: str) -> None:
+def memory_worker(library: str, name: str, dtype_name: str, folder: str, packed: str) -> None:
     """Highest resident memory of a process that trains three steps with one library; in bytes."""
     import torch
 
@@ -441,13 +451,14 @@ def memory_worker(library: str, name: str, dtype_name: str, folder: str) -> None
         inputs["num_items_in_batch"] = (inputs["labels"][:, 1:] != -100).sum()
     runner = Runner(library, model, inputs, work.accumulate)
     memory_bench.settle("cpu")
-    for _ in range(3):
-        runner.step(library == "graftlm" or not work.plain_adamw)
+    with kept_weights(model, bool(packed) and library == "graftlm"):
+        for _ in range(3):
+            runner.step(library == "graftlm" or not work.plain_adamw)
     print(json.dumps({"peak": memory_bench.peak("cpu")}))
 
 
-def peak_memory(library: str, name: str, dtype: str, folder: str | None) -> int:
-    command = [sys.executable, __file__, "--worker", library, name, dtype, folder or ""]
+def peak_memory(library: str, name: str, dtype: str, folder: str, packed: str) -> int:
+    command = [sys.executable, __file__, "--worker", library, name, dtype, folder, packed]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{library} on {name} failed:\n{done.stderr[-2000:]}")
@@ -455,14 +466,15 @@ def peak_memory(library: str, name: str, dtype: str, folder: str | None) -> int:
 
 
 # -- reports -------------------------------------------------------------------------------------------------------------
-def measure(name: str, dtype_name: str, rounds: int, with_memory: bool, folder: str | None) -> dict[str, Any]:
+def measure(name: str, dtype_name: str, folder: str | None, args: argparse.Namespace) -> dict[str, Any]:
     """All figures of one workload in one dtype."""
     import torch
 
     work, dtype = WORKLOADS[name], getattr(torch, dtype_name)
     theirs, ours = pair(work, dtype, folder)
     row: dict[str, Any] = {"workload": name, "dtype": dtype_name, "difference": compare(theirs, ours)}
-    times = alternate(theirs, ours, work, rounds)
+    with kept_weights(ours.model, args.prepacked):
+        times = alternate(theirs, ours, work, args.rounds)
     middle = {k: statistics.median(v) for k, v in times.items()}
     own = middle["graftlm"] + middle["graftlm fused"]
     row |= {
@@ -474,8 +486,9 @@ def measure(name: str, dtype_name: str, rounds: int, with_memory: bool, folder: 
     row["peft_floor"] = row["floor"] / row["ratio"]
     del theirs, ours
     gc.collect()
-    if with_memory:
-        peaks = {library: peak_memory(library, name, dtype_name, folder) for library in ("peft", "graftlm")}
+    if not args.no_memory:
+        packed = "prepacked" if args.prepacked else ""
+        peaks = {library: peak_memory(library, name, dtype_name, folder or "", packed) for library in ("peft", "graftlm")}
         row |= {"peaks": peaks, "memory": peaks["graftlm"] / peaks["peft"]}
     return row
 
@@ -521,7 +534,7 @@ def workloads(args: argparse.Namespace) -> None:
             folder = name
         for work in args.workloads:
             for dtype in args.dtype:
-                rows.append(measure(work, dtype, args.rounds, not args.no_memory, folder))
+                rows.append(measure(work, dtype, folder, args))
                 print(line(rows[-1]), flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
@@ -706,12 +719,13 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of each library")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory runs out")
+    parser.add_argument("--prepacked", action="store_true", help="GraftLM keeps the weights in oneDNN's layout too")
     parser.add_argument("--sweep", action="store_true", help="families x methods x dtypes x batches")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=FAMILIES, help="of the sweep")
     parser.add_argument("--overheads", action="store_true", help="what is not the step itself")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--plot", type=Path, default=None)
-    parser.add_argument("--worker", nargs=4, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=5, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if unknown := [w for w in args.workloads if w not in WORKLOADS]:
         parser.error(f"no workload {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
