@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .architectures import base_modules, is_encoder_decoder
+from .architectures.fast import drops
 from .engine.row import IGNORED
 from .model import PeftModel
 from .routing import Draws, Plan, Routes, running
@@ -93,12 +94,6 @@ def adapters_drop(model: PeftModel) -> bool:
     """Whether a model's own adapters drop anything in training."""
     own = {module for _, module in base_modules(model.base)}
     return any(drops(m) and m.training for m in model.modules() if m not in own)
-
-
-def drops(module: Any) -> bool:
-    """Whether a module drops anything in training."""
-    rates = [value for name, value in vars(module).items() if "drop" in name]
-    return any(isinstance(r, float) and r > 0 for r in rates) or bool(isinstance(module, torch.nn.Dropout) and module.p)
 
 
 @contextmanager

@@ -166,13 +166,18 @@ def forward_for(module: nn.Module, tried: dict) -> Forward | None:
 
 def drops_by_itself(layer: nn.Module) -> bool:
     """Whether a layer on a CPU calls torch's dropout outside its attention (whose kernel takes the rate)."""
-    drops = any(dropout_rates(m) for _, m in base_modules(layer) if "Attention" not in type(m).__name__)
+    drops = any(keeps_rates(m) for _, m in base_modules(layer) if "Attention" not in type(m).__name__)
     return drops and all(p.device.type == "cpu" for p in layer.parameters())
 
 
-def dropout_rates(module: nn.Module) -> list[float]:
-    """The rates above zero that a module keeps as numbers, for torch's function."""
-    return [v for n, v in vars(module).items() if "dropout" in n and isinstance(v, float) and v > 0]
+def keeps_rates(module: nn.Module) -> bool:
+    """Whether a module keeps rates of dropout above zero as numbers, for torch's function."""
+    return any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items())
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether a module itself, not one within it, drops anything in training."""
+    return keeps_rates(module) or (isinstance(module, nn.Dropout) and module.p > 0)
 
 
 _NORMS: dict[tuple, Forward | None] = {}
@@ -296,5 +301,4 @@ def alibi_slopes(base: nn.Module) -> Tensor | None:
 
 def has_dropout(base: nn.Module) -> bool:
     """Whether the base drops anything in training: then no two sequences may share what they compute."""
-    modules = [m for _, m in base_modules(base)]
-    return any(dropout_rates(m) or (isinstance(m, nn.Dropout) and m.p > 0) for m in modules)
+    return any(drops(m) for _, m in base_modules(base))

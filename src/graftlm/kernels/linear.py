@@ -7,7 +7,6 @@ other way round. So the two are timed once a process and dtype, and only a clear
 from __future__ import annotations
 
 import functools
-import time
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .order import first_order
+from .timing import time_ratio
 
 _CLEAR_WIN = 0.8  # of the default's time; nearer to 1 two runs of one script might choose differently
 _SMALL = 2**19  # multiplications under which choosing costs more than it brings
@@ -107,20 +107,5 @@ def onednn_wins(dtype: torch.dtype) -> bool:
         return False
     with torch.no_grad():
         x, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-        pairs = [
-            (lambda: F.linear(x, weight), lambda: _onednn(x, weight, None)),
-            (lambda: x @ weight, lambda: _onednn(x, weight.t(), None)),
-        ]
-        default, onednn = (sum(_seconds(pair[i]) for pair in pairs) for i in (0, 1))
-    return onednn < _CLEAR_WIN * default
-
-
-def _seconds(call: Any) -> float:
-    """The shortest of four runs after one to warm up."""
-    call()
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times)
+        onednn = lambda: (_onednn(x, weight, None), _onednn(x, weight.t(), None))  # noqa: E731
+        return time_ratio(onednn, lambda: (F.linear(x, weight), x @ weight), x) < _CLEAR_WIN

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import logging
 import random
-import statistics
-import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..joint import dropout_off
-from ..kernels.liger import wait
+from ..kernels.timing import time_ratio
 from .meters import reset_peak_memory
 
 log = logging.getLogger(__name__)
@@ -48,7 +47,7 @@ class CompiledLayers(TrainerCallback):
 
     Args:
         trainer: any `transformers.Trainer`; add the callback to it.
-        times: timed passes each way; their medians are compared.
+        times: timed passes each way; the shortest are compared.
     """
 
     def __init__(self, trainer: Any, times: int = 5) -> None:
@@ -140,16 +139,12 @@ class CompiledLayers(TrainerCallback):
 
     def ratio(self, model: nn.Module) -> float:
         """A compiled pass's time over a plain one's, alternating."""
-        times: dict[bool, list[float]] = {False: [], True: []}
-        where = next(model.parameters())
-        for on in (False, True) * self.times:
+
+        def timed(on: bool) -> None:
             self.switch(on)
-            wait(where)
-            start = time.perf_counter()
             self.one_pass(model)
-            wait(where)
-            times[on].append(time.perf_counter() - start)
-        return statistics.median(times[True]) / statistics.median(times[False])
+
+        return time_ratio(partial(timed, True), partial(timed, False), next(model.parameters()), self.times)
 
 
 def difference(found: list[Tensor], wanted: list[Tensor]) -> float:
