@@ -215,13 +215,10 @@ class Trainer(transformers.Trainer):
     def _may_join(self, num_items_in_batch: Any) -> bool:
         model = self.accelerator.unwrap_model(self.model)
         several = self.args.gradient_accumulation_steps > 1 and num_items_in_batch is not None and self.args.n_gpu <= 1
-        return (
-            several
-            and self._plain_loss
-            and self.model_accepts_loss_kwargs
-            and isinstance(model, PeftModel)
-            and model.can_pack()
-        )
+        if not (several and self._plain_loss and self.model_accepts_loss_kwargs and isinstance(model, PeftModel)):
+            return False
+        with self.accelerator.autocast():  # as in the passes
+            return model.can_pack()
 
     @property
     def _plain_loss(self) -> bool:
