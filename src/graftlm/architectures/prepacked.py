@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..kernels.linear import onednn_multiplies
-from ..kernels.packed import packed_weights
+from ..kernels.packed import is_kept, packed_weights
 from .fast import LINEAR, Fast, fast_class
 from .gated import plain
 from .walk import base_modules
+
+_OURS: Any = WeakSet()  # modules that have their fast form for this
 
 
 @contextmanager
@@ -34,17 +37,19 @@ def prepacked(model: nn.Module, at_most: int | None = None) -> Iterator[int]:
     size = sum(m.weight.numel() * m.weight.element_size() for m in layers)
     if at_most is not None and size > at_most:
         layers, size = [], 0
-    ours = [m for m in layers if not isinstance(m, Fast)]
-    for module in ours:
-        kind: Any = type(module)
-        module.__class__ = fast_class(kind, LINEAR[kind])
+    for module in layers:
+        if not isinstance(module, Fast):
+            kind: Any = type(module)
+            module.__class__ = fast_class(kind, LINEAR[kind])
+            _OURS.add(module)
     try:
         with packed_weights([(m.weight, plain(type(m)) is Conv1D) for m in layers]):
             yield size
     finally:
-        for module in ours:
-            if isinstance(module, Fast):
-                module.__class__ = module.plain_class
+        for module in layers:
+            if module in _OURS and not is_kept(module.weight):  # no other block is open
+                _OURS.discard(module)
+                module.__class__ = plain(type(module))
 
 
 def packable(module: Any) -> bool:

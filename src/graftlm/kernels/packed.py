@@ -68,6 +68,11 @@ def packed_weights(weights: Iterable[tuple[Tensor, bool]]) -> Iterator[None]:
                 del _KEPT[weight]
 
 
+def is_kept(weight: Tensor) -> bool:
+    """Whether blocks of this weight are kept."""
+    return weight in _KEPT
+
+
 def packed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Packed | None:
     """What is kept of `weight`, if a product with x can use it."""
     if not _KEPT or (kept := _KEPT.get(weight)) is None:

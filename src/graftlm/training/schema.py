@@ -83,6 +83,7 @@ class TrainingSection(Section):
     gradient_checkpointing: bool | Layers = Field(
         default=False, description="recompute activations to save memory; a number n: those of each n-th layer"
     )
+    prepacked: bool = Field(default=False, description="CPU: two more copies of frozen weights, as it multiplies fastest")
     torch_compile: bool = Field(default=False, description="compile the base's layers, if a trial on the first rows pays")
     threads: int | None = Field(default=None, ge=1, description="CPU threads of torch")
     report_to: list[str] = Field(default_factory=list, description="trackers of transformers, e.g. tensorboard")

@@ -43,7 +43,9 @@ from .trainer import Request, TrainingInterrupted, interrupts_go_to
 log = logging.getLogger(__name__)
 
 # What all runs over one base must have in common.
-COMMON = ("base", "quantization", "task", "dtype", "training.threads", "training.gradient_checkpointing")
+COMMON = (
+    "base", "quantization", "task", "dtype", "training.threads", "training.gradient_checkpointing", "training.prepacked",
+)  # fmt: skip
 
 
 def common_parts(recipe: Recipe) -> tuple:
