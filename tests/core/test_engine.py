@@ -477,6 +477,8 @@ def test_prepacked_weights_change_no_result(name: str) -> None:
         assert {n: type(m) for n, m in model.named_modules()} == before
     with graftlm.prepacked(model) as size:
         assert size > 1000
+        with graftlm.prepacked(model, at_most=10) as shared:  # nothing more to keep
+            assert shared == size
         loss, gradients, tokens = everything()
     assert {n: type(m) for n, m in model.named_modules()} == before
     close(loss, plain[0])

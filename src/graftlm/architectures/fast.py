@@ -166,8 +166,8 @@ def forward_for(module: nn.Module, tried: dict) -> Forward | None:
 
 def drops_by_itself(layer: nn.Module) -> bool:
     """Whether a layer on a CPU calls torch's dropout outside its attention (whose kernel takes the rate)."""
-    drops = any(keeps_rates(m) for _, m in base_modules(layer) if "Attention" not in type(m).__name__)
-    return drops and all(p.device.type == "cpu" for p in layer.parameters())
+    calls = any(keeps_rates(m) for _, m in base_modules(layer) if "Attention" not in type(m).__name__)
+    return calls and all(p.device.type == "cpu" for p in layer.parameters())
 
 
 def keeps_rates(module: nn.Module) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from weakref import WeakSet
 
+import psutil
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -30,12 +31,12 @@ def prepacked(model: nn.Module, at_most: int | None = None) -> Iterator[int]:
 
     Args:
         model: a `PeftModel` or its base.
-        at_most: bytes of one copy, above which nothing is kept (0 is yielded).
+        at_most: bytes of one copy, above which nothing is kept (0 is yielded); what other blocks keep already costs nothing.
     """
     base: Any = getattr(model, "base", model)
     layers: list[Any] = [m for _, m in base_modules(base) if plain(type(m)) in LINEAR and packable(m)]
-    size = sum(m.weight.numel() * m.weight.element_size() for m in layers)
-    if at_most is not None and size > at_most:
+    size = sum(m.weight.nbytes for m in layers)
+    if at_most is not None and sum(m.weight.nbytes for m in layers if not is_kept(m.weight)) > at_most:
         layers, size = [], 0
     for module in layers:
         if not isinstance(module, Fast):
@@ -50,6 +51,11 @@ def prepacked(model: nn.Module, at_most: int | None = None) -> Iterator[int]:
             if module in _OURS and not is_kept(module.weight):  # no other block is open
                 _OURS.discard(module)
                 module.__class__ = plain(type(module))
+
+
+def prepacked_if_free(model: nn.Module, copies: int) -> AbstractContextManager[int]:
+    """`prepacked` where so many copies (one, or two in training) take less than half of the free memory."""
+    return prepacked(model, at_most=psutil.virtual_memory().available // (2 * copies))
 
 
 def packable(module: Any) -> bool:

@@ -137,11 +137,9 @@ def attach(model: Any, adapters: dict[str, str], allow_base_mismatch: bool = Fal
 
 def ready_to_generate(model: Any) -> AbstractContextManager:
     """Weights kept as this processor multiplies by them fastest, where that takes less than half of the free memory."""
-    import psutil
+    from ..architectures.prepacked import prepacked_if_free
 
-    from ..architectures.prepacked import prepacked
-
-    return prepacked(model, at_most=psutil.virtual_memory().available // 2)
+    return prepacked_if_free(model, copies=1)
 
 
 def directory(path: str) -> Path:

@@ -22,11 +22,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
-from ..architectures.prepacked import prepacked
+from ..architectures.prepacked import prepacked_if_free
 from ..data import PackedRows
 from ..errors import RecipeError
 from ..model import PeftModel
@@ -280,7 +279,7 @@ def kept_twice(model: PeftModel, recipe: Recipe) -> Iterator[None]:
     if not recipe.training.prepacked:
         yield
         return
-    with prepacked(model, at_most=psutil.virtual_memory().available // 4) as size:  # of one copy; a gradient needs another
+    with prepacked_if_free(model, copies=2) as size:
         if not size:
             log.warning(
                 "training.prepacked is left out: it is for a frozen base in fp32 or bf16, on a CPU that oneDNN serves, with "
