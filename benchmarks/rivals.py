@@ -19,8 +19,6 @@ class Runner:
         self.library, self.model = library, model
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.parts = [inputs]
-        if one_by_one or "num_items_in_batch" in inputs:
-            self.parts = [dict(inputs)]
         if one_by_one:
             items = inputs["num_items_in_batch"]
             rows = len(inputs["labels"])
