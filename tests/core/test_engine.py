@@ -442,7 +442,6 @@ def test_first_pass_leaves_the_generator_alone() -> None:
 
 @pytest.mark.parametrize("name", ["bloom", "gpt2"])
 def test_the_base_is_its_own_again_after_unwrapping(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast, "onednn_wins", lambda dtype: True)
     base = still(name)
     before = {n: type(m) for n, m in base.named_modules()}
     attention = base.config._attn_implementation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from helpers import close, on_flash
 from torch import Tensor
 
 from graftlm import kernels
-from graftlm.kernels import HeadForm, Segments, Update, attention, grouped_low_rank, linear, lora, loss, packed
+from graftlm.kernels import HeadForm, Segments, Update, attention, grouped_low_rank, linear, lora, loss, packed, timing
 from graftlm.kernels.attention import Piece
 from graftlm.kernels.gated import ACTIVATIONS as GATED
 
@@ -174,8 +175,8 @@ def test_a_heads_form_is_recognised(form: HeadForm, dtype: torch.dtype) -> None:
 # -- linear, LoRA, dropout -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("trained", [False, True])
 def test_onednns_product_has_torchs_gradients(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "onednn_wins", lambda dtype: True)
-    monkeypatch.setattr(linear, "_SMALL", 0)
+    monkeypatch.setattr(linear, "way", lambda dtype, rows, transposed: linear.onednn)
+    monkeypatch.setattr(linear, "_SMALL", {torch.float32: 0})
     x = normal(3, 21, 40, dtype=torch.float32).requires_grad_()
     weight = normal(24, 40, seed=1, dtype=torch.float32).requires_grad_(trained)
     bias = normal(24, seed=2, dtype=torch.float32).requires_grad_(trained)
@@ -186,6 +187,103 @@ def test_onednns_product_has_torchs_gradients(trained: bool, monkeypatch: pytest
     close(got, wanted)
     for ours, theirs in zip(*(torch.autograd.grad(y, wanted_of, outer) for y in (got, wanted)), strict=True):
         close(ours, theirs)
+
+
+def narrow(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return normal(*shape, seed=seed, dtype=torch.float32).to(dtype)
+
+
+def same_but_for_rounding(got: Tensor, wide: Tensor) -> None:
+    """Whether a 16-bit result is the fp32 one, rounded once (sums in another order may round to the next number)."""
+    unit = torch.finfo(got.dtype).eps
+    assert ((got.float() - wide).abs() <= 0.51 * unit * wide.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("buffer", [2**22, 200], ids=["whole", "tiles"])
+@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_in_16_bits_are_fp32s_rounded_once(
+    dtype: torch.dtype, conv1d: bool, buffer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        linear, "way", lambda dtype, rows, transposed: F.linear if dtype is torch.float32 else linear.widened
+    )
+    monkeypatch.setattr(linear, "_SMALL", {dtype: 0})
+    monkeypatch.setattr(linear, "_BUFFER", buffer)
+    linear._kept.__dict__.clear()
+    x = narrow(3, 21, 40, dtype=dtype).requires_grad_()
+    weight, bias = narrow(24, 40, seed=1, dtype=dtype), narrow(24, seed=2, dtype=dtype)
+    weight = weight.t().contiguous().t() if conv1d else weight
+    outer = narrow(3, 21, 24, seed=3, dtype=dtype)
+    got = kernels.product(x, weight, bias)
+    same_but_for_rounding(got, F.linear(x.float(), weight.float(), bias.float()))
+    (gradient,) = torch.autograd.grad(got, x, outer)
+    same_but_for_rounding(gradient, outer.float() @ weight.float())
+    assert linear._kept.buffer.numel() <= max(2 * weight.numel(), buffer)
+    with torch.inference_mode():
+        assert torch.equal(kernels.product(x, weight, bias), got)
+    with torch.no_grad():
+        assert torch.equal(kernels.product(x, weight, bias), got)
+
+
+def test_trained_weights_in_16_bits_get_fp32s_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        linear, "way", lambda dtype, rows, transposed: F.linear if dtype is torch.float32 else linear.widened
+    )
+    monkeypatch.setattr(linear, "_SMALL", {torch.bfloat16: 0})
+    x, weight = narrow(21, 40).requires_grad_(), narrow(24, 40, seed=1).requires_grad_()
+    outer = narrow(21, 24, seed=3)
+    made = torch.autograd.grad(kernels.product(x, weight), (x, weight), outer)
+    same_but_for_rounding(made[0], outer.float() @ weight.float())
+    same_but_for_rounding(made[1], outer.float().t() @ x.float())
+
+
+def test_the_fastest_way_is_taken_where_it_wins_clearly(monkeypatch: pytest.MonkeyPatch) -> None:
+    times: list[float] = []
+    monkeypatch.setattr(timing, "shortest_times", lambda calls, like: times)
+    calls, like = [lambda: None] * 3, torch.ones(1)
+    for times[:], best in (([1.0, 0.9, 2.0], 0), ([1.0, 0.7, 0.6], 2), ([1.0, 0.3, 0.6], 1)):
+        assert timing.fastest(calls, like, 0.8) == best
+
+
+def test_a_way_that_is_slower_by_far_is_timed_once() -> None:
+    runs = [0, 0]
+
+    def call(which: int, seconds: float) -> None:
+        runs[which] += 1
+        time.sleep(seconds)
+
+    slow, quick = timing.shortest_times([lambda: call(0, 0.02), lambda: call(1, 0.001)], torch.ones(1))
+    assert runs == [1, 5]
+    assert slow > quick
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_lora_in_16_bits_works_in_fp32_where_that_is_faster(
+    grouped: bool, p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The update and its gradients are those of fp32, rounded when they are handed on."""
+    monkeypatch.setattr(lora, "working_dtype", lambda dtype, device: torch.float32)
+    monkeypatch.setattr(lora, "_FEW", 0)
+    x, y = narrow(2, 12, 16), narrow(2, 12, 20, seed=1)
+    a, b = normal(3, 16, seed=2, dtype=torch.float32), normal(20, 3, seed=3, dtype=torch.float32)
+    outer = narrow(2, 12, 20, seed=4)
+    made = []
+    for dtype in (torch.bfloat16, torch.float32):
+        leaves = [x.to(dtype).requires_grad_(), a.clone().requires_grad_(), b.clone().requires_grad_()]
+        torch.manual_seed(0)
+        start = y.to(dtype).clone()
+        if grouped:
+            out = kernels.grouped_low_rank(start, leaves[0], [kernels.Update(slice(0, 2), *leaves[1:], 0.5, p)], {})
+        else:
+            out = kernels.low_rank(start, *leaves, 0.5, p)
+        made.append([out, *torch.autograd.grad(out, leaves, outer.to(dtype))])
+    assert made[0][0].dtype is made[0][1].dtype is torch.bfloat16
+    for ours, wide in zip(made[0], made[1], strict=True):
+        torch.testing.assert_close(ours.float(), wide, rtol=1e-2, atol=1e-2)
+    for ours, wide in zip(made[0][2:], made[1][2:], strict=True):  # never rounded
+        torch.testing.assert_close(ours, wide)
 
 
 @pytest.mark.parametrize("joint", [False, True], ids=["apart", "joint"])

@@ -80,7 +80,7 @@ def test_too_little_memory_leaves_it_out(
 def test_runs_that_train_together_share_the_copies(
     folder: Path, products: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fast, "onednn_wins", lambda dtype: False)  # no fast forms but those of prepacked
+    monkeypatch.setattr(fast, "CHOSEN", ())  # no fast forms but those of prepacked
     for name, steps in (("a1", 2), ("b1", 6)):
         run(recipe(folder, name, max_steps=steps), quiet=True)
     base, tokenizer = resolve_base(str(folder / "base"), device="cpu")

@@ -24,9 +24,9 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import UnsupportedError
 from ..kernels import dropout, norm
 from ..kernels.dropout import CheapDropout
-from ..kernels.linear import onednn_wins, product
+from ..kernels.linear import CHOSEN, product, working_dtype
 from ..kernels.packed import packed, packed_product
-from ..quantization import linear_4bit, quantized_kind
+from ..quantization import linear_4bit, linear_int8, quantized_kind
 from ..routing import current_plan
 from . import bloom, gated
 from .walk import base_modules
@@ -79,17 +79,23 @@ def _signature(plain: Any) -> Any:
 
 
 def linear(module: nn.Linear, otherwise: Forward, x: Tensor) -> Tensor:
-    """A linear layer by oneDNN (see `kernels.linear`)."""
-    return by_onednn(module, x, module.weight)
+    """A linear layer in the fastest way (see `kernels.linear`)."""
+    return by_fastest(module, x, module.weight)
 
 
 def conv1d(module: Conv1D, otherwise: Forward, x: Tensor) -> Tensor:
     """The same for GPT-2's layers, whose weight lies [in, out]."""
-    return by_onednn(module, x, module.weight.t())
+    return by_fastest(module, x, module.weight.t())
 
 
-def by_onednn(module: Any, x: Tensor, weight: Tensor) -> Tensor:
+def by_fastest(module: Any, x: Tensor, weight: Tensor) -> Tensor:
     """``x W^T + b`` of a layer; by what is kept of its weight, if anything is. weight: the layer's, as [out, in]."""
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        if working_dtype(dtype, x.device) is not dtype:  # autocast's own products would be as slow
+            with torch.autocast("cpu", enabled=False):
+                bias = None if module.bias is None else module.bias.to(dtype)
+                return product(x.to(dtype), weight.to(dtype), bias)
     if (kept := packed(x, module.weight, module.bias)) is not None:
         return packed_product(x, kept, module.weight, module.bias)
     return product(x, weight, module.bias)
@@ -145,7 +151,7 @@ FORWARDS: dict[type, Forward] = {
 LINEAR: dict[type, Forward] = {nn.Linear: linear, Conv1D: conv1d}
 # Forms that bring as much in evaluation, and those that go by their module's own mode: under reentrant checkpointing a
 # layer's first pass has no gradient, and must draw the masks that its second one draws.
-EVALUATES = {linear, conv1d, cheap_dropout, cheap_dropouts}
+EVALUATES: set[Forward] = {linear, conv1d, linear_4bit, cheap_dropout, cheap_dropouts}
 
 
 def forward_for(module: nn.Module, tried: dict) -> Forward | None:
@@ -153,10 +159,11 @@ def forward_for(module: nn.Module, tried: dict) -> Forward | None:
     kind = type(module)
     if kind in LINEAR:
         weight: Any = module.weight
-        wins = weight.device.type == "cpu" and onednn_wins(weight.dtype)
-        return LINEAR[kind] if wins else None
+        return LINEAR[kind] if weight.device.type == "cpu" and weight.dtype in CHOSEN else None
     if "weight" in module._parameters and quantized_kind(module) == "4bit" and module.weight.device.type == "cpu":  # type: ignore[union-attr]
         return linear_4bit
+    if "weight" in module._parameters and quantized_kind(module) == "int8" and module.weight.device.type == "cpu":  # type: ignore[union-attr]
+        return linear_int8
     if kind.__name__.endswith(("RMSNorm", "T5LayerNorm")) and not issubclass(kind, Fast):
         return _norm_forward(module)
     if isinstance(module, GradientCheckpointingLayer) and drops_by_itself(module):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from . import varlen
 from .dropout import is_cheap, keep_mask
+from .linear import working_dtype
 from .order import first_order
 
 LONG = 320  # tokens of a sequence from which on the fused kernel is used
@@ -64,7 +65,8 @@ class Segments:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, p: float = 0.0) -> Tensor:
         """q [H, N, D], k and v [G, N, D] of any strides -> [N, H, D]. `p`: dropout of the probabilities."""
         kind = q.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
+        given = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
+        dtype = working_dtype(given, q.device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         memory = [t.to(dtype) for m in self.memories for t in m[layer]]
         with torch.autocast(kind, enabled=False):
@@ -73,8 +75,8 @@ class Segments:
                     self._layout = varlen.Layout(self, [t.shape[1] for t in memory[::2]], q.device)
                 return varlen.attend(q, k, v, self._layout, memory, scale)
             if self.longest < LONG:
-                return _Short.apply(q, k, v, self, scale, p, *memory)
-            return self._long(q, k, v, memory, scale, p)
+                return _Short.apply(q, k, v, self, scale, p, *memory).to(given)
+            return self._long(q, k, v, memory, scale, p).to(given)
 
     @staticmethod
     def seen(own: Tensor, piece: Piece, memory: list[Tensor], which: int) -> Tensor:

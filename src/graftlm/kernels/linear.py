@@ -1,12 +1,20 @@
-"""Linear layers on CPUs by oneDNN, where this machine does that faster than torch's default library.
+"""Linear layers on CPUs in the way that is the fastest there.
 
-For fp32 torch hands products to MKL, which on some processors is less than half as fast as oneDNN; on others it is the
-other way round. So the two are timed once a process and dtype, and only a clear win changes anything.
+* torch hands fp32 products to MKL; oneDNN is up to twice as fast on some processors, above all for few rows, and slower on
+  others.
+* Processors without instructions for 16-bit products multiply such values in a scalar loop, a hundred times slower where a
+  factor is transposed, as in every backward pass. There the values are brought to fp32, a tile of the weight at a time in a
+  buffer that is kept, and multiplied in fp32; the result equals the fp32 product of the same values, rounded once.
+
+The ways are timed once a process for each dtype, orientation of the weight and order of magnitude of the rows, and only a
+clear win over torch's default changes anything.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,14 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .order import first_order
-from .timing import time_ratio
+from .timing import fastest
 
 _CLEAR_WIN = 0.8  # of the default's time; nearer to 1 two runs of one script might choose differently
-_SMALL = 2**19  # multiplications under which choosing costs more than it brings
-
+_SMALL = {torch.float32: 2**19, torch.bfloat16: 2**14, torch.float16: 2**14}  # multiplications not worth a choice
+CHOSEN = tuple(_SMALL)  # dtypes for which there is a choice
+_BUFFER = 2**22  # elements of a weight that are in fp32 at a time
 
 MULTIPLE = 16  # of rows: products of odd sizes run at little more than half the speed
 _FEW = 64
+
+Way = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def even_rows(count: int) -> int:
@@ -31,61 +42,72 @@ def even_rows(count: int) -> int:
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b``: x [..., in], weight [out, in], bias [out] -> [..., out]. The gradient goes where it is required."""
-    if _takes(x, weight) and onednn_wins(x.dtype):
-        return _Product.apply(x, weight, bias) if torch.is_grad_enabled() else _onednn(x, weight, bias)
-    return F.linear(x, weight, bias)
+    forward, backward = way_for(x, weight), way_for(x, weight, backward=True)
+    if torch.is_grad_enabled() and (forward is not F.linear or backward is not F.linear):
+        return _Product.apply(x, weight, bias, forward, backward)
+    return forward(x, weight, bias)
 
 
 def plain_product(x: Tensor, weight: Tensor) -> Tensor:
     """``x W^T`` without a gradient, x [N, in], weight [out, in] of any strides."""
-    if _takes(x, weight) and onednn_wins(x.dtype):
-        return _onednn(x, weight, None)
-    return F.linear(x, weight)
+    return way_for(x, weight)(x, weight, None)
 
 
 def add_product(y: Tensor, x: Tensor, weight: Tensor, scale: float) -> None:
-    """``y += scale * x W^T`` in place, without a gradient; y [N, out], x [N, in], weight [out, in]."""
-    if _takes(x, weight) and onednn_wins(x.dtype):
-        y.add_(_onednn(x, weight, None), alpha=scale)
-    else:
+    """``y += scale * x W^T`` in place, without a gradient; y [N, out], x [N, in], weight [out, in].
+
+    x and weight may be of a wider dtype than y, in which the product is then made.
+    """
+    way = way_for(x, weight)
+    if way is F.linear and y.dtype is x.dtype:
         y.addmm_(x, weight.t(), alpha=scale)
+    else:
+        y.add_(way(x, weight, None).to(y.dtype), alpha=scale)
 
 
-def _takes(x: Tensor, weight: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype is weight.dtype
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and x.numel() * weight.shape[0] >= _SMALL
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and type(weight) in (Tensor, torch.nn.Parameter)
-    )
+def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which to make products of values in `dtype`: fp32 for 16-bit ones on CPUs that multiply them slowly."""
+    narrow = device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling()
+    return torch.float32 if narrow and way(dtype, _FEW, transposed=True) is widened else dtype
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+# -- which way -----------------------------------------------------------------------------------------------------------
+def way_for(x: Tensor, weight: Tensor, backward: bool = False) -> Way:
+    """How to multiply x [..., in] by weight [out, in], or (`backward`) a gradient [..., out] by the weight."""
+    out, size = weight.shape
+    rows = x.numel() // size if size else 0
+    if (
+        x.device.type != "cpu"
+        or x.dtype is not weight.dtype
+        or rows * out * size < _SMALL.get(x.dtype, rows * out * size + 1)
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or type(weight) not in (Tensor, torch.nn.Parameter)
+    ):
+        return F.linear
+    transposed = weight.stride(0) == 1 and out > 1
+    return way(x.dtype, _magnitude(rows), transposed != backward)
 
 
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return _onednn(x, weight, bias)
+def _magnitude(rows: int) -> int:
+    """1, 4, 16, 64 or 256: the nearest number of rows that ways are timed for."""
+    return 1 if rows == 1 else next((m for m in (4, 16, 64) if rows < 2 * m), 256)
 
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight = ctx.saved_tensors
-        gradient = gradient.contiguous()
-        to_x = _onednn(gradient, weight.t(), None) if ctx.needs_input_grad[0] else None
-        flat = gradient.view(-1, gradient.shape[-1])
-        to_weight = to_bias = None
-        if ctx.needs_input_grad[1]:
-            to_weight = _onednn(flat.t(), x.reshape(-1, x.shape[-1]).t(), None)
-        if ctx.needs_input_grad[2]:
-            to_bias = flat.sum(0)
-        return to_x, to_weight, to_bias
+
+@functools.cache
+def way(dtype: torch.dtype, rows: int, transposed: bool) -> Way:
+    """The fastest way here for products of `rows` rows, the weight lying [out, in] or (`transposed`) [in, out]; measured
+    once (some milliseconds)."""
+    ways: list[Way] = [F.linear]
+    ways += [onednn] * onednn_multiplies(dtype)
+    ways += [widened] * (dtype is not torch.float32)
+    if len(ways) == 1:
+        return F.linear
+    size = 1024 if dtype is torch.float32 else 512
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        x, weight = torch.ones(rows, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+        weight = weight.t() if transposed else weight
+        return ways[fastest([functools.partial(w, x, weight, None) for w in ways], x, _CLEAR_WIN)]
 
 
 @functools.cache
@@ -94,18 +116,71 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     try:
-        _onednn(torch.ones(16, 16, dtype=dtype), torch.ones(16, 16, dtype=dtype), None)
+        onednn(torch.ones(16, 16, dtype=dtype), torch.ones(16, 16, dtype=dtype), None)
     except RuntimeError:  # a processor without the instructions
         return False
     return True
 
 
-@functools.cache
-def onednn_wins(dtype: torch.dtype) -> bool:
-    """Whether oneDNN is clearly faster here for a product and its gradient; measured once (some ten milliseconds)."""
-    if not onednn_multiplies(dtype):
-        return False
-    with torch.no_grad():
-        x, weight = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-        onednn = lambda: (_onednn(x, weight, None), _onednn(x, weight.t(), None))  # noqa: E731
-        return time_ratio(onednn, lambda: (F.linear(x, weight), x @ weight), x) < _CLEAR_WIN
+# -- the ways ------------------------------------------------------------------------------------------------------------
+def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """By oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+_kept = threading.local()
+
+
+def widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In fp32, the weight brought there tile by tile."""
+    out, size = weight.shape
+    flat = x.reshape(-1, size).float()
+    bias = None if bias is None else bias.float()
+    tile = max(1, _BUFFER // max(size, 1))
+    if out <= tile:
+        return _wide_product(flat, weight, bias).to(x.dtype).view(*x.shape[:-1], out)
+    y = x.new_empty(len(flat), out)
+    for start in range(0, out, tile):
+        part = slice(start, start + tile)
+        y[:, part] = _wide_product(flat, weight[part], None if bias is None else bias[part])
+    return y.view(*x.shape[:-1], out)
+
+
+def _wide_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x in fp32, weight a tile in 16 bits."""
+    wide = in_fp32(weight)
+    return way_for(x, wide)(x, wide, bias)
+
+
+def in_fp32(weight: Tensor) -> Tensor:
+    """A weight [out, in] in fp32 in this thread's buffer, lying as it lies: valid until the next call."""
+    count = weight.numel()
+    buffer = getattr(_kept, "buffer", None)
+    if buffer is None or len(buffer) < count:
+        with torch.inference_mode(False):  # such a tensor could not be written into later
+            buffer = _kept.buffer = torch.empty(max(count, min(2 * count, _BUFFER)), dtype=torch.float32)
+    shape = weight.shape
+    wide = buffer[:count].view(shape[1], shape[0]).t() if weight.stride(0) == 1 else buffer[:count].view(shape)
+    return wide.copy_(weight.detach())
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, way: Way, back: Way) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.back = back
+        return way(x, weight, bias)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        to_x = ctx.back(gradient, weight.t(), None) if ctx.needs_input_grad[0] else None
+        flat = gradient.view(-1, gradient.shape[-1])
+        to_weight = to_bias = None
+        if ctx.needs_input_grad[1]:
+            to_weight = plain_product(flat.t(), x.reshape(-1, x.shape[-1]).t())
+        if ctx.needs_input_grad[2]:
+            to_bias = flat.sum(0)
+        return to_x, to_weight, to_bias, None, None

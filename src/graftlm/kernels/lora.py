@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dropout import dropout, is_cheap, keep_mask
-from .linear import add_product, plain_product
+from .linear import add_product, plain_product, working_dtype
 from .order import first_order
 
 _FEW = 150_000  # elements of input and output up to which one function costs more calls than it saves
@@ -25,26 +25,26 @@ _FEW = 150_000  # elements of input and output up to which one function costs mo
 class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
+        flat = _working(x).view(-1, x.shape[-1])
         kept, factor = _mask(flat, p)
         ctx.scale = scale * factor
-        short = plain_product(flat if kept is None else flat * kept, a.to(x.dtype))
+        short = plain_product(flat if kept is None else flat * kept, a.to(flat.dtype))
         ctx.save_for_backward(x, a, b, short, kept)
         if y._is_view():  # what some functions hand out may not be written into
             y = y.clone(memory_format=torch.contiguous_format)
         else:
             ctx.mark_dirty(y)
-        add_product(y.view(-1, y.shape[-1]), short, b.to(y.dtype), ctx.scale)
+        add_product(y.view(-1, y.shape[-1]), short, b.to(short.dtype), ctx.scale)
         return y
 
     @staticmethod
     @first_order
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, a, b, short, kept = ctx.saved_tensors
-        flat = x.reshape(-1, x.shape[-1])
-        outer = gradient.reshape(-1, gradient.shape[-1]).to(x.dtype)
+        flat = _working(x).view(-1, x.shape[-1])
+        outer = gradient.reshape(-1, gradient.shape[-1]).to(short.dtype)
         to_x, to_a, to_b = _gradients(flat, outer, a, b, short, kept, ctx.scale, ctx.needs_input_grad[1])
-        return gradient, None if to_x is None else to_x.view(x.shape), to_a, to_b, None, None
+        return gradient, None if to_x is None else to_x.view(x.shape).to(x.dtype), to_a, to_b, None, None
 
 
 def _gradients(
@@ -61,6 +61,11 @@ def _gradients(
         return None, to_a, to_b
     to_x = plain_product(to_short, a.to(x.dtype).t())
     return to_x if kept is None else to_x.mul_(kept), to_a, to_b
+
+
+def _working(x: Tensor) -> Tensor:
+    """x, contiguous, in the dtype in which products with it are made."""
+    return x.to(working_dtype(x.dtype, x.device)).contiguous()
 
 
 def _mask(x: Tensor, p: float) -> tuple[Tensor | None, float]:
@@ -151,10 +156,8 @@ def _add(y: Tensor, index: Any, short: Tensor, b: Tensor, scale: float) -> None:
     part = y[index]
     if not part._is_view():  # a copy of scattered rows
         y[index] = part + torch.mm(short, b.t()).mul_(scale).view(part.shape).to(y.dtype)
-    elif y.dtype == short.dtype:
-        add_product(part.view(-1, part.shape[-1]), short, b, scale)
     else:
-        part.add_(torch.mm(short, b.t()).view(part.shape).to(y.dtype), alpha=scale)
+        add_product(part.view(-1, part.shape[-1]), short, b, scale)
 
 
 def _side_by_side(y: Tensor, x: Tensor, updates: list[Update], kept: dict) -> Tensor:
@@ -192,13 +195,13 @@ class _GroupedLowRank(torch.autograd.Function):
         scales = []
         for update in updates:
             index, a, b = update[:3]
-            flat = x[index].reshape(-1, x.shape[-1])
+            flat = _working(x[index]).view(-1, x.shape[-1])
             with update.draw():
                 mask, factor = _mask(flat, update.p)
             scales.append(update.scale * factor)
-            short = plain_product(flat if mask is None else flat * mask, a.to(x.dtype))
+            short = plain_product(flat if mask is None else flat * mask, a.to(flat.dtype))
             kept += [short, mask]
-            _add(made, index, short, b.to(x.dtype), scales[-1])
+            _add(made, index, short, b.to(flat.dtype), scales[-1])
         ctx.save_for_backward(x, *factors, *kept)
         ctx.rest = [u.index for u in updates], scales
         if not own:
@@ -214,12 +217,12 @@ class _GroupedLowRank(torch.autograd.Function):
         to_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
         made: list[Tensor] = []
         for i, (index, scale) in enumerate(zip(indices, scales, strict=True)):
-            flat = x[index].reshape(-1, x.shape[-1])
-            outer = gradient[index].reshape(-1, gradient.shape[-1]).to(x.dtype)
             a, b = factors[2 * i : 2 * i + 2]
             short, mask = kept[2 * i : 2 * i + 2]
+            flat = _working(x[index]).view(-1, x.shape[-1])
+            outer = gradient[index].reshape(-1, gradient.shape[-1]).to(short.dtype)
             back, *both = _gradients(flat, outer, a, b, short, mask, scale, to_x is not None)
             made += both
             if to_x is not None and back is not None:
-                to_x[index] += back.view(to_x[index].shape)
+                to_x[index] += back.view(to_x[index].shape).to(x.dtype)
         return gradient, to_x, None, *made

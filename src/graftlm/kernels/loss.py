@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .linear import MULTIPLE, even_rows, plain_product
+from .linear import MULTIPLE, even_rows, plain_product, working_dtype
 from .order import first_order
 
 TILE = 4096  # rows of the head's weight at a time, on CPUs
@@ -59,7 +59,8 @@ def token_losses(
 ) -> Tensor:  # fmt: skip
     """Losses [N] in nats, fp32, of a head whose weight and bias are frozen. The gradient goes to `hidden`.
 
-    Products are made in `dtype` (the weight's), sums in fp32. `smoothing`: share of the target spread over the vocabulary.
+    Products are made in `dtype` (the weight's; fp32 where the processor is faster in it), sums in fp32. `smoothing`: share
+    of the target spread over the vocabulary.
 
     Raises:
         IndexError: a target outside the vocabulary.
@@ -69,7 +70,8 @@ def token_losses(
             f"labels from {int(targets.min())} to {int(targets.max())}: expected ids of the {len(weight):,} entries of the "
             "vocabulary, or -100 for places without a label"
         )
-    return _TokenLosses.apply(hidden, weight, bias, targets, form, dtype or weight.dtype, smoothing)
+    dtype = working_dtype(dtype or weight.dtype, hidden.device)
+    return _TokenLosses.apply(hidden, weight, bias, targets, form, dtype, smoothing)
 
 
 def chunked_losses(head: Any, hidden: Tensor, targets: Tensor, form: HeadForm, smoothing: float = 0.0) -> Tensor:
