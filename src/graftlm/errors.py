@@ -42,6 +42,10 @@ class BaseMismatchError(CheckpointError):
     """The adapter was trained on another base model."""
 
 
+class BaseModelError(GraftError, ValueError):
+    """A base model that cannot be loaded."""
+
+
 class DivergedError(GraftError, ArithmeticError):
     """Training whose loss is no finite number."""
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from .architectures import backbone_embeddings, base_modules
 from .architectures.fast import speed_up
+from .bundled import known_as
 from .entry import Entry
 from .errors import AdapterError, nearest
 from .methods import Method, PeftConfig, method_for
@@ -172,7 +173,7 @@ class Host(PreTrainedModel):
             raise AdapterError(f"{name!r} cannot name an adapter: expected a word without '.' and '/', not {BASE_NAME!r}.")
         method = method_for(config, name)
         if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = getattr(self.base, "name_or_path", None) or None
+            config.base_model_name_or_path = known_as(getattr(self.base, "name_or_path", None) or None)
         try:
             self._save_modules(name, config)
             method.attach(self, for_loading=for_loading)

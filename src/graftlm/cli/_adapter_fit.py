@@ -118,7 +118,8 @@ def base_for_task(base: str, adapter: AdapterFiles) -> Any:
     _base.quiet_libraries()
     rows = next((t.shape[0] for t in adapter.tensors if t.key.endswith(HEADS)), None)
     options = {"num_labels": rows} if rows and task in ("SEQ_CLS", "TOKEN_CLS") else {}
+    path = resolve(base)
     try:
-        return getattr(transformers, auto).from_pretrained(resolve(base), **options).eval()
+        return getattr(transformers, auto).from_pretrained(path, **options).eval()
     except (OSError, ValueError) as error:
         raise ConfigError(f"{base!r} cannot be loaded for {task}: {error}") from error

@@ -18,7 +18,7 @@ from ..errors import AdapterError, CheckpointError, ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-BASE_HELP = "Base model: a directory, a hub id, or graftlm-base, the bundled one."
+BASE_HELP = "Base model: graftlm-base (bundled), smollm2, a directory, a GGUF file, or a hub id."
 BaseOption = Annotated[str | None, typer.Option("--base", "-b", help=BASE_HELP + " Default: what the adapter names.")]
 AdapterOption = Annotated[
     list[str] | None, typer.Option("--adapter", "-a", help="Adapter directory, or NAME=DIRECTORY. May be repeated.")
@@ -98,15 +98,16 @@ def base_for(base: str | None, adapters: dict[str, str]) -> str:
         return base
     if not adapters:
         return DEFAULT_BASE
+    from ..bundled import NAMES
     from ..methods import PeftConfig
 
     folder = next(iter(adapters.values()))
     named = PeftConfig.from_pretrained(folder).base_model_name_or_path
     if not named:
         raise ConfigError(f"{folder} does not name its base model; pass --base.")
-    if os.path.isabs(named) and not os.path.isdir(named):
-        if Path(named).name == DEFAULT_BASE:
-            return DEFAULT_BASE
+    if os.path.isabs(named) and not os.path.exists(named):
+        if Path(named).name in NAMES:
+            return Path(named).name
         raise ConfigError(f"{folder} was trained on {named}, which is not here; pass --base.")
     return str(named)
 

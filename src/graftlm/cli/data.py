@@ -66,7 +66,8 @@ def load_tokenizer(base: str):  # type: ignore[no-untyped-def]
     from .. import architectures  # noqa: F401  (makes our own architectures known to transformers)
     from ..bundled import resolve
 
+    path = resolve(base)
     try:
-        return AutoTokenizer.from_pretrained(resolve(base))
+        return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"There is no tokenizer at {base!r}: {error}") from error

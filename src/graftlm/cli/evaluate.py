@@ -12,7 +12,7 @@ from . import _base
 
 def evaluate(
     adapter: Annotated[list[Path] | None, typer.Option(help="Adapter directory. Repeatable.")] = None,
-    base: Annotated[str | None, typer.Option(help="Base model: graftlm-base (bundled), a path or a hub id.")] = None,
+    base: Annotated[str | None, typer.Option(help=_base.BASE_HELP)] = None,
     quantization: _base.QuantizationOption = None,
     data: Annotated[str | None, typer.Option(help="Data: a bundled name, a file, a folder or a hub id.")] = None,
     split: Annotated[str | None, typer.Option(help="Split or slice to evaluate on.")] = None,

@@ -29,7 +29,7 @@ def train(
     override: Annotated[
         list[str] | None, typer.Option("--override", "--set", help="key=value of the recipe: training.epochs=3. Repeatable.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Base model: graftlm-base (bundled), a path or a hub id.")] = None,
+    base: Annotated[str | None, typer.Option(help=_base.BASE_HELP)] = None,
     quantization: Annotated[str | None, typer.Option(help="Hold the base in int8, nf4 or fp4 (none: as it is).")] = None,
     data: Annotated[str | None, typer.Option(help="Data: a bundled name, a file, a folder or a hub id.")] = None,
     data_format: Annotated[str | None, typer.Option("--format", help="How an example becomes text.")] = None,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import bundled
-from ..errors import GraftError, nearest
+from ..errors import BaseModelError, nearest
 from ..quantization import (
     SCHEMES,
     bitsandbytes,
@@ -25,10 +25,6 @@ LARGE = 100_000_000  # parameters from which on bf16 is the default on CPUs that
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class BaseModelError(GraftError, ValueError):
-    """A base model that cannot be loaded."""
-
-
 def resolve_base(
     name: str,
     *,
@@ -41,7 +37,7 @@ def resolve_base(
     """The base model and its tokenizer.
 
     Args:
-        name: "graftlm-base" (bundled), a local directory, or a hub id.
+        name: "graftlm-base" (bundled), "smollm2" (from its package), a local directory or GGUF file, or a hub id.
         task: "causal-lm", "seq2seq", "classification", or "auto" by the model's configuration.
         dtype: "fp32", "bf16", "fp16" (GPUs only), or "auto": bf16 on a GPU that has it, and for models of more than 100
             million parameters on a CPU that has it (adapters stay in fp32); else fp32.
@@ -63,15 +59,15 @@ def resolve_base(
         torch_dtype(dtype, place)
     path = checked_path(name)
     hub = {k: options[k] for k in ("revision",) if k in options}
-    config = loading(name, lambda: AutoConfig.from_pretrained(path, **hub))
+    config = loading(name, path, lambda: AutoConfig.from_pretrained(path, **hub))
     loader = auto_class(config, task, name)
     kind = auto_dtype(config, loader, place) if dtype == "auto" else torch_dtype(dtype, place)
     compute_dtype = torch.bfloat16 if dtype == "auto" else kind
     options = {"dtype": kind} | quantized_options(name, config, scheme_name(quantization), compute_dtype, place) | options
-    model = loading(name, lambda: loader.from_pretrained(path, **options))
+    model = loading(name, path, lambda: loader.from_pretrained(path, **options))
     if options["dtype"] == "auto" and dtype != "auto":
         cast_unpacked(model, kind)
-    tokenizer = loading(name, lambda: AutoTokenizer.from_pretrained(path, **hub))
+    tokenizer = loading(name, path, lambda: AutoTokenizer.from_pretrained(path, **hub))
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return on_device(model, place).eval(), tokenizer
@@ -91,17 +87,17 @@ def checked_path(name: str) -> str:
         return path
     if os.path.exists(path) or path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise BaseModelError(f"there is no base model directory {name!r} (working directory {os.getcwd()!r})")
-    if "/" not in path and (hint := nearest(path, [bundled.BASE_NAME])):
+    if "/" not in path and (hint := nearest(path, bundled.NAMES)):
         raise BaseModelError(f"unknown base model {name!r}{hint}")
     return path
 
 
-def loading(name: str, action: Any) -> Any:
+def loading(name: str, path: str, action: Any) -> Any:
     """Run a step of loading; what goes wrong becomes a BaseModelError that says whether the network is the reason."""
     try:
         return action()
     except (OSError, ValueError, ImportError) as error:
-        local = os.path.isdir(bundled.resolve(name))
+        local = os.path.isdir(path)
         advice = (
             "Its files are incomplete or of a kind that this version of transformers does not know."
             if local

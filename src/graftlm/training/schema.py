@@ -92,7 +92,9 @@ class TrainingSection(Section):
 class Recipe(Section):
     """A whole run. Build it from YAML (`from_yaml`) or a dict (`from_dict`); both collect every error in one RecipeError."""
 
-    base: str = Field(default="graftlm-base", description="base model: graftlm-base (bundled), a path or a hub id")
+    base: str = Field(
+        default="graftlm-base", description="base model: graftlm-base (bundled), smollm2, a path, a GGUF file or a hub id"
+    )
     quantization: Scheme = Field(default=None, description="int8, nf4 or fp4: how the base is quantised while it is loaded")
     task: Literal["auto", "causal-lm", "seq2seq"] = Field(default="auto", description="kind of model; by its configuration")
     method: str = Field(

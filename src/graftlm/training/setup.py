@@ -113,7 +113,7 @@ def attach(recipe: Recipe, model: Any, tokenizer: Any, data: RunData) -> tuple[P
         return continued(recipe.model_copy(update={"training": training}), model)
     options = method_options(recipe, tokenizer, data, task)
     config = config_type(recipe.method)(task_type=task, **options)
-    config.base_model_name_or_path = bundled.BASE_NAME if recipe.base == bundled.BASE_NAME else None
+    config.base_model_name_or_path = recipe.base if bundled.is_stored_elsewhere(recipe.base) else None
     resolved = recipe.model_copy(update={"training": training, "method_options": options})
     return get_peft_model(model, config), resolved
 
