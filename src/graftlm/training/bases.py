@@ -11,9 +11,11 @@ import torch
 
 from .. import bundled
 from ..errors import BaseModelError, nearest
+from ..kernels.linear import working_dtype
 from ..quantization import (
     SCHEMES,
     bitsandbytes,
+    compute_in,
     config_scheme,
     is_quantized,
     loading_options,
@@ -43,7 +45,7 @@ def resolve_base(
             million parameters on a CPU that has it (adapters stay in fp32); else fp32.
         device: where to put it; the GPU where there is one.
         quantization: "int8", "nf4" or "fp4", of a checkpoint that is not quantised; one that is loads as it was saved.
-            4-bit layers compute in `dtype`, under "auto" in bf16.
+            4-bit layers compute in `dtype`; under "auto" in bf16, or on a CPU that multiplies bf16 slowly in fp32.
         options: for `from_pretrained` (`num_labels`, `revision`, …); remote code cannot be switched on.
 
     Raises:
@@ -62,11 +64,14 @@ def resolve_base(
     config = loading(name, path, lambda: AutoConfig.from_pretrained(path, **hub))
     loader = auto_class(config, task, name)
     kind = auto_dtype(config, loader, place) if dtype == "auto" else torch_dtype(dtype, place)
-    compute_dtype = torch.bfloat16 if dtype == "auto" else kind
+    slow = dtype == "auto" and place.type == "cpu" and not cpu_has_bf16()
+    compute_dtype = torch.bfloat16 if dtype == "auto" and not slow else kind
     options = {"dtype": kind} | quantized_options(name, config, scheme_name(quantization), compute_dtype, place) | options
     model = loading(name, path, lambda: loader.from_pretrained(path, **options))
-    if options["dtype"] == "auto" and dtype != "auto":
+    if options["dtype"] == "auto" and (dtype != "auto" or slow):
         cast_unpacked(model, kind)
+    if slow:
+        compute_in(model, kind)
     tokenizer = loading(name, path, lambda: AutoTokenizer.from_pretrained(path, **hub))
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -141,8 +146,9 @@ def auto_dtype(config: Any, loader: Any, device: torch.device) -> torch.dtype:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the processor has instructions for products in bf16."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    """Whether the processor has instructions for products in bf16, and torch uses them."""
+    has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(has and working_dtype(torch.bfloat16, torch.device("cpu")) is torch.bfloat16)
 
 
 def torch_dtype(name: str, device: torch.device) -> torch.dtype:

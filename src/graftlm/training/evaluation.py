@@ -5,12 +5,14 @@ B rows, T tokens. Batches hold rows of about equal length; what comes back is in
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from ..data import CausalLMCollator, Format, Seq2SeqCollator, get_format, prepare
 from ..errors import DataError
@@ -154,12 +156,32 @@ def loss_metrics(
             labels = inputs["labels"] if seq2seq else inputs["labels"][:, 1:]
             count = int(labels.ne(IGNORE_INDEX).sum())
             if count:
-                total += float(model(**inputs).loss) * count
+                total += summed_loss(model, inputs, labels, count)
                 tokens += count
     if not tokens:
         raise DataError("no labelled token in the data set: there is nothing to measure a loss on")
     loss = total / tokens
     return {"loss": loss, "perplexity": perplexity(loss), "tokens": tokens, "examples": len(rows)}
+
+
+def summed_loss(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor, count: int) -> float:
+    """The losses of `count` labelled tokens, added up; of a causal model only the logits at such places are made.
+
+    labels: [B, T], what each place is compared with (of a causal model [B, T - 1], for the places but the last).
+    """
+    places = labels.ne(IGNORE_INDEX).any(0).nonzero()[:, 0]
+    if usual_loss(model) and 2 * len(places) < labels.shape[1]:
+        given = {k: v for k, v in inputs.items() if k != "labels"}
+        logits = model(**given, logits_to_keep=places).logits
+        if logits.shape[1] == len(places):
+            return float(F.cross_entropy(logits.flatten(0, 1).float(), labels[:, places].flatten(), reduction="sum"))
+    return float(model(**inputs).loss) * count
+
+
+def usual_loss(model: Any) -> bool:
+    """Whether a model's loss is that of the next token, and it can be asked for some places' logits."""
+    name = getattr(getattr(model, "loss_function", None), "__name__", "")
+    return name == "ForCausalLMLoss" and "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def without_first(batch: dict[str, Any]) -> dict[str, Any]:
