@@ -143,6 +143,9 @@ class Entry:
         self.host.protect_checkpointing()
         plan.scratch.clear()
         plan.scratch |= {"in_base": True, "batch": batch_size(named), "use_cache": self.keeps_cache(named)}
+        self.check_cache(plan, named.get("past_key_values"))
+        if plan.resumed is not None:
+            named = self.resume(plan, named)
         return (), self.engine.enter(plan, named, self.enter_encoder_decoder if self.encoder_decoder else self.enter)
 
     def named(self, args: tuple, kwargs: dict) -> dict:
@@ -152,6 +155,46 @@ class Entry:
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 named |= named.pop(name, {})
         return named
+
+    def check_cache(self, plan: Plan, cache: Any) -> None:
+        """A filled cache must hold what stands in front of this pass's rows, virtual tokens and prefixes, and nothing else."""
+        if not isinstance(cache, Cache):
+            return
+        wanted = self.host.in_front(plan)
+        if cache.get_seq_length() == 0:
+            cache.in_front = wanted  # type: ignore[attr-defined]
+        elif (held := getattr(cache, "in_front", [()])) != wanted and (any(held) or any(wanted)):
+            have, need = (", ".join("+".join(group) or "none" for group in front) for front in (held, wanted))
+            raise UnsupportedError(
+                f"past_key_values was filled behind the virtual tokens or prefix of: {have}; this pass has those of: {need} "
+                "(row by row where rows differ). Go on under the adapters that it was filled under, or with an empty cache."
+            )
+
+    def resume(self, plan: Plan, named: dict) -> dict:
+        """The first pass of a `generate` that goes on from a filled cache: `generate` took the virtual tokens and the prefix
+        in the cache for tokens of the inputs, and cut too many of these off."""
+        whole, plan.resumed = plan.resumed, None
+        past, batch = self.held(plan, named["past_key_values"]), plan.scratch["batch"]
+        named.pop("position_ids", None)
+        for name, value in (whole or {}).items():
+            if past >= value.shape[1]:
+                raise UnsupportedError(
+                    f"past_key_values holds {past} tokens and the inputs have {value.shape[1]}: none is new. Give all "
+                    "tokens so far with new ones behind them, or only new ones with the attention_mask of all."
+                )
+            named[name] = value.repeat_interleave(batch // value.shape[0], 0)[:, past:]
+        return named
+
+    def held(self, plan: Plan, cache: Cache) -> int:
+        """How many places of given tokens a filled cache holds, without what stands in front of them."""
+        count, prefix = self.host.fronts(plan, plan.scratch["batch"])
+        held = cache.get_seq_length() - count.most - prefix.most
+        if held < 0:
+            raise UnsupportedError(
+                f"past_key_values holds {cache.get_seq_length()} places, fewer than the {count.most + prefix.most} virtual "
+                "tokens or prefix entries: it was cut inside of them. Start with an empty cache."
+            )
+        return held
 
     def keeps_cache(self, named: dict) -> bool:
         """Whether this call's cache is for later steps; without, a prefix is put in front and nothing is kept."""
@@ -186,8 +229,13 @@ class Entry:
         uneven = not (count.even and prefix.even)
         if count or prefix:
             self.refuse_packed(named)
+            before = self.held(plan, cache) if past else 0  # type: ignore[arg-type]
+            if mask is not None and past and mask.shape[1] != before + given.shape[1]:
+                raise UnsupportedError(
+                    f"attention_mask {tuple(mask.shape)}: expected one place for each of the {before} tokens in "
+                    f"past_key_values and the {given.shape[1]} given ones, without virtual tokens or a prefix."
+                )
             if mask is None and (not past or uneven):
-                before = past - count.most - prefix.most if past else 0
                 mask = given.new_ones(given.shape[0], before + given.shape[1], dtype=torch.long)
             if uneven and mask is not None:
                 self.refuse_window(mask.shape[1] + count.most + prefix.most)
@@ -357,6 +405,8 @@ class Entry:
             return None
         if plan.scratch.get("memory") and not plan.scratch["use_cache"] and hasattr(output, "pop"):
             output.past_key_values = None  # it holds the prefix alone and cannot be gone on from
+        if isinstance(cache := getattr(output, "past_key_values", None), Cache):
+            cache.in_front = self.host.in_front(plan)  # type: ignore[attr-defined]
         if plan.scratch.get("loss") is not None:
             return self.engine.leave_base(plan, output)
         if "order" not in plan.scratch:

@@ -13,7 +13,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from . import checkpoint
 from .architectures import base_modules
@@ -188,11 +188,30 @@ class PeftModel(Host):
             given = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("inputs")
             self._refuse_chunks(kwargs)
             rows = None if names is None else batch_size(kwargs | {"input_ids": kwargs.get("input_ids", given)})
-            with running(self._plan(names, rows)):
+            plan = self._plan(names, rows)
+            self._resume(plan, kwargs | ({} if given is None else {"input_ids": given}))
+            with running(plan):
                 return self.base.generate(*args, **kwargs)
         finally:
             for module in trained:
                 module.training = True
+
+    def _resume(self, plan: Plan, options: dict[str, Any]) -> None:
+        """Note the whole inputs of a `generate` that goes on from a cache with virtual tokens or a prefix in it."""
+        cache, mask = options.get("past_key_values"), options.get("attention_mask")
+        if not isinstance(cache, Cache) or not cache.get_seq_length() or not any(self.in_front(plan)):
+            return
+        if self.entry.encoder_decoder:
+            raise UnsupportedError(
+                "generate does not go on from past_key_values with a prefix in the decoder; leave past_key_values out."
+            )
+        names = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
+        whole = {n: options[n] for n in names if isinstance(options.get(n), Tensor)}
+        given = whole["inputs_embeds"] if "inputs_embeds" in whole else whole.get("input_ids")
+        if "inputs_embeds" in whole:
+            whole.pop("input_ids", None)
+        if given is not None and (mask is None or mask.shape[1] == given.shape[1]):  # else they are the new ones alone
+            plan.resumed = whole
 
     def _refuse_chunks(self, options: dict[str, Any]) -> None:
         """UnsupportedError for a prefill in chunks, whose first one may hold only padding, with virtual tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from helpers import (
 from torch import Tensor, nn
 
 import graftlm
+from graftlm.errors import UnsupportedError
 
 METHODS: tuple[Any, ...] = (*ONE_OF_EACH, *COMPOSITIONS)
 QUICK = ("bloom", "gpt2", "opt", "llama")
@@ -138,6 +140,86 @@ def test_without_cache(method: Any) -> None:
     inputs = padded(rows("llama"), "left")
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     assert torch.equal(model.generate(**inputs, **options, use_cache=False), model.generate(**inputs, **options))
+
+
+def second_turn(sequences: Tensor, mask: Tensor, count: int = 2) -> dict[str, Tensor]:
+    """What was said so far with further tokens behind it."""
+    more = torch.arange(5, 5 + count * len(mask)).view(len(mask), count)
+    new = sequences.shape[1] - mask.shape[1] + count
+    return {
+        "input_ids": torch.cat((sequences, more), 1),
+        "attention_mask": torch.cat((mask, mask.new_ones(len(mask), new)), 1),
+    }
+
+
+TURN: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    cases(("llama", "gpt2", "bloom", "gemma3"), METHODS, lambda n, m: n == "llama" or m in ("prompt", "prefix")),
+)
+def test_a_second_turn_on_the_cache_of_the_first(name: str, method: Any) -> None:
+    """As if all had been said anew: by `generate` with all tokens or with the new ones alone, and by a plain pass."""
+    model, inputs = attach(name, method), padded(rows(name), "left")
+    first = model.generate(**inputs, return_dict_in_generate=True, **TURN)
+    talk = second_turn(first.sequences, inputs["attention_mask"])
+    new = talk | {"input_ids": talk["input_ids"][:, -3:]}
+    wanted, whole = model.generate(**talk, **TURN), logits_of(model, **talk)
+    for asked in (talk, new):
+        got = model.generate(**asked, past_key_values=copy.deepcopy(first.past_key_values), **TURN)
+        assert torch.equal(got[:, -4:], wanted[:, -4:])
+        assert got.shape[1] == asked["input_ids"].shape[1] + 4
+    close(logits_of(model, **new, past_key_values=first.past_key_values)[:, -3:], whole[:, -3:])
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_a_second_turn_of_sampled_rows_and_of_embeddings(method: str) -> None:
+    model = attach("llama", method)
+    inputs = {k: v.repeat(3, 1) for k, v in padded(rows("llama", (6,)), "left").items()}
+    first = model.generate(**inputs, return_dict_in_generate=True, **TURN | {"do_sample": True})
+    talk = second_turn(first.sequences, inputs["attention_mask"], count=5)  # more than there are virtual tokens
+    embeds = {"inputs_embeds": model.get_input_embeddings()(talk["input_ids"]), "attention_mask": talk["attention_mask"]}
+    wanted = model.generate(**talk, **TURN)[:, -4:]
+    assert torch.equal(model.generate(**embeds, past_key_values=copy.deepcopy(first.past_key_values), **TURN), wanted)
+    for turn in range(2):  # the cache grows from turn to turn
+        got = model.generate(**talk, past_key_values=first.past_key_values, **TURN)
+        assert torch.equal(got, model.generate(**talk, **TURN)), turn
+        talk = second_turn(got, talk["attention_mask"])
+
+
+def test_a_second_turn_of_a_mixed_batch() -> None:
+    model = attach("llama", ("prompt", "prefix", "lora"))
+    names = ["default", "prefix", ["lora", "prefix"]]
+    inputs = padded(rows("llama"), "left")
+    first = model.generate(**inputs, adapter_names=names, return_dict_in_generate=True, **TURN)
+    talk = second_turn(first.sequences, inputs["attention_mask"])
+    wanted = model.generate(**talk, adapter_names=names, **TURN)
+    with pytest.raises(
+        UnsupportedError, match="behind the virtual tokens or prefix of: default, prefix, prefix; .* those of: prefix"
+    ):
+        model.generate(**talk, adapter_names=["prefix"] * 3, past_key_values=first.past_key_values, **TURN)
+    got = model.generate(**talk, adapter_names=names, past_key_values=first.past_key_values, **TURN)
+    assert torch.equal(got, wanted)
+
+
+def test_caches_that_do_not_fit() -> None:
+    model, inputs = attach("llama", "prompt"), padded(rows("llama"), "left")
+    with model.disable_adapter():
+        bare = model.generate(**inputs, return_dict_in_generate=True, **TURN)
+    first = model.generate(**inputs, return_dict_in_generate=True, **TURN)
+    talk = second_turn(first.sequences, inputs["attention_mask"])
+    with pytest.raises(UnsupportedError, match="of: none; this pass has those of: default"):
+        model.generate(**talk, past_key_values=bare.past_key_values, **TURN)
+    with pytest.raises(UnsupportedError, match="of: default; this pass has those of: none"), model.disable_adapter():
+        model(**talk, past_key_values=first.past_key_values)
+    with pytest.raises(UnsupportedError, match="holds 12 tokens and the inputs have 9: none is new"):
+        model.generate(**inputs, past_key_values=first.past_key_values, **TURN)
+    with pytest.raises(UnsupportedError, match="expected one place for each of the 12 tokens in past_key_values and the 3"):
+        model(input_ids=talk["input_ids"][:, -3:], attention_mask=torch.ones(3, 3), past_key_values=first.past_key_values)
+    first.past_key_values.crop(-13)
+    with pytest.raises(UnsupportedError, match="fewer than the 3 virtual tokens"):
+        model(**talk, past_key_values=first.past_key_values)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=label)
