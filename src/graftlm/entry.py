@@ -157,7 +157,7 @@ class Entry:
         return named
 
     def check_cache(self, plan: Plan, cache: Any) -> None:
-        """A filled cache must hold what stands in front of this pass's rows, virtual tokens and prefixes, and nothing else."""
+        """A filled cache must hold what stands in front of this pass's rows (virtual tokens, prefixes) and nothing else."""
         if not isinstance(cache, Cache):
             return
         wanted = self.host.in_front(plan)
@@ -237,8 +237,8 @@ class Entry:
                 )
             if mask is None and (not past or uneven):
                 mask = given.new_ones(given.shape[0], before + given.shape[1], dtype=torch.long)
-            if uneven and mask is not None:
-                self.refuse_window(mask.shape[1] + count.most + prefix.most)
+            if mask is not None:
+                self.refuse_window(mask, count, prefix)
         if mask is None:
             if past and named.get("position_ids") is not None:
                 named["position_ids"] = named["position_ids"] + count.each + prefix.each
@@ -333,13 +333,21 @@ class Entry:
         """A mask [B, T] with the virtual tokens' ones in their places [B, P + T]."""
         return place_virtual(front.ones(mask), mask, order)
 
-    def refuse_window(self, length: int) -> None:
-        """Filling in front of a row's tokens takes room in a sliding window, which counts places."""
-        window = attention_window(self.host.base)
-        if window and length > window:
+    def refuse_window(self, mask: Tensor, count: Front, prefix: Front) -> None:
+        """A sliding window counts places: filling in front of a row's tokens, and padding behind its prefix, take room."""
+        window, length = attention_window(self.host.base), mask.shape[1] + count.most + prefix.most
+        if not window or length <= window:
+            return
+        if not (count.even and prefix.even):
             raise UnsupportedError(
                 f"Rows with virtual tokens or prefixes of different lengths, {length} places long, in one batch of a model "
                 f"that attends to {window} places: rows would not equal themselves alone. Run one adapter a batch here."
+            )
+        if prefix and bool((mask[:, 0] == 0).any()):
+            raise UnsupportedError(
+                f"Rows with padding on the left, {length} places long with their prefix, on a model that attends to {window}"
+                " places: the padding stands between prefix and tokens, so rows would not equal themselves alone. Pad on the "
+                "right in a pass; generate rows of one length together."
             )
 
     def keep_apart(self, named: dict) -> None:

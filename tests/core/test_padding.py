@@ -142,6 +142,26 @@ def test_without_cache(method: Any) -> None:
     assert torch.equal(model.generate(**inputs, **options, use_cache=False), model.generate(**inputs, **options))
 
 
+@pytest.mark.parametrize("lengths", [(7, 5), (14, 9)])
+@pytest.mark.parametrize("method", ["prefix", "prompt", ("prompt", "prefix")], ids=label)
+def test_padded_rows_at_a_sliding_window(method: Any, lengths: tuple[int, int]) -> None:
+    """Padding between a prefix and the tokens would take room in the window; what still equals the row alone is computed."""
+    base = fresh("mistral")
+    base.config.sliding_window = 10
+    model, sequences = attach("mistral", method, base=base), rows("mistral", lengths)
+    alone = [logits_of(model, input_ids=s[None])[0, -len(s) :] for s in sequences]
+    for side, extra in (("left", 0), ("left", 4), ("right", 4)):
+        inputs = padded(sequences, side, extra)
+        longest = max(lengths) + extra + 3 * (1 + isinstance(method, tuple))
+        if side == "left" and "prefix" in method and longest > 10:
+            with pytest.raises(UnsupportedError, match=f"{longest} places long with their prefix.*attends to 10"):
+                model(**inputs)
+            continue
+        together = logits_of(model, **inputs)[:, -inputs["input_ids"].shape[1] :]
+        for row, mask, wanted in zip(together, inputs["attention_mask"].bool(), alone, strict=True):
+            close(row[mask], wanted)
+
+
 def second_turn(sequences: Tensor, mask: Tensor, count: int = 2) -> dict[str, Tensor]:
     """What was said so far with further tokens behind it."""
     more = torch.arange(5, 5 + count * len(mask)).view(len(mask), count)
