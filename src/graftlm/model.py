@@ -197,8 +197,12 @@ class PeftModel(Host):
                 module.training = True
 
     def _resume(self, plan: Plan, options: dict[str, Any]) -> None:
-        """Note the whole inputs of a `generate` that goes on from a cache with virtual tokens or a prefix in it."""
-        cache, mask = options.get("past_key_values"), options.get("attention_mask")
+        """Check what a `generate` goes on from: a cache with virtual tokens or a prefix in it, outputs of the encoder."""
+        cache, mask, encoded = (options.get(n) for n in ("past_key_values", "attention_mask", "encoder_outputs"))
+        count = self.fronts(plan, batch_size(options))[0]
+        if encoded is not None and count:  # a mask of ones alone does not come to the model
+            self.entry.check_encoded(encoded, mask, count)
+            plan.encoded = True
         if not isinstance(cache, Cache) or not cache.get_seq_length() or not any(self.in_front(plan)):
             return
         if self.entry.encoder_decoder:

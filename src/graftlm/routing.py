@@ -192,7 +192,8 @@ class Plan:
     In a training pass `segments` says how a packed row divides into sequences, and `around` makes the surroundings in
     which the base's layers run (again). `way`, `form` and `form_check` are the engine's while it tries out its short
     cuts. `smoothing` is the call's `label_smoothing`. `resumed` has the inputs of a `generate`
-    that goes on from a filled cache, whole, until its first pass takes what is new of them.
+    that goes on from a filled cache, whole, until its first pass takes what is new of them; `encoded` says that the
+    encoder's outputs have come through this plan.
     """
 
     switch: Switch
@@ -206,6 +207,7 @@ class Plan:
     smoothing: float = 0.0
     routes: Routes | None = None
     resumed: dict[str, Tensor] | None = None
+    encoded: bool = False
 
     @property
     def groups(self) -> list[Group]:
