@@ -26,11 +26,12 @@ FLOORS: list[set[str]] = [
 ]
 APART = [("training", "inference"), ("inference", "training")]
 # What a method's file may take from another: shared modules, not other methods.
-SHARED = {"base", "soft_prompt", "lora_layers", "lora_init", "lora_combine", "modules_to_save", "targets"}
+SHARED = {"base", "soft_prompt", "lora_layers", "lora_init", "lora_combine", "modules_to_save", "targets", "folds"}
 METHOD_IMPORTS = {
-    "lora": {"lora_layers", "targets"},
-    "lora_layers": {"lora_init"},
+    "lora": {"folds", "lora_layers", "targets"},
+    "lora_layers": {"folds", "lora_init"},
     "lora_combine": {"lora_layers"},
+    "modules_to_save": {"folds"},
     "bottleneck": {"targets"},
     "p_tuning": {"soft_prompt"},
     "prompt_tuning": {"soft_prompt"},

@@ -33,6 +33,7 @@ from .errors import AdapterError, CheckpointError
 from .files import HEADER_KEY, HUB_KEYS, PICKLE_NAME, WEIGHTS_NAME, find_file, header_of
 from .methods import PeftConfig
 from .methods.base import clean_path
+from .methods.folds import as_it_was, fold_of
 from .methods.modules_to_save import saved_modules
 
 if TYPE_CHECKING:
@@ -337,7 +338,7 @@ def base_tensors(host: PeftModel, tensors: dict[str, Tensor]) -> dict[str, Tenso
             module = host.base.get_submodule(module_path)
         except AttributeError:
             continue
-        module = getattr(module, "frozen", module)
+        module = as_it_was(getattr(module, "frozen", module))
         own = getattr(module, part, None)
         if module_path.rpartition(".")[2] not in EMBEDDINGS or not isinstance(own, Tensor) or own.dim() != 2:
             continue
@@ -374,11 +375,14 @@ def restore_embeddings(host: PeftModel, tensors: dict[str, Tensor], where: str) 
         module = host.base.get_submodule(module_path)
         if hasattr(module, "original_module"):  # the adapter's own copy was filled already
             continue
-        weight = fingerprint.plain(module).weight
+        layer = fingerprint.plain(module)
+        weight = as_it_was(layer).weight
         rows = rows_that_differ(weight, value)
         if rows.any():
             with torch.no_grad():
                 weight[rows] = value.to(weight.device, weight.dtype)[rows]
+            if (fold := fold_of(layer)) is not None:
+                fold.trained = True  # the merged weight has the old rows
             print(f"{where}: {int(rows.sum())} rows of {module_path} (new tokens) were taken from the adapter's file.")
 
 
@@ -398,7 +402,8 @@ EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "em
 
 
 def assign(host: PeftModel, name: str, tensors: dict[str, Tensor]) -> None:
-    """Copy checked tensors into the adapter."""
+    """Copy checked tensors into the adapter; if it is merged, its old values are taken out of the base's weights."""
+    host._unmerge(name)
     host.methods[name].load(host, tensors)
     assign_modules(host, name, tensors)
 
@@ -428,6 +433,7 @@ def load_state(host: PeftModel, state: dict[str, Tensor], plain: Callable, stric
     """
     parameters = {k: p for name in host.methods for k, p in host.adapter_parameters(name)}
     if any(k.startswith("base_model.") and k not in parameters for k in state) and set(parameters) <= set(state):
+        host.unmerge_adapter()
         return plain(state, strict, assign_)
     if state and set(state) <= set(parameters):
         for name in host.methods:
@@ -435,6 +441,7 @@ def load_state(host: PeftModel, state: dict[str, Tensor], plain: Callable, stric
             missing = sorted(own - set(state))
             if missing and (own & set(state) or strict):
                 raise CheckpointError(f"The state lacks tensors of adapter {name!r}: " + ", ".join(missing))
+        host.unmerge_adapter()
         with torch.no_grad():
             for key, value in state.items():
                 parameters[key].copy_(value)
@@ -446,6 +453,7 @@ def load_state(host: PeftModel, state: dict[str, Tensor], plain: Callable, stric
         load_training(host, name, state)
         return nothing_missing()
     if set(state) >= set(host.state_dict()):
+        host.unmerge_adapter()
         return plain(state, strict, assign_)
     assign(host, name, checked(host, name, dict(state), "This state"))
     return nothing_missing()

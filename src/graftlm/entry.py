@@ -30,6 +30,8 @@ from .architectures import (
     pools_first_token,
     pools_last_token,
     position_offset,
+    position_table,
+    position_tables,
     self_attention_call,
     takes_position_ids,
 )
@@ -116,6 +118,7 @@ class Entry:
         if self.encoder_decoder:
             encoder = base.get_encoder()
             handles.append(encoder.register_forward_pre_hook(Hook(self, "before_encoder"), with_kwargs=True))
+            handles.append(encoder.register_forward_hook(Hook(self, "after_encoder"), with_kwargs=True))
             if self.host.has_memory:
                 handles += [
                     module.register_forward_pre_hook(Hook(self, "add_encoder_memory"), with_kwargs=True)
@@ -123,9 +126,7 @@ class Entry:
                 ]
             halves = ((encoder, "place_positions"), (base.get_decoder(), "place_decoder_positions"))
             for half, hook in halves if not self.takes_positions else ():
-                for module in half.modules():
-                    if isinstance(module, nn.Embedding) and hasattr(module, "offset"):
-                        handles.append(module.register_forward_hook(Hook(self, hook)))
+                handles += [module.register_forward_hook(Hook(self, hook)) for module in position_tables(half)]
         return handles
 
     def plan(self) -> Plan | None:
@@ -142,8 +143,19 @@ class Entry:
         named = self.named(args, kwargs)
         self.host.protect_checkpointing()
         plan.scratch.clear()
-        plan.scratch |= {"in_base": True, "batch": batch_size(named), "use_cache": self.keeps_cache(named)}
-        return (), self.engine.enter(plan, named, self.enter_encoder_decoder if self.encoder_decoder else self.enter)
+        plan.scratch |= {"batch": batch_size(named), "use_cache": self.keeps_cache(named)}
+        self.check_cache(plan, named.get("past_key_values"))
+        if plan.resumed is not None:
+            named = self.resume(plan, named)
+        named = self.engine.enter(plan, named, self.enter_encoder_decoder if self.encoder_decoder else self.enter)
+        if not plan.scratch.keys().isdisjoint(("order", "keys")) and not self.gives_dict(named):
+            plan.scratch["tuple"] = named["return_dict"] = True  # outputs are put in order by their names
+        return (), named
+
+    def gives_dict(self, named: dict) -> bool:
+        """Whether this call's outputs have names."""
+        asked = named.get("return_dict")
+        return bool(getattr(self.host.base.config, "return_dict", True) if asked is None else asked)
 
     def named(self, args: tuple, kwargs: dict) -> dict:
         """The arguments of a call of the base model by name."""
@@ -152,6 +164,46 @@ class Entry:
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 named |= named.pop(name, {})
         return named
+
+    def check_cache(self, plan: Plan, cache: Any) -> None:
+        """A filled cache must hold what stands in front of this pass's rows (virtual tokens, prefixes) and nothing else."""
+        if not isinstance(cache, Cache):
+            return
+        wanted = self.host.in_front(plan)
+        if cache.get_seq_length() == 0:
+            cache.in_front = wanted  # type: ignore[attr-defined]
+        elif (held := getattr(cache, "in_front", [()])) != wanted and (any(held) or any(wanted)):
+            have, need = (", ".join("+".join(group) or "none" for group in front) for front in (held, wanted))
+            raise UnsupportedError(
+                f"past_key_values was filled behind the virtual tokens or prefix of: {have}; this pass has those of: {need} "
+                "(row by row where rows differ). Go on under the adapters that it was filled under, or with an empty cache."
+            )
+
+    def resume(self, plan: Plan, named: dict) -> dict:
+        """The first pass of a `generate` that goes on from a filled cache: `generate` took the virtual tokens and the prefix
+        in the cache for tokens of the inputs, and cut too many of these off."""
+        whole, plan.resumed = plan.resumed, None
+        past, batch = self.held(plan, named["past_key_values"]), plan.scratch["batch"]
+        named.pop("position_ids", None)
+        for name, value in (whole or {}).items():
+            if past >= value.shape[1]:
+                raise UnsupportedError(
+                    f"past_key_values holds {past} tokens and the inputs have {value.shape[1]}: none is new. Give all "
+                    "tokens so far with new ones behind them, or only new ones with the attention_mask of all."
+                )
+            named[name] = value.repeat_interleave(batch // value.shape[0], 0)[:, past:]
+        return named
+
+    def held(self, plan: Plan, cache: Cache) -> int:
+        """How many places of given tokens a filled cache holds, without what stands in front of them."""
+        count, prefix = self.host.fronts(plan, plan.scratch["batch"])
+        held = cache.get_seq_length() - count.most - prefix.most
+        if held < 0:
+            raise UnsupportedError(
+                f"past_key_values holds {cache.get_seq_length()} places, fewer than the {count.most + prefix.most} virtual "
+                "tokens or prefix entries: it was cut inside of them. Start with an empty cache."
+            )
+        return held
 
     def keeps_cache(self, named: dict) -> bool:
         """Whether this call's cache is for later steps; without, a prefix is put in front and nothing is kept."""
@@ -186,24 +238,31 @@ class Entry:
         uneven = not (count.even and prefix.even)
         if count or prefix:
             self.refuse_packed(named)
+            before = self.held(plan, cache) if past else 0  # type: ignore[arg-type]
+            if mask is not None and past and mask.shape[1] != before + given.shape[1]:
+                raise UnsupportedError(
+                    f"attention_mask {tuple(mask.shape)}: expected one place for each of the {before} tokens in "
+                    f"past_key_values and the {given.shape[1]} given ones, without virtual tokens or a prefix."
+                )
             if mask is None and (not past or uneven):
-                before = past - count.most - prefix.most if past else 0
                 mask = given.new_ones(given.shape[0], before + given.shape[1], dtype=torch.long)
-            if uneven and mask is not None:
-                self.refuse_window(mask.shape[1] + count.most + prefix.most)
+            if mask is not None:
+                self.refuse_window(mask, count, prefix)
         if mask is None:
             if past and named.get("position_ids") is not None:
                 named["position_ids"] = named["position_ids"] + count.each + prefix.each
             return named
         if self.to_right and mask.shape == given.shape[:2]:
-            named, mask = self.padding_last(named, mask)
+            named, mask = self.padding_last(plan, named, mask)
         positions = named.get("position_ids")
         if past == 0 and count:
             named = self.place_tokens(plan, named, mask, count)
             positions = named.get("position_ids")
             mask = named["attention_mask"]
         elif past and count:
-            mask = self.with_virtual(mask, virtual_order(mask, count), count)
+            order = virtual_order(mask, count)
+            plan.scratch |= {"keys": order}
+            mask = self.with_virtual(mask, order, count)
             positions = None if positions is None else positions + count.each
         if prefix:
             if not self.counts_from_mask and (not prefix.even or bool((mask[:, 0] == 0).any())):
@@ -225,12 +284,13 @@ class Entry:
         return named
 
     @staticmethod
-    def padding_last(named: dict, mask: Tensor) -> tuple[dict, Tensor]:
+    def padding_last(plan: Plan, named: dict, mask: Tensor) -> tuple[dict, Tensor]:
         """Inputs with each row's real tokens first, for heads that read the first place (left padding would be read)."""
         order = real_first(mask)
         for name in ("input_ids", "inputs_embeds", "token_type_ids", "position_ids"):
             if (value := named.get(name)) is not None:
                 named[name] = reorder(value.expand(mask.shape[0], *value.shape[1:]), order)
+        plan.scratch |= {"order": order, "count": 0, "drop": False}
         return named, reorder(mask, order)
 
     def place_tokens(self, plan: Plan, named: dict, mask: Tensor, front: Front) -> dict:
@@ -261,10 +321,10 @@ class Entry:
                 named[name] = named[name] + count
         if isinstance(named.get("logits_to_keep"), Tensor):
             named["logits_to_keep"] = named["logits_to_keep"] + count
+        if "order" in plan.scratch:  # of what `padding_last` made of the given tokens
+            order = chained(plan.scratch["order"], order, count)
         outside_loss = named.get("labels") is None and named.get("num_items_in_batch") is not None
         plan.scratch |= {"order": order, "count": count, "drop": outside_loss or self.aligned_task()}
-        if named.get("return_dict") is False:
-            plan.scratch["tuple"] = named["return_dict"] = True
         return named
 
     @property
@@ -285,13 +345,21 @@ class Entry:
         """A mask [B, T] with the virtual tokens' ones in their places [B, P + T]."""
         return place_virtual(front.ones(mask), mask, order)
 
-    def refuse_window(self, length: int) -> None:
-        """Filling in front of a row's tokens takes room in a sliding window, which counts places."""
-        window = attention_window(self.host.base)
-        if window and length > window:
+    def refuse_window(self, mask: Tensor, count: Front, prefix: Front) -> None:
+        """A sliding window counts places: filling in front of a row's tokens, and padding behind its prefix, take room."""
+        window, length = attention_window(self.host.base), mask.shape[1] + count.most + prefix.most
+        if not window or length <= window:
+            return
+        if not (count.even and prefix.even):
             raise UnsupportedError(
                 f"Rows with virtual tokens or prefixes of different lengths, {length} places long, in one batch of a model "
                 f"that attends to {window} places: rows would not equal themselves alone. Run one adapter a batch here."
+            )
+        if prefix and bool((mask[:, 0] == 0).any()):
+            raise UnsupportedError(
+                f"Rows with padding on the left, {length} places long with their prefix, on a model that attends to "
+                f"{window} places: padding stands between prefix and tokens, so rows would not equal themselves alone. Pad "
+                "on the right in a pass; generate rows of one length together."
             )
 
     def keep_apart(self, named: dict) -> None:
@@ -355,39 +423,52 @@ class Entry:
         plan = self.plan()
         if plan is None:
             return None
-        if plan.scratch.get("memory") and not plan.scratch["use_cache"] and hasattr(output, "pop"):
-            output.past_key_values = None  # it holds the prefix alone and cannot be gone on from
+        if plan.scratch.get("memory") and not plan.scratch["use_cache"] and hasattr(output, "keys"):
+            # the cache holds the prefix alone and cannot be gone on from
+            output = type(output)(**{k: v for k, v in output.items() if k != "past_key_values"})
+        if isinstance(cache := getattr(output, "past_key_values", None), Cache):
+            cache.in_front = self.host.in_front(plan)  # type: ignore[attr-defined]
         if plan.scratch.get("loss") is not None:
             return self.engine.leave_base(plan, output)
-        if "order" not in plan.scratch:
-            return output
-        order, count = plan.scratch["order"], plan.scratch["count"]
+        if "order" in plan.scratch or "keys" in plan.scratch:
+            self.given_order(plan, output)
+        return output.to_tuple() if plan.scratch.get("tuple") else output
+
+    def given_order(self, plan: Plan, output: Any) -> None:
+        """Put back what runs along the token axis: states and queries of this pass, and the keys that it looked at."""
+        order, drop = plan.scratch.get("order"), plan.scratch["count"] if plan.scratch.get("drop") else 0
+        keys: Any = plan.scratch.get("keys", order)
+        if getattr(output, "attentions", None):
+            made = tuple(a if a is None else restore_attention(a, order, keys) for a in output.attentions)
+            output.attentions = tuple(a if a is None else a[:, :, drop:] for a in made)
+        if order is None:
+            return
         for name in TOKEN_OUTPUTS:
-            value = output.get(name) if hasattr(output, "get") else None
-            if value is not None and value.dim() >= 2 and value.shape[:2] == order.shape:
-                value = restore_order(value, order)
-                output[name] = value[:, count:] if plan.scratch["drop"] else value
+            value = output.get(name)
+            pooled = name == "logits" and (self.to_left or self.to_right)
+            if value is not None and not pooled and value.dim() >= 2 and value.shape[:2] == order.shape:
+                output[name] = restore_order(value, order)[:, drop:]
         if getattr(output, "hidden_states", None):
             states = [restore_order(h, order) if h.shape[:2] == order.shape else h for h in output.hidden_states]
-            output.hidden_states = tuple(h[:, count:] if plan.scratch["drop"] else h for h in states)
-        return output.to_tuple() if plan.scratch.get("tuple") else output
+            output.hidden_states = tuple(h[:, drop:] for h in states)
 
     # -- encoder-decoder models --------------------------------------------------------------------------------------
     def enter_encoder_decoder(self, plan: Plan, named: dict) -> dict:
-        """Inputs of an encoder-decoder model: virtual tokens in the encoder, the prefix in the decoder."""
+        """Inputs of an encoder-decoder model: the prefix in the decoder, and the mask of what the encoder gives.
+
+        The virtual tokens are put in before the encoder itself runs (`before_encoder`, also by itself), and its outputs go
+        back to the given order, virtual tokens first: that is how the decoder sees them.
+        """
         count, prefix = self.host.fronts(plan, plan.scratch["batch"])
-        encoded = named.get("encoder_outputs")
+        encoded, mask = named.get("encoder_outputs"), named.get("attention_mask")
         given = named.get("input_ids") if named.get("input_ids") is not None else named.get("inputs_embeds")
-        mask = named.get("attention_mask")
-        if encoded is None and given is not None:
-            mask = given.new_ones(given.shape[:2], dtype=torch.long) if mask is None else mask
-            named = self.encoder_tokens(plan, named, mask, count)
-        elif encoded is not None and mask is not None and count:
-            states = encoded[0] if not hasattr(encoded, "last_hidden_state") else encoded.last_hidden_state
-            if states.shape[1] == mask.shape[1] + count.most:
-                mask = named["attention_mask"] = self.with_virtual(mask, virtual_order(mask, count), count)
-        if encoded is not None and mask is not None and self.host.has_encoder_memory(plan):
-            named["attention_mask"] = reorder(mask, real_first(mask))
+        if encoded is not None and count and not (plan.encoded and mask is None):
+            self.check_encoded(encoded, mask, count)
+        if mask is None and encoded is None and given is not None:
+            mask = given.new_ones(given.shape[:2], dtype=torch.long)
+        if count and mask is not None:
+            named["attention_mask"] = torch.cat((count.ones(mask), mask), dim=1)
+            plan.scratch["masked_front"] = count.most
         if prefix:
             cache = named.get("past_key_values")
             if cache is None or cache.get_seq_length() == 0:
@@ -395,9 +476,14 @@ class Entry:
             if not prefix.even and named.get("labels") is not None:
                 self.engine.decoder_inputs(named)
             if (decoder_mask := self.decoder_mask(named, prefix)) is not None:
-                mask = named["decoder_attention_mask"] = torch.cat((prefix.ones(decoder_mask), decoder_mask), dim=1)
-                if not prefix.even:
-                    plan.scratch["decoder_positions"] = positions_from_mask(mask)
+                if not position_tables(self.host.base.get_decoder()) and bool((decoder_mask[:, 0] == 0).any()):
+                    raise UnsupportedError(
+                        f"{type(self.host.base).__name__}'s decoder counts positions by place, so padding between its "
+                        "prefix and the tokens would change the result. Pad the decoder's inputs on the right."
+                    )
+                named["decoder_attention_mask"] = torch.cat((prefix.ones(decoder_mask), decoder_mask), dim=1)
+        if isinstance(mask := named.get("decoder_attention_mask"), Tensor) and mask.dim() == 2:
+            plan.scratch["decoder_positions"] = positions_from_mask(mask)
         return named
 
     @staticmethod
@@ -410,6 +496,18 @@ class Entry:
         past = named["past_key_values"].get_seq_length() - prefix.most
         return given.new_ones(given.shape[0], past + given.shape[1], dtype=torch.long)
 
+    @staticmethod
+    def check_encoded(encoded: Any, mask: Tensor | None, count: Front) -> None:
+        """`encoder_outputs` must have come through the adapter: UnsupportedError for those without its virtual tokens."""
+        states = encoded[0] if not hasattr(encoded, "last_hidden_state") else encoded.last_hidden_state
+        if mask is None or states.shape[1] != mask.shape[1] + count.most:
+            shape = None if mask is None else tuple(mask.shape)
+            raise UnsupportedError(
+                f"encoder_outputs {tuple(states.shape)} with an attention_mask of {shape}: expected {count.most} places "
+                "more than the mask's, for the virtual tokens. Leave encoder_outputs out, or take a pass's "
+                "encoder_last_hidden_state under this adapter, with that pass's attention_mask."
+            )
+
     def encoder_tokens(self, plan: Plan, named: dict, mask: Tensor, count: Front) -> dict:
         """The encoder's inputs with virtual tokens, and its memory."""
         if plan.routes is not None and self.host.has_encoder_memory(plan):
@@ -417,20 +515,24 @@ class Entry:
                 "A prefix in the encoder (prefix_in_encoder=True) does not go into a batch of different adapters; run the "
                 f"rows of {', '.join(plan.adapters)} by themselves."
             )
-        plan.scratch["encoder_memory"] = self.host.encoder_memory(plan)
-        if plan.scratch["encoder_memory"]:  # relative positions: the prefix stands right before the real tokens
-            named, mask = self.padding_last(named, mask)
-            named["attention_mask"] = mask
+        scratch = plan.scratch
+        scratch["encoder_memory"], order = self.host.encoder_memory(plan), None
+        if scratch["encoder_memory"]:  # relative positions: the prefix stands right before the real tokens
+            order = real_first(mask)
+            for name in ("input_ids", "inputs_embeds"):
+                if named.get(name) is not None:
+                    named[name] = reorder(named[name], order)
+            mask = reorder(mask, order)
         if count:
             embeds = named.get("inputs_embeds")
             if embeds is None:
                 embeds = backbone_embeddings(self.host.base)(named.pop("input_ids"))
-            order = virtual_order(mask, count)
-            virtual = self.host.virtual_rows(plan, embeds.shape[0])
-            named["inputs_embeds"] = place_virtual(virtual, embeds, order)
-            mask = named["attention_mask"] = self.with_virtual(mask, order, count)
-        plan.scratch["encoder_positions"] = positions_from_mask(mask)
-        return named
+            placed = virtual_order(mask, count)
+            named["inputs_embeds"] = place_virtual(self.host.virtual_rows(plan, embeds.shape[0]), embeds, placed)
+            mask = self.with_virtual(mask, placed, count)
+            order = placed if order is None else chained(order, placed, count.most)
+        scratch |= {"encoder_positions": positions_from_mask(mask), "encoder_order": order}
+        return named | {"attention_mask": mask}
 
     def fill_decoder_cache(self, plan: Plan, cache: Any) -> EncoderDecoderCache:
         """Self-attention memory with the prefix; cross-attention starts empty."""
@@ -445,16 +547,42 @@ class Entry:
         return cache
 
     def before_encoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Forward pre-hook of the encoder: `generate` calls it by itself, before the model."""
+        """Forward pre-hook of the encoder, within the model or by itself (`generate` calls it before the model)."""
         plan = self.plan()
-        if plan is None or plan.scratch.get("in_base"):
+        if plan is None:
             return None
         named = dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments)
         named |= named.pop("kwargs", {})
         given: Any = named.get("input_ids") if named.get("input_ids") is not None else named.get("inputs_embeds")
-        mask = named.get("attention_mask")
+        if given is None:
+            return None
+        plan.encoded = True
+        count, mask = self.host.fronts(plan, given.shape[0])[0], named.get("attention_mask")
         mask = given.new_ones(given.shape[:2], dtype=torch.long) if mask is None else mask
-        return (), self.encoder_tokens(plan, named, mask, self.host.fronts(plan, given.shape[0])[0])
+        return (), self.encoder_tokens(plan, named, mask[:, plan.scratch.pop("masked_front", 0) :], count)
+
+    def after_encoder(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        """Forward hook of the encoder: virtual tokens first, then the tokens as they were given."""
+        plan = self.plan()
+        order = plan.scratch.pop("encoder_order", None) if plan is not None else None
+        if plan is None or order is None:
+            return None
+        named = output if hasattr(output, "keys") else None
+        values = [named[k] for k in named] if named is not None else output
+        made = [self.encoder_output(value, order) for value in values]
+        if named is None:
+            return tuple(made)
+        for key, value in zip(list(named), made, strict=True):
+            named[key] = value
+        return named
+
+    def encoder_output(self, value: Any, order: Tensor) -> Any:
+        """States [B, P + T, H] or attention weights of the encoder (a tuple of them, one a layer) in the given order."""
+        if isinstance(value, tuple):
+            return tuple(self.encoder_output(v, order) for v in value)
+        if not isinstance(value, Tensor):
+            return value
+        return restore_attention(value, order, order) if value.dim() == 4 else restore_order(value, order)
 
     def place_positions(self, module: Any, args: tuple, output: Tensor) -> Tensor:
         """Forward hook of an encoder's learned positions (BART counts padding): take them from the mask."""
@@ -469,7 +597,9 @@ class Entry:
         positions = plan.scratch.get(name) if plan else None
         if positions is None:
             return output
-        return F.embedding(positions[:, -output.shape[-2] :] + module.offset, module.weight)
+        table, first = position_table(module)
+        positions = F.pad(positions, (0, max(output.shape[-2] - positions.shape[1], 0)))  # LED fills up rows by itself
+        return F.embedding(positions[:, -output.shape[-2] :] + first, table).to(output.dtype)
 
     # -- attention modules -------------------------------------------------------------------------------------------
     def restore_memory(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -501,6 +631,32 @@ class Entry:
                 fill = True if mask.dtype == torch.bool else (1 if mask.dim() == 2 else 0)
                 named[name] = F.pad(mask, (memory[index][0].shape[-2], 0), value=fill)
         return (), named
+
+
+def chained(first: Tensor, then: Tensor, count: int) -> Tensor:
+    """The order [B, P + T] that puts P virtual tokens among tokens which were in the order `first` [B, T] before."""
+    virtual = torch.arange(count, device=first.device).expand(len(first), -1)
+    return torch.cat((virtual, first + count), dim=1).gather(1, then)
+
+
+def restore_attention(weights: Tensor, queries: Tensor | None, keys: Tensor) -> Tensor:
+    """Attention weights [B, heads, Q, K] with both axes in the given order, virtual tokens first (behind a prefix).
+
+    `keys` [B, n] is the order of the last n of all keys. Layers with a sliding window have the last ones only: the others'
+    weights are zero.
+    """
+    missing = keys.shape[1] - weights.shape[-1]
+    if weights.dim() != 4 or (missing > 0 and queries is not None):
+        raise UnsupportedError(
+            f"output_attentions with virtual tokens: weights of shape {tuple(weights.shape)} cannot be put in the order of "
+            f"the {keys.shape[1]} places (this model's attention is local). Leave output_attentions out."
+        )
+    weights = F.pad(weights, (max(missing, 0), 0))
+    if queries is not None and weights.shape[2] == queries.shape[1]:
+        weights = restore_order(weights.transpose(1, 2), queries).transpose(1, 2)
+    front = weights.shape[-1] - keys.shape[1]
+    restored = restore_order(weights[..., front:].permute(0, 3, 1, 2), keys).permute(0, 2, 3, 1)
+    return torch.cat((weights[..., :front], restored), dim=-1)
 
 
 def batch_size(named: dict) -> int:

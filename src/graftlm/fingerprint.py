@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .errors import BaseMismatchError
+from .methods.folds import as_it_was
 from .quantization import is_quantized, quantized_kind, scheme_of
 
 SAMPLES = 32
@@ -50,28 +51,16 @@ def of(base: nn.Module) -> dict[str, Any] | None:
     """Fingerprint of a base model: model type, embedding shape and samples. None on the meta device."""
     values: dict[str, Any] = {"model_type": getattr(getattr(base, "config", None), "model_type", None), "samples": {}}
     for role, module in sampled_modules(base).items():
+        module = as_it_was(module)
         weight = getattr(module, "weight", None)
         if weight is None or quantized_kind(module) is not None or not weight.is_floating_point():
             continue
         if weight.device.type == "meta":
             return None
-        origin = merged_origin(base, module, weight)
-        if origin is not None:
-            values["samples"][role] = sample(origin)
+        values["samples"][role] = sample(weight)
     values["quantized"] = is_quantized(base)
     values["form"] = scheme_of(base) or str(getattr(base, "dtype", "float32")).removeprefix("torch.")
     return values
-
-
-def merged_origin(base: nn.Module, module: nn.Module, weight: torch.Tensor) -> torch.Tensor | None:
-    """The weight before a merge, where an adapter is merged in; None where a quantised layer stood there."""
-    for layer in base.modules():
-        if getattr(layer, "frozen", None) is module:
-            if getattr(layer, "saved_layer", None) is not None:
-                return None
-            if getattr(layer, "saved_weight", None) is not None:
-                return layer.saved_weight  # type: ignore[return-value]
-    return weight
 
 
 def sample(weight: torch.Tensor) -> list[float]:

@@ -348,6 +348,12 @@ class Host(PreTrainedModel):
         each = None if plan.routes is None else plan.routes.each(batch, self.adapter_device)
         return Front.of(list(counts), each), Front.of(list(prefixes), each)
 
+    def in_front(self, plan: Plan) -> list[Group]:
+        """Of the adapters of each row (one entry where all rows have the same) those with virtual tokens or a prefix."""
+        if not any(any(self.counts(group)) for group in plan.groups if plan.routes is None or plan.routes.hosts is None):
+            return [()]
+        return [tuple(n for n in group if any(self.counts((n,)))) for group in plan.by_row]
+
     def virtual_tokens(self, group: Group) -> Tensor | None:
         """A composition's virtual tokens, side by side [P, H]; None for none."""
         parts = [t for n in group if (t := self.methods[n].virtual_tokens(self)) is not None]

@@ -64,6 +64,7 @@ def drift_printed(host: PeftModel, names: list[str], requantize: bool) -> Iterat
         if isinstance(m, LoraLayer) and m.switch is host.switch and any(n in m.scaling for n in names)
     )
     kinds.pop(None, None)
+    names = list(dict.fromkeys([n for layer in host._merged_layers() for n in layer.merged_adapters] + names))
     before = probe_logits(host, names) if kinds else None
     yield
     if before is None:

@@ -37,7 +37,7 @@ def mixed_plan(host: Host, names: AdapterNames, batch: int | None = None) -> Pla
     """The plan of a call whose rows go through `names`; `batch` is the number of rows.
 
     Raises:
-        AdapterError: an unknown name, a wrong number of names, adapters that are merged.
+        AdapterError: an unknown name, a wrong number of names.
         CompositionError: a row's adapters cannot be active together.
         UnsupportedError: on this model rows would not equal themselves alone.
     """
@@ -54,12 +54,6 @@ def mixed_plan(host: Host, names: AdapterNames, batch: int | None = None) -> Pla
     if not host.switch.enabled:  # within `disable_adapter()`
         return Plan(host.switch, ())
     if len(set(rows)) == 1:
-        merged = sorted({n for m in host._merged_modules() for n in m.merged_adapters} - set(rows[0]))
-        if merged:
-            raise AdapterError(
-                f"adapter_names asks for {'+'.join(rows[0]) or 'the plain base'} (all rows), but {', '.join(merged)} is "
-                "merged into the base, which every row goes through. Call unmerge_adapter() first."
-            )
         return Plan(host.switch, rows[0])
     routes = Routes.by_row(rows)
     adapters = tuple(dict.fromkeys(n for row in rows for n in row))

@@ -13,7 +13,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from . import checkpoint
 from .architectures import base_modules
@@ -22,6 +22,7 @@ from .entry import batch_size
 from .errors import AdapterError, ConfigError, UnsupportedError
 from .host import _HOSTS, Host
 from .methods import PeftConfig
+from .methods.folds import fold_of
 from .mixing import AdapterNames, mixed_plan
 from .quantization import settle
 from .routing import Plan, keep_plan, running
@@ -187,11 +188,34 @@ class PeftModel(Host):
             given = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("inputs")
             self._refuse_chunks(kwargs)
             rows = None if names is None else batch_size(kwargs | {"input_ids": kwargs.get("input_ids", given)})
-            with running(self._plan(names, rows)):
+            plan = self._plan(names, rows)
+            self._resume(plan, kwargs | ({} if given is None else {"input_ids": given}))
+            with running(plan):
                 return self.base.generate(*args, **kwargs)
         finally:
             for module in trained:
                 module.training = True
+
+    def _resume(self, plan: Plan, options: dict[str, Any]) -> None:
+        """Check what a `generate` goes on from: a cache with virtual tokens or a prefix in it, outputs of the encoder."""
+        cache, mask, encoded = (options.get(n) for n in ("past_key_values", "attention_mask", "encoder_outputs"))
+        count = self.fronts(plan, batch_size(options))[0]
+        if encoded is not None and count:  # a mask of ones alone does not come to the model
+            self.entry.check_encoded(encoded, mask, count)
+            plan.encoded = True
+        if not isinstance(cache, Cache) or not cache.get_seq_length() or not any(self.in_front(plan)):
+            return
+        if self.entry.encoder_decoder:
+            raise UnsupportedError(
+                "generate does not go on from past_key_values with a prefix in the decoder; leave past_key_values out."
+            )
+        names = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
+        whole = {n: options[n] for n in names if isinstance(options.get(n), Tensor)}
+        given = whole["inputs_embeds"] if "inputs_embeds" in whole else whole.get("input_ids")
+        if "inputs_embeds" in whole:
+            whole.pop("input_ids", None)
+        if given is not None and (mask is None or mask.shape[1] == given.shape[1]):  # else they are the new ones alone
+            plan.resumed = whole
 
     def _refuse_chunks(self, options: dict[str, Any]) -> None:
         """UnsupportedError for a prefill in chunks, whose first one may hold only padding, with virtual tokens."""
@@ -265,19 +289,14 @@ class PeftModel(Host):
     # -- merging -----------------------------------------------------------------------------------------------------
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within the block the model is the plain base (merged adapters are taken out and put back)."""
-        merged = [(module, module.set_aside()) for module in self._merged_modules()]
+        """Within the block the model is the plain base, whatever is active or merged."""
         enabled, self.switch.enabled = self.switch.enabled, False
-        self._follow(merged)
         try:
             yield
         finally:
             self.switch.enabled = enabled
-            for module, state in merged:
-                module.put_back(state)
-            self._follow(merged)
 
-    def _merged_modules(self) -> list[Any]:
+    def _merged_layers(self) -> list[Any]:
         own = [m for _, m in base_modules(self.base) if getattr(m, "switch", None) is self.switch]
         return [m for m in own if getattr(m, "merged_adapters", None)]
 
@@ -292,19 +311,31 @@ class PeftModel(Host):
     ) -> None:
         """Fold adapters (the active ones) into the base weights, reversibly: the model computes the same, faster.
 
+        Which adapters act is said by `set_adapter` as before: passes that others go through, that go through none, or that
+        train, are computed by the weights as they were. Where `adapter_names` has the active ones and more, all of them
+        become active.
+
         A quantised layer becomes a bf16 copy, or with `requantize` a layer of its own kind again; by how much the logits
         move is printed.
 
         Raises:
             UnsupportedError: a method without merge (soft prompts, bottleneck adapters).
+            AdapterError: some of the names are not active and other adapters are; another wrapper's are merged.
         """
-        self._merge(adapter_names, safe=safe_merge, keep=True, requantize=requantize)
-
-    def _merge(self, adapter_names: str | list[str] | None, *, safe: bool, keep: bool, requantize: bool) -> None:
-        from .merging import drift_printed
-
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names or self.switch.active)
         self._known(*names)
+        active = self.switch.active
+        if not set(names) <= set(active) and not set(active) <= set(names):
+            raise AdapterError(
+                f"merge_adapter({names}) while {', '.join(active)} is active: merged or not, the active adapters are those "
+                f"that act. Call set_adapter({names}) first (or name all that are to act)."
+            )
+        self._merge(names, safe=safe_merge, keep=True, requantize=requantize)
+        self.switch.active = active if set(names) <= set(active) else tuple(dict.fromkeys(names))
+
+    def _merge(self, names: list[str], *, safe: bool, keep: bool, requantize: bool) -> None:
+        from .merging import drift_printed
+
         self._check_mergeable(names)
         with drift_printed(self, names, requantize):
             for method in {type(self.methods[n]): self.methods[n] for n in names}.values():
@@ -319,13 +350,24 @@ class PeftModel(Host):
                     f"Adapter {name!r} is {getattr(kind, 'value', kind)}: it is no change of weights, so it cannot be "
                     "merged. Keep it attached."
                 )
+        folds = (fold_of(module) for _, module in base_modules(self.base))
+        if any(fold.switch is not self.switch for fold in folds if fold is not None):
+            raise AdapterError(
+                "Adapters of another wrapper over this base are merged into it. Call unmerge_adapter() of that one first."
+            )
 
     def unmerge_adapter(self) -> None:
         """Undo `merge_adapter`; the base weights come back bit for bit."""
-        merged = self._merged_modules()
-        for module in merged:
-            module.unmerge()
-        self._follow(merged)
+        self._unmerge()
+
+    def _unmerge(self, *names: str) -> None:
+        """Take adapters (all) out of the base weights; what else is merged stays so."""
+        changed = False
+        for layer in self._merged_layers():
+            for name in [n for n in names if n in layer.merged_adapters] if names else [None]:
+                layer.unmerge(name)
+                changed = True
+        self._follow(changed)
 
     def merge_and_unload(
         self,

@@ -191,7 +191,9 @@ class Plan:
 
     In a training pass `segments` says how a packed row divides into sequences, and `around` makes the surroundings in
     which the base's layers run (again). `way`, `form` and `form_check` are the engine's while it tries out its short
-    cuts. `smoothing` is the call's `label_smoothing`.
+    cuts. `smoothing` is the call's `label_smoothing`. `resumed` has the inputs of a `generate`
+    that goes on from a filled cache, whole, until its first pass takes what is new of them; `encoded` says that the
+    encoder's outputs have come through this plan.
     """
 
     switch: Switch
@@ -204,11 +206,18 @@ class Plan:
     form_check: bool = False
     smoothing: float = 0.0
     routes: Routes | None = None
+    resumed: dict[str, Tensor] | None = None
+    encoded: bool = False
 
     @property
     def groups(self) -> list[Group]:
         """The compositions of adapters that take part."""
         return [self.adapters] if self.routes is None else self.routes.groups
+
+    @property
+    def by_row(self) -> list[Group]:
+        """The composition of each row of a mixed batch, or the one of all."""
+        return [self.adapters] if self.routes is None else [self.routes.groups[i] for i in self.routes.of.tolist()]
 
 
 _running: ContextVar[Plan | None] = ContextVar("graftlm_plan", default=None)

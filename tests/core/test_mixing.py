@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from families import CAUSAL, ENCODERS, SEQ2SEQ, VOCAB, build, randomise
-from helpers import CONFIGS, TARGETS, fresh, head_name, still, task
+from helpers import CONFIGS, TARGETS, close, fresh, head_name, still, task
 from test_quantized import WIDER, load
 from torch import Tensor
 
@@ -305,23 +305,16 @@ def test_rows_that_cannot_compose() -> None:
         model(**padded(2, "left"), adapter_names=["a", ["a", "b"]])
 
 
-def test_merged_adapters() -> None:
-    model = crowd("llama", ["lora", "wide", "prompt"])
-    model.merge_adapter(["lora"])
-    with pytest.raises(AdapterError, match=r"merged, all rows: 'lora' \(of rows 0\)"):
-        model(**padded(3, "left"), adapter_names=["lora", "wide", "prompt"])
-    model.unmerge_adapter()
-    model(**padded(3, "left"), adapter_names=["lora", "wide", "prompt"])
-
-
-def test_merged_adapters_are_not_in_rows_that_do_not_name_them() -> None:
-    model = crowd("llama", ["lora", "wide"])
-    inputs = padded(2, "left")
-    model.merge_adapter(["lora"])
-    for names in ("__base__", "wide"):
-        with pytest.raises(AdapterError, match="lora is merged into the base"):
-            model(**inputs, adapter_names=names)
-    model(**inputs, adapter_names="lora")
+@pytest.mark.parametrize(
+    "rows", [["lora", "wide", "prompt"], ["wide", "__base__", ["wide", "lora"]], "lora", "wide", "__base__"]
+)
+def test_rows_of_a_merged_base(rows: Any) -> None:
+    """What is merged is in no row that does not name it, and once in those that do."""
+    model, inputs = crowd("llama", ["lora", "wide", "prompt"]), padded(3, "left")
+    with torch.no_grad():
+        wanted = model(**inputs, adapter_names=rows).logits
+        model.merge_adapter(["lora"])
+        close(model(**inputs, adapter_names=rows).logits, wanted)
 
 
 def test_within_disable_adapter_every_row_is_the_base() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from helpers import (
 from torch import Tensor, nn
 
 import graftlm
+from graftlm.errors import UnsupportedError
 
 METHODS: tuple[Any, ...] = (*ONE_OF_EACH, *COMPOSITIONS)
 QUICK = ("bloom", "gpt2", "opt", "llama")
@@ -133,11 +135,210 @@ def test_generated_tokens_are_those_of_repeated_forwards(name: str, method: Any)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=label)
-def test_without_cache(method: Any) -> None:
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_without_cache(name: str, method: Any) -> None:
+    model = attach(name, method)
+    inputs = padded(rows(name), "left")
+    for beams in ({}, {"num_beams": 3}):
+        options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False} | beams
+        assert torch.equal(model.generate(**inputs, **options, use_cache=False), model.generate(**inputs, **options))
+    assert "past_key_values" not in model(**inputs, use_cache=False, **extra_inputs(name, 3))
+
+
+EAGER = {"output_attentions": True, "output_hidden_states": True}
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt", ("prompt", "prefix"), "prefix"], ids=label)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "gemma3"])
+def test_hidden_states_and_attention_in_the_given_order(name: str, method: Any) -> None:
+    """Virtual tokens first along both axes, padding (of which there is none in the row alone) where it was given."""
+    base = fresh(name)
+    base.set_attn_implementation("eager")
+    model, sequence = attach(name, method, base=base), rows(name, (6,))[0]
+    prefix, count = 3 * ("prefix" in method), 3 * ("prompt" in method or method == ("prompt", "prefix"))
+    with torch.no_grad():
+        alone = model(input_ids=sequence[None], **EAGER)
+        for side in SIDES:
+            inputs = padded([sequence], side, extra=3)
+            got = model(**inputs, **EAGER)
+            as_tuple = dict(zip(got, model(**inputs, **EAGER, return_dict=False), strict=True))
+            kept = torch.cat((torch.ones(prefix + count), inputs["attention_mask"][0])).bool()
+            places = kept[prefix:]
+            for ours, theirs, again in zip(got.hidden_states, alone.hidden_states, as_tuple["hidden_states"], strict=True):
+                close(ours[0, places], theirs[0])
+                assert torch.equal(ours, again)
+            for ours, theirs, again in zip(got.attentions, alone.attentions, as_tuple["attentions"], strict=True):
+                assert ours.shape[2:] == (len(places), len(kept))
+                close(ours[0][:, places][:, :, kept], theirs[0])
+                assert not ours[0][:, places][:, :, ~kept].any()
+                assert torch.equal(ours, again)
+
+
+def test_attention_of_decoding_steps_is_in_the_given_order() -> None:
+    base = fresh("gemma3")
+    base.config.sliding_window = 9
+    base.set_attn_implementation("eager")
+    model, inputs = attach("gemma3", "prompt", base=base), padded(rows("gemma3", (7, 4)), "left")
+    out = model.generate(**inputs, **TURN, output_attentions=True, return_dict_in_generate=True)
+    mask = torch.cat((inputs["attention_mask"], torch.ones(2, 4, dtype=torch.long)), 1)
+    with torch.no_grad():
+        whole = model(input_ids=out.sequences, attention_mask=mask, output_attentions=True).attentions
+    for step in (1, 2, 3):
+        for layer, (got, wanted) in enumerate(zip(out.attentions[step], whole, strict=True)):
+            places = 3 + 9 + step
+            assert got.shape[2:] == (1, places), layer
+            close(got[:, :, 0], wanted[:, :, places - 1, :places])
+
+
+@pytest.mark.parametrize("method", ["prompt", ("prompt", "prefix"), "prefix"], ids=label)
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_what_the_encoder_gives_is_in_the_given_order(name: str, method: Any) -> None:
+    base = fresh(name)
+    base.set_attn_implementation("eager")
+    model, sequence = attach(name, method, base=base), rows(name, (6,))[0]
+    count = 3 * (method != "prefix")
+    decoder = extra_inputs(name, 1)
+    with torch.no_grad():
+        alone = model(input_ids=sequence[None], **decoder, **EAGER)
+        for side in SIDES:
+            inputs = padded([sequence], side, extra=3)
+            places = torch.cat((torch.ones(count), inputs["attention_mask"][0])).bool()
+            got = model(**inputs, **decoder, **EAGER)
+            close(got.encoder_last_hidden_state[0, places], alone.encoder_last_hidden_state[0])
+            for ours, theirs in zip(got.encoder_hidden_states, alone.encoder_hidden_states, strict=True):
+                close(ours[0, places], theirs[0])
+            for ours, theirs in zip(got.encoder_attentions, alone.encoder_attentions, strict=True):
+                close(ours[0][:, places][:, :, places], theirs[0])
+            for ours, theirs in zip(got.cross_attentions, alone.cross_attentions, strict=True):
+                close(ours[0][:, :, places], theirs[0])
+                assert not ours[0][:, :, ~places].any()
+            # and it can be handed back in
+            encoded = t.modeling_outputs.BaseModelOutput(got.encoder_last_hidden_state)
+            again = model(encoder_outputs=encoded, attention_mask=inputs["attention_mask"], **decoder)
+            close(again.logits, alone.logits)
+            made = model.generate(encoder_outputs=encoded, attention_mask=inputs["attention_mask"], **TURN)
+            assert torch.equal(made, model.generate(sequence[None], **TURN))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_encoder_outputs_without_the_virtual_tokens_are_refused(name: str) -> None:
+    bare, inputs = fresh(name), padded(rows(name), "left")
+    with torch.no_grad():
+        encoded = bare.get_encoder()(**inputs)
+    model = attach(name, "prompt")
+    for options in ({}, {"attention_mask": inputs["attention_mask"]}):
+        with pytest.raises(UnsupportedError, match="encoder_outputs .* expected 3 places more than the mask's"):
+            model(encoder_outputs=encoded, **options, **extra_inputs(name, 3))
+        with pytest.raises(UnsupportedError, match="encoder_outputs"):
+            model.generate(encoder_outputs=encoded, **options, max_new_tokens=2)
+
+
+def test_logits_of_as_many_classes_as_there_are_places() -> None:
+    base = t.BertForSequenceClassification(t.BertConfig(**{**fresh("bert").config.to_dict(), "num_labels": 7})).eval()
+    model = attach("bert", "prompt", base=base)
+    sequence = rows("bert", (3,))[0]
+    inputs = padded([sequence], "left", extra=1)  # 4 places and 3 virtual tokens
+    close(logits_of(model, **inputs), logits_of(model, input_ids=sequence[None]))
+
+
+@pytest.mark.parametrize("lengths", [(7, 5), (14, 9)])
+@pytest.mark.parametrize("method", ["prefix", "prompt", ("prompt", "prefix")], ids=label)
+def test_padded_rows_at_a_sliding_window(method: Any, lengths: tuple[int, int]) -> None:
+    """Padding between a prefix and the tokens would take room in the window; what still equals the row alone is computed."""
+    base = fresh("mistral")
+    base.config.sliding_window = 10
+    model, sequences = attach("mistral", method, base=base), rows("mistral", lengths)
+    alone = [logits_of(model, input_ids=s[None])[0, -len(s) :] for s in sequences]
+    for side, extra in (("left", 0), ("left", 4), ("right", 4)):
+        inputs = padded(sequences, side, extra)
+        longest = max(lengths) + extra + 3 * (1 + isinstance(method, tuple))
+        if side == "left" and "prefix" in method and longest > 10:
+            with pytest.raises(UnsupportedError, match=f"{longest} places long with their prefix.*attends to 10"):
+                model(**inputs)
+            continue
+        together = logits_of(model, **inputs)[:, -inputs["input_ids"].shape[1] :]
+        for row, mask, wanted in zip(together, inputs["attention_mask"].bool(), alone, strict=True):
+            close(row[mask], wanted)
+
+
+def second_turn(sequences: Tensor, mask: Tensor, count: int = 2) -> dict[str, Tensor]:
+    """What was said so far with further tokens behind it."""
+    more = torch.arange(5, 5 + count * len(mask)).view(len(mask), count)
+    new = sequences.shape[1] - mask.shape[1] + count
+    return {
+        "input_ids": torch.cat((sequences, more), 1),
+        "attention_mask": torch.cat((mask, mask.new_ones(len(mask), new)), 1),
+    }
+
+
+TURN: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    cases(("llama", "gpt2", "bloom", "gemma3"), METHODS, lambda n, m: n == "llama" or m in ("prompt", "prefix")),
+)
+def test_a_second_turn_on_the_cache_of_the_first(name: str, method: Any) -> None:
+    """As if all had been said anew: by `generate` with all tokens or with the new ones alone, and by a plain pass."""
+    model, inputs = attach(name, method), padded(rows(name), "left")
+    first = model.generate(**inputs, return_dict_in_generate=True, **TURN)
+    talk = second_turn(first.sequences, inputs["attention_mask"])
+    new = talk | {"input_ids": talk["input_ids"][:, -3:]}
+    wanted, whole = model.generate(**talk, **TURN), logits_of(model, **talk)
+    for asked in (talk, new):
+        got = model.generate(**asked, past_key_values=copy.deepcopy(first.past_key_values), **TURN)
+        assert torch.equal(got[:, -4:], wanted[:, -4:])
+        assert got.shape[1] == asked["input_ids"].shape[1] + 4
+    close(logits_of(model, **new, past_key_values=first.past_key_values)[:, -3:], whole[:, -3:])
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_a_second_turn_of_sampled_rows_and_of_embeddings(method: str) -> None:
     model = attach("llama", method)
+    inputs = {k: v.repeat(3, 1) for k, v in padded(rows("llama", (6,)), "left").items()}
+    first = model.generate(**inputs, return_dict_in_generate=True, **TURN | {"do_sample": True})
+    talk = second_turn(first.sequences, inputs["attention_mask"], count=5)  # more than there are virtual tokens
+    embeds = {"inputs_embeds": model.get_input_embeddings()(talk["input_ids"]), "attention_mask": talk["attention_mask"]}
+    wanted = model.generate(**talk, **TURN)[:, -4:]
+    assert torch.equal(model.generate(**embeds, past_key_values=copy.deepcopy(first.past_key_values), **TURN), wanted)
+    for turn in range(2):  # the cache grows from turn to turn
+        got = model.generate(**talk, past_key_values=first.past_key_values, **TURN)
+        assert torch.equal(got, model.generate(**talk, **TURN)), turn
+        talk = second_turn(got, talk["attention_mask"])
+
+
+def test_a_second_turn_of_a_mixed_batch() -> None:
+    model = attach("llama", ("prompt", "prefix", "lora"))
+    names = ["default", "prefix", ["lora", "prefix"]]
     inputs = padded(rows("llama"), "left")
-    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    assert torch.equal(model.generate(**inputs, **options, use_cache=False), model.generate(**inputs, **options))
+    first = model.generate(**inputs, adapter_names=names, return_dict_in_generate=True, **TURN)
+    talk = second_turn(first.sequences, inputs["attention_mask"])
+    wanted = model.generate(**talk, adapter_names=names, **TURN)
+    with pytest.raises(
+        UnsupportedError, match="behind the virtual tokens or prefix of: default, prefix, prefix; .* those of: prefix"
+    ):
+        model.generate(**talk, adapter_names=["prefix"] * 3, past_key_values=first.past_key_values, **TURN)
+    got = model.generate(**talk, adapter_names=names, past_key_values=first.past_key_values, **TURN)
+    assert torch.equal(got, wanted)
+
+
+def test_caches_that_do_not_fit() -> None:
+    model, inputs = attach("llama", "prompt"), padded(rows("llama"), "left")
+    with model.disable_adapter():
+        bare = model.generate(**inputs, return_dict_in_generate=True, **TURN)
+    first = model.generate(**inputs, return_dict_in_generate=True, **TURN)
+    talk = second_turn(first.sequences, inputs["attention_mask"])
+    with pytest.raises(UnsupportedError, match="of: none; this pass has those of: default"):
+        model.generate(**talk, past_key_values=bare.past_key_values, **TURN)
+    with pytest.raises(UnsupportedError, match="of: default; this pass has those of: none"), model.disable_adapter():
+        model(**talk, past_key_values=first.past_key_values)
+    with pytest.raises(UnsupportedError, match="holds 12 tokens and the inputs have 9: none is new"):
+        model.generate(**inputs, past_key_values=first.past_key_values, **TURN)
+    with pytest.raises(UnsupportedError, match="expected one place for each of the 12 tokens in past_key_values and the 3"):
+        model(input_ids=talk["input_ids"][:, -3:], attention_mask=torch.ones(3, 3), past_key_values=first.past_key_values)
+    first.past_key_values.crop(-13)
+    with pytest.raises(UnsupportedError, match="fewer than the 3 virtual tokens"):
+        model(**talk, past_key_values=first.past_key_values)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=label)
@@ -362,6 +563,49 @@ def test_prefix_in_encoder_and_decoder_with_padding(name: str, in_encoder: bool)
         got = model.generate(**padded(sequences, side), max_new_tokens=5, min_new_tokens=5, num_beams=2, do_sample=False)
         wanted = answers(model, sequences, num_beams=2)
         assert torch.equal(got[:, -5:], torch.stack(wanted))
+
+
+SIZES = {"vocab_size": VOCAB, "d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_layers": 2,
+         "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_start_token_id": 2,
+         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+POSITIONS = {
+    "m2m_100": (t.M2M100ForConditionalGeneration, t.M2M100Config),  # sinusoids by token ids
+    "marian": (t.MarianMTModel, t.MarianConfig),  # sinusoids by place
+    "mbart": (t.MBartForConditionalGeneration, t.MBartConfig),  # learned, from 2
+    "blenderbot": (t.BlenderbotForConditionalGeneration, t.BlenderbotConfig),  # learned, from 0
+}
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_rows_of_encoder_decoder_models_by_how_they_count(kind: str, method: str) -> None:
+    """Absolute positions of every make, padding of other ids than the pad token's, both halves padded on the left."""
+    cls, settings = POSITIONS[kind]
+    torch.manual_seed(0)
+    base = cls(settings(**SIZES, init_std=0.3)).eval()
+    model, sequences = attach("bart", method, base=base), rows("bart")
+    decoder = padded(rows("bart", (4, 2, 3), seed=9), "left", extra=1)
+    inputs = [s[None] for s in sequences]
+    spoken = [i[m.bool()][None] for i, m in zip(decoder["input_ids"], decoder["attention_mask"], strict=True)]
+    alone = [logits_of(model, input_ids=i, decoder_input_ids=d)[0] for i, d in zip(inputs, spoken, strict=True)]
+    asked = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    for side, pad in (("left", 0), ("right", 0), ("left", 7)):
+        together = padded(sequences, side)
+        together["input_ids"].masked_fill_(together["attention_mask"] == 0, pad)
+        got = logits_of(
+            model, **together, decoder_input_ids=decoder["input_ids"], decoder_attention_mask=decoder["attention_mask"]
+        )
+        for row, mask, wanted in zip(got, decoder["attention_mask"].bool(), alone, strict=True):
+            close(row[mask], wanted)
+        answers = torch.cat([model.generate(i, **asked) for i in inputs])
+        assert torch.equal(model.generate(**together, **asked), answers)
+
+
+def test_padding_behind_the_prefix_of_a_decoder_that_counts_places_is_refused() -> None:
+    model, decoder = attach("t5", "prefix"), padded(rows("t5", (5, 3)), "left")
+    options = {"decoder_input_ids": decoder["input_ids"], "decoder_attention_mask": decoder["attention_mask"]}
+    with pytest.raises(UnsupportedError, match="decoder counts positions by place"):
+        model(**padded(rows("t5", (4, 4)), "left"), **options)
 
 
 @pytest.mark.parametrize("name", list(SEQ2SEQ))

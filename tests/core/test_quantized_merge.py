@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import graftlm
+from graftlm.methods.folds import as_it_was
 from graftlm.quantization import dequantize, is_quantized, quantized_kind, scheme_of
 
 
@@ -36,7 +37,7 @@ def test_merging_makes_bf16_copies_and_unmerging_gives_the_base_back(folders, sc
     drift = float(re.search(r"move by up to (\S+)", printed)[1])
     layer = model.base.model.layers[0].self_attn.q_proj
     assert layer.frozen.weight.dtype is torch.bfloat16
-    exact = dequantize(layer.saved_layer).float() + layer.get_delta_weight("default")
+    exact = dequantize(as_it_was(layer.frozen)).float() + layer.get_delta_weight("default")
     close(layer.frozen.weight.float(), exact, 2**-8 * exact.abs().max().item())
     got = logits_of(model, **inputs)
     assert drift > 0 and 0 < relative(got, wanted) < 0.06
@@ -120,6 +121,11 @@ def test_trained_biases_stay_while_merged(folders, scheme, method, capsys):  # n
     wanted = logits_of(model, **inputs)
     model.merge_adapter()
     assert relative(logits_of(model, **inputs), wanted) < 0.05
+    close(logits_of(model, **inputs, adapter_names=["default", "default", "default"]), logits_of(model, **inputs), 0)
+    model.requires_grad_(False)
+    model.set_requires_grad("default")
+    with torch.enable_grad():  # a pass that gradients go through is computed by the layer as it was
+        close(model(**inputs).logits.detach(), wanted, 1e-5)
     model.unmerge_adapter()
     close(logits_of(model, **inputs), wanted, 0)
     other.merge_adapter()  # another wrapper replaces the layers that the biases' hooks stand on

@@ -642,6 +642,174 @@ def test_two_wrappers_merge_each_by_itself() -> None:
     assert torch.equal(logits_of(first, **INPUTS), one)
 
 
+def with_two(names: tuple[str, str] = ("a", "b"), **options: Any) -> tuple[Any, dict[str, Any]]:
+    """A model with two LoRA adapters, the first active, and the logits of each, of both and of none."""
+    settings = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear", **options}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = graftlm.get_peft_model(fresh("llama"), graftlm.LoraConfig(**settings), names[0])
+        model.add_adapter(names[1], graftlm.LoraConfig(**settings))
+    model.set_adapter(list(names))
+    randomise(model).eval()
+    wanted = {}
+    for active in (*names, list(names)):
+        model.set_adapter(active)
+        wanted["+".join(active)] = logits_of(model, **INPUTS)
+    with model.disable_adapter():
+        wanted[""] = logits_of(model, **INPUTS)
+    model.set_adapter(names[0])
+    return model, wanted
+
+
+@pytest.mark.parametrize("method", [{}, {"use_dora": True}, {"target_modules": ["lm_head", "embed_tokens", "up_proj"]}])
+def test_active_adapters_act_whatever_is_merged(method: dict[str, Any]) -> None:
+    model, wanted = with_two(**method)
+    model.merge_adapter()
+    for active in ("a", "b", ["a", "b"], "b", "a"):
+        model.set_adapter(active)
+        if not method.get("use_dora") or active != ["a", "b"]:  # DoRA's order within a composition matters
+            close(logits_of(model, **INPUTS), wanted["+".join(active)], 2e-5)
+        with model.disable_adapter():
+            assert torch.equal(logits_of(model, **INPUTS), wanted[""])
+            model.set_adapter("b")  # within the block, too
+        close(logits_of(model, **INPUTS), wanted["b"], 2e-5)
+    model.set_adapter("a")
+    model.unmerge_adapter()
+    assert torch.equal(logits_of(model, **INPUTS), wanted["a"])
+
+
+def test_what_is_merged_is_computed_once_and_by_the_weight() -> None:
+    model, wanted = with_two()
+    model.merge_adapter()
+    calls: list[str] = []
+    for module in model.modules():
+        if type(module).__name__ == "Linear" and hasattr(module, "lora_A"):
+            module.add_update = lambda name, x, result: calls.append(name) or result
+    close(logits_of(model, **INPUTS), wanted["a"], 2e-5)
+    assert not calls
+    model.set_adapter(["a", "b"])
+    logits_of(model, **INPUTS)
+    assert set(calls) == {"b"}
+
+
+def test_merging_names_that_are_not_active() -> None:
+    model, wanted = with_two()
+    with pytest.raises(AdapterError, match="while a is active.*set_adapter"):
+        model.merge_adapter(["b"])
+    model.merge_adapter(["a", "b"])
+    assert model.active_adapters == ["a", "b"]
+    close(logits_of(model, **INPUTS), wanted["a+b"], 2e-5)
+
+
+def test_deleting_one_of_two_merged_adapters_leaves_the_other() -> None:
+    model, wanted = with_two()
+    model.merge_adapter(["a", "b"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.delete_adapter("a")
+    assert model.get_model_status().merged_adapters == ["b"]
+    close(logits_of(model, **INPUTS), wanted["b"], 2e-5)
+    model.delete_adapter("b")
+    assert torch.equal(logits_of(model, **INPUTS), wanted[""])
+
+
+def test_values_that_change_while_merged(tmp_path: Path) -> None:
+    """Loading, a state, a value set by hand: the new ones act, also when they are merged again."""
+    model, wanted = with_two()
+    model.save_pretrained(tmp_path)
+    state, before = graftlm.get_peft_model_state_dict(model, adapter_name="b"), state_of(model)
+    whole = {k.replace(".b.", ".a."): v for k, v in before.items() if ".lora_" in k and ".b." in k}
+
+    def by_hand() -> None:
+        with torch.no_grad():
+            for key, parameter in model.adapter_parameters("a"):
+                parameter.copy_(whole[key])
+
+    changes = [
+        lambda: model.load_adapter(tmp_path / "b", "a"),
+        lambda: graftlm.set_peft_model_state_dict(model, state, "a"),
+        lambda: model.load_state_dict(before | whole),
+        by_hand,
+    ]
+    for change in changes:
+        model, _ = with_two()
+        model.merge_adapter()
+        change()
+        close(logits_of(model, **INPUTS), wanted["b"], 2e-5)
+        model.merge_adapter()
+        close(logits_of(model, **INPUTS), wanted["b"], 2e-5)
+        model.unmerge_adapter()
+        with model.disable_adapter():
+            assert torch.equal(logits_of(model, **INPUTS), wanted[""])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_training_while_merged(fused: bool) -> None:
+    models = [with_two(lora_dropout=0.0)[0] for _ in range(2)]
+    models[1].merge_adapter()
+    for model in models:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, fused=fused)
+        for _ in range(2):
+            model.train()(**INPUTS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.eval()
+    close(logits_of(models[1], **INPUTS), logits_of(models[0], **INPUTS), 1e-4)
+
+
+def test_dropout_acts_in_training_mode_while_merged() -> None:
+    model, _ = with_two(lora_dropout=0.5)
+    model.train()
+    found = []
+    for merged in (False, True):
+        if merged:
+            model.merge_adapter()
+        torch.manual_seed(0)
+        found.append(logits_of(model, **INPUTS))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("inner", [0, 1])
+def test_a_merge_of_one_wrapper_is_not_seen_by_another(inner: int) -> None:
+    base = fresh("llama")
+    models = [
+        randomise(graftlm.get_peft_model(base, config(m, "llama")), seed=i).eval() for i, m in enumerate(("lora", "dora"))
+    ]
+    wanted = [logits_of(m, **INPUTS) for m in models]
+    one, other = models[inner], models[1 - inner]
+    one.merge_adapter()
+    close(logits_of(one, **INPUTS), wanted[inner], 2e-5)
+    assert torch.equal(logits_of(other, **INPUTS), wanted[1 - inner])
+    with pytest.raises(AdapterError, match="another wrapper"):
+        other.merge_adapter()
+    other.unload()
+    close(logits_of(one, **INPUTS), wanted[inner], 2e-5)
+    one.unmerge_adapter()
+    assert torch.equal(logits_of(one.unload(), **INPUTS), logits_of(fresh("llama"), **INPUTS))
+
+
+def test_a_module_trained_in_full_starts_from_the_unmerged_layer() -> None:
+    model, wanted = with_two()
+    model.merge_adapter()
+    model.add_adapter("c", graftlm.LoraConfig(task_type="CAUSAL_LM", modules_to_save=["up_proj"], target_modules=["q_proj"]))
+    model.set_adapter("c")
+    close(logits_of(model, **INPUTS), wanted[""])
+
+
+def test_copies_and_casts_while_merged() -> None:
+    model, wanted = with_two()
+    model.merge_adapter()
+    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy(model).double().float()):
+        assert all(m.fold.fresh for m in made.modules() if getattr(m, "merged_adapters", None))
+        close(logits_of(made, **INPUTS), wanted["a"], 2e-5)
+        made.set_adapter("b")
+        close(logits_of(made, **INPUTS), wanted["b"], 2e-5)
+        made.unmerge_adapter()
+        close(logits_of(made, **INPUTS), wanted["b"], 2e-5)
+    model.double().unmerge_adapter()
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
 def test_merge_of_not_a_number_is_refused_when_safe() -> None:
     model = attach("llama", "lora")
     with torch.no_grad():

@@ -16,6 +16,8 @@ from .facts import (
     pools_first_token,
     pools_last_token,
     position_offset,
+    position_table,
+    position_tables,
     takes_position_ids,
 )
 from .walk import base_modules
@@ -35,6 +37,8 @@ __all__ = [
     "pools_first_token",
     "pools_last_token",
     "position_offset",
+    "position_table",
+    "position_tables",
     "self_attention_call",
     "takes_position_ids",
 ]

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import TargetError, UnsupportedError, nearest
 from .walk import base_modules
@@ -110,6 +110,19 @@ def position_offset(base: nn.Module) -> int:
 
 
 _OFFSET_EMBEDDINGS = {"RobertaEmbeddings", "XLMRobertaEmbeddings", "CamembertEmbeddings", "LongformerEmbeddings"}
+
+
+def position_tables(half: nn.Module) -> list[nn.Module]:
+    """The modules of an encoder or decoder that give each place its absolute position's vector."""
+    found = [m for _, m in base_modules(half) if "PositionalEmbedding" in type(m).__name__]
+    return [m for m in found if hasattr(m, "weight") or hasattr(m, "weights")]
+
+
+def position_table(module: Any) -> tuple[Tensor, int]:
+    """A position module's vectors [positions, H], and which of them is a row's first token's."""
+    if hasattr(module, "weights"):  # fairseq's sinusoids (M2M100, NLLB): computed, counted from behind the padding's
+        return module.weights, module.padding_idx + 1
+    return module.weight, getattr(module, "offset", 0)
 
 
 def pools_last_token(base: nn.Module) -> bool:

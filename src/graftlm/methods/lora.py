@@ -27,6 +27,7 @@ from ..files import checkpoint_weight
 from ..quantization import quantized_kind, source_class
 from ..routing import by_group
 from .base import Method, PeftConfig, PeftType, clean_path, positive, register, replace_module
+from .folds import both_forms
 from .lora_layers import LoraLayer, wrap
 from .targets import find_targets, pattern_value, report_unused
 
@@ -264,7 +265,7 @@ class Lora(Method):
                     return output + change
                 return by_group(routes, output, lambda group, at: output[at] + change if self.name in group else None)
 
-            handles.append(module.register_forward_hook(add))
+            handles += [form.register_forward_hook(add) for form in both_forms(module)]
         return handles
 
     def named_parameters(self, host: wrapper.PeftModel) -> Iterator[tuple[str, nn.Parameter]]:

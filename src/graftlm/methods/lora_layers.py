@@ -24,10 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import AdapterError, UnsupportedError
+from ..errors import UnsupportedError
 from ..kernels import Update, dropout, grouped_low_rank, low_rank
 from ..quantization import dequantize, dequantized, quantized_kind, requantized
 from ..routing import Group, Index, Routes, Switch, active_adapters, active_routes, by_group
+from .folds import Fold, as_it_was, fold_of, with_weight
 from .lora_init import start_factors
 
 
@@ -51,8 +52,6 @@ class LoraLayer(nn.Module):
     lora_B: Any
     lora_dropout: Any
     lora_magnitude_vector: Any
-    saved_weight: nn.Parameter | None
-    saved_layer: nn.Module | None
 
     def __init__(self, base_layer: nn.Module, switch: Switch) -> None:
         super().__init__()
@@ -68,9 +67,6 @@ class LoraLayer(nn.Module):
         self.lora_embedding_B = nn.ParameterDict()
         self.lora_magnitude_vector = nn.ModuleDict()
         self.start: dict[str, tuple[Tensor, Tensor]] = {}  # PiSSA, OLoRA, LoftQ: A0, B0
-        self.merged_adapters: list[str] = []
-        # while merged, what stood here before: the base weight, or the whole layer if it is quantised; registered nowhere
-        self.__dict__["saved_weight"] = self.__dict__["saved_layer"] = None
         self.trained_bias: Tensor | None = None  # set by the method where `bias` is trained
         self.train(base_layer.training)
 
@@ -91,6 +87,17 @@ class LoraLayer(nn.Module):
             if name == "base_layer":
                 raise
             return getattr(self.base_layer, name)
+
+    @property
+    def fold(self) -> Fold | None:
+        """What this wrapper has merged here."""
+        fold = fold_of(self.frozen)
+        return fold if fold is not None and fold.switch is self.switch else None
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        fold = self.fold
+        return [] if fold is None else list(fold.parts)
 
     @property
     def merged(self) -> bool:
@@ -146,7 +153,7 @@ class LoraLayer(nn.Module):
     def remove(self, name: str) -> None:
         """Take an adapter out; a merged one is unmerged first."""
         if name in self.merged_adapters:
-            self.unmerge()
+            self.unmerge(name)
         self.trained_bias = None
         for table in (self.r, self.lora_alpha, self.scaling, self.start):
             table.pop(name, None)
@@ -168,14 +175,15 @@ class LoraLayer(nn.Module):
 
     @property
     def frozen(self) -> Any:
-        """The base's own layer."""
-        return self.innermost.base_layer
+        """The base's own layer, with what is merged into it."""
+        layer: Any = self._modules["base_layer"]
+        while isinstance(layer, LoraLayer):
+            layer = layer._modules["base_layer"]
+        return layer
 
     def float_weight(self) -> Tensor:
         """The base weight before any merge, in floating point, [out, in] whatever the layer's own layout."""
-        if self.saved_weight is not None:
-            return self.as_rows(self.saved_weight)
-        return self.as_rows(dequantize(self.frozen if self.saved_layer is None else self.saved_layer))
+        return self.as_rows(dequantize(as_it_was(self.frozen)))
 
     def as_rows(self, weight: Tensor) -> Tensor:
         """Between the layer's layout and [out, in]; its own inverse."""
@@ -205,24 +213,35 @@ class LoraLayer(nn.Module):
         return self.as_rows(update)
 
     def merge(self, names: list[str], *, keep: bool = True, requantize: bool = False) -> None:
-        """Fold adapters into the base weight.
+        """Fold adapters into the base weight; those that have changed since they were merged, anew.
 
         Without `keep` there is no way back. A quantised layer is replaced by a bf16 copy, or with `requantize` by a
         quantised one (which rounds the update away in part).
         """
+        if (fold := self.fold) is not None and not fold.fresh:
+            names = list(dict.fromkeys([*fold.parts, *names]))
+            self.unmerge()
         names = self.unmerged(names)
         if not names:
             return
-        frozen, quantised = self.frozen, quantized_kind(self.frozen) is not None
+        frozen, fold = self.frozen, self.fold
         with torch.no_grad():
             new = self.merged_weight(names)
-            if keep and self.saved_weight is None and self.saved_layer is None:
-                self.__dict__["saved_layer" if quantised else "saved_weight"] = frozen if quantised else frozen.weight
-            if quantised:
-                self.innermost.base_layer = requantized(frozen, new) if requantize else dequantized(frozen, new)
+            if quantized_kind(frozen) is not None:
+                made: Any = requantized(frozen, new) if requantize else dequantized(frozen, new)
+                fold = Fold(frozen, self.switch, requantize) if fold is None else fold
+                self.innermost.base_layer = made
             else:  # a parameter of its own: the old one may be tied to another layer
+                fold = Fold(with_weight(frozen, frozen.weight), self.switch, requantize) if fold is None else fold
                 frozen.weight = nn.Parameter(new.to(frozen.weight.dtype).contiguous(), requires_grad=False)
-        self.merged_adapters += names
+        if keep:
+            self.frozen.__dict__["fold"] = fold
+            self.note(fold, [*fold.parts, *names])
+
+    def note(self, fold: Fold, names: list[str]) -> None:
+        """What is merged here has the values that `names` have now."""
+        for name in names:
+            fold.note(name, self.lora_dropout[name], [parameter for _, parameter in self.parts(name)])
 
     def unmerged(self, names: list[str]) -> list[str]:
         """Those of the adapters that are here and not merged."""
@@ -233,26 +252,29 @@ class LoraLayer(nn.Module):
         """The weight with adapters folded in, fp32, in the layer's own layout."""
         return dequantize(self.frozen).float() + sum(self.get_delta_weight(n) for n in self.unmerged(names))
 
-    def unmerge(self) -> None:
-        """Put the base weight back, bit for bit."""
-        if self.saved_layer is not None:
-            self.innermost.base_layer = self.saved_layer.train(self.training)
-        elif self.saved_weight is not None:
-            self.frozen.weight = self.saved_weight
-        self.__dict__["saved_weight"] = self.__dict__["saved_layer"] = None
-        self.merged_adapters = []
+    def unmerge(self, name: str | None = None) -> None:
+        """Put the base weight back, bit for bit; with a name, all but that one is merged again."""
+        if (fold := self.fold) is None:
+            return
+        frozen = self.frozen
+        if quantized_kind(fold.plain) is not None:
+            self.innermost.base_layer = as_it_was(frozen)
+        else:
+            frozen.weight = fold.plain.weight
+        frozen.__dict__.pop("fold")
+        if name is not None:
+            self.merge([n for n in fold.parts if n != name], requantize=fold.requantize)
 
-    def set_aside(self) -> tuple:
-        """Unmerge for a while: what `put_back` needs to have the merged weight again, bit for bit."""
-        state = (self.frozen, self.frozen.weight, self.saved_layer, self.saved_weight, self.merged_adapters)
-        self.unmerge()
-        return state
-
-    def put_back(self, state: tuple) -> None:
-        layer, weight, saved_layer, saved_weight, self.merged_adapters = state
-        self.innermost.base_layer = layer.train(self.training)
-        layer.weight = weight
-        self.__dict__["saved_layer"], self.__dict__["saved_weight"] = saved_layer, saved_weight
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves and casts: also of the weight as it was."""
+        fold = fold_of(self.frozen)
+        fresh = fold is not None and fold.fresh
+        super()._apply(fn, recurse)
+        if fold is not None and self.innermost is self:
+            fold.plain._apply(fn)
+        if fold is not None and fresh and fold.switch is self.switch:
+            self.note(fold, list(fold.parts))
+        return self
 
     def plain_output(self, result: Tensor) -> Tensor:
         """The base layer's output without its bias (with the bias that is trained, where one is)."""
@@ -261,14 +283,18 @@ class LoraLayer(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in] (token ids [...] for an embedding) -> [..., out]."""
-        result = self.base_layer(x, *args, **kwargs)
+        fold = fold_of(self.frozen)
+        folded = fold is not None and fold.holds()
+        layer = self.base_layer
+        if fold is not None and not folded and layer is self.frozen:
+            layer = as_it_was(layer)
+        result = layer(x, *args, **kwargs)
         routes = active_routes(self.switch)
         if routes is not None:
-            if self.merged_adapters:
-                raise AdapterError(in_all_rows(self.merged_adapters, routes))
             return self.add_routed(routes, x, result)
+        within = self.merged_adapters if folded else ()
         for name in self.active_adapters:
-            if name not in self.merged_adapters:
+            if name not in within:
                 result = self.add_update(name, x, result)
         return result
 
@@ -418,15 +444,6 @@ class Embedding(LoraLayer):
             plain = result if scale is None else result / scale
             update = (ratio - 1) * plain + ratio * update
         return update if scale is None else update * scale
-
-
-def in_all_rows(merged: list[str], routes: Routes) -> str:
-    """The text for a mixed batch over a base with merged adapters."""
-    rows = {n: [str(row) for row, i in enumerate(routes.of.tolist()) if n in routes.groups[i]] for n in merged}
-    which = ", ".join(f"{n!r} (of rows {', '.join(at) or 'none'})" for n, at in rows.items())
-    return (
-        f"A mixed batch goes through a base into which adapters are merged, all rows: {which}. Call unmerge_adapter() first."
-    )
 
 
 def wrap(layer: nn.Module, path: str, switch: Switch) -> LoraLayer:

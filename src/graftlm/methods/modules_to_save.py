@@ -16,6 +16,7 @@ from ..errors import CompositionError, TargetError, UnsupportedError, nearest
 from ..quantization import dequantize, dequantized, in_source_form, quantized_kind
 from ..routing import Plan, Switch, active_adapters, active_routes, running
 from .base import clean_path, replace_module
+from .folds import as_it_was
 
 
 class ModulesToSaveWrapper(nn.Module):
@@ -92,10 +93,11 @@ class ModulesToSaveWrapper(nn.Module):
 
 
 def bare_copy(module: nn.Module) -> Any:
-    """A copy of a module of the base, without what other wrappers put around or into it; quantised layers in fp32."""
+    """A copy of a module of the base, without what wrappers put around, into or merged into it; quantised layers in fp32."""
     inner: Any = module
     while hasattr(inner, "original_module") or hasattr(inner, "base_layer"):
         inner = inner.original_module if hasattr(inner, "original_module") else inner.base_layer
+    inner = as_it_was(inner)
     if quantized_kind(inner) is not None:
         return in_source_form(dequantized(inner, dequantize(inner))).float()
     made = copy.deepcopy(inner)
