@@ -25,7 +25,9 @@ from transformers.cache_utils import DynamicLayer, StaticCache
 from .architectures import (
     attention_modules,
     backbone_embeddings,
+    counts_from_ids,
     counts_from_mask,
+    has_image_positions,
     is_encoder_decoder,
     pools_first_token,
     pools_last_token,
@@ -92,7 +94,9 @@ class Entry:
         self.encoder_decoder = is_encoder_decoder(base)
         self.takes_positions = takes_position_ids(base)
         self.counts_from_mask = counts_from_mask(base)
+        self.image_positions = has_image_positions(base)
         self.offset = position_offset(base)
+        self.counts_from_ids = counts_from_ids(base)
         self.to_left = pools_last_token(base)
         self.to_right = pools_first_token(base)
         encoder = base.get_encoder() if self.encoder_decoder else None
@@ -186,6 +190,7 @@ class Entry:
         uneven = not (count.even and prefix.even)
         if count or prefix:
             self.refuse_packed(named)
+            self.refuse_images(named)
             if mask is None and (not past or uneven):
                 before = past - count.most - prefix.most if past else 0
                 mask = given.new_ones(given.shape[0], before + given.shape[1], dtype=torch.long)
@@ -216,9 +221,9 @@ class Entry:
             if past == 0:
                 named["past_key_values"] = self.fill_cache(plan, cache)
         named["attention_mask"] = mask
-        if self.takes_positions:
+        if self.takes_positions and (count or prefix or not self.image_positions):
             length = named["inputs_embeds"].shape[1] if named.get("inputs_embeds") is not None else given.shape[1]
-            if positions is None and (self.offset == 0 or uneven or named.get("inputs_embeds") is not None):
+            if positions is None and (not self.counts_from_ids or uneven or named.get("inputs_embeds") is not None):
                 positions = positions_from_mask(mask)[:, -length:] + self.offset
             if positions is not None:
                 named["position_ids"] = positions
@@ -292,6 +297,14 @@ class Entry:
             raise UnsupportedError(
                 f"Rows with virtual tokens or prefixes of different lengths, {length} places long, in one batch of a model "
                 f"that attends to {window} places: rows would not equal themselves alone. Run one adapter a batch here."
+            )
+
+    def refuse_images(self, named: dict) -> None:
+        """Positions of several axes, made out of ids and images by the model, cannot be shifted behind virtual tokens."""
+        if self.image_positions and any(v is not None and k.startswith("pixel_values") for k, v in named.items()):
+            raise UnsupportedError(
+                f"{type(self.host.base).__name__} gives image tokens positions of several axes; soft prompts and prefixes "
+                "do not go with images here. Use LoRA or bottleneck adapters, or text alone."
             )
 
     def keep_apart(self, named: dict) -> None:

@@ -21,7 +21,7 @@ from .architectures.fast import speed_up
 from .entry import Entry
 from .errors import AdapterError, nearest
 from .methods import Method, PeftConfig, method_for
-from .methods.base import TASK_HEADS, replace_module
+from .methods.base import TASK_HEADS, clean_path, replace_module
 from .methods.modules_to_save import ModulesToSaveWrapper, find_modules, saved_modules
 from .preparation import freeze_base
 from .quantization import quantized_kind, settle
@@ -191,13 +191,21 @@ class Host(PreTrainedModel):
         if not entries:
             return
         config.modules_to_save = entries  # type: ignore[attr-defined]
-        for path, module in find_modules(self.base, entries, [w for w in wanted if w not in heads]).items():
+        own = tuple(w for w in wanted if w not in heads)
+        found = find_modules(self.base, entries, own)
+        if heads and not own and not found:
+            warnings.warn(
+                f"task_type={config.task_type.value}: {type(self.base).__name__} has no module called "  # type: ignore[union-attr]
+                f"{' or '.join(heads)}; its head stays frozen. Name it in modules_to_save.",
+                stacklevel=4,
+            )
+        for path, module in found.items():
             if not isinstance(module, ModulesToSaveWrapper) or module.switch is not self.switch:
                 module = ModulesToSaveWrapper(module, self.switch)
                 replace_module(self.base, path, module)
             half = self._float_dtype() in (torch.float16, torch.bfloat16)
             module.add(name, torch.float32 if half and self.autocast_adapter_dtype else None)
-            module.is_head = module.is_head or not any(path == w or path.endswith(f".{w}") for w in wanted if w not in heads)
+            module.is_head = module.is_head or not clean_path(path).endswith(own)
 
     def _unsave_modules(self, name: str) -> None:
         for path, module in list(base_modules(self.base)):

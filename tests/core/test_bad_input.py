@@ -181,6 +181,57 @@ def test_pattern_keys_that_match_nothing() -> None:
         graftlm.get_peft_model(fresh("llama"), lora(target_modules=["q_proj"], alpha_pattern={"v_proj": 2}))
 
 
+def lora_places(lib: Any, **options: Any) -> list[str]:
+    """Modules that LoRA is attached to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = lib.get_peft_model(fresh("llama"), lib.LoraConfig(task_type="CAUSAL_LM", **options))
+    return sorted({k.split(".lora_")[0] for k, _ in model.named_parameters() if ".lora_" in k})
+
+
+WHOLE = "model.layers.0.self_attn.k_proj"
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["q_proj", "model.embed_tokens"], ["q_proj", WHOLE]])
+@pytest.mark.parametrize("pattern", [None, "layers"])
+def test_whole_names_are_taken_whatever_layers_are_asked_for(targets: list[str], pattern: str | None) -> None:
+    options = {"target_modules": targets, "layers_to_transform": [1], "layers_pattern": pattern}
+    found = lora_places(graftlm, **options)
+    assert found == lora_places(peft, **options)
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"], "layers_to_transform": [1]}, "matches 'embed_tokens' is left out"),
+        ({"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]}, "matches 'v_proj' is left out"),
+        ({"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]}, "matches 'lm_head' is left out"),
+        ({"target_modules": ["q_proj", "lm_head"], "layers_to_transform": 7}, "layers_to_transform: 7"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0, -1]}, r"layers_to_transform: -1 \(layers are counted"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["v_prj"]}, "exclude_modules: 'v_prj'"),
+        ({"target_modules": ["q_proj"], "exclude_modules": "q_proj"}, r"the expression 'q_proj'.*write \['q_proj'\]"),
+    ],
+)
+def test_entries_that_select_nothing_are_named(options: dict[str, Any], match: str) -> None:
+    with pytest.warns(UserWarning, match=match):
+        graftlm.get_peft_model(fresh("llama"), lora(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"target_modules": "q_proj"}, r"an expression for whole module names.*for modules of that name write \['q_proj'\]"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [9]}, r"layers_to_transform=\[9\]\. Its linear"),
+        ({"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]}, "trained in full"),
+    ],
+)
+def test_nothing_matches_and_no_entry_is_offered_itself(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(TargetError, match=match) as caught:
+        graftlm.get_peft_model(fresh("llama"), lora(**options))
+    assert "did you mean" not in str(caught.value)
+
+
 @pytest.mark.parametrize("rank", [0, -2, 1.5])
 def test_pattern_values(rank: Any) -> None:
     with pytest.raises(ConfigError, match="rank_pattern"):

@@ -28,7 +28,7 @@ from ..quantization import quantized_kind, source_class
 from ..routing import by_group
 from .base import Method, PeftConfig, PeftType, clean_path, positive, register, replace_module
 from .lora_layers import LoraLayer, wrap
-from .targets import find_targets, pattern_value, report_unused
+from .targets import find_targets, pattern_value
 
 if TYPE_CHECKING:
     from .. import model as wrapper
@@ -155,7 +155,6 @@ class Lora(Method):
     def _attach(self, host: wrapper.PeftModel, config: LoraConfig, for_loading: bool) -> None:
         targets = find_targets(host.base, config, skip=(LoraLayer, *host.container_types))
         self._refuse_shared(host, targets)
-        report_unused(config, list(targets))
         layers = {path: self._layer(host, path, module) for path, module in targets.items()}
         for path, layer in layers.items():
             if host.base.get_submodule(path) is not layer:
