@@ -760,6 +760,68 @@ def test_cat_is_exact_for_different_ranks() -> None:
     close(got, logits_of(model, **INPUTS), 2e-5)
 
 
+def two_patterned(lib: Any, patterns: tuple[dict[str, int], dict[str, int]]) -> Any:
+    """Two LoRA adapters whose ranks differ from layer to layer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        settings = [
+            lib.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", t], rank_pattern=p)
+            for p, t in zip(patterns, ("up_proj", "down_proj"), strict=True)
+        ]
+        model = lib.get_peft_model(fresh("llama"), settings[0])
+        model.add_adapter("second", settings[1])
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if ".lora_" in key:
+                generator = torch.Generator().manual_seed(sum(key.encode()))
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model.eval()
+
+
+UNLIKE, ALIKE = ({"q_proj": 2}, {"v_proj": 7}), ({"q_proj": 2}, {"q_proj": 2, "down_proj": 3})
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd", "linear", "ties", "dare_linear", "dare_ties"])
+@pytest.mark.parametrize("patterns", [UNLIKE, ALIKE], ids=["unlike", "alike"])
+def test_weighted_adapters_with_rank_patterns(kind: str, patterns: Any, tmp_path: Path) -> None:
+    """Right, as HF PEFT computes it, or refused before anything changes (HF PEFT stops halfway)."""
+    options = {"combination_type": kind} | ({} if kind in ("cat", "svd", "linear") else {"density": 1.0})
+    arguments = (["default", "second"], [0.7, -0.4], "mix")
+    model = two_patterned(graftlm, patterns)
+    before = state_of(model)
+    if patterns is UNLIKE and kind not in ("cat", "svd"):
+        with pytest.raises(ConfigError, match=r"'default' r=2, 'second' r=4 in 'model.layers.0.self_attn.q_proj'.*'cat'"):
+            model.add_weighted_adapter(*arguments, **options)
+        assert list(model.peft_config) == ["default", "second"]
+        assert state_of(model).keys() == before.keys()
+        return
+    their = two_patterned(peft, patterns)
+    for one in (model, their):
+        one.add_weighted_adapter(*arguments, **options)
+        one.set_adapter("mix")
+    wanted = logits_of(their, **INPUTS)
+    close(logits_of(model, **INPUTS), wanted, 1e-4)
+    model.save_pretrained(tmp_path, selected_adapters=["mix"])
+    close(logits_of(graftlm.PeftModel.from_pretrained(fresh("llama"), tmp_path / "mix"), **INPUTS), wanted, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"svd_rank": 0}, "svd_rank=0"), ({"svd_rank": "4"}, "svd_rank='4'"), ({"svd_clamp": 2}, "svd_clamp=2"),
+        ({"combination_type": "ties", "density": 1.5}, "density=1.5"), ({"combination_type": "dare_ties"}, "density=None"),
+        ({"combination_type": "ties", "density": 0.5, "majority_sign_method": "most"}, "majority_sign_method='most'"),
+        ({"weights": [1, float("nan")]}, "weights="), ({"weights": ["1", 1]}, "weights="),
+    ],
+)  # fmt: skip
+def test_weighted_options_are_checked_first(options: dict[str, Any], match: str) -> None:
+    model = two_loras(graftlm)
+    before = state_of(model)
+    with pytest.raises(ConfigError, match=match):
+        model.add_weighted_adapter(**{"adapters": ["default", "second"], "weights": [1, 1], "adapter_name": "mix"} | options)
+    assert state_of(model).keys() == before.keys()
+
+
 def test_weighted_adapter_is_saved_and_read_by_peft(tmp_path: Path) -> None:
     model = two_loras(graftlm)
     model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "mix", combination_type="cat")
