@@ -241,6 +241,12 @@ class Entry:
     def place_tokens(self, plan: Plan, named: dict, mask: Tensor, front: Front) -> dict:
         """Put the virtual tokens beside the real ones in everything that runs along the token axis."""
         embeds = named.get("inputs_embeds")
+        ids = self.signature.parameters.get("input_ids")
+        if "inputs_embeds" not in self.signature.parameters or (ids is not None and ids.default is inspect.Parameter.empty):
+            raise UnsupportedError(
+                f"{type(self.host.base).__name__} takes token ids only, and virtual tokens enter as embeddings. Use LoRA, "
+                "prefix tuning or bottleneck adapters."
+            )
         if embeds is None:
             embeds = backbone_embeddings(self.host.base)(named.pop("input_ids"))
         batch, length = embeds.shape[:2]
@@ -465,6 +471,8 @@ class Entry:
         named = dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments)
         named |= named.pop("kwargs", {})
         given: Any = named.get("input_ids") if named.get("input_ids") is not None else named.get("inputs_embeds")
+        if given is None:  # an encoder of features or images
+            return None
         mask = named.get("attention_mask")
         mask = given.new_ones(given.shape[:2], dtype=torch.long) if mask is None else mask
         return (), self.encoder_tokens(plan, named, mask, self.host.fronts(plan, given.shape[0])[0])
@@ -522,4 +530,7 @@ def batch_size(named: dict) -> int:
         if named.get(name) is not None:
             return named[name].shape[0]
     encoded = named.get("encoder_outputs")
-    return encoded[0].shape[0] if encoded is not None else 1
+    if encoded is not None:
+        return encoded[0].shape[0]
+    features = (v for v in named.values() if isinstance(v, Tensor) and v.dim() > 1)  # of sound or images
+    return next((v.shape[0] for v in features), 1)

@@ -23,7 +23,10 @@ SHARE = 0.1  # of the samples that may differ
 def sampled_modules(base: Any) -> dict[str, nn.Module]:
     """The modules whose weights are looked at, by role."""
     found: dict[str, nn.Module] = {}
-    embeddings = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+    try:
+        embeddings = base.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # a model that reads no tokens
+        embeddings = None
     if embeddings is not None:
         found["embeddings"] = plain(embeddings)
     own = [m for _, m in base_modules(base)]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architectures import backbone_embeddings, base_modules
+from .architectures import backbone_embeddings, base_modules, token_embeddings
 from .architectures.fast import speed_up
 from .entry import Entry
 from .errors import AdapterError, nearest
@@ -134,7 +134,8 @@ class Host(PreTrainedModel):
 
     @property
     def adapter_device(self) -> torch.device:
-        return backbone_embeddings(self.base).weight.device
+        embeddings = token_embeddings(self.base)
+        return next(self.base.parameters()).device if embeddings is None else embeddings.weight.device
 
     def adapter_dtype(self, layer: Any = None) -> torch.dtype:
         """Dtype of new adapter tensors beside `layer`: its own, but fp32 for 16-bit (unless told otherwise) or packed."""
@@ -154,22 +155,44 @@ class Host(PreTrainedModel):
 
     # -- attaching ---------------------------------------------------------------------------------------------------
     def add_adapter(
-        self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False, **kwargs: Any
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool | None = None,
     ) -> None:
         """Attach a new, untrained adapter. It becomes active by `set_adapter`.
+
+        Args:
+            low_cpu_mem_usage: HF PEFT's; without meaning here.
+            autocast_adapter_dtype: keep this adapter in fp32 over a 16-bit base; the wrapper's own choice where None.
 
         Raises:
             AdapterError: the name is taken or cannot be used.
         """
-        self._attach(adapter_name, peft_config, **kwargs)
+        with self.casting(autocast_adapter_dtype):
+            self._attach(adapter_name, peft_config)
         self._update_requires_grad([adapter_name])
+
+    @contextmanager
+    def casting(self, autocast_adapter_dtype: bool | None) -> Iterator[None]:
+        """Within the block new adapters of a 16-bit base are kept in fp32, or not; None leaves that as it is."""
+        before = self.autocast_adapter_dtype
+        self.autocast_adapter_dtype = before if autocast_adapter_dtype is None else autocast_adapter_dtype
+        try:
+            yield
+        finally:
+            self.autocast_adapter_dtype = before
 
     def _attach(self, name: str, config: PeftConfig, *, for_loading: bool = False) -> None:
         if name in self.methods:
             raise AdapterError(f"There is an adapter {name!r} already. Delete it first, or choose another name.")
         reserved = not isinstance(name, str) or name == BASE_NAME or hasattr(nn.ModuleDict(), name)
         if reserved or not name or "." in name or "/" in name:
-            raise AdapterError(f"{name!r} cannot name an adapter: expected a word without '.' and '/', not {BASE_NAME!r}.")
+            raise AdapterError(
+                f"{name!r} cannot name an adapter: expected a word without '.' and '/', not {BASE_NAME!r}, and not "
+                "what torch calls something in its modules (such as 'half' or 'keys')."
+            )
         method = method_for(config, name)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = getattr(self.base, "name_or_path", None) or None

@@ -19,6 +19,7 @@ from .facts import (
     pools_last_token,
     position_offset,
     takes_position_ids,
+    token_embeddings,
 )
 from .walk import base_modules
 
@@ -41,6 +42,7 @@ __all__ = [
     "position_offset",
     "self_attention_call",
     "takes_position_ids",
+    "token_embeddings",
 ]
 
 chatglm.register()

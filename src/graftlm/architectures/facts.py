@@ -78,15 +78,27 @@ def model_dims(base: Any) -> Dims:
     )
 
 
+def token_embeddings(base: Any) -> Any:
+    """The module that turns token ids into input embeddings (of the encoder, where there are two halves); None for a model
+    that reads features or images instead (Whisper, Wav2Vec2, ViT)."""
+    for half in (base.get_encoder(), base) if is_encoder_decoder(base) else (base,):
+        try:
+            found = half.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            return None
+        if found is not None:
+            weight = getattr(found, "weight", None)
+            return found if weight is not None and weight.dim() == 2 else None
+    return None
+
+
 def backbone_embeddings(base: nn.Module) -> Any:
-    """The module that turns token ids into input embeddings (of the encoder, where there are two halves)."""
-    if is_encoder_decoder(base):
-        inner = base.get_encoder().get_input_embeddings()  # type: ignore[operator]
-        if inner is not None:
-            return inner
-    embeddings: Any = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None  # type: ignore[operator]
-    if embeddings is None:
-        raise UnsupportedError(f"{type(base).__name__} has no input embeddings; virtual tokens need them.")
+    """`token_embeddings`; UnsupportedError for a model without."""
+    if (embeddings := token_embeddings(base)) is None:
+        raise UnsupportedError(
+            f"{type(base).__name__} has no embeddings of input tokens; virtual tokens need them. Use LoRA or bottleneck "
+            "adapters."
+        )
     return embeddings
 
 
