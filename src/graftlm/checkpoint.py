@@ -28,11 +28,13 @@ from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
 from . import fingerprint
+from .architectures import token_embeddings
 from .card import write_card
-from .errors import AdapterError, CheckpointError
-from .files import HEADER_KEY, HUB_KEYS, PICKLE_NAME, WEIGHTS_NAME, find_file, header_of
+from .errors import AdapterError, CheckpointError, ConfigError
+from .files import HEADER_KEY, PICKLE_NAME, WEIGHTS_NAME, find_file, header_of, hub_options
 from .methods import PeftConfig
 from .methods.base import clean_path
+from .methods.fields import refuse_switched_on
 from .methods.folds import as_it_was, fold_of
 from .methods.modules_to_save import saved_modules
 
@@ -46,6 +48,14 @@ TRAINER_NAME = "model.safetensors"
 FORMAT = 1
 
 
+# Other arguments of transformers' and HF PEFT's saving; `...`: without meaning here. (`push_to_hub` is a method.)
+NOT_SAVED = {
+    "path_initial_model_for_weight_conversion": None, "push_to_hub": False, "variant": None, "max_shard_size": ...,
+    "token": ..., "save_function": ..., "save_peft_format": True, "save_original_format": ...,
+    "distributed_checkpoint": False,
+}  # fmt: skip
+
+
 # -- writing -----------------------------------------------------------------------------------------------------------
 def save(
     host: PeftModel,
@@ -55,7 +65,7 @@ def save(
     save_embedding_layers: str | bool = "auto",
     is_main_process: bool = True,
     state_dict: dict[str, Tensor] | None = ...,  # type: ignore[assignment]
-    **kwargs: Any,
+    **others: Any,
 ) -> None:
     """Write adapters into a directory: "default" into it, others into folders of their names (HF PEFT's layout).
 
@@ -68,11 +78,16 @@ def save(
         save_embedding_layers: save the base's input and output embeddings along: True, False, or "auto": where the
             vocabulary has another size than in the configuration file that the base was loaded from (new tokens' rows
             would be lost otherwise).
+        others: what transformers and HF PEFT take besides (shards, formats), as far as it changes nothing.
 
     Raises:
         AdapterError: an unknown adapter name.
+        UnsupportedError: an option of HF PEFT's that is not here.
         CheckpointError: `save_directory` is a file, or pickle is asked for.
     """
+    if unknown := sorted(others.keys() - NOT_SAVED.keys()):
+        raise TypeError(f"save_pretrained: unexpected keyword arguments {unknown}")
+    refuse_switched_on("save_pretrained", others, NOT_SAVED)
     if not is_main_process:
         return
     if not safe_serialization:
@@ -124,7 +139,8 @@ def embedding_tensors(host: PeftModel, name: str, choice: str | bool) -> dict[st
     if choice is False or (choice == "auto" and not vocabulary_resized(host.base)):
         return {}
     tensors = {}
-    wanted = {id(m) for m in (host.base.get_input_embeddings(), host.base.get_output_embeddings()) if m is not None}
+    inputs, outputs = token_embeddings(host.base) and host.base.get_input_embeddings(), host.base.get_output_embeddings()
+    wanted = {id(m) for m in (inputs, outputs) if m is not None}
     for path, module in host.base.named_modules(remove_duplicate=False):
         if id(module) in wanted and not hasattr(module, "original_module"):
             inner = ".base_layer" if hasattr(module, "base_layer") else ""
@@ -175,28 +191,50 @@ class LoadOptions:
         hub: which hub file (revision, cache_dir, token, subfolder, …).
         allow_pickle: read an `adapter_model.bin` (with `weights_only=True`) where there is no safetensors file.
         allow_base_mismatch: attach although the fingerprint says another base.
+        dtype: the precision that the base is thought to have; another one is refused.
     """
 
     hub: dict[str, Any] = field(default_factory=dict)
     allow_pickle: bool = False
     allow_base_mismatch: bool = False
+    dtype: Any = None
 
 
 # Arguments of HF PEFT's loading that need nothing here: tensors go where the base model is.
-PASSED_OVER = ("device_map", "torch_device", "max_memory", "offload_folder", "offload_dir", "low_cpu_mem_usage",
-               "ephemeral_gpu_offload")  # fmt: skip
+PASSED_OVER = (
+    "device_map", "torch_device", "max_memory", "offload_folder", "offload_dir", "offload_index", "offload_buffers",
+    "low_cpu_mem_usage", "ephemeral_gpu_offload", "resume_download", "use_safetensors",
+)  # fmt: skip
+# Those that must be as they are by default.
+NOT_LOADED = {"key_mapping": None, "ignore_mismatched_sizes": False}
 
 
 def load_options(kwargs: dict[str, Any]) -> LoadOptions:
-    """Split the keyword arguments of `from_pretrained` and `load_adapter`; TypeError for unknown ones."""
-    hub = {k: kwargs.pop(k) for k in HUB_KEYS if k in kwargs}
+    """Split the keyword arguments of `from_pretrained` and `load_adapter`.
+
+    Raises:
+        UnsupportedError: an option of HF PEFT's that is not here. TypeError: an unknown one.
+    """
+    hub = hub_options(kwargs)
     own = {k: bool(kwargs.pop(k)) for k in ("allow_pickle", "allow_base_mismatch") if k in kwargs}
-    if kwargs.pop("ignore_mismatched_sizes", False):
+    dtypes = [kwargs.pop(k) for k in ("torch_dtype", "dtype") if k in kwargs]
+    if kwargs.get("ignore_mismatched_sizes"):
         raise CheckpointError("ignore_mismatched_sizes would leave tensors untrained; load the adapter on the base it fits.")
+    refuse_switched_on("Loading an adapter", {k: kwargs.pop(k) for k in NOT_LOADED if k in kwargs}, NOT_LOADED)
     unknown = [k for k in kwargs if k not in PASSED_OVER]
     if unknown:
         raise TypeError(f"unexpected keyword arguments {unknown}")
-    return LoadOptions(hub=hub, **own)
+    return LoadOptions(hub=hub, dtype=next((d for d in dtypes if d is not None), None), **own)
+
+
+def check_dtype(host: PeftModel, dtype: Any) -> None:
+    """ConfigError for a dtype that would have to change the base: HF PEFT passes it over."""
+    base = str(host._float_dtype()).removeprefix("torch.")
+    if dtype is not None and str(dtype).removeprefix("torch.") not in ("auto", base):
+        raise ConfigError(
+            f"torch_dtype={dtype}: an adapter takes its precision from the base, which is in {base}. Load the base with "
+            f"dtype={dtype}, or leave it out here."
+        )
 
 
 def config_for(source: str | os.PathLike, config: PeftConfig | None, trainable: bool, hub: dict[str, Any]) -> PeftConfig:
@@ -225,6 +263,7 @@ def check_same(config: PeftConfig, source: str | os.PathLike, name: str, hub: di
 
 def fill(host: PeftModel, source: str | os.PathLike, name: str, options: LoadOptions) -> None:
     """Read a directory's tensors into the attached adapter `name`, after every check has passed."""
+    check_dtype(host, options.dtype)
     path = find_file(source, WEIGHTS_NAME, required=False, **options.hub)
     tensors = read_tensors(path) if path else read_pickle(source, options)
     header = header_of(path) if path else {}
@@ -483,11 +522,15 @@ def get_peft_model_state_dict(
 
 
 def set_peft_model_state_dict(
-    model: PeftModel, peft_model_state_dict: dict[str, Tensor], adapter_name: str = "default", **kwargs: Any
+    model: PeftModel,
+    peft_model_state_dict: dict[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
 ) -> Any:
     """Fill an attached adapter from such tensors; CheckpointError lists every key that does not fit."""
     model._known(adapter_name)
-    if kwargs.pop("ignore_mismatched_sizes", False):
+    if ignore_mismatched_sizes:
         raise AdapterError("ignore_mismatched_sizes would leave tensors untrained; give a state that fits.")
     assign(model, adapter_name, checked(model, adapter_name, dict(peft_model_state_dict), "This state"))
     return nothing_missing()

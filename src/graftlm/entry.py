@@ -25,7 +25,9 @@ from transformers.cache_utils import DynamicLayer, StaticCache
 from .architectures import (
     attention_modules,
     backbone_embeddings,
+    counts_from_ids,
     counts_from_mask,
+    has_image_positions,
     is_encoder_decoder,
     pools_first_token,
     pools_last_token,
@@ -94,7 +96,9 @@ class Entry:
         self.encoder_decoder = is_encoder_decoder(base)
         self.takes_positions = takes_position_ids(base)
         self.counts_from_mask = counts_from_mask(base)
+        self.image_positions = has_image_positions(base)
         self.offset = position_offset(base)
+        self.counts_from_ids = counts_from_ids(base)
         self.to_left = pools_last_token(base)
         self.to_right = pools_first_token(base)
         encoder = base.get_encoder() if self.encoder_decoder else None
@@ -238,6 +242,7 @@ class Entry:
         uneven = not (count.even and prefix.even)
         if count or prefix:
             self.refuse_packed(named)
+            self.refuse_images(named)
             before = self.held(plan, cache) if past else 0  # type: ignore[arg-type]
             if mask is not None and past and mask.shape[1] != before + given.shape[1]:
                 raise UnsupportedError(
@@ -275,9 +280,9 @@ class Entry:
             if past == 0:
                 named["past_key_values"] = self.fill_cache(plan, cache)
         named["attention_mask"] = mask
-        if self.takes_positions:
+        if self.takes_positions and (count or prefix or not self.image_positions):
             length = named["inputs_embeds"].shape[1] if named.get("inputs_embeds") is not None else given.shape[1]
-            if positions is None and (self.offset == 0 or uneven or named.get("inputs_embeds") is not None):
+            if positions is None and (not self.counts_from_ids or uneven or named.get("inputs_embeds") is not None):
                 positions = positions_from_mask(mask)[:, -length:] + self.offset
             if positions is not None:
                 named["position_ids"] = positions
@@ -296,6 +301,12 @@ class Entry:
     def place_tokens(self, plan: Plan, named: dict, mask: Tensor, front: Front) -> dict:
         """Put the virtual tokens beside the real ones in everything that runs along the token axis."""
         embeds = named.get("inputs_embeds")
+        ids = self.signature.parameters.get("input_ids")
+        if "inputs_embeds" not in self.signature.parameters or (ids is not None and ids.default is inspect.Parameter.empty):
+            raise UnsupportedError(
+                f"{type(self.host.base).__name__} takes token ids only, and virtual tokens enter as embeddings. Use LoRA, "
+                "prefix tuning or bottleneck adapters."
+            )
         if embeds is None:
             embeds = backbone_embeddings(self.host.base)(named.pop("input_ids"))
         batch, length = embeds.shape[:2]
@@ -360,6 +371,14 @@ class Entry:
                 f"Rows with padding on the left, {length} places long with their prefix, on a model that attends to "
                 f"{window} places: padding stands between prefix and tokens, so rows would not equal themselves alone. Pad "
                 "on the right in a pass; generate rows of one length together."
+            )
+
+    def refuse_images(self, named: dict) -> None:
+        """Positions of several axes, made out of ids and images by the model, cannot be shifted behind virtual tokens."""
+        if self.image_positions and any(v is not None and k.startswith("pixel_values") for k, v in named.items()):
+            raise UnsupportedError(
+                f"{type(self.host.base).__name__} gives image tokens positions of several axes; soft prompts and prefixes "
+                "do not go with images here. Use LoRA or bottleneck adapters, or text alone."
             )
 
     def keep_apart(self, named: dict) -> None:
@@ -554,7 +573,7 @@ class Entry:
         named = dict(inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments)
         named |= named.pop("kwargs", {})
         given: Any = named.get("input_ids") if named.get("input_ids") is not None else named.get("inputs_embeds")
-        if given is None:
+        if given is None:  # an encoder of features or images
             return None
         plan.encoded = True
         count, mask = self.host.fronts(plan, given.shape[0])[0], named.get("attention_mask")
@@ -665,4 +684,7 @@ def batch_size(named: dict) -> int:
         if named.get(name) is not None:
             return named[name].shape[0]
     encoded = named.get("encoder_outputs")
-    return encoded[0].shape[0] if encoded is not None else 1
+    if encoded is not None:
+        return encoded[0].shape[0]
+    features = (v for v in named.values() if isinstance(v, Tensor) and v.dim() > 1)  # of sound or images
+    return next((v.shape[0] for v in features), 1)

@@ -14,7 +14,19 @@ from .errors import CheckpointError, UnsupportedError
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 HEADER_KEY = "graftlm"
-HUB_KEYS = ("cache_dir", "token", "subfolder", "local_files_only", "force_download", "revision")
+# What `huggingface_hub.hf_hub_download` takes, beside the file's name; and its older names of the token.
+HUB_KEYS = (
+    "cache_dir", "token", "subfolder", "local_files_only", "force_download", "revision", "repo_type", "local_dir",
+    "library_name", "library_version", "user_agent", "etag_timeout", "headers", "endpoint",
+)  # fmt: skip
+OLD_TOKEN = "use_auth_token"
+
+
+def hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Take out of keyword arguments those that select a hub file."""
+    hub = {k: kwargs.pop(k) for k in HUB_KEYS if k in kwargs}
+    old = kwargs.pop(OLD_TOKEN, None)
+    return hub if old is None else {"token": old} | hub
 
 
 def find_file(source: str | os.PathLike, name: str, required: bool = True, **hub: Any) -> Any:

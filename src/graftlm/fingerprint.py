@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .architectures import base_modules
 from .errors import BaseMismatchError
 from .methods.folds import as_it_was
 from .quantization import is_quantized, quantized_kind, scheme_of
@@ -23,21 +24,20 @@ SHARE = 0.1  # of the samples that may differ
 def sampled_modules(base: Any) -> dict[str, nn.Module]:
     """The modules whose weights are looked at, by role."""
     found: dict[str, nn.Module] = {}
-    embeddings = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+    try:
+        embeddings = base.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # a model that reads no tokens
+        embeddings = None
     if embeddings is not None:
         found["embeddings"] = plain(embeddings)
-    linears = [m for n, m in base.named_modules() if isinstance(m, nn.Linear) and is_own(n)]
-    norms = [m for n, m in base.named_modules() if "norm" in type(m).__name__.lower() and is_own(n)]
+    own = [m for _, m in base_modules(base)]
+    linears = [m for m in own if isinstance(m, nn.Linear)]
+    norms = [m for m in own if "norm" in type(m).__name__.lower()]
     if linears:
         found["middle"] = linears[len(linears) // 2]
     if norms:
         found["norm"] = norms[len(norms) // 2]
     return found
-
-
-def is_own(name: str) -> bool:
-    """Whether a module belongs to the base and not to an adapter."""
-    return not any(part in name for part in (".lora_", "modules_to_save.", "original_module"))
 
 
 def plain(module: Any) -> Any:

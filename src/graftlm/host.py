@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architectures import backbone_embeddings, base_modules
+from .architectures import backbone_embeddings, base_modules, token_embeddings
 from .architectures.fast import speed_up
 from .bundled import known_as
 from .entry import Entry
 from .errors import AdapterError, nearest
 from .methods import Method, PeftConfig, method_for
-from .methods.base import TASK_HEADS, replace_module
+from .methods.base import TASK_HEADS, clean_path, replace_module
 from .methods.modules_to_save import ModulesToSaveWrapper, find_modules, saved_modules
 from .preparation import freeze_base
 from .quantization import quantized_kind, settle
@@ -135,7 +135,8 @@ class Host(PreTrainedModel):
 
     @property
     def adapter_device(self) -> torch.device:
-        return backbone_embeddings(self.base).weight.device
+        embeddings = token_embeddings(self.base)
+        return next(self.base.parameters()).device if embeddings is None else embeddings.weight.device
 
     def adapter_dtype(self, layer: Any = None) -> torch.dtype:
         """Dtype of new adapter tensors beside `layer`: its own, but fp32 for 16-bit (unless told otherwise) or packed."""
@@ -155,22 +156,44 @@ class Host(PreTrainedModel):
 
     # -- attaching ---------------------------------------------------------------------------------------------------
     def add_adapter(
-        self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False, **kwargs: Any
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool | None = None,
     ) -> None:
         """Attach a new, untrained adapter. It becomes active by `set_adapter`.
+
+        Args:
+            low_cpu_mem_usage: HF PEFT's; without meaning here.
+            autocast_adapter_dtype: keep this adapter in fp32 over a 16-bit base; the wrapper's own choice where None.
 
         Raises:
             AdapterError: the name is taken or cannot be used.
         """
-        self._attach(adapter_name, peft_config, **kwargs)
+        with self.casting(autocast_adapter_dtype):
+            self._attach(adapter_name, peft_config)
         self._update_requires_grad([adapter_name])
+
+    @contextmanager
+    def casting(self, autocast_adapter_dtype: bool | None) -> Iterator[None]:
+        """Within the block new adapters of a 16-bit base are kept in fp32, or not; None leaves that as it is."""
+        before = self.autocast_adapter_dtype
+        self.autocast_adapter_dtype = before if autocast_adapter_dtype is None else autocast_adapter_dtype
+        try:
+            yield
+        finally:
+            self.autocast_adapter_dtype = before
 
     def _attach(self, name: str, config: PeftConfig, *, for_loading: bool = False) -> None:
         if name in self.methods:
             raise AdapterError(f"There is an adapter {name!r} already. Delete it first, or choose another name.")
         reserved = not isinstance(name, str) or name == BASE_NAME or hasattr(nn.ModuleDict(), name)
         if reserved or not name or "." in name or "/" in name:
-            raise AdapterError(f"{name!r} cannot name an adapter: expected a word without '.' and '/', not {BASE_NAME!r}.")
+            raise AdapterError(
+                f"{name!r} cannot name an adapter: expected a word without '.' and '/', not {BASE_NAME!r}, and not "
+                "what torch calls something in its modules (such as 'half' or 'keys')."
+            )
         method = method_for(config, name)
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = known_as(getattr(self.base, "name_or_path", None) or None)
@@ -192,13 +215,21 @@ class Host(PreTrainedModel):
         if not entries:
             return
         config.modules_to_save = entries  # type: ignore[attr-defined]
-        for path, module in find_modules(self.base, entries, [w for w in wanted if w not in heads]).items():
+        own = tuple(w for w in wanted if w not in heads)
+        found = find_modules(self.base, entries, own)
+        if heads and not own and not found:
+            warnings.warn(
+                f"task_type={config.task_type.value}: {type(self.base).__name__} has no module called "  # type: ignore[union-attr]
+                f"{' or '.join(heads)}; its head stays frozen. Name it in modules_to_save.",
+                stacklevel=4,
+            )
+        for path, module in found.items():
             if not isinstance(module, ModulesToSaveWrapper) or module.switch is not self.switch:
                 module = ModulesToSaveWrapper(module, self.switch)
                 replace_module(self.base, path, module)
             half = self._float_dtype() in (torch.float16, torch.bfloat16)
             module.add(name, torch.float32 if half and self.autocast_adapter_dtype else None)
-            module.is_head = module.is_head or not any(path == w or path.endswith(f".{w}") for w in wanted if w not in heads)
+            module.is_head = module.is_head or not clean_path(path).endswith(own)
 
     def _unsave_modules(self, name: str) -> None:
         for path, module in list(base_modules(self.base)):

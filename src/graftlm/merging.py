@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .errors import AdapterError, UnsupportedError
 from .methods.base import replace_module
 from .methods.lora import LoraConfig
-from .methods.lora_combine import combine, new_rank
+from .methods.lora_combine import check_layer, check_options, combine, new_rank
 from .methods.lora_layers import LoraLayer
 from .methods.modules_to_save import ModulesToSaveWrapper, saved_modules
 from .quantization import DequantizedConv1D, DequantizedLinear, holds_quantized, in_source_form, quantized_kind
@@ -184,13 +184,14 @@ def add_weighted_adapter(
     Args:
         adapters, weights: the sources and their weights (negative ones subtract).
         adapter_name: name of the new adapter; it is not activated.
-        combination_type: "linear", "cat" (exact, ranks add up), "svd", "ties", "dare_linear", "dare_ties".
+        combination_type: "linear", "cat" (exact, ranks add up), "svd", "ties", "dare_linear", "dare_ties". All but "cat" and
+            "svd" need sources of one rank in each layer that they share.
         svd_rank, svd_clamp: rank of the result, and the quantile that values are clamped to, for "svd".
         density: share of values that is kept, for ties and dare.
         majority_sign_method: "total" or "frequency", for ties.
 
     Raises:
-        AdapterError: unknown or unsuitable adapters. ConfigError: impossible options.
+        AdapterError: unknown or unsuitable adapters. ConfigError: impossible options. Nothing is changed then.
     """
     unknown = set(ignored) - {"svd_full_matrices", "svd_driver"}
     if unknown:
@@ -205,15 +206,17 @@ def add_weighted_adapter(
         if any(saved_modules(host.base, host.switch, name)) or config.bias != "none":
             raise AdapterError(f"Adapter {name!r} trains whole modules or biases, which cannot be combined.")
     kind = "linear" if len(adapters) == 1 else combination_type
-    ranks = [max(c.r, *c.rank_pattern.values()) if c.rank_pattern else c.r for c in configs]  # type: ignore[attr-defined]
-    rank = new_rank(kind, ranks, svd_rank)
-    paths = list(dict.fromkeys(p for n in adapters for p, _ in host.methods[n].layers(host)))  # type: ignore[attr-defined]
+    options: dict[str, Any] = {"svd_clamp": svd_clamp, "density": density, "majority_sign_method": majority_sign_method}
+    check_options(kind, weights, svd_rank=svd_rank, **options)
+    layers: dict[str, LoraLayer] = {p: m for n in adapters for p, m in host.methods[n].layers(host)}  # type: ignore[attr-defined]
+    for path, layer in layers.items():
+        check_layer(path, layer, adapters, kind)
+    rank = new_rank(kind, list(layers.values()), adapters, svd_rank)
     config = replace(
-        configs[0], r=rank, lora_alpha=rank, target_modules=paths, rank_pattern={}, alpha_pattern={}, use_rslora=False,
-        layers_to_transform=None, layers_pattern=None, exclude_modules=None,
+        configs[0], r=rank, lora_alpha=rank, target_modules=list(layers), rank_pattern={}, alpha_pattern={},
+        use_rslora=False, layers_to_transform=None, layers_pattern=None, exclude_modules=None,
     )  # type: ignore[call-arg]  # fmt: skip
     host.add_adapter(adapter_name, config)
-    options = {"svd_clamp": svd_clamp, "density": density, "majority_sign_method": majority_sign_method}
     try:
         for _, layer in host.methods[adapter_name].layers(host):  # type: ignore[attr-defined]
             combine(layer, adapter_name, adapters, weights, kind, **options)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .architectures import backbone_embeddings, base_modules, is_encoder_decoder
+from .architectures import base_modules, is_encoder_decoder, token_embeddings
 from .errors import AdapterError, CompositionError, GraftError, UnsupportedError
 from .methods.modules_to_save import ModulesToSaveWrapper
 from .quantization import holds_quantized, quantized_layers
@@ -116,7 +116,12 @@ class _Trial:
         self.host, self.groups = host, groups
         base = host.base
         generator = torch.Generator().manual_seed(0)
-        vocabulary = min(backbone_embeddings(base).weight.shape[0], 1000)
+        if (embeddings := token_embeddings(base)) is None:
+            raise UnsupportedError(
+                f"{type(base).__name__} reads no token ids, on which rows of different adapters are tried out. Run one "
+                "adapter a batch."
+            )
+        vocabulary = min(embeddings.weight.shape[0], 1000)
         self.rows = [torch.randint(1, vocabulary, (n,), generator=generator) for n in self.LENGTHS[: len(groups)]]
         self.decoder_ids = torch.randint(1, vocabulary, (len(groups), 3), generator=generator)
         self.left = not is_encoder_decoder(base) and "position_ids" in host.entry.signature.parameters

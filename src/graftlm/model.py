@@ -452,12 +452,25 @@ class PeftModel(Host):
         wrapper.set_adapter(adapter_name, inference_mode=not is_trainable)
         return wrapper if is_trainable else wrapper.eval()
 
-    def load_adapter(self, model_id: str | os.PathLike, adapter_name: str, is_trainable: bool = False, **kwargs: Any) -> Any:
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Attach a further saved adapter, or read a saved state into one that is attached under this name.
 
         It does not become active (but the active one stays so). Errors as in `from_pretrained`; after an error the model
-        is as it was.
+        is as it was. `autocast_adapter_dtype` is the wrapper's own where it is None; `torch_device` (HF PEFT's) has no
+        meaning here: tensors go where the base is.
         """
+        with self.casting(autocast_adapter_dtype):
+            return self._load_adapter(model_id, adapter_name, is_trainable, kwargs)
+
+    def _load_adapter(self, model_id: str | os.PathLike, adapter_name: str, is_trainable: bool, kwargs: dict) -> Any:
         options = checkpoint.load_options(kwargs)
         fresh = adapter_name not in self.methods
         if fresh:

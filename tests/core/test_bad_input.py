@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import warnings
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -79,6 +83,190 @@ def test_configuration_values(kind: Any, options: dict[str, Any], message: str) 
         kind(**options)
     assert isinstance(caught.value, GraftError)
     assert isinstance(caught.value, ValueError)
+
+
+METHODS = (graftlm.LoraConfig, graftlm.PromptTuningConfig, graftlm.PromptEncoderConfig, graftlm.PrefixTuningConfig,
+           graftlm.BottleneckConfig)  # fmt: skip
+FIELDS = [(kind, f.name) for kind in METHODS for f in dataclasses.fields(kind) if f.name != "peft_type"]
+
+
+@pytest.mark.parametrize(("kind", "name"), FIELDS, ids=[f"{k.__name__}-{n}" for k, n in FIELDS])
+def test_every_field_says_what_it_expects(kind: Any, name: str) -> None:
+    """An object of no use anywhere: never accepted, never an error of another kind."""
+    with pytest.raises(ConfigError, match=rf"{name}=<object.*: expected|{name}.*expected"):
+        kind(**{name: object()})
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (graftlm.LoraConfig, {"lora_alpha": "16"}, "lora_alpha='16': expected a finite number"),
+        (graftlm.LoraConfig, {"lora_alpha": float("nan")}, "lora_alpha=nan: expected a finite number"),
+        (graftlm.LoraConfig, {"lora_dropout": "0.1"}, "lora_dropout='0.1': expected a probability"),
+        (graftlm.LoraConfig, {"lora_dropout": True}, "lora_dropout=True: expected a probability"),
+        (graftlm.LoraConfig, {"use_dora": "yes"}, "use_dora='yes': expected True or False"),
+        (
+            graftlm.LoraConfig,
+            {"modules_to_save": "lm_head"},
+            r"'lm_head': expected a list of strings.*write .*=\['lm_head'\]",
+        ),
+        (graftlm.LoraConfig, {"target_modules": [1]}, "target_modules=.*: expected a list of strings or a string or None"),
+        (graftlm.LoraConfig, {"target_modules": "(q"}, r"target_modules: '\(q' is no regular expression"),
+        (graftlm.LoraConfig, {"rank_pattern": {"q_proj": "4"}}, r"rank_pattern\['q_proj'\]='4': expected a whole number"),
+        (
+            graftlm.LoraConfig,
+            {"alpha_pattern": {"q_proj": None}},
+            r"alpha_pattern\['q_proj'\]=None: expected a finite number",
+        ),
+        (graftlm.LoraConfig, {"alpha_pattern": {"q[": 1}}, r"alpha_pattern: 'q\[' is no regular expression"),
+        (graftlm.LoraConfig, {"layers_to_transform": "0"}, "layers_to_transform='0': expected a list of whole numbers"),
+        (graftlm.PromptTuningConfig, {"num_virtual_tokens": "4"}, "num_virtual_tokens='4': expected a whole number above 0"),
+        (graftlm.PromptTuningConfig, {"num_virtual_tokens": None}, "num_virtual_tokens=None: expected a whole number"),
+        (graftlm.PrefixTuningConfig, {"num_layers": 0}, "num_layers=0: expected a whole number above 0 or None"),
+        (graftlm.PromptEncoderConfig, {"encoder_dropout": "0"}, "encoder_dropout='0': expected a probability"),
+        (graftlm.BottleneckConfig, {"scaling": "4"}, "scaling='4': expected a finite number"),
+        (graftlm.BottleneckConfig, {"reduction_factor": "16"}, "reduction_factor='16': expected a number above 0"),
+    ],
+)
+def test_kinds_of_values(kind: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        kind(**options)
+
+
+def test_values_become_plain_ones(tmp_path: Path) -> None:
+    """Numbers of numpy, tuples, sets, ranges and paths are what they stand for, and the file can be written."""
+    made = graftlm.LoraConfig(
+        r=np.int64(4), lora_alpha=np.float32(8), target_modules={"v_proj", "q_proj"}, layers_to_transform=range(2),
+        rank_pattern=None, modules_to_save=("lm_head",), base_model_name_or_path=Path("base"),
+    )  # fmt: skip
+    made.save_pretrained(tmp_path)
+    assert graftlm.PeftConfig.from_pretrained(tmp_path) == made
+    assert (made.r, made.target_modules, made.layers_to_transform) == (4, ["q_proj", "v_proj"], [0, 1])
+    assert (made.rank_pattern, made.modules_to_save, made.base_model_name_or_path) == ({}, ["lm_head"], "base")
+    assert type(made.lora_alpha) is float
+    with pytest.raises(ConfigError, match="no field 'lora_alpa' to save; did you mean 'lora_alpha'"):
+        made.save_pretrained(tmp_path, lora_alpa=3)
+
+
+# -- HF PEFT's arguments -------------------------------------------------------------------------------------------------
+SHARED_CONFIGS = ("LoraConfig", "PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig")
+
+
+@pytest.mark.parametrize("name", SHARED_CONFIGS)
+def test_every_field_of_peft_is_taken_with_its_default(name: str) -> None:
+    """None of theirs is forgotten: each alone, and all together."""
+    theirs = getattr(peft, name)()
+    given = {f.name: getattr(theirs, f.name) for f in dataclasses.fields(theirs) if f.init}
+    given |= {"num_virtual_tokens": 5} if "num_virtual_tokens" in given else {}
+    kind = getattr(graftlm, name)
+    kind(**given)
+    for key, value in given.items():
+        kind(**{key: value})
+    own = {f.name for f in dataclasses.fields(kind)}
+    switched_on = {"peft_version", "megatron_core", "qalora_group_size"}  # say nothing by themselves
+    for key in given.keys() - own - switched_on:
+        value = True if given[key] is False else {"x": 1}
+        with pytest.raises(UnsupportedError, match=rf"{name}: GraftLM does not have HF PEFT's {key}="):
+            kind(**{key: value})
+
+
+def test_groups_of_settings_are_looked_into() -> None:
+    graftlm.LoraConfig(runtime_config=peft.LoraRuntimeConfig())
+    graftlm.LoraConfig(runtime_config={"ephemeral_gpu_offload": False})
+    with pytest.raises(UnsupportedError, match="runtime_config"):
+        graftlm.LoraConfig(runtime_config=peft.LoraRuntimeConfig(ephemeral_gpu_offload=True))
+
+
+CALLS: dict[str, Any] = {
+    "get_peft_model": peft.get_peft_model,
+    "from_pretrained": peft.PeftModel.from_pretrained,
+    "load_adapter": peft.PeftModel.load_adapter,
+    "add_adapter": peft.PeftModel.add_adapter,
+    "save_pretrained": peft.PeftModel.save_pretrained,
+    "set_adapter": peft.PeftModel.set_adapter,
+    "add_weighted_adapter": peft.LoraModel.add_weighted_adapter,
+    "merge_adapter": peft.LoraModel.merge_adapter,
+    "merge_and_unload": peft.LoraModel.merge_and_unload,
+    "set_peft_model_state_dict": peft.set_peft_model_state_dict,
+    "get_peft_model_state_dict": peft.get_peft_model_state_dict,
+    "load_peft_weights": peft.load_peft_weights,
+    "prepare_model_for_kbit_training": peft.prepare_model_for_kbit_training,
+}
+
+
+@pytest.mark.parametrize("name", list(CALLS))
+def test_calls_take_every_argument_of_peft(name: str, tmp_path: Path) -> None:
+    """With the defaults that HF PEFT gives them."""
+    options = {
+        p.name: p.default
+        for p in inspect.signature(CALLS[name]).parameters.values()
+        if p.default is not p.empty and p.kind is not p.VAR_KEYWORD
+    }
+    model = attach("llama", "lora")
+    model.save_pretrained(tmp_path / "saved")
+    saved = tmp_path / "saved"
+    first = {
+        "get_peft_model": (fresh("llama"), lora()),
+        "from_pretrained": (fresh("llama"), saved),
+        "load_adapter": (saved, "second"),
+        "add_adapter": ("second", lora()),
+        "save_pretrained": (tmp_path / "new",),
+        "set_adapter": ("default",),
+        "add_weighted_adapter": (["default", "default"], [0.5, 0.5], "mix"),
+        "set_peft_model_state_dict": (model, graftlm.get_peft_model_state_dict(model)),
+        "get_peft_model_state_dict": (model,),
+        "load_peft_weights": (saved,),
+        "prepare_model_for_kbit_training": (fresh("llama"),),
+    }.get(name, ())
+    owner = graftlm if hasattr(graftlm, name) else graftlm.PeftModel if name == "from_pretrained" else model
+    getattr(owner, name)(*first, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error"),
+    [
+        ("from_pretrained", {"key_mapping": {"a": "b"}}, UnsupportedError),
+        ("from_pretrained", {"torch_dtype": torch.float16}, ConfigError),
+        ("from_pretrained", {"dtype": "bfloat16"}, ConfigError),
+        ("from_pretrained", {"lo_cpu_mem_usage": True}, TypeError),
+        ("save_pretrained", {"path_initial_model_for_weight_conversion": "init"}, UnsupportedError),
+        ("save_pretrained", {"push_to_hub": True}, UnsupportedError),
+        ("save_pretrained", {"selected_adapter": ["default"]}, TypeError),
+        ("load_adapter", {"key_mapping": {"a": "b"}}, UnsupportedError),
+        ("add_adapter", {"autocast": False}, TypeError),
+    ],
+)
+def test_arguments_that_ask_for_what_is_not_here(name: str, options: dict[str, Any], error: Any, tmp_path: Path) -> None:
+    model = attach("llama", "lora")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(error, match=next(iter(options)).replace("dtype", "torch_dtype").replace("torch_torch", "torch")):
+        if name == "from_pretrained":
+            graftlm.PeftModel.from_pretrained(fresh("llama"), tmp_path, **options)
+        elif name == "save_pretrained":
+            model.save_pretrained(tmp_path / "new", **options)
+        elif name == "load_adapter":
+            model.load_adapter(tmp_path, "second", **options)
+        else:
+            model.add_adapter("second", lora(), **options)
+    assert list(model.peft_config) == ["default"]
+    assert not (tmp_path / "new").exists()
+
+
+def test_usual_arguments_of_loading(tmp_path: Path) -> None:
+    """As scripts give them: the base's own precision, where to put what, hub options."""
+    attach("llama", "lora").save_pretrained(tmp_path / "a")
+    half = fresh("llama").to(torch.bfloat16)
+    model = graftlm.PeftModel.from_pretrained(
+        half, tmp_path, torch_dtype=torch.bfloat16, device_map="auto", low_cpu_mem_usage=True, ephemeral_gpu_offload=False,
+        revision=None, subfolder="a", token=None, use_auth_token=True, cache_dir=None,
+    )  # fmt: skip
+    assert {p.dtype for k, p in model.named_parameters() if ".lora_" in k} == {torch.float32}
+    model.load_adapter(tmp_path / "a", "sixteen", torch_device="cpu", autocast_adapter_dtype=False)
+    model.add_adapter("new", lora(), autocast_adapter_dtype=False)
+    kinds = {n: {p.dtype for _, p in model.adapter_parameters(n)} for n in model.peft_config}
+    assert kinds == {"default": {torch.float32}, "sixteen": {torch.bfloat16}, "new": {torch.bfloat16}}
+    model.add_adapter("newer", lora())
+    assert {p.dtype for _, p in model.adapter_parameters("newer")} == {torch.float32}
 
 
 @pytest.mark.parametrize("kind", [graftlm.LoraConfig, graftlm.PromptTuningConfig, graftlm.PrefixTuningConfig])
@@ -179,6 +367,57 @@ def test_pattern_keys_that_match_nothing() -> None:
         graftlm.get_peft_model(fresh("llama"), lora(target_modules=["q_proj"], rank_pattern={"q_prj": 2}))
     with pytest.warns(UserWarning, match="alpha_pattern.*v_proj"):
         graftlm.get_peft_model(fresh("llama"), lora(target_modules=["q_proj"], alpha_pattern={"v_proj": 2}))
+
+
+def lora_places(lib: Any, **options: Any) -> list[str]:
+    """Modules that LoRA is attached to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = lib.get_peft_model(fresh("llama"), lib.LoraConfig(task_type="CAUSAL_LM", **options))
+    return sorted({k.split(".lora_")[0] for k, _ in model.named_parameters() if ".lora_" in k})
+
+
+WHOLE = "model.layers.0.self_attn.k_proj"
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["q_proj", "model.embed_tokens"], ["q_proj", WHOLE]])
+@pytest.mark.parametrize("pattern", [None, "layers"])
+def test_whole_names_are_taken_whatever_layers_are_asked_for(targets: list[str], pattern: str | None) -> None:
+    options = {"target_modules": targets, "layers_to_transform": [1], "layers_pattern": pattern}
+    found = lora_places(graftlm, **options)
+    assert found == lora_places(peft, **options)
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"], "layers_to_transform": [1]}, "matches 'embed_tokens' is left out"),
+        ({"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]}, "matches 'v_proj' is left out"),
+        ({"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]}, "matches 'lm_head' is left out"),
+        ({"target_modules": ["q_proj", "lm_head"], "layers_to_transform": 7}, "layers_to_transform: 7"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0, -1]}, r"layers_to_transform: -1 \(layers are counted"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["v_prj"]}, "exclude_modules: 'v_prj'"),
+        ({"target_modules": ["q_proj"], "exclude_modules": "q_proj"}, r"the expression 'q_proj'.*write \['q_proj'\]"),
+    ],
+)
+def test_entries_that_select_nothing_are_named(options: dict[str, Any], match: str) -> None:
+    with pytest.warns(UserWarning, match=match):
+        graftlm.get_peft_model(fresh("llama"), lora(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"target_modules": "q_proj"}, r"an expression for whole module names.*for modules of that name write \['q_proj'\]"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [9]}, r"layers_to_transform=\[9\]\. Its linear"),
+        ({"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]}, "trained in full"),
+    ],
+)
+def test_nothing_matches_and_no_entry_is_offered_itself(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(TargetError, match=match) as caught:
+        graftlm.get_peft_model(fresh("llama"), lora(**options))
+    assert "did you mean" not in str(caught.value)
 
 
 @pytest.mark.parametrize("rank", [0, -2, 1.5])

@@ -36,6 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graftlm
+from graftlm import fingerprint
 from graftlm.errors import AdapterError, BaseMismatchError, CheckpointError, ConfigError, GraftError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -327,6 +328,23 @@ def test_fingerprint_with_another_adapter_attached_or_merged(tmp_path: Path) -> 
         if method in ("lora", "dora"):
             model.merge_adapter("default")
             model.load_adapter(tmp_path, "third")
+
+
+@pytest.mark.parametrize("method", ["lora", "houlsby", "prompt", "bias_all", "head", "norm", "embedding"])
+def test_fingerprint_is_the_bases_whatever_hangs_on_it(method: str) -> None:
+    """A task's head, trained norms, biases, bottlenecks: the base below stays the same, with one wrapper over it or two."""
+    base = fresh("bert")
+    plain = fingerprint.of(base)
+    options = {"head": {"modules_to_save": ["pooler"]}, "norm": {"modules_to_save": ["LayerNorm"]}}.get(method)
+    settings = config(method, "bert") if options is None else graftlm.LoraConfig(task_type="SEQ_CLS", **options)
+    model = randomise(graftlm.get_peft_model(base, settings))
+    assert fingerprint.of(base) == plain
+    model.add_adapter("second", config("lora", "bert"))
+    graftlm.get_peft_model(base, config("modules_to_save", "bert"))
+    assert fingerprint.of(base) == plain
+    if method == "lora":
+        model.merge_adapter("default")
+        assert fingerprint.of(base) == plain
 
 
 def test_saved_while_merged(tmp_path: Path) -> None:

@@ -121,6 +121,17 @@ def test_encoder_decoder_models(name: str, method: str) -> None:
     assert not model.can_pack()
 
 
+@pytest.mark.parametrize("method", ["prompt", "p_tuning_mlp", "lora"])
+def test_embeddings_narrower_than_the_hidden_size(method: str) -> None:
+    """OPT-350m projects its embeddings up: virtual tokens are packed beside tokens of the same width."""
+    model = attach("opt", method, base=build("opt", word_embed_proj_dim=16, dropout=0.0)).train()
+    inputs = ragged()
+    output, plain = same(model, **inputs)
+    assert model.can_pack()
+    real, length = inputs["attention_mask"].bool(), inputs["labels"].shape[1]
+    close(output.logits[:, -length:][real], plain.logits[:, -length:][real])
+
+
 @pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
 @pytest.mark.parametrize("items", [5, torch.tensor(11)])
 def test_loss_divided_by_the_items_of_an_update(method: str, items: Any) -> None:

@@ -105,6 +105,12 @@ def test_each_row_equals_itself_alone(name: str, side: str) -> None:
     same_logits(model, rows, padded(len(rows), side), tokens=True)
 
 
+def test_rows_of_embeddings_narrower_than_the_hidden_size() -> None:
+    model = crowd("opt", ["lora", "prompt", "longer", "p_mlp", "prefix"], base=build("opt", word_embed_proj_dim=16))
+    rows = ["lora", "prompt", "longer", "p_mlp", "prefix", "__base__", ["lora", "prompt"]]
+    same_logits(model, rows, padded(len(rows), "left"), tokens=True)
+
+
 @pytest.mark.parametrize("how", ["greedy", "beams", "groups"])
 @pytest.mark.parametrize("name", ["bloom", "opt", "gpt2", "llama", "gemma3", "falcon", "chatglm"])
 def test_generation_of_each_row_equals_itself_alone(name: str, how: str) -> None:

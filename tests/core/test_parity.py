@@ -263,3 +263,166 @@ def test_generated_tokens(name: str, method: str, tmp_path: Path) -> None:
     for options in ({"do_sample": False}, {"do_sample": False, "num_beams": 3}):
         asked = options | {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 6}
         assert torch.equal(mine.generate(**asked), their.generate(**asked)), options
+
+
+# -- heads by the ending of their names, embeddings narrower than the hidden size, positions that start elsewhere ----------
+SMALL = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+DISTIL = {"vocab_size": VOCAB, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48}
+OTHERS: dict[str, Callable[[], Any]] = {
+    "distilbert": lambda: t.DistilBertConfig(**DISTIL),
+    "electra": lambda: t.ElectraConfig(**SMALL, embedding_size=16),
+    "albert": lambda: t.AlbertConfig(**SMALL, embedding_size=16),
+    "mpnet": lambda: t.MPNetConfig(**SMALL),
+    "deberta-v2": lambda: t.DebertaV2Config(**SMALL),
+    "opt-350m": lambda: t.OPTConfig(vocab_size=VOCAB, hidden_size=32, word_embed_proj_dim=16, ffn_dim=48,
+                                    num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64),
+    "xlnet": lambda: t.XLNetConfig(vocab_size=VOCAB, d_model=32, n_layer=2, n_head=4, d_inner=48),
+    "t5": lambda: ALL["t5"]()[1],
+    "bart": lambda: ALL["bart"]()[1],
+}  # fmt: skip
+ENDINGS = {
+    "distilbert": ["q_lin", "v_lin"], "xlnet": ["layer_1", "layer_2"], "deberta-v2": ["query_proj", "value_proj"],
+    "mpnet": ["attn.q", "attn.v"], "opt-350m": ["q_proj", "v_proj"], "bart": ["q_proj", "v_proj"], "t5": ["q", "v"],
+}  # fmt: skip
+
+
+def other(kind: str, name: str) -> nn.Module:
+    settings = OTHERS[name]()
+    settings.num_labels = 2 if kind == "QUESTION_ANS" else 3
+    torch.manual_seed(0)
+    model = (t.AutoModelForCausalLM if kind == "CAUSAL_LM" else HEADS[kind][0]).from_config(settings)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+    return model.eval()
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {k for k, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.filterwarnings("ignore:task_type")
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("SEQ_CLS", n) for n in OTHERS] + [("TOKEN_CLS", "distilbert"), ("QUESTION_ANS", "xlnet"), ("QUESTION_ANS", "bart")],
+)
+def test_a_tasks_head_is_what_peft_trains(kind: str, name: str, tmp_path: Path) -> None:
+    def settings(lib: Any) -> Any:
+        return lib.LoraConfig(task_type=kind, r=4, target_modules=ENDINGS.get(name, ["query", "value"]))
+
+    assert trained(graftlm.get_peft_model(other(kind, name), settings(graftlm))) == trained(
+        theirs(other(kind, name), settings(peft))
+    )
+    inputs = task_batch(kind)
+    if name == "t5":
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    inputs = {k: v for k, v in inputs.items() if not k.endswith("positions")}
+    both_ways(lambda: other(kind, name), settings, inputs, tmp_path)
+
+
+def test_a_head_of_another_name_is_asked_for() -> None:
+    settings = {"task_type": "SEQ_CLS", "target_modules": ["layer_1"]}
+    with pytest.warns(UserWarning, match="no module called classifier or score; its head stays frozen.*modules_to_save"):
+        graftlm.get_peft_model(other("SEQ_CLS", "xlnet"), graftlm.LoraConfig(**settings))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = graftlm.get_peft_model(
+            other("SEQ_CLS", "xlnet"), graftlm.LoraConfig(**settings, modules_to_save=["logits_proj"])
+        )
+    assert any("logits_proj.modules_to_save" in k for k in trained(model))
+
+
+def test_a_trained_head_gets_no_lora_beside() -> None:
+    """HF PEFT fails here: "all-linear" takes DistilBERT's pre_classifier, which is trained in full already."""
+    options = {"task_type": "SEQ_CLS", "target_modules": "all-linear"}
+    names = trained(graftlm.get_peft_model(other("SEQ_CLS", "distilbert"), graftlm.LoraConfig(**options)))
+    assert not any("classifier" in k and "lora_" in k for k in names)
+    assert any("pre_classifier.modules_to_save" in k for k in names)
+
+
+@pytest.mark.parametrize("method", ["prompt", "p_tuning"])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("CAUSAL_LM", "opt-350m"), ("SEQ_CLS", "albert"), ("SEQ_CLS", "electra"), ("TOKEN_CLS", "electra")]
+)
+def test_virtual_tokens_are_as_wide_as_the_embeddings(kind: str, name: str, method: str, tmp_path: Path) -> None:
+    """HF PEFT takes the hidden size and fails to concatenate; told the width, it reads and writes the same files."""
+
+    def settings(lib: Any) -> Any:
+        made = task_config(lib, method, kind)
+        made.token_dim = None if lib is graftlm else 16
+        return made
+
+    mine = randomise(graftlm.get_peft_model(other(kind, name), settings(graftlm)), seed=9).eval()
+    their = theirs(other(kind, name), settings(peft))
+    assert {p.shape for k, p in mine.named_parameters() if "prompt_encoder" in k} == {
+        p.shape for k, p in their.named_parameters() if "prompt_encoder" in k
+    }
+    mine.save_pretrained(tmp_path / "mine")
+    their.save_pretrained(tmp_path / "theirs")
+    inputs = {k: v for k, v in task_batch(kind).items() if k != "labels"}
+    length = inputs["input_ids"].shape[1]
+    with torch.no_grad():
+        close(run(from_theirs(other(kind, name), tmp_path / "mine"), inputs)["logits"][:, -length:],
+              run(mine, inputs)["logits"][:, -length:])  # fmt: skip
+        close(run(graftlm.PeftModel.from_pretrained(other(kind, name), tmp_path / "theirs"), inputs)["logits"][:, -length:],
+              run(their.eval(), inputs)["logits"][:, -length:])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config_of",
+    [
+        lambda: t.MPNetConfig(**SMALL),
+        lambda: t.EsmConfig(**SMALL, pad_token_id=1, mask_token_id=2, position_embedding_type="absolute"),
+        lambda: t.LukeConfig(**SMALL),
+        lambda: t.NystromformerConfig(**SMALL, num_landmarks=4, segment_means_seq_len=4),
+        lambda: t.LongformerConfig(**SMALL, attention_window=4),
+    ],
+    ids=["mpnet", "esm", "luke", "nystromformer", "longformer"],
+)
+def test_positions_are_counted_as_the_model_does(config_of: Any) -> None:
+    """A new adapter changes nothing: positions start where the model itself lets them start."""
+    torch.manual_seed(0)
+    base = t.AutoModel.from_config(config_of()).eval()
+    inputs = {"input_ids": torch.randint(5, VOCAB, (2, 8)), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+    wanted = run(base, inputs)["last_hidden_state"]
+    targets = [next(k for k, m in base.named_modules() if isinstance(m, nn.Linear))]
+    got = run(graftlm.get_peft_model(base, graftlm.LoraConfig(target_modules=targets)).eval(), inputs)
+    close(got["last_hidden_state"], wanted)
+
+
+def qwen2_vl() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A tiny Qwen2-VL, and a row with an image of 2 x 2 patches."""
+    text = SMALL | {"num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2}
+    vision = {"depth": 1, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 1,
+              "temporal_patch_size": 1, "mlp_ratio": 2}  # fmt: skip
+    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    settings = t.Qwen2VLConfig(
+        text_config=text, vision_config=vision, image_token_id=60, video_token_id=61, vision_start_token_id=62,
+        vision_end_token_id=63,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = t.Qwen2VLForConditionalGeneration(settings).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.2)
+    ids = torch.tensor([[5, 62, 60, 60, 60, 60, 63, 7, 8]])
+    return model, {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == 60).int(),
+        "pixel_values": torch.randn(4, 48), "image_grid_thw": torch.tensor([[1, 2, 2]]),
+    }  # fmt: skip
+
+
+def test_images_keep_their_positions_of_several_axes() -> None:
+    base, inputs = qwen2_vl()
+    wanted = run(base, inputs)["logits"]
+    tokens = base.generate(**inputs, max_new_tokens=3, do_sample=False)
+    model = graftlm.get_peft_model(base, graftlm.LoraConfig(target_modules=["q_proj", "v_proj"])).eval()
+    close(run(model, inputs)["logits"], wanted)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), tokens)
+    model.unload()
+    soft = graftlm.get_peft_model(base, graftlm.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).eval()
+    with pytest.raises(NotImplementedError, match="do not go with images"):
+        soft(**inputs)
+    assert run(soft, {"input_ids": inputs["input_ids"][:, -3:]})["logits"].shape[1] == 5

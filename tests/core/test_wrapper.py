@@ -928,6 +928,68 @@ def test_cat_is_exact_for_different_ranks() -> None:
     close(got, logits_of(model, **INPUTS), 2e-5)
 
 
+def two_patterned(lib: Any, patterns: tuple[dict[str, int], dict[str, int]]) -> Any:
+    """Two LoRA adapters whose ranks differ from layer to layer."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        settings = [
+            lib.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", t], rank_pattern=p)
+            for p, t in zip(patterns, ("up_proj", "down_proj"), strict=True)
+        ]
+        model = lib.get_peft_model(fresh("llama"), settings[0])
+        model.add_adapter("second", settings[1])
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if ".lora_" in key:
+                generator = torch.Generator().manual_seed(sum(key.encode()))
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return model.eval()
+
+
+UNLIKE, ALIKE = ({"q_proj": 2}, {"v_proj": 7}), ({"q_proj": 2}, {"q_proj": 2, "down_proj": 3})
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd", "linear", "ties", "dare_linear", "dare_ties"])
+@pytest.mark.parametrize("patterns", [UNLIKE, ALIKE], ids=["unlike", "alike"])
+def test_weighted_adapters_with_rank_patterns(kind: str, patterns: Any, tmp_path: Path) -> None:
+    """Right, as HF PEFT computes it, or refused before anything changes (HF PEFT stops halfway)."""
+    options = {"combination_type": kind} | ({} if kind in ("cat", "svd", "linear") else {"density": 1.0})
+    arguments = (["default", "second"], [0.7, -0.4], "mix")
+    model = two_patterned(graftlm, patterns)
+    before = state_of(model)
+    if patterns is UNLIKE and kind not in ("cat", "svd"):
+        with pytest.raises(ConfigError, match=r"'default' r=2, 'second' r=4 in 'model.layers.0.self_attn.q_proj'.*'cat'"):
+            model.add_weighted_adapter(*arguments, **options)
+        assert list(model.peft_config) == ["default", "second"]
+        assert state_of(model).keys() == before.keys()
+        return
+    their = two_patterned(peft, patterns)
+    for one in (model, their):
+        one.add_weighted_adapter(*arguments, **options)
+        one.set_adapter("mix")
+    wanted = logits_of(their, **INPUTS)
+    close(logits_of(model, **INPUTS), wanted, 1e-4)
+    model.save_pretrained(tmp_path, selected_adapters=["mix"])
+    close(logits_of(graftlm.PeftModel.from_pretrained(fresh("llama"), tmp_path / "mix"), **INPUTS), wanted, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"svd_rank": 0}, "svd_rank=0"), ({"svd_rank": "4"}, "svd_rank='4'"), ({"svd_clamp": 2}, "svd_clamp=2"),
+        ({"combination_type": "ties", "density": 1.5}, "density=1.5"), ({"combination_type": "dare_ties"}, "density=None"),
+        ({"combination_type": "ties", "density": 0.5, "majority_sign_method": "most"}, "majority_sign_method='most'"),
+        ({"weights": [1, float("nan")]}, "weights="), ({"weights": ["1", 1]}, "weights="),
+    ],
+)  # fmt: skip
+def test_weighted_options_are_checked_first(options: dict[str, Any], match: str) -> None:
+    model = two_loras(graftlm)
+    before = state_of(model)
+    with pytest.raises(ConfigError, match=match):
+        model.add_weighted_adapter(**{"adapters": ["default", "second"], "weights": [1, 1], "adapter_name": "mix"} | options)
+    assert state_of(model).keys() == before.keys()
+
+
 def test_weighted_adapter_is_saved_and_read_by_peft(tmp_path: Path) -> None:
     model = two_loras(graftlm)
     model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "mix", combination_type="cat")
@@ -1005,3 +1067,91 @@ def test_switching_looks_at_the_base_and_not_at_all_adapters() -> None:
         return len(walked)
 
     assert counted(1) == counted(19)
+
+
+# -- models that read sound or images --------------------------------------------------------------------------------------
+HALVES = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+          "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+          "max_target_positions": 32, "decoder_start_token_id": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": 64}  # fmt: skip
+LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+CONVS = {"conv_dim": (8, 8), "conv_stride": (2, 2), "conv_kernel": (3, 3), "num_feat_extract_layers": 2,
+         "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}  # fmt: skip
+SENSES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "whisper": (
+        t.WhisperForConditionalGeneration,
+        lambda: t.WhisperConfig(**HALVES, num_mel_bins=8, max_source_positions=10, suppress_tokens=None,
+                                begin_suppress_tokens=None),
+        {"input_features": torch.randn(2, 8, 20, generator=torch.Generator().manual_seed(0))},
+    ),
+    "speech2text": (
+        t.Speech2TextForConditionalGeneration,
+        lambda: t.Speech2TextConfig(**HALVES, input_feat_per_channel=8, conv_channels=16, max_source_positions=40),
+        {"input_features": torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(0)),
+         "attention_mask": torch.tensor([[1] * 20, [1] * 12 + [0] * 8])},
+    ),
+    "wav2vec2": (
+        t.Wav2Vec2ForCTC, lambda: t.Wav2Vec2Config(**LAYERS, **CONVS, vocab_size=64),
+        {"input_values": torch.randn(2, 60, generator=torch.Generator().manual_seed(0))},
+    ),
+    "vit": (
+        t.ViTForImageClassification, lambda: t.ViTConfig(**LAYERS, image_size=8, patch_size=4),
+        {"pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))},
+    ),
+}  # fmt: skip
+
+
+def sensing(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    kind, settings, inputs = SENSES[name]
+    torch.manual_seed(0)
+    model = kind(settings()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+    return model, dict(inputs)
+
+
+@pytest.mark.parametrize("name", list(SENSES))
+def test_models_without_token_ids_run_train_and_generate(name: str, tmp_path: Path) -> None:
+    """Whisper's `generate` calls the encoder with features alone; Wav2Vec2 and ViT have no embeddings of tokens at all."""
+    base, inputs = sensing(name)
+    generates = name in ("whisper", "speech2text")
+    more = {"decoder_input_ids": torch.tensor([[1, 5, 6], [1, 7, 8]])} if generates else {}
+    wanted = logits_of(base, **inputs, **more)
+    options = {"max_new_tokens": 4, "do_sample": False}
+    tokens = base.generate(**inputs, **options) if generates else None
+    model = graftlm.get_peft_model(base, graftlm.LoraConfig(target_modules="all-linear", r=4)).eval()
+    close(logits_of(model, **inputs, **more), wanted)
+    if tokens is not None:
+        assert torch.equal(model.generate(**inputs, **options), tokens)
+    labels = torch.tensor([0, 1]) if name == "vit" else torch.tensor([[5, 6], [7, 8]])
+    model.train()(**inputs, labels=labels).loss.backward()
+    assert all(p.grad is not None for k, p in model.named_parameters() if ".lora_B" in k and p.requires_grad)
+    randomise(model.eval()).save_pretrained(tmp_path)
+    wanted = logits_of(model, **inputs, **more)
+    again = graftlm.PeftModel.from_pretrained(sensing(name)[0], tmp_path)
+    close(logits_of(again, **inputs, **more), wanted)
+
+
+@pytest.mark.parametrize("name", list(SENSES))
+def test_virtual_tokens_without_token_ids_are_refused(name: str) -> None:
+    base, _ = sensing(name)
+    with pytest.raises(UnsupportedError, match="no embeddings of input tokens.*LoRA or bottleneck"):
+        graftlm.get_peft_model(base, graftlm.PromptTuningConfig(num_virtual_tokens=2))
+    if name in ("wav2vec2", "vit"):
+        with pytest.raises(UnsupportedError, match="prefix"):
+            graftlm.get_peft_model(base, graftlm.PrefixTuningConfig(num_virtual_tokens=2))
+
+
+@pytest.mark.parametrize("name", ["whisper", "speech2text"])
+def test_prefix_in_the_decoder_of_a_model_that_reads_sound(name: str) -> None:
+    base, inputs = sensing(name)
+    model = randomise(
+        graftlm.get_peft_model(base, graftlm.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3))
+    )
+    made = model.eval().generate(
+        **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    ids = made.sequences[:, :-1]
+    repeated = logits_of(model, **inputs, decoder_input_ids=ids)[:, -len(made.logits) :]
+    close(torch.stack(made.logits, 1)[0], repeated[0])

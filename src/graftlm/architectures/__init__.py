@@ -9,7 +9,9 @@ from .facts import (
     LORA_TARGETS,
     backbone_embeddings,
     block_sites,
+    counts_from_ids,
     counts_from_mask,
+    has_image_positions,
     is_encoder_decoder,
     lora_targets,
     model_dims,
@@ -19,6 +21,7 @@ from .facts import (
     position_table,
     position_tables,
     takes_position_ids,
+    token_embeddings,
 )
 from .walk import base_modules
 
@@ -28,8 +31,10 @@ __all__ = [
     "backbone_embeddings",
     "base_modules",
     "block_sites",
+    "counts_from_ids",
     "counts_from_mask",
     "encoder_kv_shapes",
+    "has_image_positions",
     "is_encoder_decoder",
     "kv_shapes",
     "lora_targets",
@@ -41,6 +46,7 @@ __all__ = [
     "position_tables",
     "self_attention_call",
     "takes_position_ids",
+    "token_embeddings",
 ]
 
 chatglm.register()

@@ -81,6 +81,9 @@ def kv_shapes(base: Any) -> list[tuple[int, int]]:
         inputs: dict[str, Any] = {"input_ids": ids, "past_key_values": recorder}
         if getattr(config, "is_encoder_decoder", False):
             inputs |= {"decoder_input_ids": ids, "past_key_values": EncoderDecoderCache(recorder, DynamicCache())}
+            if getattr(base, "main_input_name", "input_ids") != "input_ids":  # an encoder of sound: its states will do
+                inputs["encoder_outputs"] = (torch.zeros(1, 1, config.hidden_size, device=device),)
+                del inputs["input_ids"]
         model(**inputs)
 
     shapes = _observe(base, run)
@@ -142,7 +145,7 @@ def _observe(base: Any, run: Any) -> dict[int, tuple[int, int]]:
         return recorder.shapes
     except UnsupportedError:
         raise
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         device = next(base.parameters()).device
         if device.type == "meta":
             raise UnsupportedError(
@@ -152,7 +155,7 @@ def _observe(base: Any, run: Any) -> dict[int, tuple[int, int]]:
     try:
         with torch.no_grad():
             run(base.eval(), recorder, device)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise UnsupportedError(
             f"{type(base).__name__} does not take a cache of keys and values ({error}), so a prefix cannot reach its layers."
         ) from error

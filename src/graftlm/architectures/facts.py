@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,15 +78,27 @@ def model_dims(base: Any) -> Dims:
     )
 
 
+def token_embeddings(base: Any) -> Any:
+    """The module that turns token ids into input embeddings (of the encoder, where there are two halves); None for a model
+    that reads features or images instead (Whisper, Wav2Vec2, ViT)."""
+    for half in (base.get_encoder(), base) if is_encoder_decoder(base) else (base,):
+        try:
+            found = half.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            return None
+        if found is not None:
+            weight = getattr(found, "weight", None)
+            return found if weight is not None and weight.dim() == 2 else None
+    return None
+
+
 def backbone_embeddings(base: nn.Module) -> Any:
-    """The module that turns token ids into input embeddings (of the encoder, where there are two halves)."""
-    if is_encoder_decoder(base):
-        inner = base.get_encoder().get_input_embeddings()  # type: ignore[operator]
-        if inner is not None:
-            return inner
-    embeddings: Any = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None  # type: ignore[operator]
-    if embeddings is None:
-        raise UnsupportedError(f"{type(base).__name__} has no input embeddings; virtual tokens need them.")
+    """`token_embeddings`; UnsupportedError for a model without."""
+    if (embeddings := token_embeddings(base)) is None:
+        raise UnsupportedError(
+            f"{type(base).__name__} has no embeddings of input tokens; virtual tokens need them. Use LoRA or bottleneck "
+            "adapters."
+        )
     return embeddings
 
 
@@ -99,17 +112,35 @@ def counts_from_mask(base: nn.Module) -> bool:
     return takes_position_ids(base) or model_type(base) in ("bloom", "falcon")
 
 
+def has_image_positions(base: nn.Module) -> bool:
+    """Whether the model makes positions of several axes (time, height, width) itself, from images among the tokens."""
+    return any(hasattr(module, "get_rope_index") for _, module in base_modules(base))
+
+
 def position_offset(base: nn.Module) -> int:
-    """Position of a row's first token: RoBERTa and its kin count from `padding_idx + 1`, all others from 0."""
+    """Position of a row's first token: RoBERTa and its kin count from `padding_idx + 1`, a few from 2, most from 0."""
+    if (counting := _counts_from_ids(base)) is not None:
+        return int(counting.padding_idx) + 1
     for _, module in base_modules(base):
-        if hasattr(module, "create_position_ids_from_input_ids") or type(module).__name__ in _OFFSET_EMBEDDINGS:
-            padding = getattr(module, "padding_idx", None)
-            if padding is not None:
-                return int(padding) + 1
+        table = module._buffers.get("position_ids")
+        if table is not None and table.numel() and table.device.type != "meta" and not table.is_floating_point():
+            return int(table.flatten()[0])
     return 0
 
 
-_OFFSET_EMBEDDINGS = {"RobertaEmbeddings", "XLMRobertaEmbeddings", "CamembertEmbeddings", "LongformerEmbeddings"}
+def counts_from_ids(base: nn.Module) -> bool:
+    """Whether the model counts positions itself by which ids are not padding, where none are handed in."""
+    return _counts_from_ids(base) is not None
+
+
+def _counts_from_ids(base: nn.Module) -> Any:
+    """The embeddings that do so: by a method or, in some files of transformers (MPNet, ESM, LUKE), by a function."""
+    count = "create_position_ids_from_input_ids"
+    for _, module in base_modules(base):
+        beside = hasattr(module, "position_embeddings") and hasattr(sys.modules.get(type(module).__module__), count)
+        if (beside or hasattr(module, count)) and getattr(module, "padding_idx", None) is not None:
+            return module
+    return None
 
 
 def position_tables(half: nn.Module) -> list[nn.Module]:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..architectures import backbone_embeddings, is_encoder_decoder
+from ..architectures import backbone_embeddings, is_encoder_decoder, token_embeddings
 from ..architectures.fast import alibi_slopes, attention_configs, attention_window, has_dropout, packed_attention
 from ..errors import UnsupportedError
 from ..kernels import HeadForm, Segments, keep_freed_memory, token_losses, varlen
@@ -134,7 +134,7 @@ class Engine:
         if given is None or given.shape[:2] != labels.shape or (mask is not None and mask.shape != labels.shape):
             return "plain"
         extra = any(v is not None and k not in PACKABLE for k, v in named.items())
-        extra = extra or hasattr(backbone_embeddings(base), "neftune_noise_alpha")  # noise scaled by the row's length
+        extra = extra or hasattr(token_embeddings(base), "neftune_noise_alpha")  # noise scaled by the row's length
         extra = extra or (named.get("position_ids") is not None and named["position_ids"].dim() != 2)
         extra = extra or not self.packs_on(labels.device, mixed=plan.routes is not None)
         return "padded" if extra or not self.host.packs else "packed"

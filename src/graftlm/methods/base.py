@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, CheckpointError, ConfigError, nearest
-from ..files import HUB_KEYS, find_file, read_header
+from ..files import find_file, hub_options, read_header
+from .fields import Count, check_fields
 
 if TYPE_CHECKING:
     from .. import model as wrapper
@@ -85,6 +86,7 @@ class PeftConfig:
     own_fields: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.task_type is not None:
             self.task_type = as_enum(TaskType, self.task_type, "task_type")
 
@@ -102,10 +104,22 @@ class PeftConfig:
         """All fields as plain JSON values."""
         return {f.name: as_json(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **overrides: Any) -> None:
-        """Write `adapter_config.json` into `save_directory`. Fields of our own are left to the weights file's header."""
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, auto_mapping_dict: dict | None = None, **overrides: Any
+    ) -> None:
+        """Write `adapter_config.json` into `save_directory`, with other values of some fields where given. Fields of our own
+        are left to the weights file's header.
+
+        Raises:
+            ConfigError: `overrides` names no field.
+        """
+        fields = self.to_dict()
+        for key in overrides.keys() - fields.keys():
+            raise ConfigError(f"{type(self).__name__} has no field {key!r} to save{nearest(key, fields)}.")
+        if auto_mapping_dict is not None:
+            overrides["auto_mapping"] = auto_mapping_dict
         os.makedirs(save_directory, exist_ok=True)
-        values = {k: v for k, v in self.to_dict().items() if k not in self.own_fields} | overrides
+        values = {k: v for k, v in fields.items() if k not in self.own_fields} | overrides
         path = os.path.join(save_directory, CONFIG_NAME)
         with open(path + ".tmp", "w", encoding="utf-8") as f:
             json.dump(values, f, indent=2, sort_keys=True, ensure_ascii=False)
@@ -146,7 +160,7 @@ class PeftConfig:
         Keyword arguments that are fields of the configuration override what the file says; `revision`, `cache_dir`,
         `token`, `subfolder` and `local_files_only` select a hub file.
         """
-        hub = {k: kwargs.pop(k) for k in HUB_KEYS if k in kwargs}
+        hub = hub_options(kwargs)
         path = find_file(pretrained_model_name_or_path, CONFIG_NAME, **hub)
         with open(path, encoding="utf-8") as f:
             try:
@@ -174,16 +188,12 @@ class PromptLearningConfig(PeftConfig):
         modules_to_save: modules of the base that are trained in full and saved along.
     """
 
-    num_virtual_tokens: int = 20
-    token_dim: int | None = None
-    num_transformer_submodules: int | None = None
-    num_attention_heads: int | None = None
-    num_layers: int | None = None
+    num_virtual_tokens: Count = 20
+    token_dim: Count | None = None
+    num_transformer_submodules: Count | None = None
+    num_attention_heads: Count | None = None
+    num_layers: Count | None = None
     modules_to_save: list[str] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(self, "num_virtual_tokens")
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -308,14 +318,6 @@ def as_enum(kind: type[enum.Enum], value: Any, name: str) -> Any:
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
     """The configuration that a dictionary with `peft_type` describes."""
     return PeftConfig.from_dict(config_dict)
-
-
-def positive(config: Any, *names: str) -> None:
-    """ConfigError unless each named field is None or an integer above 0."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value <= 0):
-            raise ConfigError(f"{name}={value!r}: expected a whole number above 0.")
 
 
 def as_json(value: Any) -> Any:

@@ -29,6 +29,7 @@ from ..errors import ConfigError, TargetError, nearest
 from ..kernels import dropout
 from ..routing import Group, Index, by_group
 from .base import Method, PeftConfig, PeftType, as_enum, register
+from .fields import Number, Positive, Probability
 from .targets import layer_index, matches
 
 if TYPE_CHECKING:
@@ -60,10 +61,10 @@ class BottleneckConfig(PeftConfig):
     """
 
     placement: BottleneckPlacement | str = BottleneckPlacement.PFEIFFER
-    reduction_factor: float = 16
+    reduction_factor: Positive = 16
     activation: str = "relu"
-    scaling: float = 1.0
-    dropout: float = 0.0
+    scaling: Number = 1.0
+    dropout: Probability = 0.0
     layers_to_transform: list[int] | int | None = None
     attention_modules: list[str] | str | None = None
     feed_forward_modules: list[str] | str | None = None
@@ -74,10 +75,6 @@ class BottleneckConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.BOTTLENECK
         self.placement = as_enum(BottleneckPlacement, self.placement, "placement")
-        if not self.reduction_factor > 0:
-            raise ConfigError(f"reduction_factor={self.reduction_factor!r}: expected a number above 0.")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout={self.dropout!r}: expected a probability, 0 <= p < 1.")
         if self.activation not in ACT2FN:
             raise ConfigError(f"activation={self.activation!r} is unknown to transformers{nearest(self.activation, ACT2FN)}")
 

@@ -21,15 +21,16 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import backbone_embeddings, base_modules, is_encoder_decoder, lora_targets
+from ..architectures import base_modules, is_encoder_decoder, lora_targets, token_embeddings
 from ..errors import ConfigError, TargetError, UnsupportedError, nearest
 from ..files import checkpoint_weight
 from ..quantization import quantized_kind, source_class
 from ..routing import by_group
-from .base import Method, PeftConfig, PeftType, clean_path, positive, register, replace_module
+from .base import Method, PeftConfig, PeftType, clean_path, register, replace_module
+from .fields import Count, Number, Probability, also_takes
 from .folds import both_forms
 from .lora_layers import LoraLayer, wrap
-from .targets import find_targets, pattern_value, report_unused
+from .targets import find_targets, pattern_value
 
 if TYPE_CHECKING:
     from .. import model as wrapper
@@ -47,6 +48,17 @@ class LoftQConfig:
     loftq_iter: int = 1
 
 
+# Fields of HF PEFT's LoraConfig that are not here, with their neutral values.
+ELSEWHERE = {
+    "peft_version": ..., "megatron_config": None, "megatron_core": ..., "trainable_token_indices": None, "eva_config": None,
+    "corda_config": None, "lora_ga_config": None, "velora_config": None, "alora_invocation_tokens": None,
+    "use_qalora": False, "qalora_group_size": ..., "monteclora_config": None, "layer_replication": None,
+    "runtime_config": None, "lora_bias": False, "target_parameters": None, "use_bdlora": None, "arrow_config": None,
+    "kasa_config": None, "ensure_weight_tying": False,
+}  # fmt: skip
+
+
+@also_takes(ELSEWHERE)
 @dataclass(kw_only=True)
 class LoraConfig(PeftConfig):
     """Configuration of LoRA.
@@ -69,11 +81,11 @@ class LoraConfig(PeftConfig):
         use_dora: train the length of every output row apart from its direction.
     """
 
-    r: int = 8
+    r: Count = 8
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
+    lora_alpha: Number = 8
+    lora_dropout: Probability = 0.0
     fan_in_fan_out: bool = False
     bias: str = "none"
     use_rslora: bool = False
@@ -82,16 +94,13 @@ class LoraConfig(PeftConfig):
     loftq_config: dict[str, Any] | LoftQConfig = field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    rank_pattern: dict[str, Count] = field(default_factory=dict)
+    alpha_pattern: dict[str, Number] = field(default_factory=dict)
     use_dora: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LORA
-        positive(self, "r")
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout={self.lora_dropout!r}: expected a probability, 0 <= p < 1.")
         if self.bias not in ("none", "all", "lora_only"):
             raise ConfigError(f"bias={self.bias!r}: expected 'none', 'all' or 'lora_only'.")
         init = self.init_lora_weights
@@ -103,15 +112,22 @@ class LoraConfig(PeftConfig):
                     f"'pissa_niter_<n>'{nearest(init, INITS)}"
                 )
         self.loftq_config = loftq_fields(self.loftq_config, init)
-        for key, rank in (self.rank_pattern or {}).items():
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
-                raise ConfigError(f"rank_pattern[{key!r}]={rank!r}: expected a whole number above 0.")
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+            check_expressions(name, getattr(self, name))
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern is given without layers_to_transform; name the layers' numbers there.")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ConfigError("layers_to_transform needs target_modules as a list; write the layers into the expression.")
-        if isinstance(self.target_modules, (set, tuple)):
-            self.target_modules = sorted(self.target_modules)
+
+
+def check_expressions(name: str, value: Any) -> None:
+    """ConfigError for a string that is no regular expression, where one is read as such."""
+    entries = [value] if isinstance(value, str) else value if isinstance(value, dict) or name == "layers_pattern" else ()
+    for entry in entries or ():
+        try:
+            re.compile(entry)
+        except re.error as error:
+            raise ConfigError(f"{name}: {entry!r} is no regular expression ({error}).") from None
 
 
 def loftq_fields(given: Any, init: Any) -> dict[str, Any]:
@@ -156,7 +172,6 @@ class Lora(Method):
     def _attach(self, host: wrapper.PeftModel, config: LoraConfig, for_loading: bool) -> None:
         targets = find_targets(host.base, config, skip=(LoraLayer, *host.container_types))
         self._refuse_shared(host, targets)
-        report_unused(config, list(targets))
         layers = {path: self._layer(host, path, module) for path, module in targets.items()}
         for path, layer in layers.items():
             if host.base.get_submodule(path) is not layer:
@@ -192,7 +207,9 @@ class Lora(Method):
         """T5 and BART keep a module that only holds the embeddings' weight and never runs: an update there is lost."""
         if not is_encoder_decoder(host.base):
             return
-        holder, used = host.base.get_input_embeddings(), backbone_embeddings(host.base)
+        if (used := token_embeddings(host.base)) is None:
+            return
+        holder = host.base.get_input_embeddings()
         for path, module in targets.items():
             if module is holder and holder is not used:
                 raise TargetError(

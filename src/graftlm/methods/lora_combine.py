@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -22,30 +23,53 @@ from .lora_layers import LoraLayer
 KINDS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties")
 
 
-def new_rank(kind: str, ranks: Sequence[int], svd_rank: int | None) -> int:
-    """Rank of the combined adapter.
-
-    Raises:
-        ConfigError: unknown kind, or ranks that this kind cannot combine.
-    """
+def check_options(
+    kind: str, weights: Sequence[float], svd_rank: int | None, svd_clamp: float | None, density: float | None,
+    majority_sign_method: str,
+) -> None:  # fmt: skip
+    """ConfigError for options that cannot be meant."""
     if kind not in KINDS:
         raise ConfigError(f"combination_type={kind!r}: expected one of {', '.join(KINDS)}{nearest(kind, KINDS)}")
-    if kind == "cat":
-        return sum(ranks)
-    if kind == "svd":
-        return svd_rank or max(ranks)
-    if len(set(ranks)) != 1:
-        raise ConfigError(f"combination_type={kind!r} needs adapters of one rank, got r={list(ranks)}; use 'cat' or 'svd'.")
-    return ranks[0]
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, Real) or not math.isfinite(weight):
+            raise ConfigError(f"weights={list(weights)!r}: expected finite numbers.")
+    if svd_rank is not None and (isinstance(svd_rank, bool) or not isinstance(svd_rank, int) or svd_rank <= 0):
+        raise ConfigError(f"svd_rank={svd_rank!r}: expected a whole number above 0.")
+    if svd_clamp is not None and not (isinstance(svd_clamp, Real) and 0 <= svd_clamp <= 1):
+        raise ConfigError(f"svd_clamp={svd_clamp!r}: expected a quantile, between 0 and 1.")
+    if kind not in ("linear", "cat", "svd") and not (isinstance(density, Real) and 0 <= density <= 1):
+        raise ConfigError(f"density={density!r}: combination_type={kind!r} needs the kept share, between 0 and 1.")
+    if majority_sign_method not in ("total", "frequency"):
+        raise ConfigError(f"majority_sign_method={majority_sign_method!r}: expected 'total' or 'frequency'.")
+
+
+def check_layer(path: str, layer: LoraLayer, sources: Sequence[str], kind: str) -> None:
+    """That the sources' updates of one layer can be combined.
+
+    Raises:
+        AdapterError: one is not a plain product BA.
+        ConfigError: their ranks differ (patterns may do that) where this kind mixes A with A and B with B.
+    """
+    own = [n for n in sources if n in layer.scaling]
+    if any(n in layer.start or n in layer.lora_magnitude_vector for n in own):
+        raise AdapterError("Adapters with DoRA, PiSSA or OLoRA are not a plain product BA; merge them one by one instead.")
+    ranks = {n: layer.r[n] for n in own}
+    if kind not in ("cat", "svd") and len(set(ranks.values())) > 1:
+        listed = ", ".join(f"{n!r} r={r}" for n, r in ranks.items())
+        raise ConfigError(
+            f"combination_type={kind!r} needs adapters of one rank, got {listed} in {path!r}; use 'cat' or 'svd'."
+        )
+
+
+def new_rank(kind: str, layers: Sequence[LoraLayer], sources: Sequence[str], svd_rank: int | None) -> int:
+    """Rank of the combined adapter: that of its largest layer."""
+    largest = [max((layer.r[n] for layer in layers if n in layer.scaling), default=0) for n in sources]
+    return sum(largest) if kind == "cat" else svd_rank if kind == "svd" and svd_rank else max(largest)
 
 
 def combine(layer: LoraLayer, target: str, sources: Sequence[str], weights: Sequence[float], kind: str, **options) -> None:
-    """Fill adapter `target` of a layer (scale 1) from the adapters `sources` that the layer has."""
+    """Fill adapter `target` of a layer (scale 1) from the adapters `sources` that the layer has (and that are checked)."""
     pairs = [(n, w) for n, w in zip(sources, weights, strict=True) if n in layer.scaling]
-    if not pairs:
-        raise AdapterError(f"None of {', '.join(sources)} has an update in this layer.")
-    if any(n in layer.start or n in layer.lora_magnitude_vector for n, _ in pairs):
-        raise AdapterError("Adapters with DoRA, PiSSA or OLoRA are not a plain product BA; merge them one by one instead.")
     a, b = layer.factors(target)
     with torch.no_grad():
         a.zero_()
@@ -80,9 +104,7 @@ def mix(
     tasks: Tensor, weights: Tensor, kind: str, density: float | None = None, majority_sign_method: str = "total", **_: object
 ) -> Tensor:
     """One tensor out of [tasks, ...] by linear, ties, dare_linear or dare_ties."""
-    if kind != "linear":
-        if density is None or not 0 <= density <= 1:
-            raise ConfigError(f"density={density!r}: combination_type={kind!r} needs the kept share, between 0 and 1.")
+    if kind != "linear" and density is not None:
         tasks = keep_largest(tasks, density) if kind == "ties" else drop_random(tasks, density)
     weighted = tasks * weights.view(-1, *(1,) * (tasks.dim() - 1)).to(tasks.dtype)
     if kind in ("linear", "dare_linear"):
@@ -107,7 +129,5 @@ def drop_random(tasks: Tensor, density: float) -> Tensor:
 
 def elected_sign(tasks: Tensor, method: str) -> Tensor:
     """+1 or -1 a place: the sign of the sum ("total") or of the count ("frequency")."""
-    if method not in ("total", "frequency"):
-        raise ConfigError(f"majority_sign_method={method!r}: expected 'total' or 'frequency'.")
     votes = tasks if method == "total" else tasks.sign()
     return torch.where(votes.sum(0) >= 0, 1, -1)

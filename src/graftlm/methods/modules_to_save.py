@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -109,19 +108,16 @@ def bare_copy(module: nn.Module) -> Any:
 
 
 def find_modules(base: nn.Module, names: Iterable[str], wanted: Iterable[str]) -> dict[str, nn.Module]:
-    """Modules whose dotted name ends with an entry of `names`. Entries of `wanted` must each match something.
+    """Modules whose dotted name ends with an entry of `names`: HF PEFT's rule, by which "classifier" is DistilBERT's
+    `pre_classifier` as well. Entries of `wanted` must each match something.
 
     Raises:
         TargetError: an entry of `wanted` matches nothing.
     """
-    modules = {
-        n: m
-        for n, m in base.named_modules()
-        if n and not re.search(r"(^|\.)(original_module|modules_to_save|lora_\w+)(\.|$)", n)
-    }
-    found = {n: m for n, m in modules.items() if any(n == e or n.endswith(f".{e}") for e in names)}
+    modules = {n: m for n, m in base_modules(base) if n}
+    found = {n: m for n, m in modules.items() if clean_path(n).endswith(tuple(names))}
     for entry in wanted:
-        if not any(n == entry or n.endswith(f".{entry}") for n in found):
+        if not any(clean_path(n).endswith(entry) for n in found):
             leaves = sorted({n.rpartition(".")[2] for n in modules})
             raise TargetError(f"modules_to_save: no module of this model is called {entry!r}{nearest(entry, leaves)}")
     return {n: m for n, m in found.items() if not any(n.startswith(f"{o}.") for o in found)}

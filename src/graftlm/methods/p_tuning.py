@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-from .base import PeftType, PromptLearningConfig, as_enum, positive, register
+from .base import PeftType, PromptLearningConfig, as_enum, register
+from .fields import Count, Probability, also_takes
 from .soft_prompt import SoftPrompt
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class PromptEncoderReparameterizationType(str, enum.Enum):
     LSTM = "LSTM"
 
 
+@also_takes({"peft_version": ...})
 @dataclass(kw_only=True)
 class PromptEncoderConfig(PromptLearningConfig):
     """Configuration of P-Tuning.
@@ -43,9 +44,9 @@ class PromptEncoderConfig(PromptLearningConfig):
     """
 
     encoder_reparameterization_type: PromptEncoderReparameterizationType | str = PromptEncoderReparameterizationType.MLP
-    encoder_hidden_size: int | None = None
-    encoder_num_layers: int = 2
-    encoder_dropout: float = 0.0
+    encoder_hidden_size: Count | None = None
+    encoder_num_layers: Count = 2
+    encoder_dropout: Probability = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,12 +54,9 @@ class PromptEncoderConfig(PromptLearningConfig):
         self.encoder_reparameterization_type = as_enum(
             PromptEncoderReparameterizationType, self.encoder_reparameterization_type, "encoder_reparameterization_type"
         )
-        positive(self, "encoder_hidden_size", "encoder_num_layers")
-        if not 0 <= self.encoder_dropout < 1:
-            raise ConfigError(f"encoder_dropout={self.encoder_dropout!r}: expected a probability, 0 <= p < 1.")
         is_mlp = self.encoder_reparameterization_type is PromptEncoderReparameterizationType.MLP
         if is_mlp and self.encoder_num_layers != 2:
-            warnings.warn("encoder_num_layers is for the LSTM; the MLP always has three linear layers.", stacklevel=3)
+            warnings.warn("encoder_num_layers is for the LSTM; the MLP always has three linear layers.", stacklevel=4)
 
 
 class PromptEncoder(nn.Module):

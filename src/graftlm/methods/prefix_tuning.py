@@ -20,7 +20,8 @@ from transformers import DynamicCache
 
 from ..architectures import encoder_kv_shapes, is_encoder_decoder, kv_shapes, model_dims
 from ..errors import ConfigError, UnsupportedError
-from .base import PeftType, PromptLearningConfig, positive, register
+from .base import PeftType, PromptLearningConfig, register
+from .fields import Count, also_takes
 from .soft_prompt import SoftPrompt
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 Memory = list[tuple[Tensor, Tensor]]
 
 
+@also_takes({"peft_version": ...})
 @dataclass(kw_only=True)
 class PrefixTuningConfig(PromptLearningConfig):
     """Configuration of Prefix Tuning.
@@ -44,7 +46,7 @@ class PrefixTuningConfig(PromptLearningConfig):
     """
 
     init_weights: str | None = None
-    encoder_hidden_size: int | None = None
+    encoder_hidden_size: Count | None = None
     prefix_projection: bool = False
     init_text: str | None = None
     tokenizer_name_or_path: str | None = None
@@ -55,7 +57,6 @@ class PrefixTuningConfig(PromptLearningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.PREFIX_TUNING
-        positive(self, "encoder_hidden_size")
         if self.init_weights not in (None, "zero", "text"):
             raise ConfigError(f"init_weights={self.init_weights!r}: expected None (random), 'zero' or 'text'.")
         if self.init_weights == "text":

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..architectures import backbone_embeddings
 from ..errors import ConfigError
 from .base import PeftType, PromptLearningConfig, as_enum, register
+from .fields import also_takes
 from .soft_prompt import SoftPrompt
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class PromptTuningInit(str, enum.Enum):
     RANDOM = "RANDOM"
 
 
+@also_takes({"peft_version": ...})
 @dataclass(kw_only=True)
 class PromptTuningConfig(PromptLearningConfig):
     """Configuration of Prompt Tuning.

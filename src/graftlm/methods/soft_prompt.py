@@ -49,7 +49,8 @@ class SoftPrompt(Method):
         config.num_transformer_submodules = config.num_transformer_submodules or (1 + is_encoder_decoder(host.base))
         config.num_layers = config.num_layers or dims.layers
         config.num_attention_heads = config.num_attention_heads or dims.heads
-        config.token_dim = config.token_dim or dims.hidden
+        if config.token_dim is None:  # not always the hidden size: OPT-350m, ALBERT and ELECTRA have narrower embeddings
+            config.token_dim = backbone_embeddings(host.base).weight.shape[1]
         self.check_config(host)
 
     def check_config(self, host: wrapper.PeftModel) -> None:

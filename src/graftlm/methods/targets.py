@@ -2,7 +2,7 @@
 
 The rules are HF PEFT's: a list entry matches a module whose dotted name is the entry or ends with `.entry`; a string is
 a regular expression that must match the whole name; `"all-linear"` is every linear layer but the output head. What is
-not HF PEFT's: an entry that matches nothing is named in a warning, with its nearest modules.
+not HF PEFT's: an entry that selects nothing is named in a warning, with its nearest modules.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def layer_index(name: str, layers_pattern: str | Sequence[str] | None) -> int | 
 def find_targets(base: nn.Module, config: Any, skip: tuple[type, ...] = ()) -> dict[str, nn.Module]:
     """Modules that `config.target_modules` and its companions select: dotted name -> module.
 
-    `skip` names container classes whose inside belongs to adapters and is not searched.
+    As with HF PEFT an entry that is a module's whole name selects it whatever `layers_to_transform` says (`lm_head` is in
+    no layer). `skip` names container classes whose inside belongs to adapters and is not searched.
 
     Raises:
         TargetError: nothing matches.
@@ -62,25 +63,25 @@ def find_targets(base: nn.Module, config: Any, skip: tuple[type, ...] = ()) -> d
     targets = config.target_modules
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         targets = linear_names(base, names, config)
-    found: dict[str, nn.Module] = {}
-    for name, module in names.items():
-        if not matches(targets, name) or matches(config.exclude_modules, name):
-            continue
-        if is_reserved(name, config):
-            continue
-        if not in_layers(name, config) and not isinstance(targets, str):
-            continue
-        found[name] = module
-    if isinstance(targets, (list, tuple, set)):
-        report_unmatched(targets, names, found)
+    chosen = {n: m for n, m in names.items() if matches(targets, n)}
+    found = {
+        n: m
+        for n, m in chosen.items()
+        if not matches(config.exclude_modules, n)
+        and not is_reserved(n, config)
+        and (isinstance(targets, str) or n in targets or in_layers(n, config))
+    }
     if not found:
         raise TargetError(no_match(targets, names, config))
+    if not isinstance(targets, str):
+        report_unmatched(targets, names, chosen, found)
+    report_unused(config, list(chosen), list(found))
     return found
 
 
 def is_reserved(name: str, config: Any) -> bool:
-    """Whether a module belongs to one that is trained in full (`modules_to_save`)."""
-    return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save or ())
+    """Whether a module is, or lies in, one that is trained in full (`modules_to_save`)."""
+    return any(re.match(rf".*{re.escape(m)}($|\.)", name) for m in config.modules_to_save or ())
 
 
 def in_layers(name: str, config: Any) -> bool:
@@ -120,37 +121,60 @@ def linear_names(base: Any, names: dict[str, nn.Module], config: Any) -> list[st
     return found
 
 
-def report_unmatched(targets: Iterable[str], names: dict[str, nn.Module], found: dict[str, nn.Module]) -> None:
-    """One warning that names each entry which selects no module, with the nearest module names."""
-    missing = [t for t in targets if not any(matches([t], name) for name in names)]
-    if missing and found:
+def report_unmatched(
+    targets: Iterable[str], names: dict[str, nn.Module], chosen: dict[str, nn.Module], found: dict[str, nn.Module]
+) -> None:
+    """One warning that names each entry which selects no module, with the nearest module names or what left it out."""
+    missing = [t for t in targets if not any(matches([t], name) for name in chosen)]
+    left_out = [t for t in targets if t not in missing and not any(matches([t], name) for name in found)]
+    texts = []
+    if missing:
         leaves = linear_leaves(names)
         listed = ", ".join(
             f"{t!r}{nearest(t, leaves, cutoff=0.4).replace('; did', ' (did').replace('?', '?)')}" for t in missing
         )
+        texts.append(f"no module of this model matches {listed}.")
+    if left_out:
+        texts.append(
+            f"what matches {', '.join(repr(t) for t in left_out)} is left out (by layers_to_transform, by exclude_modules, "
+            "or trained in full: modules_to_save)."
+        )
+    if texts:
         warnings.warn(
-            f"target_modules: no module of this model matches {listed}. The other entries were used. "
+            f"target_modules: {' '.join(texts)} The other entries were used. "
             f"Its linear layers are called {', '.join(linear_leaves(names))}.",
             stacklevel=2,
         )
 
 
-def report_unused(config: Any, found: list[str]) -> None:
-    """One warning that names layer numbers and rank or alpha patterns that select none of the targets."""
+def report_unused(config: Any, chosen: list[str], found: list[str]) -> None:
+    """One warning that names layer numbers, exclusions and rank or alpha patterns that select none of the targets."""
     unused = []
     wanted = config.layers_to_transform
     indices = {layer_index(name, config.layers_pattern) for name in found}
-    for number in wanted if isinstance(wanted, (list, tuple)) else ():
+    for number in [wanted] if isinstance(wanted, int) else wanted or ():
         if number not in indices:
-            unused.append(f"layers_to_transform: {number}")
+            unused.append(f"layers_to_transform: {number}{' (layers are counted from 0)' if number < 0 else ''}")
+    leaves = sorted({n.rpartition(".")[2] for n in chosen})
+    exclusions = config.exclude_modules
+    if isinstance(exclusions, str) and not any(matches(exclusions, n) for n in chosen):
+        unused.append(f"exclude_modules: the expression {exclusions!r}{as_list(exclusions, chosen)}")
+    for entry in () if isinstance(exclusions, str) else exclusions or ():
+        if not any(matches([entry], n) for n in chosen):
+            unused.append(f"exclude_modules: {entry!r}{nearest(entry, leaves, cutoff=0.4)}")
     for title in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, title) or {}:
             if not any(pattern_value({key: True}, name, False) for name in found):
-                unused.append(f"{title}: {key!r}{nearest(key, sorted({n.rpartition('.')[2] for n in found}), cutoff=0.4)}")
+                unused.append(f"{title}: {key!r}{nearest(key, leaves, cutoff=0.4) if key not in leaves else ''}")
     if unused:
         warnings.warn(
             "These entries select none of the target modules and have no effect: " + ", ".join(unused), stacklevel=2
         )
+
+
+def as_list(expression: str, names: Iterable[str]) -> str:
+    """A hint where a regular expression would match as the entry of a list."""
+    return f"; for modules of that name write [{expression!r}]" if any(matches([expression], n) for n in names) else ""
 
 
 def linear_leaves(names: dict[str, nn.Module]) -> list[str]:
@@ -167,10 +191,18 @@ def no_match(targets: Any, names: dict[str, nn.Module], config: Any) -> str:
     """The text for a selection that is empty."""
     entries = [targets] if isinstance(targets, str) else list(targets or [])
     leaves = linear_leaves(names)
-    text = f"target_modules={entries!r} matches no module of this model"
+    if isinstance(targets, str):
+        text = f"target_modules={targets!r}, an expression for whole module names, matches no module of this model"
+    else:
+        text = f"target_modules={entries!r} matches no module of this model"
     if config.layers_to_transform is not None:
         text += f" within layers_to_transform={config.layers_to_transform!r}"
     if config.exclude_modules:
         text += f" outside exclude_modules={config.exclude_modules!r}"
-    hint = nearest(entries[0], leaves) if len(entries) == 1 else ""
-    return f"{text}{hint}. Its linear layers are called {', '.join(leaves)}; 'all-linear' takes all of them."
+    if any(matches(targets, n) and is_reserved(n, config) for n in names):
+        text += f" outside modules_to_save={config.modules_to_save!r}, which are trained in full"
+    if isinstance(targets, str) and (hint := as_list(targets, names)):
+        text += hint
+    elif len(entries) == 1 and entries[0] not in leaves:
+        text += nearest(entries[0], leaves)
+    return f"{text}. Its linear layers are called {', '.join(leaves)}; 'all-linear' takes all of them."
