@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, CheckpointError, ConfigError, nearest
-from ..files import HUB_KEYS, find_file, read_header
+from ..files import HUB_KEYS, find_file, parse_json, read_header, read_text
 
 if TYPE_CHECKING:
     from .. import model as wrapper
@@ -148,11 +148,9 @@ class PeftConfig:
         """
         hub = {k: kwargs.pop(k) for k in HUB_KEYS if k in kwargs}
         path = find_file(pretrained_model_name_or_path, CONFIG_NAME, **hub)
-        with open(path, encoding="utf-8") as f:
-            try:
-                values = json.load(f)
-            except json.JSONDecodeError as error:
-                raise CheckpointError(f"{path} is not valid JSON ({error}). Save the adapter again.") from error
+        values = parse_json(read_text(path, CheckpointError), str(path), CheckpointError)
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path} holds a {type(values).__name__}, expected an object. Save the adapter again.")
         values |= read_header(pretrained_model_name_or_path, **hub).get("config", {})
         return cls.from_dict(values | kwargs, where=str(path))
 
