@@ -15,7 +15,7 @@ PACKAGE = "graftlm"
 
 # Lower floors first. A module may import from its own floor and from those below it.
 FLOORS: list[set[str]] = [
-    {"errors", "files", "version", "bundled"},
+    {"errors", "files", "processes", "version", "bundled"},
     {"routing", "kernels"},
     {"architectures", "quantization", "preparation"},
     {"methods"},
