@@ -15,14 +15,14 @@ PACKAGE = "graftlm"
 
 # Lower floors first. A module may import from its own floor and from those below it.
 FLOORS: list[set[str]] = [
-    {"errors", "files", "version", "bundled", "gguf"},
+    {"errors", "files", "processes", "version", "bundled", "gguf"},
     {"routing", "kernels"},
     {"architectures", "quantization", "preparation"},
     {"methods"},
     {"fingerprint", "card", "checkpoint", "entry", "engine", "merging", "mixing", "host", "model", "joint"},
     {"data", "planning"},
     {"training", "inference"},
-    {"comparison", "serving", "cli", "utils", "__init__", "__main__"},
+    {"comparison", "serving", "cli", "utils", "registering", "__init__", "__main__"},
 ]
 APART = [("training", "inference"), ("inference", "training")]
 # What a method's file may take from another: shared modules, not other methods.

@@ -18,13 +18,13 @@ def write_card(host: PeftModel, name: str, folder: str | os.PathLike) -> None:
     path = Path(folder) / "README.md"
     notes = ""
     if path.is_file():
-        old = path.read_text(encoding="utf-8")
+        old = path.read_text(encoding="utf-8", errors="surrogateescape")  # notes in another encoding are kept byte for byte
         if MARK not in old:
             return
         notes = old.partition(NOTES)[2].strip()
     text = card_text(host, name) + f"\n{NOTES}\n\n{notes}\n"
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(text.replace("\n\n\n", "\n\n"), encoding="utf-8")
+    temporary.write_text(text.replace("\n\n\n", "\n\n"), encoding="utf-8", errors="surrogateescape")
     os.replace(temporary, path)
 
 

@@ -1,15 +1,18 @@
-"""Finding an adapter's files (local directory or hub), the header of its weights file, and single weights of a base."""
+"""Reading files: texts and JSON of any kind, an adapter's files (local directory or hub) with the header of its weights
+file, and single weights of a base."""
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from .errors import CheckpointError, UnsupportedError
+from .errors import CheckpointError, GraftError, UnsupportedError
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -27,6 +30,74 @@ def hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     hub = {k: kwargs.pop(k) for k in HUB_KEYS if k in kwargs}
     old = kwargs.pop(OLD_TOKEN, None)
     return hub if old is None else {"token": old} | hub
+
+BYTE_ORDER_MARKS = (  # UTF-32's little-endian mark begins with UTF-16's
+    (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
+)  # fmt: skip
+
+
+def read_text(path: str | os.PathLike, error: type[GraftError]) -> str:
+    """A text file: UTF-8, or the UTF-16 or UTF-32 that its byte-order mark tells; the mark is no part of the text.
+
+    Raises:
+        OSError: no such file.
+        error: bytes that are not text in that encoding.
+    """
+    return decode(Path(path).read_bytes(), str(path), error)
+
+
+def decode(data: bytes, where: str, error: type[GraftError]) -> str:
+    """The text in `data`, as `read_text`; line ends stay as they are."""
+    mark, encoding = next(((m, e) for m, e in BYTE_ORDER_MARKS if data.startswith(m)), (b"", "utf-8"))
+    try:
+        text = data[len(mark) :].decode(encoding)
+    except UnicodeDecodeError as problem:
+        place = len(mark) + problem.start
+        line = data[len(mark) : place].decode(encoding, "replace").count("\n") + 1
+        raise error(
+            f"{where}, line {line}: byte {place} (0x{data[place]:02x}) is not {encoding.upper()} text. Save "
+            f"the file as UTF-8, in an editor or by `iconv -f LATIN1 -t UTF-8` (LATIN1 stands for the encoding that it has)."
+        ) from problem
+    if "\0" in text:
+        raise error(f"{where} holds zero bytes: UTF-16 without a byte-order mark, or no text. Save the file as UTF-8.")
+    return text
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, whatever system wrote it. Unlike `str.splitlines`, U+2028 and its like do not end a line."""
+    return re.split(r"\r\n|\n|\r", text)
+
+
+def parse_json(text: str, where: str, error: type[GraftError], **hooks: Any) -> Any:
+    """A JSON text. `hooks` are those of `json.loads`.
+
+    Raises:
+        error: no valid JSON, or a key twice in one object (which of the values is meant is not known).
+    """
+    try:
+        return json.loads(text, object_pairs_hook=once, **hooks)
+    except ValueError as problem:
+        raise error(f"{where} is not valid JSON: {problem}") from problem
+    except RepeatedKey as repeated:
+        key = repeated.args[0]
+        written = re.compile(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:")
+        found = [str(i) for i, line in enumerate(lines_of(text), 1) if written.search(line)]
+        places = f" (it stands in lines {', '.join(found)})" if len(found) > 1 else ""
+        raise error(f"{where}: the key {key!r} is given twice in one object{places}; keep one of them.") from None
+
+
+class RepeatedKey(Exception):
+    """A key twice in one JSON object."""
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. RepeatedKey: a key that it has twice."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RepeatedKey(next(key for i, key in enumerate(keys) if key in keys[:i]))
+    return made
 
 
 def find_file(source: str | os.PathLike, name: str, required: bool = True, **hub: Any) -> Any:
@@ -95,7 +166,7 @@ def header_of(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is not a readable safetensors file ({error}); it may be cut off. Save or download the adapter again."
         ) from error
-    return json.loads(text) if text else {}
+    return parse_json(text, f"the header of {path}", CheckpointError) if text else {}
 
 
 def checkpoint_weight(base: Any, key: str, shape: tuple[int, ...]) -> Any:

@@ -42,6 +42,14 @@ def test_version(cli):
     assert result.stdout.split()[0] == "graftlm"
 
 
+@pytest.mark.parametrize("module", ["graftlm", "graftlm.cli"])
+def test_python_m(module):
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.split()[0] == "graftlm", done.stderr
+    done = subprocess.run([sys.executable, "-m", module, "nothing"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "No such command" in done.stderr
+
+
 def test_unknown_command_names_the_nearest(cli):
     result = cli("inspct")
     assert result.exit_code == 2

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 
 import pytest
 
-from graftlm.errors import ConfigError
+from graftlm.cli.generate import read_prompts
+from graftlm.errors import ConfigError, DataError
 from graftlm.inference import Sampling
 from graftlm.inference.text import cut
 
@@ -50,6 +52,39 @@ def test_prompts_from_stdin_and_files(cli, base, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('"one"\n{"prompt": "two"}\n')
     assert [r["prompt"] for r in answers(cli("generate", *options, "--prompts-file", file, "--json"))] == ["one", "two"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_prompt_files_of_other_systems(encoding, tmp_path):
+    lines, objects = tmp_path / "p.txt", tmp_path / "p.jsonl"
+    lines.write_bytes("Hello\r\n\r\ntwo\u2028parts\r\n".encode(encoding))
+    objects.write_bytes('{"prompt": "Hello"}\r\n"two\u2028parts"\r\n'.encode(encoding))
+    assert read_prompts(None, lines) == read_prompts(None, objects) == ["Hello", "two\u2028parts"]
+
+
+def test_prompts_from_stdin_in_other_encodings(monkeypatch):
+    def piped(data):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+        return read_prompts(None, None)
+
+    assert piped(b"\xef\xbb\xbfHello\n") == piped("Hello\r\n".encode("utf-16")) == ["Hello"]
+    with pytest.raises(DataError, match=r"stdin, line 1: byte 3 \(0xe9\) is not UTF-8"):
+        piped(b"caf\xe9\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("p.txt", "one\ncaf\u00e9\n".encode("latin-1"), r"p\.txt, line 2: byte 7 \(0xe9\) is not UTF-8"),
+        ("p.txt", "Hello".encode("utf-16-le"), "zero bytes: UTF-16 without a byte-order mark"),
+        ("p.jsonl", b'"a"\n{"prompt": "b", "prompt": "c"}\n', r"p\.jsonl, line 2: the key 'prompt' is given twice"),
+        ("p.jsonl", b'"a"\n{"prompt": 1}\n', r"p\.jsonl, line 2: expected a text"),
+    ],
+)
+def test_prompt_files_that_cannot_be_read(name, data, message, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        read_prompts(None, tmp_path / name)
 
 
 def test_sampling_repeats_with_a_seed(cli, base):

@@ -28,7 +28,9 @@ def test_quantisation_is_the_recipes():
     assert len({parse(m).slug for m in METHODS}) == len(METHODS) == 7
 
 
-@pytest.mark.parametrize("text", ["", "lroa", "lora:r", "lora:=3", "lora:a.b=1,a.b.c=2", "lora:r=[1"])
+@pytest.mark.parametrize(
+    "text", ["", "lroa", "lora:r", "lora:=3", "lora:a.b=1,a.b.c=2", "lora:r=[1", "lora:r=4,r=8", "lora:x={a: 1, a: 2}"]
+)
 def test_mistakes(text):
     with pytest.raises(ConfigError):
         parse(text)

@@ -533,3 +533,34 @@ def test_an_answer_ends_where_the_next_role_begins(tokenizer, reference):
     assert tokenizer.answer_end_ids == ends
     options = Sampling().options(tokenizer)
     assert set(options["eos_token_id"]) == {*ends, 0} and options["pad_token_id"] == 0
+
+
+@pytest.mark.parametrize("first", ["graftlm", "transformers"])
+def test_a_bare_import_of_graftlm_is_enough(first, tmp_path):
+    """Auto classes take ours for a tokenizer alone and for a whole folder; no remote code runs, and nobody asks for it."""
+    folders = [tokenizer_folder(tmp_path / "alone"), model_config(tokenizer_folder(tmp_path / "whole"), num_layers=1)]
+    code = (
+        f"import sys, {first}, graftlm, transformers as t\n"
+        "found = [t.AutoTokenizer.from_pretrained(sys.argv[1])]\n"
+        "found += [auto.from_pretrained(sys.argv[2]) for auto in (t.AutoTokenizer, t.AutoConfig)]\n"
+        "small = dict(hidden_size=32, ffn_hidden_size=32, num_attention_heads=4, kv_channels=8, multi_query_group_num=2)\n"
+        "found += [t.AutoModelForCausalLM.from_config(type(found[-1])(num_layers=1, **small))]\n"
+        "assert all(type(one).__module__.startswith('graftlm.') for one in found), found"
+    )
+    code = code.replace("transformers, graftlm", "transformers; transformers.AutoConfig; import graftlm")
+    command = [sys.executable, "-c", code, *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_bare_import_stays_light():
+    """It loads no library, and transformers' auto classes load nothing of ours before a ChatGLM folder comes."""
+    code = (
+        "import sys, graftlm\n"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
+        "from transformers import AutoConfig, AutoTokenizer\n"
+        "assert AutoConfig.for_model('gpt2').model_type == 'gpt2'\n"
+        "assert 'graftlm.architectures' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -245,6 +245,22 @@ def test_broken_configuration(saved: Path) -> None:
     (saved / CONFIG).write_text("{ not json")
     with pytest.raises(CheckpointError, match="not valid JSON"):
         load("llama", saved)
+    (saved / CONFIG).write_text('{\n"peft_type": "LORA",\n"r": 4,\n"r": 8}')
+    with pytest.raises(CheckpointError, match=r"key 'r' is given twice in one object \(it stands in lines 3, 4\)"):
+        load("llama", saved)
+    (saved / CONFIG).write_bytes('{"peft_type": "l\u00f6ra"}'.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json, line 1: byte \d+ \(0xf6\) is not UTF-8"):
+        load("llama", saved)
+    (saved / CONFIG).write_text("[]")
+    with pytest.raises(CheckpointError, match="holds a list, expected an object"):
+        load("llama", saved)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_configuration_with_a_byte_order_mark(saved: Path, encoding: str) -> None:
+    before = load("llama", saved).peft_config
+    (saved / CONFIG).write_text((saved / CONFIG).read_text(encoding="utf-8"), encoding=encoding)
+    assert load("llama", saved).peft_config == before
 
 
 def test_unknown_method_in_a_configuration(saved: Path) -> None:
@@ -635,6 +651,9 @@ def test_model_card(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(text + "\nwritten by hand\n")
     model.save_pretrained(tmp_path)
     assert "written by hand" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_bytes((tmp_path / "README.md").read_bytes() + b"\ncaf\xe9\n")  # not UTF-8
+    model.save_pretrained(tmp_path)
+    assert b"caf\xe9" in (tmp_path / "README.md").read_bytes()
     (tmp_path / "README.md").write_text("# someone else's card\n")
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "# someone else's card\n"

@@ -320,3 +320,90 @@ def test_importing_the_data_package_is_light():
 def test_works_on_data_of_every_size(tokenizer):
     data = datasets.Dataset.from_list([{"quote": "x y z"}])
     assert len(prepare(data, tokenizer)) == 1
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ("prompt response", ("completion", "prompt", "response")),
+        ("Question Answers id", ("completion", "Question", "Answers")),
+        ("input output", ("completion", "input", "output")),
+        ("query response", ("completion", "query", "response")),
+        ("source target", ("completion", "source", "target")),
+        ("text summary", ("completion", "text", "summary")),
+        ("article highlights id", ("completion", "article", "highlights")),
+        ("prompt completion label", ("completion", "prompt", "completion")),
+        ("question answer source", ("completion", "question", "answer")),
+        ("instruction response", ("alpaca", "instruction", "input", "response")),
+        ("instruction context response category", ("alpaca", "instruction", "context", "response")),
+        ("instruction input output text", ("alpaca", "instruction", "input", "output")),
+        ("act prompt", ("text", "prompt")),
+        ("text url", ("text", "text")),
+    ],
+)
+def test_pairs_are_found_by_their_names(columns, expected):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = guess_format(columns.split())
+    assert (found.name, *found.columns().values()) == expected
+
+
+@pytest.mark.parametrize("names", [("prompt", "response"), ("question", "answer"), ("instruction", "response")])
+def test_pairs_train_on_the_answer_and_on_nothing_else(names, tokenizer):
+    data = Dataset.from_list([dict(zip(names, ("Who?", "Paris"), strict=True))])
+    row = prepare(data, tokenizer)[0]
+    labelled = [i for i in row["labels"] if i != -100]
+    assert labelled == [*tokenizer("Paris")["input_ids"], tokenizer.eos_token_id]
+    assert prompts_and_targets(data)[1] == ["Paris"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            "prompt gold_answer",
+            "'gold_answer' looks like the answers.*would train on 'prompt' alone.*'completion': 'gold_answer'",
+        ),
+        ("prompt label", "'label' looks like the answers"),
+        ("text sentiment", "'sentiment' looks like the answers"),
+        ("question answer response", "'answer' and 'response' all look like the answers"),
+        ("question context answer", "(?s)'question' and 'context' all look like what 'answer' answers.*'alpaca'"),
+    ],
+)
+def test_answers_are_not_left_out_by_a_guess(columns, message):
+    with pytest.raises(DataError, match=message):
+        guess_format(columns.split())
+
+
+def test_the_format_text_does_not_pass_over_answers_unless_its_column_is_named(tokenizer):
+    data = Dataset.from_list([{"prompt": "Who?", "response": "Paris"}])
+    with pytest.raises(DataError, match=r"'response' looks like the answers.*columns=\{'text': 'prompt'\}"):
+        prepare(data, tokenizer, "text")
+    assert prepare(data, tokenizer, "text", columns={"text": "prompt"})[0]["labels"] == tokenizer("Who?")["input_ids"]
+
+
+def test_columns_that_are_named_end_every_doubt(tokenizer):
+    row = {"question": "Who?", "context": "In France.", "answer": "Paris"}
+    data = Dataset.from_list([row])
+    pair = {"prompt": "question", "completion": "answer"}
+    assert prompts_and_targets(data, "completion", columns=pair) == (["Who?"], ["Paris"])
+    three = {"instruction": "question", "input": "context", "output": "answer"}
+    assert prompts_and_targets(data, "alpaca", columns=three)[0] == ["Human: Who?\nIn France.\n\nAssistant: "]
+
+
+def test_unread_columns_are_told():
+    with pytest.warns(UserWarning, match="training on 'prompt' alone, as running text; 'antwort' is not read"):
+        assert guess_format(["prompt", "antwort"]).name == "text"
+    with pytest.warns(UserWarning, match="'summary' looks like answers.*format 'label' reads 'label', 'text' only"):
+        guess_format(["text", "label", "summary"])
+
+
+def test_values_that_are_no_text(tokenizer):
+    rows = {"a list as input": ("instruction", {"instruction": "a", "input": ["x"], "output": "b"}, "holds a list"),
+            "bytes": ("text", {"text": b"abc"}, "holds a bytes"),
+            "no number": ("text", {"text": float("nan")}, "is empty")}  # fmt: skip
+    for _, row, message in rows.values():
+        with pytest.raises(DataError, match=message):
+            prepare(Dataset.from_list([row]), tokenizer)
+    numbers = [{"content": "a", "input": 7, "summary": "b"}, {"content": "a", "input": None, "summary": "b"}]
+    assert prompts_and_targets(Dataset.from_list(numbers))[0] == ["a\n7", "a"]

@@ -147,3 +147,129 @@ def test_hub_failures_say_what_to_do(monkeypatch):
 def test_a_configuration_is_for_the_hub_only():
     with pytest.raises(DataError, match="name='x' chooses a configuration on the Hub"):
         load_data("tweets", name="x")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_texts_stay_as_the_file_writes_them(tmp_path, suffix):
+    texts = [
+        "02108",
+        "1.50",
+        "1e5",
+        "True",
+        "null",
+        "",
+        "nan",
+        "2024-01-02",
+        "-0",
+        "1_000",
+        " x ",
+        'say "hi", all',
+        "two\nlines",
+    ]
+    sep = "\t" if suffix == "tsv" else ","
+    quoted = ['"' + text.replace('"', '""') + '"' for text in texts]
+    path = tmp_path / f"a.{suffix}"
+    for text, value in zip(texts, quoted, strict=True):  # alone: nothing beside it makes the column text
+        path.write_text(f"prompt{sep}completion\nq{sep}{value}\n", encoding="utf-8")
+        assert [str(x) for x in load_data(path, split="train")["completion"]] == [text]
+    path.write_text("\n".join([f"prompt{sep}completion", *(f"q{sep}{value}" for value in quoted)]), encoding="utf-8")
+    assert load_data(path, split="train")["completion"][:] == texts
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (["1", "-20"], [1, -20]),
+        (["0.5", "2.25"], [0.5, 2.25]),
+        (["1", "2.5"], ["1", "2.5"]),
+        (["1.50", "2.5"], ["1.50", "2.5"]),
+        (["1", "null"], [1, None]),
+        (["1", '"x"'], ["1", "x"]),
+        (["true", "false"], [True, False]),
+        (["true", '"x"'], ["True", "x"]),
+        (['"2024-01-02"', '"2024-01-03"'], ["2024-01-02", "2024-01-03"]),
+        (["123456789012345678901"], ["123456789012345678901"]),
+        (["NaN", "0.5"], [None, 0.5]),
+        (['{"a": 1.5}', '{"a": 2.5}'], [{"a": 1.5}, {"a": 2.5}]),
+        (['[{"a": "x", "b": 1}]', '[{"a": 2}]'], [[{"a": "x", "b": 1}], [{"a": 2}]]),
+        (['"a\u2028b"'], ["a\u2028b"]),
+    ],
+)
+def test_values_of_json(tmp_path, written, expected):
+    lines, whole = tmp_path / "a.jsonl", tmp_path / "a.json"
+    lines.write_text("\r\n".join(f'{{"value": {value}}}' for value in written), encoding="utf-8")
+    whole.write_text("[" + ",\n".join(f'{{"value": {value}}}' for value in written) + "]", encoding="utf-8")
+    assert load_data(lines, split="train")["value"][:] == load_data(whole, split="train")["value"][:] == expected
+
+
+def test_a_column_has_one_kind_in_all_splits(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\nBoston,2108\n")
+    (tmp_path / "test.csv").write_text("text,label\nAgawam,01001\n")
+    assert load_data(tmp_path, split="train+test")["label"][:] == ["2108", "01001"]
+
+
+def test_rows_may_lack_columns_and_files_of_a_split_may_not(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"b": "x"}\n')
+    assert list(load_data(tmp_path, split="train")) == [{"a": 1, "b": None}, {"a": None, "b": "x"}]
+    (tmp_path / "b.jsonl").write_text('{"c": 1}\n')
+    with pytest.raises(DataError, match=r"same columns: a\.jsonl has \['a', 'b'\], b\.jsonl has \['c'\]"):
+        load_data(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "tsv"])
+def test_byte_order_marks(tmp_path, encoding, suffix):
+    path = write(tmp_path / f"a.{suffix}")
+    path.write_text(path.read_text(encoding="utf-8"), encoding=encoding)
+    assert list(load_data(path, split="train")) == ROWS
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "tsv"])
+def test_other_encodings_are_refused_with_their_place(tmp_path, suffix):
+    path = write(tmp_path / f"a.{suffix}", [{"text": "fine", "label": 0}, {"text": "caf\u00e9", "label": 1}])
+    if suffix in ("json", "jsonl"):
+        path.write_text(path.read_text().replace("\\u00e9", "\u00e9"), encoding="utf-8")
+    path.write_bytes(path.read_text(encoding="utf-8").encode("latin-1"))
+    with pytest.raises(DataError, match=rf"a\.{suffix}.*line \d: byte \d+ \(0xe9\) is not UTF-8.*Save the file as UTF-8"):
+        load_data(path)
+    path.write_text("text,label\nx,1\n", encoding="utf-16-le")
+    with pytest.raises(DataError, match="zero bytes: UTF-16 without a byte-order mark"):
+        load_data(path)
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_other_delimiters(tmp_path, delimiter):
+    path = tmp_path / "a.csv"
+    path.write_text(f"prompt {delimiter} completion\na, b{delimiter}c\n")
+    assert list(load_data(path, split="train")) == [{"prompt": "a, b", "completion": "c"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a,b\n1,2\n3,4,5\n", r"line 3: 3 values for 2 columns \(a, b\)"),
+        ("a,b\n1\n", "line 2: 1 values for 2 columns"),
+        ('a,b\n1,"open\n2,3\n', "line 2: unexpected end of data"),
+        ('a,b\n1,"x" y\n', "line 2: .*expected after"),
+        ("a,b,a\n1,2,3\n", "two columns called a"),
+    ],
+)
+def test_crooked_tables(tmp_path, text, message):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_data(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', "line 2: the key 'a' is given twice"),
+        ("a.json", '[{"b": {"a": 1,\n"a": 2}}]', r"the key 'a' is given twice in one object \(it stands in lines 1, 2\)"),
+        ("a.jsonl", '{"a": 1}\n[1]\n', "line 2: expected an object of columns, got a list"),
+        ("a.jsonl", '{"a": 1}\n{"a": \n', "line 2 is not valid JSON"),
+    ],
+)
+def test_crooked_json(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_data(tmp_path / name)

@@ -16,6 +16,7 @@ from graftlm import PeftModel
 from graftlm.errors import RecipeError
 from graftlm.training import BaseModelError, Recipe, evaluate, generate_texts, measure, recipe_of, resolve_base, run
 from graftlm.training.defaults import DEFAULTS, config_type, method_names, method_type
+from graftlm.training.schema import load_yaml
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,43 @@ def test_files_that_are_no_recipes(text: str | None, told: str, tmp_path: Path) 
         path.write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError, match=told):
         Recipe.from_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("method: lora\nmethod: prompt-tuning\n", "line 2: the key 'method' stands in line 1 already"),
+        ("data: {source: a}\ntraining:\n  epochs: 1\n  seed: 2\n  epochs: 3\n", "line 5: the key 'epochs' .* line 3"),
+        ("method_options: {r: 4,\n  r: 8}\n", "line 2: the key 'r' stands in line 1"),
+        ("data:\n  columns: {a: x, a: y}\n", "line 2: the key 'a'"),
+    ],
+)
+def test_a_key_twice_is_refused(text: str, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=rf"r\.yaml is not valid YAML: {told}"):
+        Recipe.from_yaml(path)
+    with pytest.raises(RecipeError, match="the key 'r' stands"):
+        Recipe.from_dict({}, ["method_options={r: 4, r: 8}"])
+
+
+def test_one_key_in_several_mappings_is_fine(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("data: {source: a, name: x}\nmethod_options: {r: 4}\ntraining: {seed: 1}\n")
+    assert Recipe.from_yaml(tmp_path / "r.yaml").data.source == "a"
+    merged = load_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\nc: {<<: *a, y: 4}\n")
+    assert merged == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}, "c": {"x": 1, "y": 4}}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_recipes_with_a_byte_order_mark(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("output_dir: l\u00f6ra\n", encoding=encoding)
+    assert Recipe.from_yaml(tmp_path / "r.yaml").output_dir == "l\u00f6ra"
+
+
+def test_recipes_in_another_encoding(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes("seed: 1\noutput_dir: l\u00f6ra\n".encode("latin-1"))
+    with pytest.raises(RecipeError, match=r"r\.yaml, line 2: byte 21 \(0xf6\) is not UTF-8 text\. Save the file as UTF-8"):
+        Recipe.from_yaml(tmp_path / "r.yaml")
 
 
 def test_every_method_has_a_name_and_a_default() -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from importlib import import_module
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from ..errors import GraftError
+from .. import processes
+from ..errors import ConfigError, GraftError
 from ..version import __version__
 
 # name -> (module below this package, attribute, line in the help)
@@ -30,6 +32,7 @@ COMMANDS = {
     "data": ("data", "app", "Look at data sets."),
 }
 DEBUG = "--debug"
+OTHERS_WAIT = 5  # seconds
 
 
 class LazyGroup(TyperGroup):
@@ -43,6 +46,11 @@ class LazyGroup(TyperGroup):
         return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if processes.count() > 1 and args and args[0] in COMMANDS and args[0] != "train":
+            raise ConfigError(
+                f"graftlm {args[0]} runs in one process, and {processes.count()} were started; torchrun and accelerate "
+                "launch are for graftlm train."
+            )
         if args and args[0] in COMMANDS:
             self.commands[args[0]] = load(args[0])
         return super().resolve_command(ctx, args)
@@ -53,7 +61,8 @@ class LazyGroup(TyperGroup):
         except GraftError as error:
             fail(error)
         except KeyboardInterrupt:
-            say("Interrupted. What was finished before is kept.")
+            if processes.is_first():
+                say("Interrupted. What was finished before is kept.")
             raise SystemExit(130) from None
 
 
@@ -76,7 +85,10 @@ def say(text: str) -> None:
 
 
 def fail(error: GraftError) -> None:
-    """Show a mistake, and leave with exit code 2."""
+    """Show a mistake, and leave with exit code 2. Of several processes the first one tells what all of them found."""
+    if not processes.is_first():
+        time.sleep(OTHERS_WAIT)  # the launcher ends this one meanwhile, if the first has ended
+        say(f"Process {processes.index()}:")
     if os.environ.get("GRAFTLM_DEBUG", "0") not in ("", "0"):
         import traceback
 

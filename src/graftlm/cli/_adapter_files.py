@@ -11,7 +11,7 @@ from typing import Any
 
 from ..checkpoint import TRAINING_NAME
 from ..errors import CheckpointError, GraftError
-from ..files import PICKLE_NAME, WEIGHTS_NAME, header_of
+from ..files import PICKLE_NAME, WEIGHTS_NAME, header_of, parse_json, read_text
 from ..methods import BottleneckConfig, PeftConfig
 from ..methods.base import CONFIG_NAME
 from ..quantization import config_scheme
@@ -153,11 +153,11 @@ def read(folder: Path) -> AdapterFiles:
 def read_config(found: AdapterFiles) -> None:
     path = found.folder / CONFIG_NAME
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(read_text(path, CheckpointError), CONFIG_NAME, CheckpointError)
     except FileNotFoundError:
         found.problems.append(f"{CONFIG_NAME} is missing: which method the tensors belong to is not known.")
         return
-    except (OSError, ValueError) as error:
+    except (OSError, CheckpointError) as error:
         found.problems.append(f"{CONFIG_NAME} cannot be read: {error}")
         return
     if not isinstance(values, dict):

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError, DataError
+from ..files import decode, lines_of, parse_json, read_text
 from . import _base
 
 BASE = "base"
@@ -92,28 +93,27 @@ def read_prompts(given: list[str] | None, file: Path | None) -> list[str]:
     if file is None and sys.stdin.isatty():
         raise ConfigError('No prompt. Give one ("…"), or --prompts-file, or pipe prompts in, one a line.')
     if file is None:
-        lines = sys.stdin.read().splitlines()
+        bytewise = getattr(sys.stdin, "buffer", None)
+        text = sys.stdin.read() if bytewise is None else decode(bytewise.read(), "stdin", DataError)
     else:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_text(file, DataError)
+        except OSError as error:
             raise DataError(f"{file} cannot be read: {error}") from error
-    is_json = file is not None and file.suffix == ".jsonl"
-    prompts = [from_json(line, i) if is_json else line for i, line in enumerate(lines, 1) if line.strip()]
+    is_json = file is not None and file.suffix.lower() == ".jsonl"
+    lines = enumerate(lines_of(text), 1)
+    prompts = [from_json(line, f"{file}, line {i}") if is_json else line for i, line in lines if line.strip()]
     if not prompts:
         raise DataError(f"There are no prompts in {file or 'stdin'}: every line is empty.")
     return prompts
 
 
-def from_json(line: str, number: int) -> str:
+def from_json(line: str, where: str) -> str:
     """A line of a .jsonl file: a text, or an object with a text under 'prompt'."""
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"line {number} is not valid JSON: {error}") from error
+    value = parse_json(line, where, DataError)
     value = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(value, str):
-        raise DataError(f"line {number}: expected a text, or an object with a text under 'prompt'; got {line.strip()!r}")
+        raise DataError(f"{where}: expected a text, or an object with a text under 'prompt'; got {line.strip()!r}")
     return value
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import processes
 from . import _base
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def train(
 
     Several recipes share every pass over one frozen base, and each adapter comes out as if it were trained alone. A run that
     fails ends alone; the exit code is then 1.
+
+    On several GPUs: torchrun --nproc_per_node N -m graftlm train … (or accelerate launch -m graftlm train …).
     """
     given = locals()
     from rich.console import Console
@@ -65,7 +68,7 @@ def train(
 
     flags = {key: given[flag] for flag, key in FLAGS.items() if given[flag] is not None}
     flags |= {name: True for name in ("resume", "overwrite") if given[name]}
-    console = Console()
+    console = Console(quiet=not processes.is_first())
     if len(recipes or ()) > 1:
         several(console, [build_recipe(path, flags, override or []) for path in recipes or ()], show, quiet)
         return
@@ -81,6 +84,7 @@ def train(
         console.print(f"Stopped. The adapter so far is in {folder}; go on with --resume and the same recipe.", markup=False)
         raise typer.Exit(130) from None
     report(console, chosen, result)
+    processes.leave()
 
 
 def several(console: Any, recipes: list[Recipe], show: bool, quiet: bool) -> None:

@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import DataError
+from ..files import parse_json, read_text
+
 JSON_NAME = "comparison.json"
 REPORT_NAME = "report.html"
 DONE, FAILED, INTERRUPTED, WAITING = "done", "failed", "interrupted", "not started"
@@ -158,7 +161,7 @@ class ComparisonResult:
     def load(cls, directory: str | os.PathLike) -> ComparisonResult:
         """Read a comparison's JSON back."""
         folder = Path(directory)
-        values = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))
+        values = parse_json(read_text(folder / JSON_NAME, DataError), str(folder / JSON_NAME), DataError)
         values.pop("format")
         runs = [MethodRun(**run) for run in values.pop("runs")]
         return cls(**values, runs=runs, output_dir=folder)

@@ -57,6 +57,7 @@ def parse(text: str) -> MethodSpec:
     method, scheme = QUANTIZED.get(name, (name, None))
     options: dict[str, Any] = {}
     overrides: dict[str, Any] = {"quantization": scheme} if scheme else {}
+    seen: set[str] = set()
     for part in split(rest):
         key, given, value = part.partition("=")
         key = key.strip()
@@ -64,6 +65,9 @@ def parse(text: str) -> MethodSpec:
             raise ConfigError(f"{part!r} in {text!r}: expected OPTION=VALUE, as in lora:r=16,use_dora=true.")
         if key == "quantization" and scheme not in (None, value.strip()):
             raise ConfigError(f"{text!r}: {name} is {method}:quantization={scheme}; write {method}:{part.strip()} instead.")
+        if key in seen:
+            raise ConfigError(f"{text!r} gives {key} twice; keep one, or write {key}=A|B for a row each.")
+        seen.add(key)
         if "." in key or key == "quantization":
             put(overrides, key, read(value))
         else:
@@ -96,11 +100,13 @@ def split(text: str, at: str = ",") -> list[str]:
 
 
 def read(text: str) -> Any:
-    """A value as YAML reads it, and 1e-3 as the number that it is."""
+    """A value as recipes read it: YAML, and 1e-3 as the number that it is."""
     import yaml
 
+    from ..training.schema import load_yaml
+
     try:
-        return float(text) if re.fullmatch(r"\s*[-+]?\d+(\.\d*)?e[-+]?\d+\s*", text, re.IGNORECASE) else yaml.safe_load(text)
+        return load_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{text!r} is no YAML value: {error}") from error
 

@@ -29,13 +29,19 @@ F = TypeVar("F", bound="Format")
 
 
 def text_of(example: Mapping[str, Any], column: str) -> str:
-    """The text in ``column``; numbers become text, a missing value raises DataError."""
+    """The text in ``column``; numbers and truth values become Python's text, a missing value raises DataError."""
     value = example[column]
-    if value is None:
+    if value is None or value != value:  # NaN, which tables of numbers have for a missing one
         raise DataError(f"column {column!r} is empty (null); fill it in or filter the row out")
-    if isinstance(value, (list, dict)):
+    if isinstance(value, (list, dict, bytes)):
         raise DataError(f"column {column!r} holds a {type(value).__name__}, expected text")
     return str(value)
+
+
+def optional_text(example: Mapping[str, Any], column: str) -> str:
+    """The text in ``column``; empty where there is no such column or no value in it."""
+    value = example.get(column)
+    return "" if value is None or value != value else text_of(example, column)
 
 
 def end_token_id(tokenizer: PreTrainedTokenizerBase, end: End) -> int | None:

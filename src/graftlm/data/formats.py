@@ -1,13 +1,15 @@
 """The data formats, one small class each, and the registry that finds them by name or by column names.
 
-| name         | columns                                     | prompt (masked)               | answer     |
-|--------------|---------------------------------------------|-------------------------------|------------|
-| `label`      | `Tweet text`, `text_label` or `Label`       | `Tweet text : … Label : `     | label      |
-| `text`       | `prompt`, `quote` or `text`                 | none, all is labelled         | text       |
-| `alpaca`     | `instruction`, `input` (optional), `output` | `Human: …` `Assistant: `      | output     |
-| `adgen`      | `content`, `input` (optional), `summary`    | `prompt_text` + content       | summary    |
-| `chat`       | `messages`                                  | all but the assistant's turns | turns      |
-| `completion` | `prompt` and `completion`, or any two       | prompt + `separator`          | completion |
+| name         | columns                                           | prompt (masked)               | answer     |
+|--------------|---------------------------------------------------|-------------------------------|------------|
+| `label`      | `Tweet text`, `text_label` or `Label`             | `Tweet text : … Label : `     | label      |
+| `text`       | `prompt`, `quote` or `text`                       | none, all is labelled         | text       |
+| `alpaca`     | `instruction`, `input` (optional), `output`       | `Human: …` `Assistant: `      | output     |
+| `adgen`      | `content`, `input` (optional), `summary`          | `prompt_text` + content       | summary    |
+| `chat`       | `messages`                                        | all but the assistant's turns | turns      |
+| `completion` | `prompt` and `completion`, likes of them, any two | prompt + `separator`          | completion |
+
+`names` tells the likes of these column names, and what is said when a column that looks like an answer is left over.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from graftlm.data._base import End, Format, Pair, text_of
+from graftlm.data._base import End, Format, Pair, optional_text, text_of
 from graftlm.data.chat import ChatFormat
+from graftlm.data.names import CONTEXTS, answer_among, check_unused, likely_pair, plain
 from graftlm.errors import DataError, nearest
 
 if TYPE_CHECKING:
@@ -129,8 +132,18 @@ class AlpacaFormat(Format):
     output_column: str = "output"
     max_length: int = 256
 
+    @classmethod
+    def match(cls, columns: Iterable[str]) -> AlpacaFormat | None:
+        have = list(columns)
+        output = answer_among(have, "output") if "instruction" in have else None
+        if output is None:
+            return None
+        extra = [c for c in have if plain(c) in CONTEXTS]
+        given = next((c for c in extra if plain(c) == "input"), extra[0] if extra else "input")
+        return cls(input_column=given, output_column=output)
+
     def pair(self, example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None = None) -> Pair:
-        human = f"Human: {text_of(example, self.instruction_column)}\n{example.get(self.input_column) or ''}"
+        human = f"Human: {text_of(example, self.instruction_column)}\n{optional_text(example, self.input_column)}"
         return Pair(prompt=f"{human.strip()}\n\nAssistant: ", target=text_of(example, self.output_column))
 
 
@@ -154,8 +167,8 @@ class AdgenFormat(Format):
 
     def pair(self, example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None = None) -> Pair:
         question = self.prompt_text + text_of(example, self.content_column)
-        extra = example.get(self.input_column)
-        if extra and extra.strip():
+        extra = optional_text(example, self.input_column)
+        if extra.strip():
             question += f"\n{extra}"
         return Pair(prompt=question, target=text_of(example, self.summary_column))
 
@@ -168,6 +181,11 @@ class CompletionFormat(Format):
     prompt_column: str = "prompt"
     completion_column: str = "completion"
     separator: str = ""
+
+    @classmethod
+    def match(cls, columns: Iterable[str]) -> CompletionFormat | None:
+        pair = likely_pair(list(columns))
+        return cls(prompt_column=pair[0], completion_column=pair[1]) if pair else None
 
     def pair(self, example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None = None) -> Pair:
         prompt = text_of(example, self.prompt_column) + self.separator
@@ -188,9 +206,15 @@ _GUESS_ORDER = ("chat", "alpaca", "adgen", "completion", "label", "text")
 def guess_format(columns: Iterable[str]) -> Format:
     """The format whose columns are all among ``columns``, its column names filled in.
 
-    Raises DataError where none fits.
+    Raises DataError where none fits, or where a column that looks like the answers would not be trained on.
     """
     have = list(columns)
+    found = _first_match(have)
+    check_unused(found, have)
+    return found
+
+
+def _first_match(have: list[str]) -> Format:
     for name in _GUESS_ORDER:
         found = FORMATS[name].match(have)
         if found is not None:
@@ -200,6 +224,19 @@ def guess_format(columns: Iterable[str]) -> Format:
         f"columns={{'prompt': {have[0] if have else 'question'!r}, 'completion': "
         f"{have[-1] if have else 'answer'!r}}}; formats: {', '.join(FORMATS)}"
     )
+
+
+def _named(name: str, have: list[str], columns_given: bool) -> Format:
+    """The format of that name, its columns by their names where those are not to be given."""
+    try:
+        fmt = FORMATS[name].match(have) or FORMATS[name]()
+    except DataError:  # several columns may be meant
+        if columns_given:
+            return FORMATS[name]()
+        raise
+    if not columns_given:
+        check_unused(fmt, have)
+    return fmt
 
 
 def get_format(
@@ -218,12 +255,12 @@ def get_format(
     Raises DataError for an unknown name, role or option, with the nearest one.
     """
     have = list(available)
-    if format is None:
-        fmt = guess_format(have)
-    elif isinstance(format, Format):
+    if isinstance(format, Format):
         fmt = format
+    elif format is None:
+        fmt = _first_match(have) if columns else guess_format(have)  # columns that are named are meant
     elif format in FORMATS:
-        fmt = FORMATS[format].match(have) or FORMATS[format]()
+        fmt = _named(format, have, bool(columns))
     else:
         known = ", ".join(FORMATS)
         raise DataError(f"unknown format {format!r}; formats are {known}{nearest(str(format), FORMATS)}")

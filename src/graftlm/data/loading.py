@@ -12,19 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from graftlm.data.bundled import BUNDLED, load_bundled
+from graftlm.data.tables import ENDINGS as TEXT_ENDINGS
+from graftlm.data.tables import read_tables
 from graftlm.errors import DataError, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    # keep_default_na=False: the texts "NA" and "None" are texts, not missing values
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"}),
-    ".parquet": ("parquet", {}),
-}
+_ENDINGS = (*TEXT_ENDINGS, ".parquet")
 _SPLIT_WORDS = {
     "train": "train", "training": "train",
     "test": "test", "testing": "test",
@@ -52,7 +47,8 @@ def load_data(source: str | Path, *, split: str | None = None, name: str | None 
 
     Args:
         source: a bundled name (``tweets``, ``prompts``, ``quotes``, ``alpaca-zh``, ``adgen-zh``); a local
-            .json, .jsonl, .csv, .tsv or .parquet file (one split, ``train``); a directory with such files,
+            .json, .jsonl, .csv, .tsv or .parquet file (one split, ``train``; texts stay as the file writes
+            them, see `tables`); a directory with such files,
             split by their names (``train…``, ``test…``, ``validation…``); a folder made by
             ``save_to_disk``; or a Hub id.
         split: a split or a part of one, ``test``, ``train[:50]``, ``train[10%:20%]``, ``train+test``.
@@ -73,7 +69,7 @@ def load_data(source: str | Path, *, split: str | None = None, name: str | None 
     elif path.is_dir():
         data = _load_directory(path)
     elif path.is_file():
-        data = _as_dict({"train": _load_files([path])})
+        data = _load_files({"train": [path]})
     else:
         raise DataError(_unknown(text))
     empty = [name for name, part in data.items() if len(part) == 0]
@@ -83,34 +79,44 @@ def load_data(source: str | Path, *, split: str | None = None, name: str | None 
 
 
 def _is_hub_id(text: str) -> bool:
-    return bool(_HUB_ID.fullmatch(text)) and Path(text).suffix.lower() not in (*_BUILDERS, ".py")
+    return bool(_HUB_ID.fullmatch(text)) and Path(text).suffix.lower() not in (*_ENDINGS, ".py")
 
 
 def _unknown(text: str) -> str:
-    if Path(text).suffix.lower() in (*_BUILDERS, ".py") or "/" in text:
+    if Path(text).suffix.lower() in (*_ENDINGS, ".py") or "/" in text:
         return f"no such file or directory: {text!r} (working directory {str(Path.cwd())!r})"
     names = ", ".join(BUNDLED)
     return f"unknown data set {text!r}; expected {_SOURCES}. Bundled: {names}{nearest(text, BUNDLED)}"
 
 
-def _load_files(paths: list[Path]) -> Dataset:
-    """Reads files of one kind as one data set."""
-    from datasets import load_dataset
+def _load_files(splits: dict[str, list[Path]]) -> DatasetDict:
+    """Reads the files of each split, which are of one kind, as one data set."""
+    for paths in splits.values():
+        _check_files(paths)
+    texts = {name: paths for name, paths in splits.items() if paths[0].suffix.lower() in TEXT_ENDINGS}
+    found = dict(read_tables(texts)) if texts else {}
+    return _as_dict({name: found[name] if name in found else _load_parquet(splits[name]) for name in splits})
 
+
+def _check_files(paths: list[Path]) -> None:
     suffixes = {path.suffix.lower() for path in paths}
     if len(suffixes) > 1:
         raise DataError(f"files of one split must be of one kind, got {', '.join(p.name for p in paths)}")
     suffix = suffixes.pop()
     if suffix == ".py":
         raise DataError(_script(str(paths[0])))
-    if suffix not in _BUILDERS:
-        raise DataError(f"cannot read {str(paths[0])!r}: the ending {suffix!r} is none of {', '.join(_BUILDERS)}")
+    if suffix not in _ENDINGS:
+        raise DataError(f"cannot read {str(paths[0])!r}: the ending {suffix!r} is none of {', '.join(_ENDINGS)}")
     for path in paths:
         if path.stat().st_size == 0:
             raise DataError(f"{str(path)!r} is empty; expected at least one row")
-    builder, options = _BUILDERS[suffix]
+
+
+def _load_parquet(paths: list[Path]) -> Dataset:
+    from datasets import load_dataset
+
     files = [str(path.resolve()) for path in paths]
-    return _reading(", ".join(files), lambda: load_dataset(builder, data_files={"train": files}, split="train", **options))
+    return _reading(", ".join(files), lambda: load_dataset("parquet", data_files={"train": files}, split="train"))
 
 
 def _load_directory(path: Path) -> DatasetDict:
@@ -119,7 +125,7 @@ def _load_directory(path: Path) -> DatasetDict:
     if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         found = _reading(str(path), lambda: load_from_disk(str(path)))
         return _as_dict(found if isinstance(found, dict) else {"train": found})
-    files = sorted(f for f in path.iterdir() if f.is_file() and f.suffix.lower() in _BUILDERS)
+    files = sorted(f for f in path.iterdir() if f.is_file() and f.suffix.lower() in _ENDINGS)
     if not files:
         if any(path.glob("*.py")):
             raise DataError(_script(str(path)))
@@ -137,7 +143,7 @@ def _load_directory(path: Path) -> DatasetDict:
             "or validation, or load that file alone"
         )
     order = [name for name in ("train", "validation", "test") if name in splits]
-    return _as_dict({name: _load_files(splits[name]) for name in order})
+    return _load_files({name: splits[name] for name in order})
 
 
 def _split_of(file: Path) -> str:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError, CheckpointError, ConfigError, nearest
-from ..files import find_file, hub_options, read_header
+from ..files import find_file, hub_options, parse_json, read_header, read_text
 from .fields import Count, check_fields
 
 if TYPE_CHECKING:
@@ -162,11 +162,9 @@ class PeftConfig:
         """
         hub = hub_options(kwargs)
         path = find_file(pretrained_model_name_or_path, CONFIG_NAME, **hub)
-        with open(path, encoding="utf-8") as f:
-            try:
-                values = json.load(f)
-            except json.JSONDecodeError as error:
-                raise CheckpointError(f"{path} is not valid JSON ({error}). Save the adapter again.") from error
+        values = parse_json(read_text(path, CheckpointError), str(path), CheckpointError)
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path} holds a {type(values).__name__}, expected an object. Save the adapter again.")
         values |= read_header(pretrained_model_name_or_path, **hub).get("config", {})
         return cls.from_dict(values | kwargs, where=str(path))
 

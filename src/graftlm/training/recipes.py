@@ -7,15 +7,18 @@
       loss.png         the loss curve
       checkpoint-<n>/  what `resume` goes on from
 
-The same recipe on the same machine gives the same adapter bit for bit.
+The same recipe on the same machine gives the same adapter bit for bit. Started by `torchrun` or `accelerate launch`, every
+process trains on its share of each batch (`batch_size` rows a process), and the first one prints and saves.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields
@@ -25,6 +28,7 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
+from .. import processes
 from ..architectures.prepacked import prepacked_if_free
 from ..data import PackedRows
 from ..errors import RecipeError
@@ -101,8 +105,11 @@ def run(
         raise RecipeError("run(model=…, tokenizer=…): give both, or neither")
     if model is not None:
         recipe = over(model, recipe)
-    output = open_output(recipe)
-    with threads(recipe.training.threads):
+    join_processes()
+    output = open_output(recipe) if processes.is_first() else Path(recipe.output_dir)
+    processes.wait()
+    quiet = quiet or not processes.is_first()
+    with threads(recipe.training.threads), only_the_first_speaks():
         set_seed(recipe.training.seed)
         if model is None:
             model, tokenizer = resolve_base(
@@ -116,7 +123,8 @@ def run(
             before = baseline if baseline is not None else measure(recipe, model, tokenizer, data)
         set_seed(recipe.training.seed)
         wrapped, recipe = attach(recipe, model, tokenizer, data)
-        write_recipe(recipe, output)
+        if processes.is_first():
+            write_recipe(recipe, output)
         try:
             trainer = make_trainer(recipe, wrapped, tokenizer, data, callbacks, quiet)
             if member is not None:
@@ -134,6 +142,31 @@ def run(
             if recipe.training.gradient_checkpointing and member is None:
                 getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
             wrapped.unload()
+
+
+def join_processes() -> None:
+    """Let the processes that torchrun or accelerate started know each other, each on its own GPU where there are any."""
+    if processes.count() > 1:
+        from accelerate import PartialState
+
+        PartialState(cpu=not has_accelerator())
+
+
+@contextmanager
+def only_the_first_speaks() -> Iterator[None]:
+    """Within the block the other processes of a run print no lines, warnings and notices; errors they raise as ever."""
+    if processes.is_first():
+        yield
+        return
+    logger = logging.getLogger("graftlm")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 def over(model: Any, recipe: Recipe) -> Recipe:
@@ -210,6 +243,7 @@ def training_arguments(recipe: Recipe, held_out: bool, dtype: torch.dtype) -> Tr
         **checkpointing(t.gradient_checkpointing),
         report_to=t.report_to or "none",
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,  # looking for them makes the logits of every step
         disable_tqdm=False,
     )
 
@@ -270,6 +304,7 @@ def fit(trainer: Trainer, recipe: Recipe, output: Path) -> None:
             log.warning("There is no complete checkpoint in %s; training starts from the beginning.", output)
     trainer.train(str(checkpoint) if checkpoint else None)
     trainer.save_adapter(output)
+    processes.wait()
 
 
 @contextmanager
@@ -316,10 +351,12 @@ def finish(
         {"prompt": p, "target": t, "before": b, "after": a}
         for p, t, b, a in zip(after.prompts, after.targets, before.outputs, after.outputs, strict=True)
     ][:SAMPLES] if before and after else []  # fmt: skip
+    result = RunResult(output_dir=output, metrics=metrics, history=trainer.state.log_history, samples=samples)
+    if not processes.is_first():
+        return result
     shown = {CARD_NAMES[k]: v for k, v in metrics.items() if k in CARD_NAMES and v is not None}
     model.card_metrics.update(shown)
     model.create_or_update_model_card(output)
-    result = RunResult(output_dir=output, metrics=metrics, history=trainer.state.log_history, samples=samples)
     write_text(
         output / METRICS_NAME, json.dumps(finite(asdict(result) | {"output_dir": str(output)}), indent=1, ensure_ascii=False)
     )

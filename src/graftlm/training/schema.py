@@ -15,7 +15,6 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -23,6 +22,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from ..bundled import BASE_NAME as BUNDLED
 from ..errors import ConfigError, RecipeError, nearest
+from ..files import read_text
 from .bases import scheme_name
 from .defaults import HIDDEN_FIELDS, QUANTIZED, config_type, defaults_of, plain_name
 
@@ -143,7 +143,7 @@ class Recipe(Section):
     def from_yaml(cls, path: str | os.PathLike, overrides: Iterable[str] = ()) -> Recipe:
         """Read a recipe file; errors as in `from_dict`."""
         try:
-            values = load_yaml(Path(path).read_text(encoding="utf-8"))
+            values = load_yaml(read_text(path, RecipeError))
         except OSError as error:
             raise RecipeError(f"cannot read the recipe {str(path)!r}: {error.strerror or error}") from error
         except yaml.YAMLError as error:
@@ -180,7 +180,21 @@ def plain_copy(values: Any) -> Any:
 
 
 class Loader(yaml.SafeLoader):
-    """YAML's safe loader that also reads `1e-3` as a number."""
+    """YAML's safe loader that also reads `1e-3` as a number, and refuses a key twice in one mapping."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line, name = key.start_mark.line + 1, (key.tag, key.value)
+            if name in lines:
+                raise yaml.YAMLError(
+                    f"line {line}: the key {key.value!r} stands in line {lines[name]} already; keep one of them"
+                )
+            lines[name] = line
+        return node
 
 
 NUMBER = re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?$")
@@ -201,8 +215,8 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> list[st
             continue
         try:
             read = load_yaml(value)
-        except yaml.YAMLError:
-            problems.append(f"{text!r}: the value is not valid YAML")
+        except yaml.YAMLError as error:
+            problems.append(f"{text!r}: the value is not valid YAML: {error}")
             continue
         *parents, last = key.strip().split(".")
         place = values

@@ -28,8 +28,9 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor
 
+from .. import processes
 from ..architectures import base_modules
-from ..errors import DivergedError, RecipeError
+from ..errors import DivergedError, RecipeError, UnsupportedError
 from ..joint import Share, adapters_drop, dropout_off, joinable, joint_losses
 from ..kernels import release_freed_memory
 from ..routing import Draws, Plan, Switch, running
@@ -254,9 +255,15 @@ class Together:
         Raises:
             TrainingInterrupted: Ctrl-C; every run that had begun has saved its adapter and a checkpoint.
             BaseModelError, RecipeError: the base.
+            UnsupportedError: several processes.
         """
         if not self.outcomes:
             return []
+        if processes.count() > 1:
+            raise UnsupportedError(
+                f"runs that share their passes train in one process, and {processes.count()} processes were started "
+                "(torchrun, accelerate launch). Start one, or train one recipe at a time."
+            )
         first = self.outcomes[0].recipe
         if self.base is None:
             self.base, self.tokenizer = resolve_base(

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
+from .. import processes
 from ..errors import CheckpointError, ConfigError
 from ..model import PeftModel
 from .curve import save_curve
@@ -78,9 +79,14 @@ class StopWhenAsked(TrainerCallback):
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        log.warning("Stopping after this step; a checkpoint is saved. Ctrl-C again stops at once, without one.")
+        if processes.is_first():
+            log.warning("Stopping after this step; a checkpoint is saved. Ctrl-C again stops at once, without one.")
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.world_size > 1:  # all stop after the same step
+            asked = torch.tensor(float(self.asked), device=args.device)
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+            self.asked = bool(asked)
         if self.asked:
             self.stopped = control.should_save = control.should_training_stop = True
 
@@ -142,6 +148,7 @@ class Trainer(transformers.Trainer):
         self.joiner = Joiner()
         self.member: Any = None  # of several runs that train together
         self._evaluated = TokenLoss()
+        self._measuring = False
         inner = self.accelerator.unwrap_model(self.model)
         if has_virtual_tokens(inner) and (self.label_smoother is None or self._smooths_inside(inner)):
             self._loss_shifts_labels = False  # the last virtual token predicts the first real one: every label counts
@@ -184,8 +191,11 @@ class Trainer(transformers.Trainer):
         if not self._may_join(num_items_in_batch):
             return self._training_step(model, inputs, num_items_in_batch)
         batches = self.joiner.add(inputs, self.accelerator.sync_gradients)
-        losses = [self._training_step(model, batch, num_items_in_batch) for batch in batches]
-        return sum(losses, torch.zeros((), device=self.args.device))
+        loss = torch.zeros((), device=self.args.device)
+        for i, batch in enumerate(batches, 1):  # processes may have different numbers of them: the last one alone is shared
+            with self.accelerator.no_sync(model) if i < len(batches) else nullcontext():
+                loss = loss + self._training_step(model, batch, num_items_in_batch)
+        return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.compute_loss`; a smoothed loss is left to models that need no logits for it."""
@@ -312,11 +322,43 @@ class Trainer(transformers.Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
         weight = self._weight(inputs)
-        with self._unsmoothed():
+        with self._unsmoothed(), self._measured_alone():
             found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if found[0] is not None:
-            self._evaluated.add(float(found[0]), weight)
+            own = self._own_rows(inputs)
+            if own is inputs:
+                loss = found[0]
+            else:  # a pass that the other processes do not make
+                weight = self._weight(own) if own else 0
+                loss = super().prediction_step(model, own, True, ignore_keys)[0] if own else None
+        if loss is not None:
+            self._evaluated.add(float(loss), weight)
         return found
+
+    @contextmanager
+    def _measured_alone(self) -> Iterator[None]:
+        """Within the block the loss of each of several processes is the mean over its own rows."""
+        self._measuring = True
+        try:
+            yield
+        finally:
+            self._measuring = False
+
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', which counts over all processes."""
+        alone = self._measuring and self.accelerator.num_processes > 1
+        return None if alone else super()._get_num_items_in_batch(*args, **kwargs)
+
+    def _own_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch without the rows that only fill up the last one among several processes; empty where all do."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        size = next((v.shape[0] for v in inputs.values() if isinstance(v, Tensor) and v.dim()), 0)
+        kept = min(max(state.remainder - size * self.accelerator.process_index, 0), size)
+        if kept == size:
+            return inputs
+        cut = {k: v[:kept] if isinstance(v, Tensor) and v.dim() and v.shape[0] == size else v for k, v in inputs.items()}
+        return cut if kept else {}
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         self._evaluated = TokenLoss()
