@@ -23,6 +23,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -35,12 +36,14 @@ SUFFIX = ".gguf"
 MAGIC = b"GGUF"
 FORMAT = 1  # of an entry: raise it when what is written changes
 MANIFEST = "graftlm_base.json"
+SCRATCH = ".filling-"
 CACHE_VARIABLE = "GRAFTLM_CACHE"
 
 # How llama.cpp's tokenizers cut a text before merging, by `tokenizer.ggml.pre` (llama-vocab.cpp), beyond those that
 # transformers knows: GPT-2's rule with every digit by itself, and GPT-2's rule, which is transformers' own default.
 SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
-GPT2_RULE = frozenset({"gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais", "default"})
+GPT2_RULE = frozenset({"gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais"})
+UNNAMED = (None, "default")  # of older files
 END_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -149,6 +152,8 @@ def source_of(folder: str | os.PathLike) -> str | None:
 
 def fill(folder: Path, file: Path, source: str) -> None:
     """Write an entry beside its place and rename it; what was there before is thrown away."""
+    for left in folder.parent.glob(f"{SCRATCH}*"):  # by a process that was killed: this one has the lock
+        shutil.rmtree(left, ignore_errors=True)
     with scratch(folder.parent) as place:
         model, tokenizer = read(file, place)
         model.save_pretrained(place)
@@ -164,7 +169,7 @@ def fill(folder: Path, file: Path, source: str) -> None:
 @contextmanager
 def scratch(parent: Path) -> Iterator[Path]:
     """A directory that is gone afterwards, unless it was renamed."""
-    place = Path(tempfile.mkdtemp(dir=parent, prefix=".filling-"))
+    place = Path(tempfile.mkdtemp(dir=parent, prefix=SCRATCH))
     try:
         yield place
     finally:
@@ -254,7 +259,7 @@ def forget_file(model: Any) -> None:
 
 
 def mend_tokenizer(tokenizer: Any, about: dict[str, Any], config: Any, file: Path) -> None:
-    """Give a tokenizer its context length and its rule for splitting texts.
+    """Give a tokenizer its context length and its rule for splitting texts. A file that names no rule gets GPT-2's.
 
     Raises:
         BaseModelError: a rule that neither transformers nor this file knows.
@@ -263,7 +268,11 @@ def mend_tokenizer(tokenizer: Any, about: dict[str, Any], config: Any, file: Pat
     if longest:
         tokenizer.model_max_length = longest
     rule = about["pre"]
-    if about["model"] != "gpt2" or rule is None or rule in GPT2_RULE or knows_rule(rule):
+    if about["model"] != "gpt2" or rule in GPT2_RULE or knows_rule(rule):
+        return
+    if rule in UNNAMED:
+        if about["architecture"] != "gpt2":
+            warnings.warn(f"{file} does not name its rule for splitting texts; GPT-2's is used, which may not be its own.")
         return
     if rule not in SINGLE_DIGITS:
         raise BaseModelError(
@@ -276,7 +285,7 @@ def mend_tokenizer(tokenizer: Any, about: dict[str, Any], config: Any, file: Pat
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
 
 
-def knows_rule(rule: str) -> bool:
+def knows_rule(rule: str | None) -> bool:
     """Whether transformers applies a rule for splitting texts itself."""
     try:
         from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS

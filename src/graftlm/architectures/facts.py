@@ -205,3 +205,9 @@ def block_sites(base: nn.Module) -> dict[str, list[str]]:
             "Name them in BottleneckConfig(attention_modules=..., feed_forward_modules=..., feed_forward_input_modules=...)."
         )
     return found
+
+
+def end_ids(model: Any) -> list[int]:
+    """The tokens that end a text by the model's generation settings; may be more than its tokenizer's eos (Llama 3)."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [int(ends)]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..architectures import end_ids
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,13 +49,15 @@ class Sampling:
             if not fine:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected {expected}.")
 
-    def options(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    def options(self, tokenizer: PreTrainedTokenizerBase, model: Any = None) -> dict[str, Any]:
         """Keyword arguments of transformers' `generate`. The padding token ends a completion as the end token does.
 
-        So do the next speakers' tokens where the tokenizer says so (`answer_end_ids`, ChatGLM's).
+        So do the next speakers' tokens where the tokenizer says so (`answer_end_ids`, ChatGLM's), and the end tokens of the
+        model's generation settings.
         """
         ends = [i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None]
-        others = [i for i in getattr(tokenizer, "answer_end_ids", None) or [] if i not in ends]
+        more = [*(getattr(tokenizer, "answer_end_ids", None) or []), *end_ids(model)]
+        others = [i for i in dict.fromkeys(more) if i not in ends]
         options: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "do_sample": self.temperature > 0,
@@ -87,7 +90,7 @@ def complete(
     import torch
 
     sampling = sampling or Sampling()
-    options = sampling.options(tokenizer)
+    options = sampling.options(tokenizer, model)
     torch.manual_seed(sampling.seed)
     texts: list[str] = []
     for start in range(0, len(prompts), batch_size):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from ..architectures import end_ids
 from ..data import CausalLMCollator, Format, Seq2SeqCollator, get_format, prepare
 from ..errors import DataError
 from .meters import IGNORE_INDEX, perplexity
@@ -211,7 +212,8 @@ def answers(
     if max_new_tokens is None:
         longest = max(len(ids) for ids in tokenizer(list(rows["target"]), add_special_tokens=False)["input_ids"])
         max_new_tokens = longest + 1
-    ends = [fmt.end_token_id(tokenizer), tokenizer.eos_token_id, *(getattr(tokenizer, "answer_end_ids", None) or [])]
+    others = getattr(tokenizer, "answer_end_ids", None) or []
+    ends = [fmt.end_token_id(tokenizer), tokenizer.eos_token_id, *others, *end_ids(model)]
     found = generate_ids(
         model, tokenizer, list(rows["input_ids"]), batch_size=batch_size, do_sample=False, max_new_tokens=max_new_tokens,
         eos_token_id=sorted({e for e in ends if e is not None}) or None,
