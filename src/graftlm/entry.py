@@ -14,6 +14,7 @@ Decoding steps come with a filled cache: then only mask and positions are extend
 from __future__ import annotations
 
 import inspect
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -58,6 +59,9 @@ if TYPE_CHECKING:
     from .model import PeftModel
 
 Memory = list[tuple[Tensor, Tensor]]
+_direct: ContextVar[int] = ContextVar(
+    "graftlm_direct", default=0
+)  # how many calls of bases outside their wrappers are running
 TOKEN_OUTPUTS = ("logits", "last_hidden_state", "start_logits", "end_logits")
 
 
@@ -112,6 +116,13 @@ class Entry:
             base.register_forward_hook(Hook(self, "after"), with_kwargs=True),
             *self.engine.connect(),
         ]
+        backbone = getattr(base, "base_model", base)
+        if backbone is not base:
+            leave = Hook(self, "leave_direct")
+            handles += [
+                backbone.register_forward_pre_hook(Hook(self, "refuse_backbone")),
+                base.register_forward_hook(leave, with_kwargs=True, always_call=True),
+            ]
         if self.host.has_memory:
             handles += [
                 module.register_forward_pre_hook(Hook(self, "restore_memory"), with_kwargs=True)
@@ -142,6 +153,7 @@ class Entry:
         """Forward pre-hook of the base model."""
         plan = self.plan()
         if plan is None:
+            _direct.set(_direct.get() + 1)
             return None
         named = self.named(args, kwargs)
         self.host.protect_checkpointing()
@@ -186,6 +198,23 @@ class Entry:
         """Whether this call's outputs have names."""
         asked = named.get("return_dict")
         return bool(getattr(self.host.base.config, "return_dict", True) if asked is None else asked)
+
+    # -- calls that do not go through the wrapper ----------------------------------------------------------------------
+    def leave_direct(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """Forward hook of the base model, called after failures as well."""
+        if self.plan() is None:
+            _direct.set(max(_direct.get() - 1, 0))
+
+    def refuse_backbone(self, module: nn.Module, args: tuple) -> None:
+        """Pre-hook of the backbone: called by itself, it would leave out what enters through the wrapper."""
+        if current_plan() is not None or _direct.get() or not self.host.switch.enabled:
+            return
+        if names := [n for n in self.host.switch.active if self.host.methods[n].bound]:
+            raise UnsupportedError(
+                f"{type(module).__name__}, the backbone of {type(self.host.base).__name__}, is called by itself: "
+                f"{', '.join(names)} would be left out. Call the wrapper (output_hidden_states=True gives the backbone's "
+                "outputs); for the bare base, call it within disable_adapter()."
+            )
 
     def named(self, args: tuple, kwargs: dict) -> dict:
         """The arguments of a call of the base model by name."""
