@@ -14,7 +14,8 @@ Decoding steps come with a filled cache: then only mask and positions are extend
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from .architectures import (
     pools_first_token,
     pools_last_token,
     position_offset,
+    position_room,
     position_table,
     position_tables,
     self_attention_call,
@@ -59,6 +61,9 @@ if TYPE_CHECKING:
     from .model import PeftModel
 
 Memory = list[tuple[Tensor, Tensor]]
+_direct: ContextVar[int] = ContextVar(
+    "graftlm_direct", default=0
+)  # how many calls of bases outside their wrappers are running
 TOKEN_OUTPUTS = ("logits", "last_hidden_state", "start_logits", "end_logits")
 
 
@@ -99,6 +104,8 @@ class Entry:
         self.image_positions = has_image_positions(base)
         self.offset = position_offset(base)
         self.counts_from_ids = counts_from_ids(base)
+        self.room = position_room(base.get_decoder() if self.encoder_decoder else base)
+        self.encoder_room = position_room(base.get_encoder()) if self.encoder_decoder else None
         self.to_left = pools_last_token(base)
         self.to_right = pools_first_token(base)
         encoder = base.get_encoder() if self.encoder_decoder else None
@@ -113,6 +120,13 @@ class Entry:
             base.register_forward_hook(Hook(self, "after"), with_kwargs=True),
             *self.engine.connect(),
         ]
+        backbone = getattr(base, "base_model", base)
+        if backbone is not base:
+            leave = Hook(self, "leave_direct")
+            handles += [
+                backbone.register_forward_pre_hook(Hook(self, "refuse_backbone")),
+                base.register_forward_hook(leave, with_kwargs=True, always_call=True),
+            ]
         if self.host.has_memory:
             handles += [
                 module.register_forward_pre_hook(Hook(self, "restore_memory"), with_kwargs=True)
@@ -143,6 +157,7 @@ class Entry:
         """Forward pre-hook of the base model."""
         plan = self.plan()
         if plan is None:
+            _direct.set(_direct.get() + 1)
             return None
         named = self.named(args, kwargs)
         self.host.protect_checkpointing()
@@ -152,14 +167,58 @@ class Entry:
         if plan.resumed is not None:
             named = self.resume(plan, named)
         named = self.engine.enter(plan, named, self.enter_encoder_decoder if self.encoder_decoder else self.enter)
+        self.check_room(plan, named)
         if not plan.scratch.keys().isdisjoint(("order", "keys")) and not self.gives_dict(named):
             plan.scratch["tuple"] = named["return_dict"] = True  # outputs are put in order by their names
         return (), named
+
+    def check_room(self, plan: Plan, named: dict) -> None:
+        """UnsupportedError for more tokens than a learned table has positions for (torch's own error names no lengths)."""
+        if self.room is None:
+            return
+        half = "decoder_" if self.encoder_decoder else ""
+        given = next((v for n in ("input_ids", "inputs_embeds") if (v := named.get(half + n)) is not None), None)
+        mask, cache = named.get(f"{half}attention_mask"), named.get("past_key_values")
+        past = cache.get_seq_length() if isinstance(cache, Cache) else 0
+        if given is not None and past + given.shape[1] + self.offset > self.room:
+            positions = named.get("position_ids")
+            if positions is None and self.takes_positions and is_plain(mask):
+                positions = positions_from_mask(mask)[:, -given.shape[1] :] + self.offset
+            self.raise_beyond(plan, self.room, positions, past + given.shape[1] + self.offset)
+
+    def raise_beyond(self, plan: Plan, room: int, positions: Tensor | None, places: int) -> None:
+        """UnsupportedError if `positions` (or where there are none, `places` many) go beyond the `room` of a table."""
+        needed = places if positions is None else int(positions.max()) + 1
+        if needed > room:
+            count, prefix = (front.most for front in self.host.fronts(plan, plan.scratch["batch"]))
+            raise UnsupportedError(
+                f"{type(self.host.base).__name__} has learned positions for {room - self.offset} places, and this pass needs"
+                f" {needed - self.offset}: tokens{' and padding' if positions is None else ''}, {count} virtual tokens and "
+                f"{prefix} prefix entries. Give fewer tokens (max_length in the tokenizer, max_new_tokens in generate), or "
+                "fewer virtual ones."
+            )
 
     def gives_dict(self, named: dict) -> bool:
         """Whether this call's outputs have names."""
         asked = named.get("return_dict")
         return bool(getattr(self.host.base.config, "return_dict", True) if asked is None else asked)
+
+    # -- calls that do not go through the wrapper ----------------------------------------------------------------------
+    def leave_direct(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """Forward hook of the base model, called after failures as well."""
+        if self.plan() is None:
+            _direct.set(max(_direct.get() - 1, 0))
+
+    def refuse_backbone(self, module: nn.Module, args: tuple) -> None:
+        """Pre-hook of the backbone: called by itself, it would leave out what enters through the wrapper."""
+        if current_plan() is not None or _direct.get() or not self.host.switch.enabled:
+            return
+        if names := [n for n in self.host.switch.active if self.host.methods[n].bound]:
+            raise UnsupportedError(
+                f"{type(module).__name__}, the backbone of {type(self.host.base).__name__}, is called by itself: "
+                f"{', '.join(names)} would be left out. Call the wrapper (output_hidden_states=True gives the backbone's "
+                "outputs); for the bare base, call it within disable_adapter()."
+            )
 
     def named(self, args: tuple, kwargs: dict) -> dict:
         """The arguments of a call of the base model by name."""
@@ -226,15 +285,15 @@ class Entry:
         past = cache.get_seq_length() if isinstance(cache, Cache) else 0
         if (count or prefix) and isinstance(cache, StaticCache):
             raise UnsupportedError("Soft prompts do not work with a static cache; leave cache_implementation out.")
-        if (count or prefix) and mask is not None and not past and mask.shape[:2] != given.shape[:2] and mask.dim() == 2:
+        if (count or prefix) and is_plain(mask) and not past and mask.shape != given.shape[:2]:
             raise UnsupportedError(
                 f"attention_mask {tuple(mask.shape)} does not fit the inputs {tuple(given.shape[:2])}: expected one place a "
                 "given token, without the virtual ones."
             )
-        if mask is not None and mask.dim() != 2:
+        if mask is not None and not is_plain(mask):
             if count or prefix:
                 raise UnsupportedError(
-                    f"Soft prompts need an attention_mask [B, T] of ones and zeros, got {tuple(mask.shape)}."
+                    f"Soft prompts need an attention_mask [B, T] of ones and zeros, got {shape_of(mask)}."
                 )
             return named
         if mask is None and not past:
@@ -485,7 +544,7 @@ class Entry:
             self.check_encoded(encoded, mask, count)
         if mask is None and encoded is None and given is not None:
             mask = given.new_ones(given.shape[:2], dtype=torch.long)
-        if count and mask is not None:
+        if count and is_plain(mask):
             named["attention_mask"] = torch.cat((count.ones(mask), mask), dim=1)
             plan.scratch["masked_front"] = count.most
         if prefix:
@@ -495,13 +554,15 @@ class Entry:
             if not prefix.even and named.get("labels") is not None:
                 self.engine.decoder_inputs(named)
             if (decoder_mask := self.decoder_mask(named, prefix)) is not None:
+                if not is_plain(decoder_mask):
+                    raise UnsupportedError(f"A prefix needs a decoder_attention_mask [B, T], got {shape_of(decoder_mask)}.")
                 if not position_tables(self.host.base.get_decoder()) and bool((decoder_mask[:, 0] == 0).any()):
                     raise UnsupportedError(
                         f"{type(self.host.base).__name__}'s decoder counts positions by place, so padding between its "
                         "prefix and the tokens would change the result. Pad the decoder's inputs on the right."
                     )
                 named["decoder_attention_mask"] = torch.cat((prefix.ones(decoder_mask), decoder_mask), dim=1)
-        if isinstance(mask := named.get("decoder_attention_mask"), Tensor) and mask.dim() == 2:
+        if is_plain(mask := named.get("decoder_attention_mask")):
             plan.scratch["decoder_positions"] = positions_from_mask(mask)
         return named
 
@@ -519,11 +580,10 @@ class Entry:
     def check_encoded(encoded: Any, mask: Tensor | None, count: Front) -> None:
         """`encoder_outputs` must have come through the adapter: UnsupportedError for those without its virtual tokens."""
         states = encoded[0] if not hasattr(encoded, "last_hidden_state") else encoded.last_hidden_state
-        if mask is None or states.shape[1] != mask.shape[1] + count.most:
-            shape = None if mask is None else tuple(mask.shape)
+        if not is_plain(mask) or states.shape[1] != mask.shape[1] + count.most:
             raise UnsupportedError(
-                f"encoder_outputs {tuple(states.shape)} with an attention_mask of {shape}: expected {count.most} places "
-                "more than the mask's, for the virtual tokens. Leave encoder_outputs out, or take a pass's "
+                f"encoder_outputs {tuple(states.shape)} with an attention_mask of {shape_of(mask)}: expected {count.most} "
+                "places more than the mask's, for the virtual tokens. Leave encoder_outputs out, or take a pass's "
                 "encoder_last_hidden_state under this adapter, with that pass's attention_mask."
             )
 
@@ -551,6 +611,9 @@ class Entry:
             mask = self.with_virtual(mask, placed, count)
             order = placed if order is None else chained(order, placed, count.most)
         scratch |= {"encoder_positions": positions_from_mask(mask), "encoder_order": order}
+        if self.encoder_room is not None and mask.shape[1] > self.encoder_room:
+            scratch.setdefault("batch", len(mask))
+            self.raise_beyond(plan, self.encoder_room, None, mask.shape[1])
         return named | {"attention_mask": mask}
 
     def fill_decoder_cache(self, plan: Plan, cache: Any) -> EncoderDecoderCache:
@@ -578,6 +641,12 @@ class Entry:
         plan.encoded = True
         count, mask = self.host.fronts(plan, given.shape[0])[0], named.get("attention_mask")
         mask = given.new_ones(given.shape[:2], dtype=torch.long) if mask is None else mask
+        if not is_plain(mask):
+            if count or self.host.has_encoder_memory(plan):
+                raise UnsupportedError(
+                    f"Soft prompts need an attention_mask [B, T] of ones and zeros, got {shape_of(mask)}."
+                )
+            return None
         return (), self.encoder_tokens(plan, named, mask[:, plan.scratch.pop("masked_front", 0) :], count)
 
     def after_encoder(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -650,6 +719,15 @@ class Entry:
                 fill = True if mask.dtype == torch.bool else (1 if mask.dim() == 2 else 0)
                 named[name] = F.pad(mask, (memory[index][0].shape[-2], 0), value=fill)
         return (), named
+
+
+def is_plain(mask: Any) -> TypeGuard[Tensor]:
+    """Whether an attention mask is of rows and places [B, T]; static caches bring 4D ones, or a dict of them by layer."""
+    return isinstance(mask, Tensor) and mask.dim() == 2
+
+
+def shape_of(mask: Any) -> str:
+    return str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
 
 
 def chained(first: Tensor, then: Tensor, count: int) -> Tensor:

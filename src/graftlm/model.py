@@ -214,7 +214,7 @@ class PeftModel(Host):
         given = whole["inputs_embeds"] if "inputs_embeds" in whole else whole.get("input_ids")
         if "inputs_embeds" in whole:
             whole.pop("input_ids", None)
-        if given is not None and (mask is None or mask.shape[1] == given.shape[1]):  # else they are the new ones alone
+        if given is not None and (mask is None or mask.shape == given.shape[:2]):  # else they are the new ones alone
             plan.resumed = whole
 
     def _refuse_chunks(self, options: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
+from accelerate.utils.operations import convert_to_fp32
 from families import CAUSAL, SEQ2SEQ, VOCAB, batch, build
 from helpers import CONFIGS, attach, cases, close, config, on_flash, padded, randomise, rows, still
 from torch import Tensor, nn
@@ -53,6 +54,11 @@ def pass_(model: Any, **inputs: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
     return output.loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, output
 
 
+def unmade(output: Any) -> bool:
+    """Whether an output's logits are still to be made."""
+    return hasattr(output.loss, "logits_on_demand") and "_logits" not in vars(output)
+
+
 def same(model: Any, tolerance: float = 1e-5, **inputs: Any) -> Any:
     """The short cuts' loss and gradients are the plain pass's; the short cuts' output is returned."""
     model.lean = False
@@ -63,8 +69,7 @@ def same(model: Any, tolerance: float = 1e-5, **inputs: Any) -> Any:
     assert own.keys() == gradients.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(own[name], gradient, atol=tolerance, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
-    assert "logits" in plain
-    assert "logits" not in output
+    assert unmade(output) and not unmade(plain)
     return output, plain
 
 
@@ -221,7 +226,7 @@ def test_mixed_precision() -> None:
     model.lean = False
     with torch.autocast("cpu", torch.bfloat16):
         plain = model(**ragged())
-    assert "logits" not in output
+    assert unmade(output)
     close(output.loss, plain.loss, 2e-2)
 
 
@@ -274,7 +279,7 @@ def test_trained_heads_are_trained(options: dict[str, Any]) -> None:
 
 def test_a_base_without_language_model_head_is_left_alone() -> None:
     model = trained("bert", "lora")
-    assert "logits" in model(**batch("bert"))
+    assert not unmade(model(**batch("bert")))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "phi3", "chatglm"])
@@ -378,20 +383,30 @@ def test_sliding_windows_are_kept() -> None:
 def test_logits_are_lazy_and_carry_gradients() -> None:
     model = trained("bloom", "prompt")
     output = model(**ragged())
-    assert set(output) == {"loss"}
-    assert output[0] is output.loss
-    assert "_logits" not in output.__dict__
+    assert list(output) == list(output.keys()) == ["loss", "logits"] and len(output) == 2
+    assert "logits" in output and "attentions" not in output and output.get("attentions", 3) == 3
+    assert output[0] is output["loss"] is output.loss is output.get("loss") is output[:1][0]
+    convert_to_fp32(output)  # what accelerate does to the outputs of every step
+    assert unmade(output)
     made = output.logits
-    assert output["logits"] is made
+    assert output["logits"] is made is output[1] is output[-1] is output.get("logits") is dict(output.items())["logits"]
+    assert [v is w for v, w in zip(output.to_tuple(), output.values(), strict=True)] == [True, True]
+    assert all(a is b for a, b in zip(output.to_tuple(), {**output}.values(), strict=True))
+    loss, logits = output.to_tuple()
+    assert loss is output.loss and logits is made
+    with pytest.raises(KeyError):
+        output["attentions"]
     made.float().pow(2).mean().backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     again = type(output)({k: v.float() for k, v in output.items()})  # as accelerate rebuilds outputs
     close(again.logits, made)
+    again.logits = made
+    assert list(again) == ["loss", "logits"] and again.to_tuple()[1] is made
 
 
 def test_evaluation_and_other_requests_are_plain() -> None:
     model, inputs = trained("llama", "lora"), ragged()
-    assert "logits" in model.eval()(**inputs)
+    assert not unmade(model.eval()(**inputs))
     model.train()
     assert model(**inputs, output_hidden_states=True).hidden_states
     assert len(model(**inputs, return_dict=False)) >= 2
@@ -511,7 +526,7 @@ def test_a_failing_pass_puts_the_attention_back() -> None:
         model(**ragged())
     handle.remove()
     assert base.config._attn_implementation == before
-    assert "logits" in base(**ragged())
+    assert not unmade(base(**ragged()))
 
 
 def test_copies_and_pickles_train() -> None:
@@ -643,7 +658,7 @@ def test_arguments_of_the_loss_go_the_plain_way() -> None:
     model, inputs = trained("llama", "lora"), ragged()
     labels = inputs["labels"].masked_fill(inputs["labels"] == -100, -7)
     output = model(**(inputs | {"labels": labels}), ignore_index=-7)
-    assert "logits" in output
+    assert not unmade(output)
     close(output.loss, model(**inputs).loss)
 
 
@@ -709,7 +724,7 @@ def test_a_loss_function_that_is_set_later_is_heeded() -> None:
     model(**ragged())
     model.base.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.float().mean()
     output = model(**ragged())
-    assert "logits" in output
+    assert not unmade(output)
     close(output.loss, output.logits.float().mean())
 
 

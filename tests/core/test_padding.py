@@ -145,6 +145,60 @@ def test_without_cache(name: str, method: Any) -> None:
     assert "past_key_values" not in model(**inputs, use_cache=False, **extra_inputs(name, 3))
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2", "t5"])
+def test_static_cache(name: str) -> None:
+    """Families with layers of several kinds get a dict of masks there."""
+    asked = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    for method in ("lora", "houlsby"):
+        model, inputs = attach(name, method), padded(rows(name), "left")
+        assert torch.equal(
+            model.generate(**inputs, **asked, cache_implementation="static"), model.generate(**inputs, **asked)
+        )
+    for method in ("prompt", "prefix") if name not in SEQ2SEQ else ("prefix",):
+        with pytest.raises(UnsupportedError, match="static cache"):
+            attach(name, method).generate(**inputs, **asked, cache_implementation="static")
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+def test_masks_of_other_forms_are_refused(method: str) -> None:
+    ids = rows("llama", (4,))[0][None]
+    square = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    for mask, got in ((square, r"\(1, 1, 4, 4\)"), ({"full_attention": square}, "dict")):
+        with pytest.raises(UnsupportedError, match=f"attention_mask .B, T. of ones and zeros, got {got}"):
+            attach("llama", method)(input_ids=ids, attention_mask=mask)
+    close(
+        logits_of(attach("llama", "lora"), input_ids=ids, attention_mask=square),
+        logits_of(attach("llama", "lora"), input_ids=ids),
+    )
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "lora"])
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bart", "bert", "llama"])
+def test_more_tokens_than_a_learned_table_has_positions(name: str, method: str) -> None:
+    """128 of them: with three virtual tokens 125 tokens go in, whatever padding stands beside them."""
+    base = fresh(name)
+    if name == "bert":
+        base = type(base)(t.BertConfig(**{**base.config.to_dict(), "max_position_embeddings": 128})).eval()
+    model = attach(name, method, base=base)
+    front = 0 if method == "lora" or (name, method) == ("bart", "prefix") else 3
+    decoder = extra_inputs(name, 1)
+    for extra in (0, 9) if name != "bart" else (0,):
+        model(**padded([torch.full((128 - front,), 5)], "right", extra), **decoder)
+        long = padded([torch.full((129 - front,), 5)], "right", extra)
+        for mode in (model.eval(), model.train()):
+            if name == "llama":
+                mode(**long)
+                continue
+            with pytest.raises(
+                UnsupportedError, match=f"positions for 128 places, .* needs 129: tokens.*{front} (virtual|prefix)"
+            ):
+                mode(**long, **decoder)
+        model.eval()
+    if name in ("gpt2", "opt", "bart"):
+        with pytest.raises(UnsupportedError, match="needs 129"):
+            model.generate(torch.full((1, 120), 5), max_new_tokens=140, min_new_tokens=140)
+
+
 EAGER = {"output_attentions": True, "output_hidden_states": True}
 
 

@@ -642,6 +642,31 @@ def test_two_wrappers_merge_each_by_itself() -> None:
     assert torch.equal(logits_of(first, **INPUTS), one)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "bart"])
+@pytest.mark.parametrize("method", ["prompt", "prefix", "houlsby", "bias_all", "lora"])
+def test_a_backbone_that_is_called_by_itself(name: str, method: str) -> None:
+    """What acts through the wrapper only is not left out silently; LoRA acts there, too."""
+    model, ids = attach(name, method), batch(name)["input_ids"]
+    backbone = model.base.base_model
+    if method == "lora":
+        with torch.no_grad():
+            states = model(ids, output_hidden_states=True)
+            last = states["decoder_hidden_states" if name == "bart" else "hidden_states"][-1]
+            close(backbone(ids)[0], last)
+        return
+    for _ in range(2):
+        with pytest.raises(UnsupportedError, match="called by itself: default would be left out"):
+            backbone(ids)
+        with pytest.raises(Exception, match="."):  # a failing call of the base leaves nothing behind
+            model.base(input_ids="no ids")
+    bare = fresh(name)
+    if method != "bias_all" and name != "bert":  # LoRA and trained heads act in direct calls
+        assert torch.equal(model.base(ids)[0], bare(ids)[0])
+    with model.disable_adapter():
+        assert torch.equal(backbone(ids)[0], bare.base_model(ids)[0])
+    assert getattr(model, model.base.base_model_prefix) is backbone
+
+
 def with_two(names: tuple[str, str] = ("a", "b"), **options: Any) -> tuple[Any, dict[str, Any]]:
     """A model with two LoRA adapters, the first active, and the logits of each, of both and of none."""
     settings = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": "all-linear", **options}

@@ -156,6 +156,17 @@ def position_table(module: Any) -> tuple[Tensor, int]:
     return module.weight, getattr(module, "offset", 0)
 
 
+def position_room(half: nn.Module) -> int | None:
+    """How many positions a model (an encoder, a decoder) has vectors for; None where they are computed."""
+    found: list[Any] = [
+        m for n, m in base_modules(half) if n.rpartition(".")[2] in _POSITION_TABLES and isinstance(m, nn.Embedding)
+    ]
+    return min((m.num_embeddings - getattr(m, "offset", 0) for m in found), default=None)
+
+
+_POSITION_TABLES = {"wpe", "position_embeddings", "embed_positions"}
+
+
 def pools_last_token(base: nn.Module) -> bool:
     """Whether the model's head reads each row's last token (decoder-only sequence classifiers)."""
     name = type(base).__name__

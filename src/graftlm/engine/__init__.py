@@ -131,7 +131,11 @@ class Engine:
         if is_encoder_decoder(base):
             return "padded"
         mask = named.get("attention_mask")
-        if given is None or given.shape[:2] != labels.shape or (mask is not None and mask.shape != labels.shape):
+        if (
+            given is None
+            or given.shape[:2] != labels.shape
+            or (mask is not None and getattr(mask, "shape", None) != labels.shape)
+        ):
             return "plain"
         extra = any(v is not None and k not in PACKABLE for k, v in named.items())
         extra = extra or hasattr(token_embeddings(base), "neftune_noise_alpha")  # noise scaled by the row's length

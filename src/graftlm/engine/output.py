@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,16 +29,21 @@ class OnDemand:
 
 
 def with_lazy_logits(output: Any, loss: Tensor, make: Callable[[], Tensor]) -> Any:
-    """`output` (a transformers ModelOutput) with `loss`; its `logits` are no item, and made by `make` when they are read."""
+    """`output` (a transformers ModelOutput) with `loss`, and `logits` that are made by `make` when they are read."""
     kind = _lazy_class(type(output))  # type: ignore[arg-type]
     loss.logits_on_demand = OnDemand(make)  # type: ignore[attr-defined]
     items = {k: v for k, v in output.items() if k not in ("logits", "loss")}
     return kind(loss=loss, **items)
 
 
+# Libraries that go through all items of an output in every training step: to them the logits are no item, or they would be
+# made each time. accelerate builds outputs anew from what it finds.
+_PASSING = ("accelerate.", "torch.nn.parallel.")
+
+
 @functools.cache
 def _lazy_class(kind: Any) -> Any:
-    """A subclass of an output class whose `logits` are made when they are first read, by name or by place."""
+    """A subclass of an output class in which `logits` stand behind the loss as ever, made when they are first read."""
 
     def logits(self: Any) -> Tensor:
         if "_logits" not in self.__dict__:
@@ -47,29 +54,43 @@ def _lazy_class(kind: Any) -> Any:
         if value is not None:
             self.__dict__["_logits"] = value
 
+    def names(self: Any) -> Iterator[str]:
+        held = list(OrderedDict.__iter__(self))
+        yield from held if "logits" in held else [*held[:1], "logits", *held[1:]]  # they are held once they were set
+
     def get(self: Any, key: Any) -> Any:
         if key == "logits":
             return self.logits
         if isinstance(key, str):
-            return super(made, self).__getitem__(key)
-        return self.loss if key == 0 else self.to_tuple()[key]
+            return OrderedDict.__getitem__(self, key)
+        keys = list(self)[key]
+        return self[keys] if isinstance(keys, str) else tuple(self[k] for k in keys)
 
-    def get_or(self: Any, key: Any, default: Any = None) -> Any:
-        return self.logits if key == "logits" else kind.get(self, key, default)
+    def view(made: Callable, held: Callable) -> Callable:
+        def of(self: Any) -> Any:
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            return held(self) if caller.startswith(_PASSING) else made(self)
 
-    def to_tuple(self: Any) -> tuple:
-        rest = (super(made, self).__getitem__(k) for k in self.keys() if k != "loss")
-        return (self.loss, self.logits, *rest)
+        return of
 
     def reduce(self: Any) -> Any:
         return kind, (), None, None, iter({**self, "logits": self.logits.detach()}.items())
 
     body = {
-        "logits": property(logits, put), "__getitem__": get, "get": get_or, "to_tuple": to_tuple, "__reduce__": reduce,
+        "logits": property(logits, put),
         "__module__": kind.__module__,
-    }  # fmt: skip
-    made: Any = type(kind.__name__, (kind,), body)
-    return made
+        "__reduce__": reduce,
+        "__iter__": names,
+        "__len__": lambda self: sum(1 for _ in names(self)),
+        "__contains__": lambda self, key: key == "logits" or OrderedDict.__contains__(self, key),
+        "__getitem__": get,
+        "get": Mapping.get,
+        "to_tuple": lambda self: self[:],
+        "keys": lambda self: KeysView(self),
+        "values": view(ValuesView, OrderedDict.values),
+        "items": view(ItemsView, OrderedDict.items),
+    }
+    return type(kind.__name__, (kind,), body)
 
 
 class Hook:

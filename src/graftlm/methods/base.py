@@ -211,6 +211,11 @@ class Method:
     #: whether `merge` can fold the adapter into the base weights
     mergeable: ClassVar[bool] = False
 
+    @property
+    def bound(self) -> bool:
+        """Whether some of it acts in passes through the wrapper only, not in direct calls of modules of the base."""
+        return True
+
     def __init__(self, config: PeftConfig, name: str) -> None:
         self.config = config
         self.name = name

@@ -157,6 +157,10 @@ class Lora(Method):
 
     mergeable = True
 
+    @property
+    def bound(self) -> bool:
+        return self.config.bias != "none"  # type: ignore[attr-defined]
+
     def attach(self, host: wrapper.PeftModel, *, for_loading: bool = False) -> None:
         config: LoraConfig = self.config  # type: ignore[assignment]
         if config.target_modules is None:
