@@ -272,8 +272,7 @@ class Entry:
                 named[name] = named[name] + count
         if isinstance(named.get("logits_to_keep"), Tensor):
             named["logits_to_keep"] = named["logits_to_keep"] + count
-        outside_loss = named.get("labels") is None and named.get("num_items_in_batch") is not None
-        plan.scratch |= {"order": order, "count": count, "drop": outside_loss or self.aligned_task()}
+        plan.scratch |= {"order": order, "count": count, "drop": self.drops_virtual(named)}
         if named.get("return_dict") is False:
             plan.scratch["tuple"] = named["return_dict"] = True
         return named
@@ -287,9 +286,11 @@ class Entry:
         """Whether an input runs along the token axis (the labels of a sequence classifier do not)."""
         return name == "token_type_ids" or self.host.task_type is not TaskType.SEQ_CLS
 
-    def aligned_task(self) -> bool:
-        """Whether this task's outputs are one a given token, without the virtual ones."""
-        return self.host.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+    def drops_virtual(self, named: dict) -> bool:
+        """Whether outputs are one a given token, without the virtual ones: for token-level tasks, and for a Trainer, which
+        hands them on beside its labels (to a loss of its own, to `compute_metrics`)."""
+        trains = named.get("num_items_in_batch") is not None
+        return trains or self.host.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
     @staticmethod
     def with_virtual(mask: Tensor, order: Tensor, front: Front) -> Tensor:
@@ -368,8 +369,7 @@ class Entry:
     def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Forward hook of the base model: outputs along the token axis go back to the order they were given in.
 
-        As with HF PEFT the virtual tokens' outputs come first ([B, P + T, …]); they are dropped where a loss outside the
-        model, or a token-level task, needs one output a given token.
+        As with HF PEFT the virtual tokens' outputs come first ([B, P + T, …]), unless `drops_virtual`.
         """
         plan = self.plan()
         if plan is None:
