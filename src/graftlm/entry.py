@@ -27,6 +27,7 @@ from .architectures import (
     backbone_embeddings,
     counts_from_ids,
     counts_from_mask,
+    finds_features_by_embedding,
     has_image_positions,
     is_encoder_decoder,
     pools_first_token,
@@ -94,7 +95,7 @@ class Entry:
         self.encoder_decoder = is_encoder_decoder(base)
         self.takes_positions = takes_position_ids(base)
         self.counts_from_mask = counts_from_mask(base)
-        self.image_positions = has_image_positions(base)
+        self.image_positions = has_image_positions(base)  # of several axes, which cannot be shifted behind virtual tokens
         self.offset = position_offset(base)
         self.counts_from_ids = counts_from_ids(base)
         self.to_left = pools_last_token(base)
@@ -190,7 +191,7 @@ class Entry:
         uneven = not (count.even and prefix.even)
         if count or prefix:
             self.refuse_packed(named)
-            self.refuse_images(named)
+            self.refuse_features(named, count)
             if mask is None and (not past or uneven):
                 before = past - count.most - prefix.most if past else 0
                 mask = given.new_ones(given.shape[0], before + given.shape[1], dtype=torch.long)
@@ -306,12 +307,22 @@ class Entry:
                 f"that attends to {window} places: rows would not equal themselves alone. Run one adapter a batch here."
             )
 
-    def refuse_images(self, named: dict) -> None:
-        """Positions of several axes, made out of ids and images by the model, cannot be shifted behind virtual tokens."""
-        if self.image_positions and any(v is not None and k.startswith("pixel_values") for k, v in named.items()):
+    def refuse_features(self, named: dict, count: Front) -> None:
+        """Images and sound that would get lost, or other positions, behind virtual tokens or a prefix."""
+        kinds = ("pixel_values", "input_features", "input_values", "image", "audio", "video")
+        given = [k for k, v in named.items() if isinstance(v, Tensor) and v.is_floating_point()]
+        features = [k for k in given if k.startswith(kinds)]
+        if not features:
+            return
+        name, use = type(self.host.base).__name__, "Use LoRA or bottleneck adapters, or text alone."
+        if self.image_positions:
             raise UnsupportedError(
-                f"{type(self.host.base).__name__} gives image tokens positions of several axes; soft prompts and prefixes "
-                "do not go with images here. Use LoRA or bottleneck adapters, or text alone."
+                f"{name} gives image tokens positions of several axes; soft prompts and prefixes do not go with images here "
+                f"({', '.join(features)}). {use}"
+            )
+        if count and not finds_features_by_embedding(self.host.base):
+            raise UnsupportedError(
+                f"{name} places {', '.join(features)} by token ids, and virtual tokens enter as embeddings. {use}"
             )
 
     def keep_apart(self, named: dict) -> None:
