@@ -61,7 +61,7 @@ def save(
     host: PeftModel,
     save_directory: str | os.PathLike,
     safe_serialization: bool = True,
-    selected_adapters: list[str] | None = None,
+    selected_adapters: list[str] | str | None = None,
     save_embedding_layers: str | bool = "auto",
     is_main_process: bool = True,
     state_dict: dict[str, Tensor] | None = ...,  # type: ignore[assignment]
@@ -95,7 +95,8 @@ def save(
     folder = Path(save_directory)
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; save_pretrained needs a directory.")
-    names = list(host.methods) if selected_adapters is None else list(selected_adapters)
+    chosen = [selected_adapters] if isinstance(selected_adapters, str) else selected_adapters
+    names = list(host.methods) if chosen is None else list(chosen)
     host._known(*names)
     for name in names:
         target = folder if name == "default" else folder / name

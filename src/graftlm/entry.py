@@ -28,6 +28,7 @@ from .architectures import (
     backbone_embeddings,
     counts_from_ids,
     counts_from_mask,
+    finds_features_by_embedding,
     has_image_positions,
     is_encoder_decoder,
     pools_first_token,
@@ -101,7 +102,7 @@ class Entry:
         self.encoder_decoder = is_encoder_decoder(base)
         self.takes_positions = takes_position_ids(base)
         self.counts_from_mask = counts_from_mask(base)
-        self.image_positions = has_image_positions(base)
+        self.image_positions = has_image_positions(base)  # of several axes, which cannot be shifted behind virtual tokens
         self.offset = position_offset(base)
         self.counts_from_ids = counts_from_ids(base)
         self.room = position_room(base.get_decoder() if self.encoder_decoder else base)
@@ -301,7 +302,7 @@ class Entry:
         uneven = not (count.even and prefix.even)
         if count or prefix:
             self.refuse_packed(named)
-            self.refuse_images(named)
+            self.refuse_features(named, count)
             before = self.held(plan, cache) if past else 0  # type: ignore[arg-type]
             if mask is not None and past and mask.shape[1] != before + given.shape[1]:
                 raise UnsupportedError(
@@ -393,8 +394,7 @@ class Entry:
             named["logits_to_keep"] = named["logits_to_keep"] + count
         if "order" in plan.scratch:  # of what `padding_last` made of the given tokens
             order = chained(plan.scratch["order"], order, count)
-        outside_loss = named.get("labels") is None and named.get("num_items_in_batch") is not None
-        plan.scratch |= {"order": order, "count": count, "drop": outside_loss or self.aligned_task()}
+        plan.scratch |= {"order": order, "count": count, "drop": self.drops_virtual(named)}
         return named
 
     @property
@@ -406,9 +406,11 @@ class Entry:
         """Whether an input runs along the token axis (the labels of a sequence classifier do not)."""
         return name == "token_type_ids" or self.host.task_type is not TaskType.SEQ_CLS
 
-    def aligned_task(self) -> bool:
-        """Whether this task's outputs are one a given token, without the virtual ones."""
-        return self.host.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+    def drops_virtual(self, named: dict) -> bool:
+        """Whether outputs are one a given token, without the virtual ones: for token-level tasks, and for a Trainer, which
+        hands them on beside its labels (to a loss of its own, to `compute_metrics`)."""
+        trains = named.get("num_items_in_batch") is not None
+        return trains or self.host.task_type in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
     @staticmethod
     def with_virtual(mask: Tensor, order: Tensor, front: Front) -> Tensor:
@@ -432,12 +434,22 @@ class Entry:
                 "on the right in a pass; generate rows of one length together."
             )
 
-    def refuse_images(self, named: dict) -> None:
-        """Positions of several axes, made out of ids and images by the model, cannot be shifted behind virtual tokens."""
-        if self.image_positions and any(v is not None and k.startswith("pixel_values") for k, v in named.items()):
+    def refuse_features(self, named: dict, count: Front) -> None:
+        """Images and sound that would get lost, or other positions, behind virtual tokens or a prefix."""
+        kinds = ("pixel_values", "input_features", "input_values", "image", "audio", "video")
+        given = [k for k, v in named.items() if isinstance(v, Tensor) and v.is_floating_point()]
+        features = [k for k in given if k.startswith(kinds)]
+        if not features:
+            return
+        name, use = type(self.host.base).__name__, "Use LoRA or bottleneck adapters, or text alone."
+        if self.image_positions:
             raise UnsupportedError(
-                f"{type(self.host.base).__name__} gives image tokens positions of several axes; soft prompts and prefixes "
-                "do not go with images here. Use LoRA or bottleneck adapters, or text alone."
+                f"{name} gives image tokens positions of several axes; soft prompts and prefixes do not go with images here "
+                f"({', '.join(features)}). {use}"
+            )
+        if count and not finds_features_by_embedding(self.host.base):
+            raise UnsupportedError(
+                f"{name} places {', '.join(features)} by token ids, and virtual tokens enter as embeddings. {use}"
             )
 
     def keep_apart(self, named: dict) -> None:
@@ -495,8 +507,7 @@ class Entry:
     def after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
         """Forward hook of the base model: outputs along the token axis go back to the order they were given in.
 
-        As with HF PEFT the virtual tokens' outputs come first ([B, P + T, …]); they are dropped where a loss outside the
-        model, or a token-level task, needs one output a given token.
+        As with HF PEFT the virtual tokens' outputs come first ([B, P + T, …]), unless `drops_virtual`.
         """
         plan = self.plan()
         if plan is None:

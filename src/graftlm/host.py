@@ -301,10 +301,10 @@ class Host(PreTrainedModel):
         Raises:
             AdapterError: an unknown name, or the same name twice.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self._known(*names)
-        if len(set(names)) != len(names) or not names:
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        if not isinstance(names, (list, tuple)) or len(set(map(str, names))) != len(names) or not names:
             raise AdapterError(f"set_adapter({adapter_name!r}): expected one or more different names.")
+        self._known(*names)
         before, self.switch.active = self.switch.active, tuple(names)
         self._update_requires_grad({*before, *names}, frozen=inference_mode)
 

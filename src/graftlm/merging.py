@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -196,6 +196,8 @@ def add_weighted_adapter(
     unknown = set(ignored) - {"svd_full_matrices", "svd_driver"}
     if unknown:
         raise TypeError(f"unexpected keyword arguments {sorted(unknown)}")
+    if isinstance(adapters, str) or not isinstance(weights, Sequence):
+        raise AdapterError(f"adapters={adapters!r}, weights={weights!r}: expected two lists, one weight an adapter.")
     host._known(*adapters)
     configs = [host.peft_config[n] for n in adapters]
     if len(adapters) != len(weights) or not adapters:

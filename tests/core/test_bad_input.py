@@ -452,6 +452,41 @@ def test_bottleneck_places() -> None:
         graftlm.get_peft_model(fresh("llama"), graftlm.BottleneckConfig(feed_forward_modules=["down"]))
 
 
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"layers_to_transform": [0, 5]}, "layers_to_transform: 5"),
+        ({"feed_forward_modules": ["down_proj", "dwn_proj"]}, "feed_forward_modules: 'dwn_proj'; did you mean 'down_proj'"),
+        ({"attention_modules": ["o_proj"]}, r"attention_modules \(placement PFEIFFER has no adapter there\)"),
+    ],
+)
+def test_bottleneck_entries_that_select_nothing_are_named(options: dict[str, Any], match: str) -> None:
+    with pytest.warns(UserWarning, match=match):
+        graftlm.get_peft_model(fresh("llama"), graftlm.BottleneckConfig(**options))
+
+
+def test_expressions_and_empty_names() -> None:
+    with pytest.raises(TargetError, match=r"feed_forward_modules='down_proj' matches no module.*write \['down_proj'\]"):
+        graftlm.get_peft_model(fresh("llama"), graftlm.BottleneckConfig(feed_forward_modules="down_proj"))
+    with pytest.raises(ConfigError, match=r"feed_forward_modules: '\(' is no regular expression"):
+        graftlm.BottleneckConfig(feed_forward_modules="(")
+    with pytest.raises(ConfigError, match=r"layers_pattern: '\[' is no regular expression"):
+        lora(layers_to_transform=[0], layers_pattern=["layers", "["])
+    with pytest.raises(TargetError, match="an empty name would be every module"):
+        graftlm.get_peft_model(fresh("llama"), lora(modules_to_save=[""]))
+
+
+def test_names_given_as_a_string_or_not_at_all(tmp_path: Path) -> None:
+    model = attach("llama", "lora")
+    model.save_pretrained(tmp_path, selected_adapters="default")
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    with pytest.raises(AdapterError, match="expected two lists"):
+        model.add_weighted_adapter("default", [1.0], "mix")
+    for nothing in (None, 3, [], ["default", "default"]):
+        with pytest.raises(AdapterError, match="expected one or more different names"):
+            model.set_adapter(nothing)
+
+
 def test_prefix_and_prompt_sizes_given_wrong() -> None:
     with pytest.raises(ConfigError, match="token_dim=16: the input embeddings of this model are 32 wide"):
         graftlm.get_peft_model(fresh("llama"), graftlm.PromptTuningConfig(token_dim=16))

@@ -426,3 +426,45 @@ def test_images_keep_their_positions_of_several_axes() -> None:
     with pytest.raises(NotImplementedError, match="do not go with images"):
         soft(**inputs)
     assert run(soft, {"input_ids": inputs["input_ids"][:, -3:]})["logits"].shape[1] == 5
+
+
+def qwen2_audio() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    sound = {"num_mel_bins": 8, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "d_model": 32,
+             "max_source_positions": 10}  # fmt: skip
+    text = SMALL | {"model_type": "qwen2", "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    model = t.Qwen2AudioForConditionalGeneration(t.Qwen2AudioConfig(audio_config=sound, text_config=text, audio_token_id=60))
+    ids = torch.tensor([[5, 60, 60, 60, 60, 60, 7, 8]])
+    return model.eval(), {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "input_features": torch.randn(1, 8, 20),
+        "feature_attention_mask": torch.ones(1, 20, dtype=torch.long),
+    }  # fmt: skip
+
+
+def test_sound_that_would_get_lost_behind_virtual_tokens_raises() -> None:
+    """The model looks for the sound's places among ids; given embeddings it would leave the sound out."""
+    base, inputs = qwen2_audio()
+    wanted = run(base, inputs)["logits"]
+    model = graftlm.get_peft_model(base, graftlm.LoraConfig(target_modules=["q_proj", "v_proj"])).eval()
+    close(run(model, inputs)["logits"], wanted)
+    model.unload()
+    soft = graftlm.get_peft_model(base, graftlm.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).eval()
+    with pytest.raises(NotImplementedError, match="places input_features by token ids.*text alone"):
+        soft(**inputs)
+
+
+def test_images_stay_beside_virtual_tokens() -> None:
+    text = SMALL | {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+    vision = t.CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                image_size=8, patch_size=4)  # fmt: skip
+    torch.manual_seed(0)
+    base = t.LlavaForConditionalGeneration(
+        t.LlavaConfig(text_config=t.LlamaConfig(**text), vision_config=vision, image_token_id=60)
+    ).eval()
+    ids = torch.tensor([[5, 60, 60, 60, 60, 7, 8]])
+    model = graftlm.get_peft_model(base, graftlm.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).eval()
+    images = torch.randn(2, 1, 3, 8, 8)
+    one, other = (run(model, {"input_ids": ids, "pixel_values": image})["logits"] for image in images)
+    assert one.shape[1] == 9
+    assert (one[:, 3:] - other[:, 3:]).abs().max() > 1e-3
+    close(one[:, :3], other[:, :3])

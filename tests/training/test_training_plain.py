@@ -160,6 +160,29 @@ def test_smoothed_accumulation_is_that_of_transformers(family: str, tmp_path: Pa
         torch.testing.assert_close(found[1][1][key], value, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("cls", [t.Trainer, Trainer], ids=["plain", "own"])
+@pytest.mark.parametrize("method", ["prompt", "p_tuning_lstm", "prefix", "lora"])
+def test_metrics_get_one_output_a_label(method: str, cls: type, tmp_path: Path) -> None:
+    """`compute_metrics` shifts by one, as for the base: virtual tokens' outputs do not stand in front of the others."""
+    seen = {}
+
+    def metrics(prediction: t.EvalPrediction) -> dict[str, float]:
+        logits, labels = torch.tensor(prediction.predictions), torch.tensor(prediction.label_ids)
+        assert logits.shape[:2] == labels.shape
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        seen["logits"] = logits
+        return {"shifted": float(loss)}
+
+    rows = examples(4, seed=9)  # without labels that only a virtual token could predict
+    trainer = cls(
+        wrapped(method), arguments(tmp_path, per_device_eval_batch_size=4), eval_dataset=rows, compute_metrics=metrics
+    )
+    found = trainer.evaluate()
+    assert found["eval_shifted"] == pytest.approx(found["eval_loss"], abs=1e-5)
+    outputs = trainer.predict(rows)
+    assert outputs.predictions.shape == tuple(seen["logits"].shape)
+
+
 def test_someones_own_smoother_is_used(tmp_path: Path) -> None:
     trainer = trainer_of("lora", tmp_path, Trainer, label_smoothing_factor=0.1)
     trainer.label_smoother = lambda output, labels, **_: output["logits"].sum() * 0 + 7

@@ -117,6 +117,12 @@ def has_image_positions(base: nn.Module) -> bool:
     return any(hasattr(module, "get_rope_index") for _, module in base_modules(base))
 
 
+def finds_features_by_embedding(base: nn.Module) -> bool:
+    """Whether images or sound find their places among given embeddings (by transformers' methods for that), not ids only."""
+    names = ("get_placeholder_mask", "inputs_merger")
+    return any(hasattr(module, name) for _, module in base_modules(base) for name in names)
+
+
 def position_offset(base: nn.Module) -> int:
     """Position of a row's first token: RoBERTa and its kin count from `padding_idx + 1`, a few from 2, most from 0."""
     if (counting := _counts_from_ids(base)) is not None:

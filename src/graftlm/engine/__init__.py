@@ -203,7 +203,8 @@ class Engine:
         places, targets = self.targets(named, found, row)
         loss = places.to(device), targets.to(device), named.get("num_items_in_batch")
         plan.scratch |= {"loss": loss, "owners": row.owners[places]}
-        plan.scratch["unpack"] = named["labels"].shape, found, row, max(counts)
+        most = 0 if self.entry.drops_virtual(named) else max(counts)
+        plan.scratch["unpack"] = named["labels"].shape, found, row, most
         return inputs
 
     @contextmanager
@@ -400,7 +401,8 @@ class Engine:
         return head if isinstance(head, nn.Linear) and frozen and quantized_kind(head) is None else None
 
     def logits(self, plan: Plan) -> Tensor:
-        """All logits, as the plain model gives them: [B, P + T, V], virtual tokens first; zero states on padding."""
+        """All logits, as the plain model gives them: [B, P + T, V], virtual tokens first ([B, T, V] for a Trainer); zero
+        states on padding."""
         hidden, scratch = plan.scratch["hidden"], plan.scratch
         if scratch["way"] == "packed":
             (batch, length), found, row, most = scratch["unpack"]

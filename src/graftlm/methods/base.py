@@ -180,7 +180,7 @@ class PromptLearningConfig(PeftConfig):
 
     Args:
         num_virtual_tokens: how many virtual tokens (P).
-        token_dim: width of a virtual token: the hidden size; for a prefix, kv_heads * head_dim.
+        token_dim: width of a virtual token: that of the input embeddings; for a prefix, kv_heads * head_dim.
         num_transformer_submodules: 2 on encoder-decoder models (HF PEFT's layout of the table), else 1.
         num_attention_heads, num_layers: the base's; a prefix's file is laid out by them.
         modules_to_save: modules of the base that are trained in full and saved along.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,8 +30,8 @@ from ..errors import ConfigError, TargetError, nearest
 from ..kernels import dropout
 from ..routing import Group, Index, by_group
 from .base import Method, PeftConfig, PeftType, as_enum, register
-from .fields import Number, Positive, Probability
-from .targets import layer_index, matches
+from .fields import Number, Positive, Probability, check_expressions
+from .targets import as_list, layer_index, matches
 
 if TYPE_CHECKING:
     from .. import model as wrapper
@@ -42,6 +43,18 @@ class BottleneckPlacement(str, enum.Enum):
     HOULSBY = "HOULSBY"
     PFEIFFER = "PFEIFFER"
     PARALLEL = "PARALLEL"
+
+
+# The configuration's fields that name the modules of a place, and the places that a placement uses.
+FIELDS = {
+    "attention": "attention_modules", "feed_forward": "feed_forward_modules",
+    "feed_forward_in": "feed_forward_input_modules",
+}  # fmt: skip
+USED = {
+    BottleneckPlacement.HOULSBY: ("attention", "feed_forward"),
+    BottleneckPlacement.PFEIFFER: ("feed_forward",),
+    BottleneckPlacement.PARALLEL: ("feed_forward", "feed_forward_in"),
+}
 
 
 @dataclass(kw_only=True)
@@ -75,6 +88,8 @@ class BottleneckConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = PeftType.BOTTLENECK
         self.placement = as_enum(BottleneckPlacement, self.placement, "placement")
+        for name in FIELDS.values():
+            check_expressions(name, getattr(self, name))
         if self.activation not in ACT2FN:
             raise ConfigError(f"activation={self.activation!r} is unknown to transformers{nearest(self.activation, ACT2FN)}")
 
@@ -107,7 +122,9 @@ class Bottleneck(Method):
     def attach(self, host: wrapper.PeftModel, *, for_loading: bool = False) -> None:
         config: BottleneckConfig = self.config  # type: ignore[assignment]
         modules = {}
-        for site, source in self.places(host).items():
+        places = self.places(host)
+        self._report_unused(host, places)
+        for site, source in places.items():
             frozen = innermost(host.base.get_submodule(site))
             width_in = features(innermost(host.base.get_submodule(source)))[0] if source else features(frozen)[1]
             modules[site.replace(".", "/")] = Adapter(
@@ -118,22 +135,16 @@ class Bottleneck(Method):
     def places(self, host: wrapper.PeftModel) -> dict[str, str | None]:
         """Output module -> input module of a parallel adapter (None: the adapter reads the output itself)."""
         config: BottleneckConfig = self.config  # type: ignore[assignment]
-        wanted = {
-            "attention": config.attention_modules,
-            "feed_forward": config.feed_forward_modules,
-            "feed_forward_in": config.feed_forward_input_modules,
-        }
-        used = {
-            BottleneckPlacement.HOULSBY: ("attention", "feed_forward"),
-            BottleneckPlacement.PFEIFFER: ("feed_forward",),
-            BottleneckPlacement.PARALLEL: ("feed_forward", "feed_forward_in"),
-        }[config.placement]  # type: ignore[index]
+        wanted = {site: getattr(config, field) for site, field in FIELDS.items()}
+        used = USED[config.placement]  # type: ignore[index]
         sites = {} if all(wanted[s] for s in used) else block_sites(host.base)
         for site in used:
             if patterns := wanted[site]:
-                sites[site] = [n for n, _ in host.base.named_modules() if matches(patterns, n)]
+                names = [n for n, _ in host.base.named_modules()]
+                sites[site] = [n for n in names if matches(patterns, n)]
                 if not sites[site]:
-                    raise TargetError(f"{site}_modules={patterns!r} matches no module of this model.")
+                    hint = as_list(patterns, names) if isinstance(patterns, str) else ""
+                    raise TargetError(f"{FIELDS[site]}={patterns!r} matches no module of this model{hint}.")
         chosen = {s: [n for n in sites[s] if self._in_layers(n)] for s in used}
         if not chosen["feed_forward"]:
             raise TargetError(f"layers_to_transform={config.layers_to_transform!r} leaves no block.")
@@ -143,6 +154,27 @@ class Bottleneck(Method):
         if len(outs) != len(ins):
             raise TargetError(f"{len(outs)} feed-forward outputs and {len(ins)} inputs: name both in the configuration.")
         return dict(zip(outs, ins, strict=True))
+
+    def _report_unused(self, host: wrapper.PeftModel, places: dict[str, str | None]) -> None:
+        """One warning that names what of the configuration selects nothing."""
+        config: BottleneckConfig = self.config  # type: ignore[assignment]
+        names = [n for n, _ in host.base.named_modules()]
+        unused = []
+        for site, field in FIELDS.items():
+            patterns = getattr(config, field)
+            if patterns and site not in USED[config.placement]:  # type: ignore[index]
+                unused.append(f"{field} (placement {config.placement.value} has no adapter there)")  # type: ignore[attr-defined,union-attr]
+                continue
+            for entry in patterns if isinstance(patterns, list) else ():
+                if not any(matches([entry], n) for n in names):
+                    unused.append(f"{field}: {entry!r}{nearest(entry, {n.rpartition('.')[2] for n in names}, cutoff=0.4)}")
+        layers = {layer_index(name, None) for name in places}
+        wanted = config.layers_to_transform
+        unused += [
+            f"layers_to_transform: {n}" for n in ([wanted] if isinstance(wanted, int) else wanted or ()) if n not in layers
+        ]
+        if unused:
+            warnings.warn(f"These entries select nothing and have no effect: {', '.join(unused)}", stacklevel=2)
 
     def _in_layers(self, name: str) -> bool:
         wanted = self.config.layers_to_transform  # type: ignore[attr-defined]

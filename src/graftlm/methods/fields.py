@@ -11,6 +11,7 @@ import enum
 import functools
 import math
 import os
+import re
 import types
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
@@ -113,6 +114,15 @@ def fits(value: Any, kind: Any) -> bool:
         return True  # its own check names the members
     # an object of HF PEFT's class of this name will do
     return isinstance(value, kind) or (dataclasses.is_dataclass(kind) and type(value).__name__ == name)
+
+
+def check_expressions(name: str, value: Any) -> None:
+    """ConfigError for a string, or a key of a table, that is read as a regular expression and is none."""
+    for entry in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
+        try:
+            re.compile(entry)
+        except re.error as error:
+            raise ConfigError(f"{name}: {entry!r} is no regular expression ({error}).") from None
 
 
 def words(hint: Any) -> str:

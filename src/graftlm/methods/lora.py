@@ -27,7 +27,7 @@ from ..files import checkpoint_weight
 from ..quantization import quantized_kind, source_class
 from ..routing import by_group
 from .base import Method, PeftConfig, PeftType, clean_path, register, replace_module
-from .fields import Count, Number, Probability, also_takes
+from .fields import Count, Number, Probability, also_takes, check_expressions
 from .folds import both_forms
 from .lora_layers import LoraLayer, wrap
 from .targets import find_targets, pattern_value
@@ -112,22 +112,14 @@ class LoraConfig(PeftConfig):
                     f"'pissa_niter_<n>'{nearest(init, INITS)}"
                 )
         self.loftq_config = loftq_fields(self.loftq_config, init)
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern"):
+        for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
             check_expressions(name, getattr(self, name))
+        for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ():
+            check_expressions("layers_pattern", pattern)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("layers_pattern is given without layers_to_transform; name the layers' numbers there.")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ConfigError("layers_to_transform needs target_modules as a list; write the layers into the expression.")
-
-
-def check_expressions(name: str, value: Any) -> None:
-    """ConfigError for a string that is no regular expression, where one is read as such."""
-    entries = [value] if isinstance(value, str) else value if isinstance(value, dict) or name == "layers_pattern" else ()
-    for entry in entries or ():
-        try:
-            re.compile(entry)
-        except re.error as error:
-            raise ConfigError(f"{name}: {entry!r} is no regular expression ({error}).") from None
 
 
 def loftq_fields(given: Any, init: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -107,13 +107,15 @@ def bare_copy(module: nn.Module) -> Any:
     return made
 
 
-def find_modules(base: nn.Module, names: Iterable[str], wanted: Iterable[str]) -> dict[str, nn.Module]:
+def find_modules(base: nn.Module, names: Sequence[str], wanted: Iterable[str]) -> dict[str, nn.Module]:
     """Modules whose dotted name ends with an entry of `names`: HF PEFT's rule, by which "classifier" is DistilBERT's
     `pre_classifier` as well. Entries of `wanted` must each match something.
 
     Raises:
         TargetError: an entry of `wanted` matches nothing.
     """
+    if not all(names):
+        raise TargetError(f"modules_to_save={list(names)!r}: an empty name would be every module.")
     modules = {n: m for n, m in base_modules(base) if n}
     found = {n: m for n, m in modules.items() if clean_path(n).endswith(tuple(names))}
     for entry in wanted:

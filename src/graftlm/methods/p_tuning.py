@@ -38,7 +38,7 @@ class PromptEncoderConfig(PromptLearningConfig):
 
     Args:
         encoder_reparameterization_type: MLP or LSTM.
-        encoder_hidden_size: width of the network; the hidden size of the model when None.
+        encoder_hidden_size: width of the network; token_dim when None.
         encoder_num_layers: layers of the LSTM (the MLP always has three linear layers).
         encoder_dropout: between the LSTM's layers.
     """
