@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import workloads
 
 ROWS = 16
 PROMPT = {"short": 16, "long": 96}
@@ -34,7 +35,11 @@ def base() -> Any:
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=32000, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes)).eval()
+    return (
+        LlamaForCausalLM(LlamaConfig(vocab_size=32000, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes))
+        .eval()
+        .to(workloads.device)
+    )
 
 
 def config(library: Any) -> Any:
@@ -55,7 +60,7 @@ def with_adapters(library: Any, model: Any, count: int) -> Any:
 
 
 def rows(length: int, count: int = ROWS) -> dict[str, Any]:
-    ids = torch.randint(3, 32000, (count, length), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(3, 32000, (count, length), generator=torch.Generator().manual_seed(2)).to(workloads.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
@@ -88,8 +93,10 @@ def alternate(calls: list[Callable[[], Any]], rounds: int) -> list[float]:
             call()
     for _ in range(rounds):
         for found, call in zip(times, calls, strict=True):
+            workloads.synchronize()
             start = time.perf_counter()
             call()
+            workloads.synchronize()
             found.append(time.perf_counter() - start)
     return [statistics.median(t) for t in times]
 
@@ -154,7 +161,7 @@ def soft_rows(rounds: int) -> list[dict[str, Any]]:
                 cache = DynamicCache(config=plain.config)
                 for i, (k, v) in enumerate(memory):
                     cache.update(k.expand(ROWS, -1, -1, -1), v.expand(ROWS, -1, -1, -1), i)
-                mask = torch.ones(ROWS, length + VIRTUAL, dtype=torch.long)
+                mask = torch.ones(ROWS, length + VIRTUAL, dtype=torch.long, device=workloads.device)
                 with torch.no_grad():
                     return plain(
                         input_ids=given["input_ids"],
@@ -177,8 +184,10 @@ def soft_rows(rounds: int) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    workloads.device = args.device
     found = against_peft(args.rounds) + soft_rows(args.rounds)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1), encoding="utf-8")

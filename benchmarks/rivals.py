@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from workloads import Workload, batch, load, sharing, wrap
+from workloads import Workload, batch, load, sharing, synchronize, wrap
 
 
 class Runner:
@@ -55,10 +55,12 @@ class Runner:
         """Seconds of forward and backward, and of each optimiser (fused or not) with these gradients; the fused one's."""
         start = time.perf_counter()
         self.backward()
+        synchronize()
         found = [time.perf_counter() - start]
         for fused in optimisers or (True,):
             start = time.perf_counter()
             self.adamw[fused].step()
+            synchronize()
             found.append(time.perf_counter() - start)
         self.model.zero_grad()
         return found

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import memory as memory_bench
+import workloads
 from rivals import Runner, alternate, compare, kept_weights, pair
 from training_overheads import overheads
 from training_sweep import FAMILIES, sweep
@@ -50,15 +51,17 @@ def peak_flops(dtype: Any) -> float:
 
     best = 0.0
     for rows, width in ((1024, 2048), (2048, 4096)):
-        x, weight = torch.randn(rows, width).to(dtype), torch.randn(width, width).to(dtype)
+        x, weight = (torch.randn(size, width).to(workloads.device, dtype) for size in (rows, width))
         calls = [lambda: F.linear(x, weight)]  # noqa: B023
-        if torch.backends.mkldnn.is_available():
+        if workloads.device == "cpu" and torch.backends.mkldnn.is_available():
             calls.append(lambda: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], ""))  # noqa: B023
         for call in calls:
             call()
             for _ in range(5):
+                workloads.synchronize()
                 start = time.perf_counter()
                 call()
+                workloads.synchronize()
                 best = max(best, 2 * rows * width * width / (time.perf_counter() - start))
     return best
 
@@ -98,15 +101,15 @@ def memory_worker(library: str, name: str, dtype_name: str, folder: str, packed:
     if work.accumulate:
         inputs["num_items_in_batch"] = (inputs["labels"][:, 1:] != -100).sum()
     runner = Runner(library, model, inputs, work.accumulate)
-    memory_bench.settle("cpu")
+    memory_bench.settle(workloads.device)
     with kept_weights(model, bool(packed) and library == "graftlm"):
         for _ in range(3):
             runner.step(library == "graftlm" or not work.plain_adamw)
-    print(json.dumps({"peak": memory_bench.peak("cpu")}))
+    print(json.dumps({"peak": memory_bench.peak(workloads.device)}))
 
 
 def peak_memory(library: str, name: str, dtype: str, folder: str, packed: str) -> int:
-    command = [sys.executable, __file__, "--worker", library, name, dtype, folder, packed]
+    command = [sys.executable, __file__, "--device", workloads.device, "--worker", library, name, dtype, folder, packed]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{library} on {name} failed:\n{done.stderr[-2000:]}")
@@ -173,7 +176,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def workloads(args: argparse.Namespace) -> None:
+def measure_all(args: argparse.Namespace) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = None
@@ -195,6 +198,7 @@ def main() -> None:
     parser.add_argument("workloads", nargs="*", metavar="WORKLOAD", help=f"of {', '.join(WORKLOADS)}; all")
     parser.add_argument("--against", choices=["peft"], default="peft", help="the rival")
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5, help="measured steps of each library")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory runs out")
     parser.add_argument("--prepacked", action="store_true", help="GraftLM keeps the weights in oneDNN's layout too")
@@ -208,6 +212,7 @@ def main() -> None:
     if unknown := [w for w in args.workloads if w not in WORKLOADS]:
         parser.error(f"no workload {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
     args.workloads = args.workloads or list(WORKLOADS)
+    workloads.device = args.device
     warnings.filterwarnings("ignore")
     import transformers
 
@@ -219,7 +224,7 @@ def main() -> None:
     elif args.overheads:
         overheads(args)
     else:
-        workloads(args)
+        measure_all(args)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,16 @@ from typing import Any
 
 import memory as memory_bench
 
+device = "cpu"  # where models and batches go
+
+
+def synchronize() -> None:
+    """Until a GPU has done what was asked of it, so that clocks measure work."""
+    import torch
+
+    if device != "cpu":
+        torch.cuda.synchronize()
+
 
 @dataclass
 class Workload:
@@ -143,7 +153,7 @@ def batch(work: Workload, vocabulary: int) -> dict[str, Any]:
         mask[i, end - length : end] = 1
         count = work.labelled or length
         labels[i, end - count : end] = ids[i, end - count : end]
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {k: v.to(device) for k, v in {"input_ids": ids, "attention_mask": mask, "labels": labels}.items()}
 
 
 def load(work: Workload, dtype: Any, folder: str | None) -> Any:
@@ -152,13 +162,13 @@ def load(work: Workload, dtype: Any, folder: str | None) -> Any:
 
     torch.manual_seed(0)
     if work.quantized is None:
-        return work.base(dtype)
+        return work.base(dtype).to(device)
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     settings = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=settings, device_map="cpu")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=settings, device_map=device)
 
 
 def wrap(library: Any, base: Any, work: Workload) -> Any:
@@ -166,7 +176,7 @@ def wrap(library: Any, base: Any, work: Workload) -> Any:
     if work.quantized:
         base = library.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     task = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
-    return library.get_peft_model(base, getattr(library, kind)(task_type=task, **settings)).train()
+    return library.get_peft_model(base, getattr(library, kind)(task_type=task, **settings)).to(device).train()
 
 
 def sharing(base: Any) -> Any:
