@@ -31,6 +31,7 @@ def hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     old = kwargs.pop(OLD_TOKEN, None)
     return hub if old is None else {"token": old} | hub
 
+
 BYTE_ORDER_MARKS = (  # UTF-32's little-endian mark begins with UTF-16's
     (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),

@@ -167,14 +167,14 @@ def test_forgetting_is_that_of_the_saved_adapter(result, base):
 
 
 def test_learning_rates_are_searched_without_the_held_out_rows(base, tmp_path, monkeypatch):
-    module, evaluation = (importlib.import_module(f"graftlm.{n}") for n in ("comparison.search", "training.evaluation"))
+    module, evaluation = (importlib.import_module(f"graftlm.{n}") for n in ("training.search", "training.evaluation"))
     seen, real = [], evaluation.loss_metrics
 
     def noted(model, tokenizer, rows, *rest):
         seen.append([tuple(r["input_ids"]) for r in rows])
         return real(model, tokenizer, rows, *rest)
 
-    monkeypatch.setattr(evaluation, "loss_metrics", noted)
+    monkeypatch.setattr(module, "loss_metrics", noted)
     monkeypatch.setattr(module, "FACTORS", (0.1, 1.0, 1e6))
     data = {"source": "tweets", "max_examples": 20, "max_eval_examples": 6}
     methods = ["lora", "prompt-tuning:training.learning_rate=0.2"]
@@ -209,7 +209,7 @@ def loaded(result, recipe):
 
 
 def test_the_worse_half_stops():
-    from graftlm.comparison.search import Method
+    from graftlm.training.search import Method
 
     method = Method([1e-3, 3e-3, 1e-2, 3e-2, 1e-1], [1.0, 2.0, 3.0], None, None)
     for candidate, loss in zip(method.candidates, (5.0, 3.0, 1.0, 2.0), strict=False):

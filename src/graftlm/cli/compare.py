@@ -73,12 +73,16 @@ def compare(
 
 def seconds_of(text: str | None) -> float | None:
     """Seconds of "90s", "10m", "1.5h" or "90". ConfigError for anything else."""
+    from ..training.schema import seconds_of as read
+
     if text is None:
         return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", text)
-    if found is None or not float(found[1]):
+    found = read(text)
+    if isinstance(found, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*", found):
+        found = float(found)
+    if not isinstance(found, float) or not found:
         raise ConfigError(f"--budget {text!r}: expected a time above 0, as in 90s, 10m or 1.5h.")
-    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+    return found
 
 
 def recipe_settings(

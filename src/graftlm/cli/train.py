@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import processes
+from ..errors import ConfigError
 from . import _base
 
 if TYPE_CHECKING:
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 FLAGS = {
     "base": "base", "quantization": "quantization", "data": "data.source", "data_format": "data.format", "method": "method",
     "epochs": "training.epochs", "steps": "training.max_steps", "lr": "training.learning_rate",
-    "batch_size": "training.batch_size", "max_length": "data.max_length", "seed": "training.seed",
-    "init_from": "init_from", "output": "output_dir",
+    "budget": "training.budget", "batch_size": "training.batch_size", "max_length": "data.max_length",
+    "seed": "training.seed", "init_from": "init_from", "output": "output_dir",
 }  # fmt: skip
 
 
@@ -40,7 +41,10 @@ def train(
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of epochs.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate; without it the method's measured default.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; without it by method, base and updates.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Search the learning rate first, for so long: 90s, 2m. Default: no search.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows a step.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest example, in tokens.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
@@ -68,6 +72,10 @@ def train(
 
     flags = {key: given[flag] for flag, key in FLAGS.items() if given[flag] is not None}
     flags |= {name: True for name in ("resume", "overwrite") if given[name]}
+    if budget is not None:
+        if lr is not None:
+            raise ConfigError(f"--budget searches the learning rate, and --lr {lr:g} names it; leave one out.")
+        flags["training.learning_rate"] = "search"
     console = Console(quiet=not processes.is_first())
     if len(recipes or ()) > 1:
         several(console, [build_recipe(path, flags, override or []) for path in recipes or ()], show, quiet)
@@ -150,4 +158,6 @@ def report(console: Any, recipe: Recipe, result: RunResult) -> None:
         console.print(f"\n{sample['prompt'].strip()}", style="dim", markup=False, highlight=False)
         for name in ("before", "after"):
             console.print(f"  {name}: {sample[name].strip()}", markup=False, highlight=False)
+    if m.get("note"):
+        console.print(f"\n{m['note']}", style="yellow", markup=False, highlight=False)
     console.print(f"\nSaved in {result.output_dir}", markup=False, highlight=False)

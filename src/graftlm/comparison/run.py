@@ -247,6 +247,8 @@ def recipe_for(result: ComparisonResult, run: MethodRun, spec: MethodSpec, layer
         "output_dir": str(result.output_dir / run.directory),
     }
     recipe = Recipe.from_dict(merged(FAIR, layers, own))
+    if recipe.training.learning_rate == "search":
+        raise ConfigError("training.learning_rate: search: a comparison searches for its rows with a budget (--budget 10m).")
     return recipe.replace(f"training.learning_rate={recipe.learning_rate}")  # written out, so that it is repeated exactly
 
 

@@ -36,6 +36,7 @@ from ..model import PeftModel
 from ..preparation import prepare_model_for_kbit_training
 from ..quantization import SCHEMES, is_quantized, scheme_of
 from ..routing import Plan, Switch, running
+from . import advice
 from .bases import BaseModelError, resolve_base
 from .compiling import CompiledLayers
 from .evaluation import Evaluation, answers, evaluation, is_encoder_decoder
@@ -43,6 +44,7 @@ from .output import METRICS_NAME, open_output, write_recipe, write_text
 from .progress import RichProgress
 from .resume import last_complete_checkpoint
 from .schema import DataSection, Recipe, TrainingSection
+from .search import with_best_rate
 from .setup import RunData, attach, load_data_of
 from .trainer import Trainer, has_accelerator, log
 
@@ -121,6 +123,8 @@ def run(
         data = data or load_data_of(recipe, tokenizer, is_encoder_decoder(model))
         with running(Plan(Switch(), ())):  # the base may carry the adapters of other runs
             before = baseline if baseline is not None else measure(recipe, model, tokenizer, data)
+        if recipe.training.learning_rate == "search":
+            recipe = with_best_rate(recipe, model, tokenizer, data, log.info if quiet else print)
         set_seed(recipe.training.seed)
         wrapped, recipe = attach(recipe, model, tokenizer, data)
         if processes.is_first():
@@ -137,6 +141,7 @@ def run(
             after = measure(recipe, wrapped, tokenizer, data)
             if also is not None:
                 form |= also(wrapped, tokenizer)
+            form["note"] = advice.note(recipe, data, before, after, trainer.state.log_history)
             return finish(trainer, wrapped, output, before, after, form)
         finally:
             if recipe.training.gradient_checkpointing and member is None:

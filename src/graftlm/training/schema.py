@@ -26,10 +26,19 @@ from ..files import read_text
 from .bases import scheme_name
 from .defaults import HIDDEN_FIELDS, QUANTIZED, config_type, defaults_of, plain_name
 
+
+def seconds_of(value: Any) -> Any:
+    """Seconds of "90s", "10m" or "1.5h"; anything else as it is."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh])\s*", value) if isinstance(value, str) else None
+    return value if found is None else float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+
+
 Cut = Literal["end", "prompt"]
 # YAML reads a bare `no` as false.
 Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(lambda v: "no" if v is False else v)]
 Layers = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, BeforeValidator(seconds_of), Field(gt=0)]
 Scheme = Annotated[Literal["int8", "nf4", "fp4"] | None, BeforeValidator(scheme_name)]
 
 
@@ -66,7 +75,10 @@ class TrainingSection(Section):
     accumulation: int = Field(default=1, ge=1, description="steps that make one update")
     packing: bool = Field(default=False, description="fill steps by tokens instead of rows; batch_size is not used then")
     tokens: int = Field(default=1024, ge=16, description="most tokens a step, with packing")
-    learning_rate: float | None = Field(default=None, gt=0, description="measured default of the method")
+    learning_rate: Rate | Literal["search"] | None = Field(
+        default=None, description="a number, `search`, or left out: by method, base and updates"
+    )
+    budget: Seconds = Field(default=120.0, description="time of a search, in seconds or as 90s, 10m, 1h")
     schedule: str = Field(default="linear", description="transformers' name of the learning-rate schedule")
     warmup_ratio: float = Field(default=0.05, ge=0, lt=1, description="share of the steps")
     weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
@@ -115,8 +127,10 @@ class Recipe(Section):
     @property
     def learning_rate(self) -> float:
         """The recipe's own, or the method's measured default."""
-        own = defaults_of(self.method)
-        return self.training.learning_rate or (own.bundled_rate if self.base == BUNDLED else own.learning_rate)
+        own, given = defaults_of(self.method), self.training.learning_rate
+        if isinstance(given, float):
+            return given
+        return own.bundled_rate if self.base == BUNDLED else own.learning_rate
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], overrides: Iterable[str] = (), where: str = "recipe") -> Recipe:

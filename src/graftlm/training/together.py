@@ -239,6 +239,11 @@ class Together:
             raise RecipeError(
                 f"training.torch_compile in the run of {recipe.output_dir}: it is for runs that train alone; leave it out"
             )
+        if recipe.training.learning_rate == "search":
+            raise RecipeError(
+                f"training.learning_rate: search in the run of {recipe.output_dir}: runs that train together do not search. "
+                "Run it alone, or search for all of them at once: graftlm compare --budget 10m"
+            )
         for other in self.outcomes:
             for name, a, b in zip(COMMON, common_parts(recipe), common_parts(other.recipe), strict=True):
                 if a != b:
