@@ -24,6 +24,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import UnsupportedError
@@ -349,3 +350,29 @@ def place_virtual(virtual: Tensor, given: Tensor, order: Tensor) -> Tensor:
 def restore_order(placed: Tensor, order: Tensor) -> Tensor:
     """Undo `place_virtual`: [B, P + T, ...] back to the P virtual tokens first, then the T tokens as they were given."""
     return reorder(placed, torch.argsort(order, dim=-1))
+
+
+def chained(first: Tensor, then: Tensor, count: int) -> Tensor:
+    """The order [B, P + T] that puts P virtual tokens among tokens which were in the order `first` [B, T] before."""
+    virtual = torch.arange(count, device=first.device).expand(len(first), -1)
+    return torch.cat((virtual, first + count), dim=1).gather(1, then)
+
+
+def restore_attention(weights: Tensor, queries: Tensor | None, keys: Tensor) -> Tensor:
+    """Attention weights [B, heads, Q, K] with both axes in the given order, virtual tokens first (behind a prefix).
+
+    `keys` [B, n] is the order of the last n of all keys. Layers with a sliding window have the last ones only: the others'
+    weights are zero.
+    """
+    missing = keys.shape[1] - weights.shape[-1]
+    if weights.dim() != 4 or (missing > 0 and queries is not None):
+        raise UnsupportedError(
+            f"output_attentions with virtual tokens: weights of shape {tuple(weights.shape)} cannot be put in the order of "
+            f"the {keys.shape[1]} places (this model's attention is local). Leave output_attentions out."
+        )
+    weights = F.pad(weights, (max(missing, 0), 0))
+    if queries is not None and weights.shape[2] == queries.shape[1]:
+        weights = restore_order(weights.transpose(1, 2), queries).transpose(1, 2)
+    front = weights.shape[-1] - keys.shape[1]
+    restored = restore_order(weights[..., front:].permute(0, 3, 1, 2), keys).permute(0, 2, 3, 1)
+    return torch.cat((weights[..., :front], restored), dim=-1)

@@ -191,12 +191,22 @@ def test_soft_prompts_on_task_models(kind: str, name: str, method: str, tmp_path
             close(got[key][:, -length:], their[key][:, -length:])
 
 
-@pytest.mark.parametrize("method", ["prompt", "p_tuning", "prefix"])
-def test_bart_classifier_takes_no_soft_prompt(method: str) -> None:
-    """Transformers' classifier takes neither embeddings nor a cache: said, not ignored."""
+def test_bart_classifier_takes_virtual_tokens_and_no_prefix() -> None:
+    """It takes neither embeddings nor a cache: virtual tokens enter at its encoder, a prefix is refused."""
     with pytest.raises(NotImplementedError, match="not|cannot|no "):
-        model = graftlm.get_peft_model(with_head("SEQ_CLS", "bart"), task_config(graftlm, method, "SEQ_CLS"))
+        model = graftlm.get_peft_model(with_head("SEQ_CLS", "bart"), task_config(graftlm, "prefix", "SEQ_CLS"))
         model(**task_batch("SEQ_CLS"))
+    model = graftlm.get_peft_model(with_head("SEQ_CLS", "bart"), task_config(graftlm, "prompt", "SEQ_CLS")).eval()
+    ids = torch.tensor([[5, 6, 7, 2]])
+    long = {
+        "input_ids": torch.tensor([[5, 6, 7, 2], [8, 9, 2, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+    }
+    with torch.no_grad():
+        alone, together = model(ids).logits, model(**long).logits
+        with model.disable_adapter():
+            assert not torch.allclose(model(ids).logits, alone, atol=1e-3)
+    close(together[:1], alone)
 
 
 # -- initialisations -----------------------------------------------------------------------------------------------------
