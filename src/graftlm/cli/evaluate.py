@@ -12,7 +12,7 @@ from . import _base
 
 def evaluate(
     adapter: Annotated[list[Path] | None, typer.Option(help="Adapter directory. Repeatable.")] = None,
-    base: Annotated[str | None, typer.Option(help=_base.BASE_HELP)] = None,
+    base: _base.BaseOption = None,
     quantization: _base.QuantizationOption = None,
     data: Annotated[str | None, typer.Option(help="Data: a bundled name, a file, a folder or a hub id.")] = None,
     split: Annotated[str | None, typer.Option(help="Split or slice to evaluate on.")] = None,
@@ -35,8 +35,9 @@ def evaluate(
     from ..training import Recipe, measure, resolve_base
     from .train import build_recipe
 
+    named = _base.base_for(base, {str(path): str(path) for path in adapter or []})
     values = {
-        "base": base, "quantization": quantization, "data.source": data, "data.eval_split": split,
+        "base": named, "quantization": quantization, "data.source": data, "data.eval_split": split,
         "data.format": data_format, "data.max_length": max_length, "data.max_eval_examples": max_examples,
         "training.eval_batch_size": batch_size,
     }  # fmt: skip
