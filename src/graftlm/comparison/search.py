@@ -58,15 +58,7 @@ def search(
         for label, method in made.items():
             best = method.chosen()
             if best is not None:
-                found[label] = [
-                    {
-                        "learning_rate": c.rate,
-                        "loss": c.losses[-1] if c.losses else None,
-                        "steps": c.steps,
-                        "status": c.status,
-                    }
-                    for c in method.candidates
-                ]
+                found[label] = [c.entry() for c in method.candidates]
                 shown.say(f"learning rate of {label}: {best.rate:g}{best.doubt}")
     return found
 

@@ -40,6 +40,11 @@ class Candidate:
     steps: int = 0
     status: str = "running"
 
+    def entry(self) -> dict[str, Any]:
+        """What is kept of it."""
+        loss = self.losses[-1] if self.losses else None
+        return {"learning_rate": self.rate, "loss": loss, "steps": self.steps, "status": self.status}
+
     @property
     def doubt(self) -> str:
         """What to say of one that could train too little."""
