@@ -2,6 +2,7 @@
 
     python benchmarks/training.py               # all workloads, fp32 and bf16: about an hour on two cores
     python benchmarks/training.py prefix lora --dtype bfloat16 --rounds 7 --json out.json --plot out.png
+    python benchmarks/training.py smollm2 --processor avx2   # as on a processor that has AVX2 only
     python benchmarks/training.py --prepacked   # GraftLM with the weights kept in oneDNN's layout, too
     python benchmarks/training.py --sweep       # families x methods x dtypes, small
     python benchmarks/training.py --overheads   # wrapping, first step, saving, switching, Trainer
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -36,10 +38,11 @@ from training_overheads import overheads
 from training_sweep import FAMILIES, sweep
 from workloads import WORKLOADS, Workload, batch, load, wrap
 
+AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 GOALS = {  # of the project: time ratio fp32, bf16; share of HF PEFT's peak fp32, bf16
     "prefix": (3.8, 4.5, 0.72, 0.72), "prompt": (1.8, 3.2, 0.43, 0.32), "ptuning": (1.2, 1.45, 0.95, 0.95),
     "ptuning-lstm": (1.2, 1.45, 0.95, 0.95), "accumulation": (1.4, 2.0, 1.3, 1.3), "lora": (1.4, 1.6, 0.87, 0.87),
-    "qlora": (1.3, 1.8, 0.60, 0.60),
+    "qlora": (1.3, 1.8, 0.60, 0.60), "smollm2": (1.3, 1.6, 1.0, 1.0), "smollm2-qlora": (1.3, 1.6, 1.0, 1.0),
 }  # fmt: skip
 
 
@@ -49,7 +52,9 @@ def peak_flops(dtype: Any) -> float:
     import torch
     import torch.nn.functional as F
 
-    best = 0.0
+    from graftlm.kernels.linear import working_dtype
+
+    best, dtype = 0.0, working_dtype(dtype, torch.device("cpu"))  # the peak of a processor without bf16 is fp32's
     for rows, width in ((1024, 2048), (2048, 4096)):
         x, weight = (torch.randn(size, width).to(workloads.device, dtype) for size in (rows, width))
         calls = [lambda: F.linear(x, weight)]  # noqa: B023
@@ -144,6 +149,17 @@ def measure(name: str, dtype_name: str, folder: str | None, args: argparse.Names
     return row
 
 
+def checkpoint(name: str, place: Path) -> str | None:
+    """A quantised workload's base in bf16, to be loaded from; None for the others."""
+    import torch
+
+    if WORKLOADS[name].quantized is None:
+        return None
+    torch.manual_seed(0)
+    WORKLOADS[name].base(torch.bfloat16).save_pretrained(place / name)
+    return str(place / name)
+
+
 def line(row: dict[str, Any]) -> str:
     half = row["dtype"] == "bfloat16"
     goal = GOALS[row["workload"]]
@@ -179,11 +195,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def measure_all(args: argparse.Namespace) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
-        folder = None
-        if "qlora" in args.workloads:
-            memory_bench.build("glm-1b", Path(name))
-            folder = name
         for work in args.workloads:
+            folder = checkpoint(work, Path(name))
             for dtype in args.dtype:
                 rows.append(measure(work, dtype, folder, args))
                 print(line(rows[-1]), flush=True)
@@ -207,8 +220,11 @@ def main() -> None:
     parser.add_argument("--overheads", action="store_true", help="what is not the step itself")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--plot", type=Path, default=None)
+    parser.add_argument("--processor", choices=["avx2"], help="use no instructions beyond these")
     parser.add_argument("--worker", nargs=5, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.processor == "avx2" and any(os.environ.get(k) != v for k, v in AVX2.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | AVX2)
     if unknown := [w for w in args.workloads if w not in WORKLOADS]:
         parser.error(f"no workload {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
     args.workloads = args.workloads or list(WORKLOADS)

@@ -72,6 +72,17 @@ def glm(dtype: Any) -> Any:
     return in_dtype(dtype, lambda: GlmForCausalLM(memory_bench.config("glm-1b")))
 
 
+def smollm2(dtype: Any) -> Any:
+    """SmolLM2-135M's shape."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
+    )  # fmt: skip
+    return in_dtype(dtype, lambda: LlamaForCausalLM(config))
+
+
 def in_dtype(dtype: Any, make: Callable[[], Any]) -> Any:
     """A model with random weights: a million normal numbers over and over, for drawing a billion takes a minute."""
     import torch
@@ -117,6 +128,7 @@ def uniform(low: int, high: int, rows: int, seed: int) -> list[int]:
 P_TUNING = {"num_virtual_tokens": 10}
 LORA = {"r": 8, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": ["q_proj", "k_proj", "v_proj", "out_proj"]}
 QLORA = {"r": 4, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": ["q_proj", "k_proj", "v_proj"]}
+EVERYWHERE = {"r": 8, "target_modules": "all-linear"}
 WORKLOADS = {
     "prefix": Workload(
         bloom(1024, 24, 250880), ("PrefixTuningConfig", {"num_virtual_tokens": 30, "prefix_projection": True}),
@@ -135,6 +147,8 @@ WORKLOADS = {
         bloom(2048, 24, 46145), ("PromptEncoderConfig", P_TUNING), uniform(100, 200, 8, 3), labelled=60, accumulate=True
     ),
     "lora": Workload(opt, ("LoraConfig", LORA), uniform(20, 60, 4, 4)),
+    "smollm2": Workload(smollm2, ("LoraConfig", EVERYWHERE), [40] * 4),
+    "smollm2-qlora": Workload(smollm2, ("LoraConfig", EVERYWHERE), [40] * 4, quantized="nf4"),
     "qlora": Workload(glm, ("LoraConfig", QLORA), uniform(60, 200, 6, 5), quantized="nf4"),
 }  # fmt: skip
 
