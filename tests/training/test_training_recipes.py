@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from graftlm import PeftModel
 from graftlm.errors import RecipeError
 from graftlm.training import BaseModelError, Recipe, evaluate, generate_texts, measure, recipe_of, resolve_base, run
-from graftlm.training.defaults import DEFAULTS, config_type, method_names, method_type
+from graftlm.training.defaults import DEFAULTS, REFERENCE, config_type, method_names, method_type
 from graftlm.training.schema import load_yaml
 
 
@@ -139,8 +139,16 @@ def test_every_method_has_a_name_and_a_default() -> None:
     assert method_type("Prefix_Tuning") is method_type("p-tuning-v2")
     for name in method_names():
         config_type(name)(**DEFAULTS[method_type(name)].options)
-        assert Recipe(method=name).learning_rate == DEFAULTS[method_type(name)].bundled_rate
-        assert Recipe(method=name, base="owner/model").learning_rate == DEFAULTS[method_type(name)].learning_rate
+        wide, narrow = (Recipe(method=name).filled(width, 50).training.learning_rate for width in (2048, 256))
+        assert wide < DEFAULTS[method_type(name)].rate(REFERENCE) == DEFAULTS[method_type(name)].learning_rate < narrow
+
+
+@pytest.mark.parametrize(("rows", "batch", "epochs"), [(20, 2, 10), (50, 4, 10), (160, 8, 8), (2000, 8, 3)])
+def test_few_rows_make_enough_updates(rows: int, batch: int, epochs: int) -> None:
+    filled = Recipe().filled(576, rows).training
+    assert (filled.batch_size, filled.epochs) == (batch, epochs)
+    own = Recipe(training={"epochs": 2, "batch_size": 3, "learning_rate": 0.5}).filled(576, rows)
+    assert (own.training.batch_size, own.training.epochs, own.training.learning_rate) == (3, 2, 0.5)
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")), ids=lambda p: p.stem)

@@ -157,9 +157,9 @@ class Field:
         rows = self.bases.data_of(loaded) if loaded is not None else None
         self.measuring = MEASURING * len(rows.held_out) if rows is not None and rows.held_out is not None else 0.0
         for number, recipe in recipes.items():
-            t = recipe.training
-            whole = t.epochs * len(rows.train_rows) if rows is not None else 0
-            count = t.max_steps * t.batch_size * t.accumulation if t.max_steps else whole
+            many = len(rows.train_rows) if rows is not None else 0
+            t = recipe.filled(1, many).training
+            count = t.max_steps * (t.batch_size or 1) * t.accumulation if t.max_steps else (t.epochs or 1) * many
             self.work[id(self.result.runs[number])] = Work(self.shown, TRAINING * count, self.measuring)
         forms = {(recipe.quantization, recipe.training.seed) for recipe in recipes.values()}
         self.shown.more(len(forms) * self.measuring)
@@ -249,7 +249,7 @@ def recipe_for(result: ComparisonResult, run: MethodRun, spec: MethodSpec, layer
     recipe = Recipe.from_dict(merged(FAIR, layers, own))
     if recipe.training.learning_rate == "search":
         raise ConfigError("training.learning_rate: search: a comparison searches for its rows with a budget (--budget 10m).")
-    return recipe.replace(f"training.learning_rate={recipe.learning_rate}")  # written out, so that it is repeated exactly
+    return recipe
 
 
 def same_data(common: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]]) -> None:

@@ -24,7 +24,8 @@ from torch import Tensor
 from .order import first_order
 from .timing import fastest
 
-_CLEAR_WIN = 0.8  # of the default's time; nearer to 1 two runs of one script might choose differently
+_CLEAR_WIN = 0.9  # of the default's time; nearer to 1 two runs of one script might choose differently
+_COLD = 8  # weights that are multiplied by in turn when ways are timed: in a model each comes from memory, not from a cache
 _SMALL = {torch.float32: 2**19, torch.bfloat16: 2**14, torch.float16: 2**14}  # multiplications not worth a choice
 CHOSEN = tuple(_SMALL)  # dtypes for which there is a choice
 _BUFFER = 2**22  # elements of a weight that are in fp32 at a time
@@ -86,28 +87,35 @@ def way_for(x: Tensor, weight: Tensor, backward: bool = False) -> Way:
     ):
         return F.linear
     transposed = weight.stride(0) == 1 and out > 1
-    return way(x.dtype, _magnitude(rows), transposed != backward)
+    most = 256 if x.dtype is torch.float32 else _FEW  # of 16-bit products many rows tell no more, and may take seconds
+    return way(x.dtype, min(_magnitude(rows), most), transposed != backward)
 
 
 def _magnitude(rows: int) -> int:
     """1, 4, 16, 64 or 256: the nearest number of rows that ways are timed for."""
-    return 1 if rows == 1 else next((m for m in (4, 16, 64) if rows < 2 * m), 256)
+    return 1 if rows == 1 else next((m for m in (4, 16, _FEW) if rows < 2 * m), 256)
 
 
 @functools.cache
 def way(dtype: torch.dtype, rows: int, transposed: bool) -> Way:
     """The fastest way here for products of `rows` rows, the weight lying [out, in] or (`transposed`) [in, out]; measured
-    once (some milliseconds)."""
+    once (some ten milliseconds)."""
     ways: list[Way] = [F.linear]
     ways += [onednn] * onednn_multiplies(dtype)
     ways += [widened] * (dtype is not torch.float32)
     if len(ways) == 1:
         return F.linear
-    size = 1024 if dtype is torch.float32 else 512
+    size, count = (1024, _COLD) if dtype is torch.float32 else (512, 1)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        x, weight = torch.ones(rows, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-        weight = weight.t() if transposed else weight
-        return ways[fastest([functools.partial(w, x, weight, None) for w in ways], x, _CLEAR_WIN)]
+        x = torch.ones(rows, size, dtype=dtype)
+        weights = [torch.ones(size, size, dtype=dtype) for _ in range(count)]
+        weights = [w.t() for w in weights] if transposed else weights
+        return ways[fastest([functools.partial(_each, way, x, weights) for way in ways], x, _CLEAR_WIN)]
+
+
+def _each(way: Way, x: Tensor, weights: list[Tensor]) -> None:
+    for weight in weights:
+        way(x, weight, None)
 
 
 @functools.cache

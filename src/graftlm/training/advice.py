@@ -46,7 +46,7 @@ def verdict(before: Evaluation, after: Evaluation) -> str | None:
 
 def reason(recipe: Recipe, data: RunData, after: Evaluation, history: list[dict[str, Any]]) -> str:
     """The likeliest reason, and what to change."""
-    rate = recipe.learning_rate
+    rate = float(recipe.training.learning_rate or 0.0)
     losses = [e["loss"] for e in history if "loss" in e]
     updates = max((e.get("step", 0) for e in history), default=0)
     first, last = (losses[0], losses[-1]) if losses else (math.nan, math.nan)

@@ -1,16 +1,21 @@
-"""What a recipe takes per method where it says nothing: learning rates found by measurement, and better start values.
+"""What a recipe takes where it says nothing: learning rate, epochs and batch size by rule, and better start values.
 
-The learning rates of the bundled base are measured on the bundled tweets (`recipes/learning_rates.py`, docs/dev-log.md).
-Start values: soft prompts that start at random learn slowly and end lower, so recipes start them from the base model.
+Learning rates follow the width of the base: ``rate = learning_rate * (REFERENCE / width) ** power``, REFERENCE being
+SmolLM2-135M's width. Both numbers of each method are measured (`benchmarks/defaults.py`, docs/dev-log.md), and
+docs/recipes.md says how. Start values: soft prompts that start at random learn slowly and end lower, so recipes start them
+from the base model. LoRA goes on all linear layers, which learns more than attention alone.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConfigError, nearest
 from ..methods import METHODS, PeftConfig, PeftType
+
+REFERENCE = 576  # width for which learning rates are written down
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,28 +23,44 @@ class MethodDefaults:
     """Defaults of one method.
 
     Attributes:
-        learning_rate: for AdamW, on bases of ordinary size: what the methods' papers and the documents use.
-        bundled_rate: on the bundled base of ten million parameters, measured (docs/dev-log.md); it takes larger steps.
+        learning_rate: for AdamW, on a base of width `REFERENCE`.
+        power: how fast it falls with the width.
         options: configuration fields that differ from the library's defaults in recipes.
         text_init: fields that start the adapter from a text; used where the recipe names no other start.
     """
 
     learning_rate: float
-    bundled_rate: float
+    power: float
     options: dict[str, Any] = field(default_factory=dict)
     text_init: dict[str, Any] = field(default_factory=dict)
 
+    def rate(self, width: int) -> float:
+        """The learning rate on a base of a width, to two digits."""
+        value = self.learning_rate * (REFERENCE / width) ** self.power
+        return float(f"{value:.1e}")
+
 
 DEFAULTS: dict[PeftType, MethodDefaults] = {
-    PeftType.LORA: MethodDefaults(learning_rate=2e-4, bundled_rate=3e-3),
-    PeftType.PROMPT_TUNING: MethodDefaults(
-        learning_rate=3e-3, bundled_rate=3e-2, options={"prompt_tuning_init": "SAMPLE_VOCAB"}
-    ),
-    PeftType.P_TUNING: MethodDefaults(learning_rate=1e-3, bundled_rate=2e-3),
-    PeftType.PREFIX_TUNING: MethodDefaults(learning_rate=5e-3, bundled_rate=5e-2, text_init={"init_weights": "text"}),
-    PeftType.BOTTLENECK: MethodDefaults(learning_rate=3e-4, bundled_rate=2e-3),
+    PeftType.LORA: MethodDefaults(learning_rate=2e-3, power=0.8, options={"target_modules": "all-linear"}),
+    PeftType.PROMPT_TUNING: MethodDefaults(learning_rate=2e-3, power=1.0, options={"prompt_tuning_init": "SAMPLE_VOCAB"}),
+    PeftType.P_TUNING: MethodDefaults(learning_rate=1e-3, power=0.8),
+    PeftType.PREFIX_TUNING: MethodDefaults(learning_rate=5e-3, power=1.0, text_init={"init_weights": "text"}),
+    PeftType.BOTTLENECK: MethodDefaults(learning_rate=1e-3, power=0.8),
 }
-OTHER = MethodDefaults(learning_rate=1e-3, bundled_rate=1e-3)
+OTHER = MethodDefaults(learning_rate=1e-3, power=0.8)
+
+
+def batch_size_for(rows: int) -> int:
+    """Rows a step: fewer where there are few, so that they make enough updates."""
+    return 2 if rows < 32 else 4 if rows < 128 else 8
+
+
+def epochs_for(rows: int, batch: int) -> int:
+    """Passes over the data: as many as make about `UPDATES` updates, within bounds. batch: rows an update."""
+    return min(max(math.ceil(UPDATES * batch / max(rows, 1)), FEWEST), MOST)
+
+
+UPDATES, FEWEST, MOST = 150, 3, 10
 
 # Fields that a run fills in by itself.
 HIDDEN_FIELDS = frozenset(

@@ -29,6 +29,7 @@ import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
 from .. import processes
+from ..architectures import model_dims
 from ..architectures.prepacked import prepacked_if_free
 from ..data import PackedRows
 from ..errors import RecipeError
@@ -123,6 +124,7 @@ def run(
         data = data or load_data_of(recipe, tokenizer, is_encoder_decoder(model))
         with running(Plan(Switch(), ())):  # the base may carry the adapters of other runs
             before = baseline if baseline is not None else measure(recipe, model, tokenizer, data)
+        recipe = recipe.filled(model_dims(model).hidden, len(data.train_rows))
         if recipe.training.learning_rate == "search":
             recipe = with_best_rate(recipe, model, tokenizer, data, log.info if quiet else print)
         set_seed(recipe.training.seed)
@@ -226,7 +228,7 @@ def training_arguments(recipe: Recipe, held_out: bool, dtype: torch.dtype) -> Tr
         per_device_train_batch_size=1 if t.packing else t.batch_size,
         per_device_eval_batch_size=t.eval_batch_size,
         gradient_accumulation_steps=t.accumulation,
-        learning_rate=recipe.learning_rate,
+        learning_rate=t.learning_rate,
         lr_scheduler_type=t.schedule,
         warmup_steps=t.warmup_ratio,
         weight_decay=t.weight_decay,

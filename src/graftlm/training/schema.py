@@ -20,11 +20,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ..bundled import BASE_NAME as BUNDLED
 from ..errors import ConfigError, RecipeError, nearest
 from ..files import read_text
 from .bases import scheme_name
-from .defaults import HIDDEN_FIELDS, QUANTIZED, config_type, defaults_of, plain_name
+from .defaults import HIDDEN_FIELDS, QUANTIZED, batch_size_for, config_type, defaults_of, epochs_for, plain_name
 
 
 def seconds_of(value: Any) -> Any:
@@ -37,7 +36,7 @@ Cut = Literal["end", "prompt"]
 # YAML reads a bare `no` as false.
 Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(lambda v: "no" if v is False else v)]
 Layers = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0)]
 Seconds = Annotated[float, BeforeValidator(seconds_of), Field(gt=0)]
 Scheme = Annotated[Literal["int8", "nf4", "fp4"] | None, BeforeValidator(scheme_name)]
 
@@ -68,15 +67,15 @@ class DataSection(Section):
 class TrainingSection(Section):
     """How the adapter is trained (on `transformers.Trainer`)."""
 
-    epochs: float = Field(default=10, gt=0, description="passes over the data")
+    epochs: Positive | None = Field(default=None, description="passes over the data; by their number of rows, 3 to 10")
     max_steps: int | None = Field(default=None, ge=1, description="optimizer steps; overrides epochs")
-    batch_size: int = Field(default=8, ge=1, description="rows a step and device")
+    batch_size: Layers | None = Field(default=None, description="rows a step and device; by their number, 2 to 8")
     eval_batch_size: int = Field(default=32, ge=1, description="rows a batch in evaluation")
     accumulation: int = Field(default=1, ge=1, description="steps that make one update")
     packing: bool = Field(default=False, description="fill steps by tokens instead of rows; batch_size is not used then")
     tokens: int = Field(default=1024, ge=16, description="most tokens a step, with packing")
-    learning_rate: Rate | Literal["search"] | None = Field(
-        default=None, description="a number, `search`, or left out: by method, base and updates"
+    learning_rate: Positive | Literal["search"] | None = Field(
+        default=None, description="a number, `search`, or left out: by method and width of the base"
     )
     budget: Seconds = Field(default=120.0, description="time of a search, in seconds or as 90s, 10m, 1h")
     schedule: str = Field(default="linear", description="transformers' name of the learning-rate schedule")
@@ -124,13 +123,19 @@ class Recipe(Section):
     overwrite: bool = Field(default=False, description="replace an earlier run in output_dir")
     resume: bool = Field(default=False, description="go on from the last complete checkpoint in output_dir")
 
-    @property
-    def learning_rate(self) -> float:
-        """The recipe's own, or the method's measured default."""
-        own, given = defaults_of(self.method), self.training.learning_rate
-        if isinstance(given, float):
-            return given
-        return own.bundled_rate if self.base == BUNDLED else own.learning_rate
+    def filled(self, width: int, rows: int) -> Recipe:
+        """The recipe with learning rate, epochs and batch size in numbers, where it leaves them out.
+
+        Args:
+            width: hidden size of the base.
+            rows: to train on.
+        """
+        t = self.training
+        batch = t.batch_size or batch_size_for(rows)
+        filled: dict[str, Any] = {"batch_size": batch, "epochs": t.epochs or epochs_for(rows, batch * t.accumulation)}
+        if t.learning_rate is None:
+            filled["learning_rate"] = defaults_of(self.method).rate(width)
+        return self.model_copy(update={"training": t.model_copy(update=filled)})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], overrides: Iterable[str] = (), where: str = "recipe") -> Recipe:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from ..architectures import model_dims
 from ..errors import ConfigError
 from .evaluation import is_encoder_decoder, loss_metrics
 
@@ -125,12 +126,13 @@ def searched(
     together, found = Together(model, tokenizer, quiet=True), {}
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, recipe) in enumerate(recipes):
-            default = recipe.learning_rate
+            own = recipe.filled(model_dims(model).hidden, len(data.train_rows))
+            default = float(own.training.learning_rate or 0.0)
             method = found[name] = Method([default * f for f in FACTORS], until, data.held_out_rows, tokenizer)
             for candidate in method.candidates:
                 place = str(Path(folder) / f"{number}-{candidate.rate:g}")
                 together.add(
-                    recipe.replace(**quick(recipe, candidate.rate), output_dir=place, overwrite=False, resume=False),
+                    own.replace(**quick(own, candidate.rate), output_dir=place, overwrite=False, resume=False),
                     data=replace(data, held_out=None, held_out_rows=None),
                     callbacks=[Rungs(method, candidate), *([callback()] if callback is not None else [])],
                     done=Noted(candidate),

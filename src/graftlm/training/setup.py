@@ -108,13 +108,12 @@ def attach(recipe: Recipe, model: Any, tokenizer: Any, data: RunData) -> tuple[P
         RecipeError: `init_from` together with method options or with another method.
     """
     task = TaskType.SEQ_2_SEQ_LM if getattr(model.config, "is_encoder_decoder", False) else TaskType.CAUSAL_LM
-    training = recipe.training.model_copy(update={"learning_rate": recipe.learning_rate})
     if recipe.init_from is not None:
-        return continued(recipe.model_copy(update={"training": training}), model)
+        return continued(recipe, model)
     options = method_options(recipe, tokenizer, data, task)
     config = config_type(recipe.method)(task_type=task, **options)
     config.base_model_name_or_path = recipe.base if bundled.is_stored_elsewhere(recipe.base) else None
-    resolved = recipe.model_copy(update={"training": training, "method_options": options})
+    resolved = recipe.model_copy(update={"method_options": options})
     return get_peft_model(model, config), resolved
 
 
