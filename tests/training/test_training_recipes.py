@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as t
+import yaml
+from datasets import Dataset
 from safetensors.torch import load_file
 from training_helpers import Kill, equal, save_base, save_tweets
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from graftlm import PeftModel
-from graftlm.errors import RecipeError
-from graftlm.training import BaseModelError, Recipe, evaluate, generate_texts, measure, recipe_of, resolve_base, run
+from graftlm import PeftModel, get_peft_model
+from graftlm.errors import ConfigError, RecipeError
+from graftlm.training import (
+    BaseModelError,
+    Evaluation,
+    Recipe,
+    advice,
+    evaluate,
+    generate_texts,
+    measure,
+    recipe_of,
+    resolve_base,
+    run,
+    train_together,
+)
 from graftlm.training.defaults import DEFAULTS, REFERENCE, config_type, method_names, method_type
 from graftlm.training.schema import load_yaml
+
+evaluation_module = importlib.import_module("graftlm.training.evaluation")
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +306,99 @@ def test_encoder_decoder_run(tmp_path: Path) -> None:
     assert result.metrics["loss"] < result.metrics["loss_before"]
 
 
+# -- searched learning rates, and runs that learn nothing -----------------------------------------------------------------
+def test_a_recipe_searches_its_learning_rate(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The rate that is trained with is one of those that were tried, the best on rows taken out of those to train on."""
+    made = recipe(place, tmp_path / "out", "training.learning_rate=search", "training.budget=3s")
+    assert made.training.budget == 3.0
+    result = run(made)
+    said = re.search(r"Learning rate (\S+?)(?: \(.*\))?, out of (.*)\.", capsys.readouterr().out)
+    assert said is not None
+    used = yaml.safe_load((result.output_dir / "recipe.yaml").read_text())["training"]["learning_rate"]
+    assert f"{used:g}" == said[1]
+    assert said[1] in said[2].split(", ") and len(said[2].split(", ")) == 5
+    assert not list(tmp_path.glob("out-*"))
+
+
+def test_searches_that_cannot_be(place: Path, tmp_path: Path) -> None:
+    searching = recipe(place, tmp_path / "a", "training.learning_rate=search")
+    with pytest.raises(RecipeError, match="runs that train together do not search"):
+        train_together([searching, recipe(place, tmp_path / "b")], quiet=True)
+    few = recipe(place, tmp_path / "c", "training.learning_rate=search", "data.max_examples=5")
+    with pytest.raises(ConfigError, match="5 rows to train on are too few"):
+        run(few, quiet=True)
+    for value, told in (("soon", "learning_rate"), ("0", "learning_rate")):
+        with pytest.raises(RecipeError, match=told):
+            recipe(place, tmp_path / "d", f"training.learning_rate={value}")
+    with pytest.raises(RecipeError, match="budget"):
+        recipe(place, tmp_path / "d", "training.budget=soon")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (["training.max_steps=2", "training.learning_rate=1e-9"], "2 updates only: raise training.epochs"),
+        (["training.epochs=30", "training.learning_rate=1e-9", "training.batch_size=4"], "is too low for"),
+    ],
+)
+def test_a_run_that_learns_nothing_says_why(place: Path, tmp_path: Path, changes: list[str], told: str) -> None:
+    still = [
+        "training.eval_strategy=no",
+        "training.save_strategy=no",
+        "training.load_best=false",
+        "training.logging_steps=1",
+    ]
+    result = run(recipe(place, tmp_path / "out", *changes, *still), quiet=True)
+    assert told in result.metrics["note"]
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["metrics"]["note"] == result.metrics["note"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "losses", "told"),
+    [
+        ([[-100, -100, -100]] * 3 + [[-100, 5, 6]], (3.0, 1.0), "75% of the training rows have no labelled token"),
+        ([[-100, 5, 6]], (3.0, 2.0, 9.0), "rose from 2 to 9: the learning rate 0.002 is too high"),
+        ([[-100, 5, 6]], (3.0, 0.1), "learnt its rows by heart"),
+        ([[-100, 5, 6]], (3.0, 2.0), "look whether prompt and answer are what you mean"),
+    ],
+)
+def test_the_likeliest_reason(labels: list, losses: tuple[float, ...], told: str) -> None:
+    data = SimpleNamespace(train_rows=Dataset.from_dict({"labels": labels}))
+    before, after = (Evaluation(metrics={"loss": loss, "accuracy": None}) for loss in (2.0, 2.5))
+    history = [{"loss": loss, "step": 90 * i} for i, loss in enumerate(losses, 1)]
+    note = advice.note(Recipe().filled(576, 4), data, before, after, history)  # type: ignore[arg-type]
+    assert note is not None and "no better than the base: held-out loss 2.000 before, 2.500 after" in note
+    assert told in note
+
+
+def test_a_constant_answer_is_no_success() -> None:
+    targets = ("yes", "yes", "no", "yes")
+    before = Evaluation(metrics={"loss": 9.0, "accuracy": 0.0})
+    for accuracy, learnt in ((0.75, False), (1.0, True)):
+        after = Evaluation(metrics={"loss": 1.0, "accuracy": accuracy}, targets=targets)
+        assert (advice.verdict(before, after) is None) == learnt
+
+
 # -- evaluation --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("method", [None, "prompt-tuning", "prefix-tuning", "lora"])
+def test_losses_of_labelled_places_only_are_those_of_all_logits(
+    method: str | None, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graftlm.data import load_data, prepare
+
+    model, tokenizer = resolve_base(str(place / "base"))
+    rows = prepare(load_data(str(place / "tweets"), split="test"), tokenizer, "label")
+    if method is not None:
+        model = get_peft_model(model, config_type(method)(task_type="CAUSAL_LM")).eval()
+    asked: list[bool] = []
+    usual = evaluation_module.usual_loss
+    monkeypatch.setattr(evaluation_module, "usual_loss", lambda m: asked.append(usual(m)) or asked[-1])
+    few = evaluation_module.loss_metrics(model, tokenizer, rows, 4, False)
+    assert asked and all(asked)
+    monkeypatch.setattr(evaluation_module, "usual_loss", lambda m: False)
+    assert few == pytest.approx(evaluation_module.loss_metrics(model, tokenizer, rows, 4, False), abs=1e-5)
+
+
 def test_evaluation_does_not_depend_on_batches(place: Path) -> None:
     from graftlm.data import load_data, prepare
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,10 +157,8 @@ def with_best_rate(recipe: Recipe, model: Any, tokenizer: Any, data: RunData, sa
     Raises:
         ConfigError: too few rows, or no rate gave a finite loss.
     """
-    seed = recipe.training.seed
-    held_out = {tuple(ids) for ids in data.held_out_rows["input_ids"]} if data.held_out_rows is not None else set()
     start = recipe.replace(training=recipe.training.model_dump() | {"learning_rate": None})
-    method = searched([("run", start)], model, tokenizer, tuning(data, seed, held_out), recipe.training.budget)["run"]
+    method = searched([("run", start)], model, tokenizer, tuning(data, recipe.training.seed), recipe.training.budget)["run"]
     best = method.chosen()
     if best is None:
         tried = ", ".join(f"{c.rate:g}" for c in method.candidates)
@@ -185,7 +183,7 @@ def entry(candidate: Candidate) -> dict[str, Any]:
     return {"learning_rate": candidate.rate, "loss": loss, "steps": candidate.steps, "status": candidate.status}
 
 
-def tuning(data: RunData, seed: int, forbidden: set[tuple[int, ...]]) -> RunData:
+def tuning(data: RunData, seed: int, forbidden: Collection[tuple[int, ...]] = ()) -> RunData:
     """The rows to train on without the forbidden ones, a part of them taken out and in the place of the held-out rows."""
     kept = [i for i, ids in enumerate(data.train_rows["input_ids"]) if tuple(ids) not in forbidden]
     if len(kept) < 2 * FEWEST:
