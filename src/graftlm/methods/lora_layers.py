@@ -369,11 +369,15 @@ class Linear(LoraLayer):
         return drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
 
     def add_update(self, name: str, x: Tensor, result: Tensor) -> Tensor:
-        """In training by one function, into `result` itself; its products are made in the activations' dtype."""
-        hooked = bool(self.base_layer._forward_hooks)
-        if self.special(name) or hooked or not torch.is_grad_enabled() or not result.is_contiguous():
+        """By one function, into `result` itself; in training its products are made in the activations' dtype."""
+        factors, scale, p = self.factors(name), self.scaling[name], self.dropped(name)
+        if self.special(name) or self.base_layer._forward_hooks or not result.is_contiguous():
             return super().add_update(name, x, result)
-        return low_rank(result, x, *self.factors(name), self.scaling[name], self.dropped(name))
+        if torch.is_grad_enabled():
+            return low_rank(result, x, *factors, scale, p)
+        if p or torch.compiler.is_compiling():
+            return super().add_update(name, x, result)
+        return grouped_low_rank(result, x, [Update(slice(None), *factors, scale, 0.0)], {})
 
     def add_routed(self, routes: Routes, x: Tensor, result: Tensor) -> Tensor:
         """Plain updates of a mixed batch all in one function (see `kernels.lora`), the special ones group by group."""
