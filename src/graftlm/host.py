@@ -69,6 +69,7 @@ class Host(PreTrainedModel):
         self.card_metrics: dict[str, Any] = {}
         self.handles: list[Any] = []
         self.checkpointing: list[nn.Module] | None = None
+        self.foreign: set[int] | None = None  # other wrappers' parameters by identity, until something is attached or detached
         self.lean = self.packs = True
         self.mixes: set[str] = set()  # kinds of adapters that were tried out in a mixed batch
         self.mixed: set[tuple[Method, ...]] = set()  # and compositions of such kinds
@@ -241,6 +242,7 @@ class Host(PreTrainedModel):
     def _connect(self) -> None:
         """(Re)register every hook: after modules were put in or taken out."""
         self._disconnect()
+        self.foreign = None
         speed_up(self)
         self.entry = Entry(self)
         self.handles = self.entry.connect()
@@ -330,8 +332,10 @@ class Host(PreTrainedModel):
 
     def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
         """As in torch, without the adapters of other wrappers over the same base."""
-        others = [host for host in _HOSTS.get(self.base, ()) if host is not self]
-        foreign = {id(p) for host in others for name in host.methods for _, p in host.adapter_parameters(name)}
+        if self.foreign is None:
+            others = [host for host in _HOSTS.get(self.base, ()) if host is not self]
+            self.foreign = {id(p) for host in others for name in host.methods for _, p in host.adapter_parameters(name)}
+        foreign = self.foreign
         found = super().named_parameters(prefix, recurse, remove_duplicate)
         return ((name, p) for name, p in found if id(p) not in foreign)
 

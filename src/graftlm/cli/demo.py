@@ -37,7 +37,7 @@ PLANS = {
     ),
     "smollm2": Plan(
         methods=("lora", "qlora", "prompt-tuning", "p-tuning", "prefix-tuning", "bottleneck"),
-        training={"epochs": 5, "batch_size": 4, "eval_batch_size": 50, "eval_strategy": "no"},
+        training={"epochs": 4, "batch_size": 4, "eval_batch_size": 50, "eval_strategy": "no"},
         options={"general": None},
     ),
 }
