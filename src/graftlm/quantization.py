@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .errors import ConfigError, UnsupportedError, nearest
-from .kernels.linear import plain_product, product, working_dtype
+from .kernels.linear import owned, plain_product, product, working_dtype
 from .kernels.order import first_order
 
 SCHEMES = ("int8", "nf4", "fp4")
@@ -244,7 +244,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Any, bias: Tensor | None) -> Tensor:
         ctx.layer = layer
-        return product(x, dequantize(layer).to(x.dtype), bias)
+        return owned(product(x, dequantize(layer).to(x.dtype), bias))
 
     @staticmethod
     @first_order

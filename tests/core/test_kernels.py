@@ -226,6 +226,22 @@ def test_products_in_16_bits_are_fp32s_rounded_once(
         assert torch.equal(kernels.product(x, weight, bias), got)
 
 
+@pytest.mark.parametrize("way", [linear.onednn, linear.widened])
+def test_products_may_be_written_into(way: linear.Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As what a linear layer gives: by an activation in place, by clamping (OLMo's `clip_qkv`)."""
+    dtype = torch.bfloat16 if way is linear.widened else torch.float32
+    fp32 = F.linear if way is linear.widened else way
+    monkeypatch.setattr(linear, "way", lambda dtype, rows, transposed: fp32 if dtype is torch.float32 else way)
+    monkeypatch.setattr(linear, "_SMALL", {dtype: 0})
+    x, weight = narrow(2, 21, 40, dtype=dtype).requires_grad_(), narrow(24, 40, seed=1, dtype=dtype)
+    y = kernels.product(x, weight)
+    assert type(y.grad_fn).__name__ == "_ProductBackward"
+    y.clamp_(-1, 1)
+    (gradient,) = torch.autograd.grad(y.float().sum(), x)
+    inside = F.linear(x.float(), weight.float()).to(dtype).abs() <= 1
+    torch.testing.assert_close(gradient.float(), inside.float() @ weight.float(), rtol=2e-2, atol=2e-2)
+
+
 def test_trained_weights_in_16_bits_get_fp32s_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         linear, "way", lambda dtype, rows, transposed: F.linear if dtype is torch.float32 else linear.widened

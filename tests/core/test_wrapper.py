@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 import transformers as t
+from accelerate.hooks import ModelHook, add_hook_to_module
 from families import ALL, CAUSAL, batch
 from helpers import (
     COMPOSITIONS,
@@ -32,9 +33,10 @@ from helpers import (
     still,
 )
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import graftlm
-from graftlm.architectures import base_modules
+from graftlm.architectures import base_modules, position_room
 from graftlm.errors import AdapterError, ConfigError, UnsupportedError
 
 METHODS: tuple[Any, ...] = (
@@ -1181,3 +1183,55 @@ def test_prefix_in_the_decoder_of_a_model_that_reads_sound(name: str) -> None:
     ids = made.sequences[:, :-1]
     repeated = logits_of(model, **inputs, decoder_input_ids=ids)[:, -len(made.logits) :]
     close(torch.stack(made.logits, 1)[0], repeated[0])
+
+
+def test_merging_under_accelerates_hooks() -> None:
+    """accelerate puts a forward of its own on a layer (device_map); the layer as it was must not use the merged weight."""
+    base = fresh("llama")
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        plain = base(ids).logits
+    for module in [m for n, m in base.named_modules() if n.endswith("q_proj")]:
+        add_hook_to_module(module, ModelHook())
+    model = graftlm.get_peft_model(base, graftlm.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).eval()
+    with torch.no_grad():
+        adapted = model(ids).logits
+        model.merge_adapter()
+        close(model(ids).logits, adapted)
+        with model.disable_adapter():
+            close(model(ids).logits, plain)
+        model.unmerge_adapter()
+        close(model(ids).logits, adapted)
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_what_hooks_have_seen_stays_as_it_was(everywhere: bool) -> None:
+    """LoRA writes its update into the layer's output only where nobody else holds that."""
+    model = graftlm.get_peft_model(fresh("llama"), graftlm.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).eval()
+    layer = next(m for m in model.modules() if hasattr(m, "lora_A")).base_layer
+    seen = []
+
+    def hook(module: torch.nn.Module, args: tuple, output: Any) -> None:
+        if module is layer:
+            seen.append((output, output.clone()))
+
+    handle = register_module_forward_hook(hook) if everywhere else layer.register_forward_hook(hook)
+    try:
+        with torch.no_grad():
+            model(torch.arange(3, 9)[None])
+    finally:
+        handle.remove()
+    assert len(seen) == 1 and torch.equal(*seen[0])
+
+
+def test_other_parts_position_tables_are_not_the_texts() -> None:
+    class Half(torch.nn.Module):
+        def __init__(self, **parts: torch.nn.Module) -> None:
+            super().__init__()
+            for name, part in parts.items():
+                setattr(self, name, part)
+
+    text = Half(wpe=torch.nn.Embedding(100, 4))
+    both = Half(qformer=Half(position_embeddings=torch.nn.Embedding(8, 4)), language_model=text)
+    assert position_room(both) == position_room(text) == 100
+    assert position_room(Half(vision_model=Half(position_embeddings=torch.nn.Embedding(8, 4)))) is None

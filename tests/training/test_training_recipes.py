@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ from graftlm.training import (
     BaseModelError,
     Evaluation,
     Recipe,
+    Together,
+    TrainingInterrupted,
     advice,
     evaluate,
     generate_texts,
@@ -318,6 +321,27 @@ def test_a_recipe_searches_its_learning_rate(place: Path, tmp_path: Path, capsys
     assert f"{used:g}" == said[1]
     assert said[1] in said[2].split(", ") and len(said[2].split(", ")) == 5
     assert not list(tmp_path.glob("out-*"))
+
+
+def test_a_resumed_run_keeps_the_rate_that_was_found(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    searching = ["training.learning_rate=search", "training.budget=2s", "training.epochs=4"]
+    with pytest.raises(RuntimeError, match="killed"):
+        run(recipe(place, tmp_path / "out", *searching), callbacks=[Kill(5)])
+    used = Recipe.from_yaml(tmp_path / "out" / "recipe.yaml").training.learning_rate
+    capsys.readouterr()
+    run(recipe(place, tmp_path / "out", *searching, resume=True))
+    assert "Searching" not in capsys.readouterr().out
+    assert Recipe.from_yaml(tmp_path / "out" / "recipe.yaml").training.learning_rate == used
+
+
+def test_ctrl_c_in_a_search_promises_no_checkpoint(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(self: Any) -> None:
+        raise TrainingInterrupted("all saved")
+
+    monkeypatch.setattr(Together, "run", stopped)
+    with pytest.raises(KeyboardInterrupt, match="nothing was trained yet") as caught:
+        run(recipe(place, tmp_path / "out", "training.learning_rate=search"), quiet=True)
+    assert not isinstance(caught.value, TrainingInterrupted)
 
 
 def test_searches_that_cannot_be(place: Path, tmp_path: Path) -> None:

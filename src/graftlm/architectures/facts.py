@@ -163,13 +163,19 @@ def position_table(module: Any) -> tuple[Tensor, int]:
 
 
 def position_room(half: nn.Module) -> int | None:
-    """How many positions a model (an encoder, a decoder) has vectors for; None where they are computed."""
+    """How many positions a model (an encoder, a decoder) has vectors for; None where they are computed.
+
+    Tables of the parts that look at images or listen are not asked: text does not pass through them.
+    """
     found: list[Any] = [
-        m for n, m in base_modules(half) if n.rpartition(".")[2] in _POSITION_TABLES and isinstance(m, nn.Embedding)
+        m
+        for n, m in base_modules(half)
+        if n.rpartition(".")[2] in _POSITION_TABLES and isinstance(m, nn.Embedding) and not _OTHER_SENSES.search(n)
     ]
     return min((m.num_embeddings - getattr(m, "offset", 0) for m in found), default=None)
 
 
+_OTHER_SENSES = re.compile(r"vision|visual|image|qformer|audio|speech", re.IGNORECASE)
 _POSITION_TABLES = {"wpe", "position_embeddings", "embed_positions"}
 
 

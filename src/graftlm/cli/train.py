@@ -41,7 +41,7 @@ def train(
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of epochs.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate; without it by method, base and updates.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; without it by method and width of the base.")] = None,
     budget: Annotated[
         str | None, typer.Option(help="Search the learning rate first, for so long: 90s, 2m. Default: no search.")
     ] = None,

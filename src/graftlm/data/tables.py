@@ -28,7 +28,7 @@ Columns = dict[str, list[Any]]
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 ENDINGS = (".json", ".jsonl", *DELIMITERS)
 OTHER_DELIMITERS = (",", ";", "\t", "|")
-INTEGER = re.compile(r"0|-?[1-9][0-9]*")
+INTEGER = re.compile(r"0|-?[1-9][0-9]{0,18}")
 DECIMAL = re.compile(r"-?[0-9]+\.[0-9]+(e[-+]?[0-9]+)?")
 
 
@@ -145,7 +145,7 @@ def in_first_row(text: str, delimiter: str) -> int:
 @contextmanager
 def whole_fields() -> Iterator[None]:
     """Within the block a value may be of any length."""
-    before = csv.field_size_limit(sys.maxsize)
+    before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         yield
     finally:
@@ -226,7 +226,14 @@ def settle(values: list[Any]) -> list[Any]:
         return values
     if kinds == {Written} and all(value is None or is_exact(value) for value in values):
         return [None if value is None else float(value) for value in values]
-    return [None if value is None else value.text if isinstance(value, Written) else str(value) for value in values]
+    return [None if value is None else as_text(value) for value in values]
+
+
+def as_text(value: Any) -> str:
+    """A value as a file has it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return value.text if isinstance(value, Written) else str(value)
 
 
 def is_exact(number: Written) -> bool:

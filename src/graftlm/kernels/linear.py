@@ -133,7 +133,12 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
 # -- the ways ------------------------------------------------------------------------------------------------------------
 def onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """By oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return owned(torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
+
+
+def owned(y: Tensor) -> Tensor:
+    """The tensor as no view of another one: what an autograd function hands out may then be written into."""
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
 _kept = threading.local()
@@ -146,12 +151,12 @@ def widened(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.float()
     tile = max(1, _BUFFER // max(size, 1))
     if out <= tile:
-        return _wide_product(flat, weight, bias).to(x.dtype).view(*x.shape[:-1], out)
+        return owned(_wide_product(flat, weight, bias).to(x.dtype).view(*x.shape[:-1], out))
     y = x.new_empty(len(flat), out)
     for start in range(0, out, tile):
         part = slice(start, start + tile)
         y[:, part] = _wide_product(flat, weight[part], None if bias is None else bias[part])
-    return y.view(*x.shape[:-1], out)
+    return owned(y.view(*x.shape[:-1], out))
 
 
 def _wide_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -177,7 +182,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, way: Way, back: Way) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         ctx.back = back
-        return way(x, weight, bias)
+        return owned(way(x, weight, bias))
 
     @staticmethod
     @first_order

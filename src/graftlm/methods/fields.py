@@ -15,7 +15,7 @@ import re
 import types
 from collections.abc import Callable, Iterable
 from numbers import Integral, Real
-from typing import Annotated, Any, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ..errors import ConfigError, UnsupportedError
 
@@ -106,8 +106,10 @@ def fits(value: Any, kind: Any) -> bool:
         return isinstance(value, list) and all(any(fits(v, k) for k in kinds(inner[0])) for v in value)
     if origin is dict:
         return isinstance(value, dict) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
-    if kind is Any:
-        return True
+    if origin is Literal:
+        return value in inner
+    if origin is not None or not isinstance(kind, type):  # of a user's own method
+        return isinstance(value, origin) if isinstance(origin, type) else True
     if kind in (int, float):
         return isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
     if issubclass(kind, enum.Enum):

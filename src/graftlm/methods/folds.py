@@ -7,6 +7,7 @@ trains) goes by the layer as it was, beside which the adapters that act are comp
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -82,7 +83,19 @@ def with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
     made = object.__new__(type(layer))
     made.__dict__.update(layer.__dict__)
     made.__dict__["_parameters"] = layer._parameters | {"weight": weight}
+    if "forward" in layer.__dict__:  # bound to the layer itself: accelerate's hooks
+        made.__dict__["forward"] = functools.partial(_holding, layer, weight)
     return made
+
+
+def _holding(layer: nn.Module, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A layer's own forward while it holds another weight."""
+    own = layer._parameters["weight"]
+    layer._parameters["weight"] = weight  # type: ignore[assignment]
+    try:
+        return layer.forward(*args, **kwargs)
+    finally:
+        layer._parameters["weight"] = own
 
 
 def both_forms(layer: nn.Module) -> list[nn.Module]:

@@ -363,6 +363,11 @@ class Linear(LoraLayer):
         """Whether an adapter's update is more than ``scale * B A dropout(x)``."""
         return name in self.start or name in self.lora_magnitude_vector
 
+    def watched(self) -> bool:
+        """Whether somebody's hook has seen the output so far, which must then stay as it is."""
+        seen = self.base_layer._forward_hooks or self.frozen._forward_hooks
+        return bool(seen or torch.nn.modules.module._global_forward_hooks)
+
     def dropped(self, name: str) -> float:
         """The probability at which an adapter drops its input now."""
         drop = self.lora_dropout[name]
@@ -371,7 +376,7 @@ class Linear(LoraLayer):
     def add_update(self, name: str, x: Tensor, result: Tensor) -> Tensor:
         """By one function, into `result` itself; in training its products are made in the activations' dtype."""
         factors, scale, p = self.factors(name), self.scaling[name], self.dropped(name)
-        if self.special(name) or self.base_layer._forward_hooks or not result.is_contiguous():
+        if self.special(name) or self.watched() or not result.is_contiguous():
             return super().add_update(name, x, result)
         if torch.is_grad_enabled():
             return low_rank(result, x, *factors, scale, p)
@@ -384,7 +389,7 @@ class Linear(LoraLayer):
         parts = routes.parts(result)
         names = {n for group, _ in parts for n in group if n in self.scaling}
         precise = torch.is_grad_enabled() or not any(self.dropped(n) for n in names)
-        if not names or not precise or any(self.special(n) for n in names) or self.base_layer._forward_hooks:
+        if not names or not precise or any(self.special(n) for n in names) or self.watched():
             return super().add_routed(routes, x, result)
         updates = [
             Update(index, *self.factors(n), self.scaling[n], self.dropped(n), partial(routes.drawing, i))

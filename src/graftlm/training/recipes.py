@@ -7,7 +7,8 @@
       loss.png         the loss curve
       checkpoint-<n>/  what `resume` goes on from
 
-The same recipe on the same machine gives the same adapter bit for bit. Started by `torchrun` or `accelerate launch`, every
+The same recipe on the same machine gives the same adapter bit for bit, where products are made in the same ways (these are
+chosen by timing, see `kernels.linear`; another choice rounds otherwise). Started by `torchrun` or `accelerate launch`, every
 process trains on its share of each batch (`batch_size` rows a process), and the first one prints and saves.
 """
 
@@ -41,7 +42,7 @@ from . import advice
 from .bases import BaseModelError, resolve_base
 from .compiling import CompiledLayers
 from .evaluation import Evaluation, answers, evaluation, is_encoder_decoder
-from .output import METRICS_NAME, open_output, write_recipe, write_text
+from .output import METRICS_NAME, RECIPE_NAME, open_output, write_recipe, write_text
 from .progress import RichProgress
 from .resume import last_complete_checkpoint
 from .schema import DataSection, Recipe, TrainingSection
@@ -125,6 +126,8 @@ def run(
         with running(Plan(Switch(), ())):  # the base may carry the adapters of other runs
             before = baseline if baseline is not None else measure(recipe, model, tokenizer, data)
         recipe = recipe.filled(model_dims(model).hidden, len(data.train_rows))
+        if recipe.training.learning_rate == "search" and recipe.resume:
+            recipe = with_earlier_rate(recipe, output)
         if recipe.training.learning_rate == "search":
             recipe = with_best_rate(recipe, model, tokenizer, data, log.info if quiet else print)
         set_seed(recipe.training.seed)
@@ -174,6 +177,15 @@ def only_the_first_speaks() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(before)
+
+
+def with_earlier_rate(recipe: Recipe, output: Path) -> Recipe:
+    """The recipe with the learning rate that a run to be resumed has found; as it is where that run has no checkpoint."""
+    file = output / RECIPE_NAME
+    if not file.is_file() or last_complete_checkpoint(output, []) is None:
+        return recipe
+    rate = Recipe.from_yaml(file).training.learning_rate
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"learning_rate": rate})})
 
 
 def over(model: Any, recipe: Recipe) -> Recipe:

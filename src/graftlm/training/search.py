@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from ..architectures import model_dims
 from ..errors import ConfigError
 from .evaluation import is_encoder_decoder, loss_metrics
+from .trainer import TrainingInterrupted
 
 if TYPE_CHECKING:
     from .recipes import Recipe
@@ -135,7 +136,7 @@ def searched(
                     own.replace(**quick(own, candidate.rate), output_dir=place, overwrite=False, resume=False),
                     data=replace(data, held_out=None, held_out_rows=None),
                     callbacks=[Rungs(method, candidate), *([callback()] if callback is not None else [])],
-                    done=Noted(candidate),
+                    done=Noted(method, candidate),
                 )  # fmt: skip
         together.run()
     for method in found.values():
@@ -158,7 +159,13 @@ def with_best_rate(recipe: Recipe, model: Any, tokenizer: Any, data: RunData, sa
         ConfigError: too few rows, or no rate gave a finite loss.
     """
     start = recipe.replace(training=recipe.training.model_dump() | {"learning_rate": None})
-    method = searched([("run", start)], model, tokenizer, tuning(data, recipe.training.seed), recipe.training.budget)["run"]
+    say(f"Searching the learning rate for {recipe.training.budget:g} seconds.")
+    try:
+        method = searched([("run", start)], model, tokenizer, tuning(data, recipe.training.seed), recipe.training.budget)[
+            "run"
+        ]
+    except TrainingInterrupted:
+        raise KeyboardInterrupt("stopped in the search of the learning rate; nothing was trained yet") from None
     best = method.chosen()
     if best is None:
         tried = ", ".join(f"{c.rate:g}" for c in method.candidates)
@@ -170,17 +177,14 @@ def with_best_rate(recipe: Recipe, model: Any, tokenizer: Any, data: RunData, sa
 class Noted:
     """Notes a candidate that failed."""
 
-    def __init__(self, candidate: Candidate) -> None:
-        self.candidate = candidate
+    def __init__(self, method: Method, candidate: Candidate) -> None:
+        self.method, self.candidate = method, candidate
 
     def __call__(self, outcome: Outcome) -> None:
         if outcome.error is not None:
             self.candidate.status = "failed"
-
-
-def entry(candidate: Candidate) -> dict[str, Any]:
-    loss = candidate.losses[-1] if candidate.losses else None
-    return {"learning_rate": candidate.rate, "loss": loss, "steps": candidate.steps, "status": candidate.status}
+            for rung in range(len(RUNGS)):  # the others may have waited for it
+                self.method.decide(rung)
 
 
 def tuning(data: RunData, seed: int, forbidden: Collection[tuple[int, ...]] = ()) -> RunData:

@@ -112,7 +112,7 @@ def attach(recipe: Recipe, model: Any, tokenizer: Any, data: RunData) -> tuple[P
         return continued(recipe, model)
     options = method_options(recipe, tokenizer, data, task)
     config = config_type(recipe.method)(task_type=task, **options)
-    config.base_model_name_or_path = recipe.base if bundled.is_stored_elsewhere(recipe.base) else None
+    config.base_model_name_or_path = bundled.stored_as(recipe.base)
     resolved = recipe.model_copy(update={"method_options": options})
     return get_peft_model(model, config), resolved
 
