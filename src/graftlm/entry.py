@@ -102,6 +102,7 @@ class Entry:
         self.host = host
         self.signature = inspect.signature(base.forward)
         self.encoder_decoder = is_encoder_decoder(base)
+        self.guards = False  # whether calls of the backbone by itself are watched
         self.takes_positions = takes_position_ids(base)
         self.counts_from_mask = counts_from_mask(base)
         self.image_positions = has_image_positions(base)  # of several axes, which cannot be shifted behind virtual tokens
@@ -124,7 +125,8 @@ class Entry:
             *self.engine.connect(),
         ]
         backbone = getattr(base, "base_model", base)
-        if backbone is not base:
+        self.guards = backbone is not base
+        if self.guards:
             leave = Hook(self, "leave_direct")
             handles += [
                 backbone.register_forward_pre_hook(Hook(self, "refuse_backbone")),
@@ -160,7 +162,8 @@ class Entry:
         """Forward pre-hook of the base model."""
         plan = self.plan()
         if plan is None:
-            _direct.set(_direct.get() + 1)
+            if self.guards:  # else nothing counts it down again
+                _direct.set(_direct.get() + 1)
             return None
         named = self.named(args, kwargs)
         self.host.protect_checkpointing()

@@ -381,7 +381,7 @@ def test_a_run_that_learns_nothing_says_why(place: Path, tmp_path: Path, changes
     ("labels", "losses", "told"),
     [
         ([[-100, -100, -100]] * 3 + [[-100, 5, 6]], (3.0, 1.0), "75% of the training rows have no labelled token"),
-        ([[-100, 5, 6]], (3.0, 2.0, 9.0), "rose from 2 to 9: the learning rate 0.002 is too high"),
+        ([[-100, 5, 6]], (3.0, 2.0, 9.0), "rose from 2 to 9: the learning rate 0.001 is too high"),
         ([[-100, 5, 6]], (3.0, 0.1), "learnt its rows by heart"),
         ([[-100, 5, 6]], (3.0, 2.0), "look whether prompt and answer are what you mean"),
     ],

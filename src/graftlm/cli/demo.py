@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DATA = "tweets"
 SHOWN = 4  # held-out tweets
-QUESTION = "What is the capital of France?"
+QUESTION = "Is this a complaint? I have waited two weeks for my parcel and nobody answers."
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,6 +106,8 @@ def fits(value: Any, kind: Any) -> bool:
         return isinstance(value, list) and all(any(fits(v, k) for k in kinds(inner[0])) for v in value)
     if origin is dict:
         return isinstance(value, dict) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    if kind is Any:
+        return True
     if origin is Literal:
         return value in inner
     if origin is not None or not isinstance(kind, type):  # of a user's own method
