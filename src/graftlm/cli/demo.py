@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DATA = "tweets"
 SHOWN = 4  # held-out tweets
-QUESTION = "Is this a complaint? I have waited two weeks for my parcel and nobody answers."
+QUESTION = "Tweet text : what are your opening hours on sunday? Label :"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def before_and_after(result: ComparisonResult) -> None:
 
 
 def chat_turn(result: ComparisonResult) -> None:
-    """A question to the base with its new LoRA adapter, through the model's chat template where it has one."""
+    """A turn of a chat with the new LoRA adapter, and with the base alone, where the model has a chat template."""
     from rich.text import Text
 
     from ..comparison.result import DONE
@@ -137,9 +137,11 @@ def chat_turn(result: ComparisonResult) -> None:
     model = _base.attach(model, {"lora": str(result.output_dir / run.directory)})
     prompt = chat_prompt_ids([{"role": "user", "content": QUESTION}], tokenizer)
     (reply,) = complete(model, tokenizer, [prompt], Sampling(max_new_tokens=40))
+    with model.disable_adapter():
+        (before,) = complete(model, tokenizer, [prompt], Sampling(max_new_tokens=40))
     out = _base.console()
-    out.print(Text.assemble(("user       ", "dim"), (QUESTION, "bold")))
-    out.print(Text.assemble(("with LoRA  ", "dim"), first_line(reply)))
+    for who, text in (("chat", QUESTION), ("base", first_line(before)), ("with LoRA", first_line(reply))):
+        out.print(Text.assemble((f"{who:<11}", "dim"), (text, "bold" if who == "chat" else "")))
     out.print()
 
 
