@@ -66,7 +66,7 @@ def test_segments_attend_like_a_masked_row(
         monkeypatch.setattr(attention, "LONG", 1)
     if way == "varlen":
         calls = on_flash(monkeypatch)
-    lengths, width = [5, 1, 7], 8
+    lengths, width = [5, 5, 1, 7], 8
     count = shared + sum(lengths)
     tensors = [normal(count, n, width, seed=i).requires_grad_() for i, n in enumerate((heads, groups, groups))]
     memory = [normal(groups, prefix, width, seed=i + 5).requires_grad_() for i in range(2)] if prefix else []
