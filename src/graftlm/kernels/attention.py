@@ -164,7 +164,7 @@ class _Bucket(NamedTuple):
         return part if self.count == 1 else part.unflatten(1, (self.count, self.length)).transpose(0, 1)
 
     def keys(self, own: Tensor, memory: list[Tensor], which: int) -> Tensor:
-        """Keys (`which` 0) or values (1) [n * G, M + F + L, D] that the sequences attend to: memory, shared tokens, their own."""
+        """Keys (`which` 0) or values (1) [n * G, M + F + L, D] that they attend to: memory, shared tokens, their own."""
         low, high = self.front
         if not high and self.memory is None and self.count == 1:
             return self.places(own)
