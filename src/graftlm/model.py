@@ -303,6 +303,7 @@ class PeftModel(Host):
     def _follow(self, changed: Any = True) -> None:
         """Layers were replaced by a merge or its undoing: the hooks that stood on them follow."""
         if changed:
+            self._disconnect()  # a layer may have got another form beside it, on which hooks stand too
             self._connect()
             self._reconnect_others()
 
