@@ -16,10 +16,10 @@ PACKAGE = "graftlm"
 # Lower floors first. A module may import from its own floor and from those below it.
 FLOORS: list[set[str]] = [
     {"errors", "files", "processes", "version", "bundled", "gguf"},
-    {"routing", "kernels"},
+    {"routing", "placing", "kernels"},
     {"architectures", "quantization", "preparation"},
     {"methods"},
-    {"fingerprint", "card", "checkpoint", "entry", "engine", "merging", "mixing", "host", "model", "joint"},
+    {"fingerprint", "card", "checkpoint", "passes", "merging", "mixing", "host", "model", "joint"},
     {"data", "planning"},
     {"training", "inference"},
     {"comparison", "serving", "cli", "utils", "registering", "__init__", "__main__"},

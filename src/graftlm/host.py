@@ -19,14 +19,15 @@ from transformers import PreTrainedModel
 from .architectures import backbone_embeddings, base_modules, token_embeddings
 from .architectures.fast import speed_up
 from .bundled import known_as
-from .entry import Entry
 from .errors import AdapterError, nearest
 from .methods import Method, PeftConfig, method_for
 from .methods.base import TASK_HEADS, clean_path, replace_module
 from .methods.modules_to_save import ModulesToSaveWrapper, find_modules, saved_modules
+from .passes.hooks import Hooks
+from .placing import Front
 from .preparation import freeze_base
 from .quantization import quantized_kind, settle
-from .routing import BASE_NAME, Front, Group, Plan, Routes, Switch, active_routes, planned_adapters, running
+from .routing import BASE_NAME, Group, Plan, Routes, Switch, active_routes, planned_adapters, running
 
 Memory = list[tuple[Tensor, Tensor]]
 
@@ -255,7 +256,7 @@ class Host(PreTrainedModel):
         self.layout = layout
         speed_up(self)
         hosts = _HOSTS.setdefault(self.base, WeakSet())
-        self.entry = Entry(self, [host.entry.engine.trials for host in (self, *hosts) if "entry" in vars(host)])
+        self.entry = Hooks(self, [host.entry.shortcuts.trials for host in (self, *hosts) if "entry" in vars(host)])
         hosts.add(self)
         self.handles[None] = self.entry.connect()
         for name, method in self.methods.items():

@@ -17,9 +17,12 @@ from torch import Tensor
 
 from .architectures import base_modules, is_encoder_decoder
 from .architectures.fast import drops
-from .engine.row import IGNORED
 from .model import PeftModel
-from .routing import Draws, Plan, Routes, running
+from .passes.row import IGNORED
+from .passes.run import run
+from .passes.seq2seq import decoder_inputs
+from .passes.state import Packed
+from .routing import Draws, Plan, Routes
 
 FILLERS = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
 
@@ -52,8 +55,8 @@ def joinable(model: Any, inputs: dict[str, Any]) -> bool:
 def joint_losses(shares: list[Share]) -> list[tuple[Tensor, int]] | None:
     """Each share's loss, summed over its labelled tokens (with a gradient), and their number.
 
-    None where the model allows no short cut (see `engine`), or where dropout would not be drawn as alone: then everyone
-    has to run alone.
+    None where the model allows no short cut (see `passes.shortcuts`), or where dropout would not be drawn as alone: then
+    everyone has to run alone.
     """
     lead = shares[0].model
     hosts = [share.model for share in shares]
@@ -64,18 +67,13 @@ def joint_losses(shares: list[Share]) -> list[tuple[Tensor, int]] | None:
     plan = Plan(lead.switch, groups[0], routes=Routes(groups, of, hosts=hosts, draws=draws))  # type: ignore[arg-type]
     inputs = stacked([share.inputs for share in shares])
     if is_encoder_decoder(lead.base):
-        lead.entry.engine.decoder_inputs(inputs)
-    with running(plan):
-        try:
-            lead.base_model(**inputs)
-        finally:
-            lead.entry.engine.leave(plan)
-    if "losses" not in plan.scratch or (plan.scratch["way"] != "packed" and any(s.drops for s in shares)):
+        decoder_inputs(lead.base, inputs)
+    done, _ = run(lead, plan, inputs)
+    if done.losses is None or (not isinstance(done.layout, Packed) and any(s.drops for s in shares)):
         return None
-    losses, owners = plan.scratch["losses"], plan.scratch["owners"]
     found = []
     for i in range(len(shares)):
-        own = losses[owners == i]
+        own = done.losses[done.targets.owners == i]  # type: ignore[union-attr]
         found.append((own.sum(), len(own)))
     return found
 

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from .architectures import base_modules, is_encoder_decoder, token_embeddings
 from .errors import AdapterError, CompositionError, GraftError, UnsupportedError
 from .methods.modules_to_save import ModulesToSaveWrapper
+from .passes.run import run
 from .quantization import holds_quantized, quantized_layers
-from .routing import BASE_NAME, Group, Plan, Routes, running
+from .routing import BASE_NAME, Group, Plan, Routes
 
 if TYPE_CHECKING:
     from .host import Host
@@ -124,7 +125,7 @@ class _Trial:
         vocabulary = min(embeddings.weight.shape[0], 1000)
         self.rows = [torch.randint(1, vocabulary, (n,), generator=generator) for n in self.LENGTHS[: len(groups)]]
         self.decoder_ids = torch.randint(1, vocabulary, (len(groups), 3), generator=generator)
-        self.left = not is_encoder_decoder(base) and "position_ids" in host.entry.signature.parameters
+        self.left = not is_encoder_decoder(base) and "position_ids" in host.entry.facts.signature.parameters
 
     def run(self) -> None:
         name = type(self.host.base).__name__
@@ -171,8 +172,8 @@ class _Trial:
             inputs["decoder_input_ids"] = self.decoder_ids[rows].to(device)
         routes = Routes.by_row(groups) if len(groups) > 1 else None
         adapters = tuple(dict.fromkeys(n for g in groups for n in g))
-        with running(Plan(self.host.switch, adapters, routes=routes)):
-            output = self.host.base_model(**inputs, return_dict=True)
+        plan = Plan(self.host.switch, adapters, routes=routes)
+        _, output = run(self.host, plan, inputs | {"return_dict": True})
         name = next((n for n in ("logits", "start_logits", "last_hidden_state") if output.get(n) is not None), None)
         if name is None:
             raise ValueError(f"no output of {', '.join(output)} to compare")

@@ -18,14 +18,17 @@ from transformers import Cache, PreTrainedModel
 from . import checkpoint
 from .architectures import base_modules
 from .architectures.fast import slow_down
-from .entry import batch_size
 from .errors import AdapterError, ConfigError, UnsupportedError
 from .host import _HOSTS, Host
 from .methods import PeftConfig
 from .methods.folds import fold_of
 from .mixing import AdapterNames, mixed_plan
+from .passes.inputs import batch_size
+from .passes.refusals import check_encoded
+from .passes.run import run
+from .passes.state import Run, keep_pass
 from .quantization import settle
-from .routing import Plan, keep_plan, running
+from .routing import Plan, running
 
 
 class PeftModel(Host):
@@ -116,19 +119,14 @@ class PeftModel(Host):
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         self._refuse_half_on_cpu()
-        if self.entry.engine.stale():
+        if self.entry.stale():
             self._connect()
         names = kwargs.pop("adapter_names", None)
         smoothing = kwargs.pop("label_smoothing", None) or 0.0
         if not 0 <= smoothing < 1:
             raise ConfigError(f"label_smoothing={smoothing}: expected a share of at least 0 and below 1.")
         plan = self._plan(names, None if names is None else batch_size(self.entry.named(args, kwargs)))
-        plan.smoothing = smoothing
-        with running(plan):
-            try:
-                return self.base_model(*args, **kwargs)
-            finally:
-                self.entry.engine.leave(plan)
+        return run(self, plan, kwargs, *args, smoothing=smoothing)[1]
 
     def can_pack(self) -> bool:
         """Whether training rows may hold several sequences (`position_ids` that start again) under the active adapters.
@@ -146,21 +144,19 @@ class PeftModel(Host):
         """
         if inputs is not None:
             inputs = {k: v for k, v in inputs.items() if k not in ("adapter_names", "label_smoothing")}
-            if self.entry.engine.way(self._plan(), inputs) == "plain":
+            if self.entry.shortcuts.way(self._plan(), inputs) == "plain":
                 return False
         return self._training_form() is not None
 
     def _training_form(self) -> Any:
         """The short cuts of training passes; None for none."""
-        if self.entry.engine.stale():
+        if self.entry.stale():
             self._connect()
-        engine = self.entry.engine
-        asked = any(engine.asked({}, k) for k in ("output_attentions", "output_hidden_states", "output_router_logits"))
-        return engine.form(self._plan()) if self.lean and engine.head is not None and not asked else None
+        return self.entry.shortcuts.training_form(self._plan())
 
     def heeds_items(self) -> bool:
         """Whether the base's training loss is divided by `num_items_in_batch`; tried once."""
-        return self.entry.engine.heeds_items(self._plan())
+        return self.entry.shortcuts.heeds_items(self._plan())
 
     def _refuse_half_on_cpu(self) -> None:
         """UnsupportedError for training in float16 on a CPU, where no gradient scaler keeps small gradients alive."""
@@ -189,23 +185,24 @@ class PeftModel(Host):
             self._refuse_chunks(kwargs)
             rows = None if names is None else batch_size(kwargs | {"input_ids": kwargs.get("input_ids", given)})
             plan = self._plan(names, rows)
-            self._resume(plan, kwargs | ({} if given is None else {"input_ids": given}))
-            with running(plan):
+            call = self._resume(plan, kwargs | ({} if given is None else {"input_ids": given}))
+            with running(plan), call.going():
                 return self.base.generate(*args, **kwargs)
         finally:
             for module in trained:
                 module.training = True
 
-    def _resume(self, plan: Plan, options: dict[str, Any]) -> None:
+    def _resume(self, plan: Plan, options: dict[str, Any]) -> Run:
         """Check what a `generate` goes on from: a cache with virtual tokens or a prefix in it, outputs of the encoder."""
+        call = Run()
         cache, mask, encoded = (options.get(n) for n in ("past_key_values", "attention_mask", "encoder_outputs"))
         count = self.fronts(plan, batch_size(options))[0]
         if encoded is not None and count:  # a mask of ones alone does not come to the model
-            self.entry.check_encoded(encoded, mask, count)
-            plan.encoded = True
+            check_encoded(encoded, mask, count)
+            call.encoded = True
         if not isinstance(cache, Cache) or not cache.get_seq_length() or not any(self.in_front(plan)):
-            return
-        if self.entry.encoder_decoder:
+            return call
+        if self.entry.facts.encoder_decoder:
             raise UnsupportedError(
                 "generate does not go on from past_key_values with a prefix in the decoder; leave past_key_values out."
             )
@@ -215,7 +212,8 @@ class PeftModel(Host):
         if "inputs_embeds" in whole:
             whole.pop("input_ids", None)
         if given is not None and (mask is None or mask.shape == given.shape[:2]):  # else they are the new ones alone
-            plan.resumed = whole
+            call.resumed = whole
+        return call
 
     def _refuse_chunks(self, options: dict[str, Any]) -> None:
         """UnsupportedError for a prefill in chunks, whose first one may hold only padding, with virtual tokens."""
@@ -238,7 +236,7 @@ class PeftModel(Host):
                     "Prefix Tuning needs non-reentrant activation checkpointing: "
                     "gradient_checkpointing_kwargs={'use_reentrant': False}."
                 )
-            module._gradient_checkpointing_func = keep_plan(function)
+            module._gradient_checkpointing_func = keep_pass(function)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
         """Switch activation checkpointing on in the base.

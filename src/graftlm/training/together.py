@@ -422,7 +422,7 @@ class Together:
         before = State.now()
         try:
             for model in models:
-                if model.entry.engine.form(model._plan()) is None:
+                if model.entry.shortcuts.form(model._plan()) is None:
                     return False
             with dropout_off(models), torch.no_grad():
                 joint = joint_losses([Share(r.model, r.inputs) for r in requests])

@@ -1,11 +1,11 @@
-"""Which short cuts a model allows: tried out on a small random batch, never assumed."""
+"""Trials: a small random batch through the model itself, to see what holds for it, never assumed."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,28 +14,16 @@ from torch import Tensor, nn
 from ..architectures import backbone_embeddings, is_encoder_decoder
 from ..kernels import HeadForm
 from ..quantization import quantized_layers
-from ..routing import Plan, restore_order, running
+from ..routing import Plan
+from .facts import decoder_config
 from .row import IGNORED
+from .run import run
+from .state import Form, Packed, Pass, Probe
 
 if TYPE_CHECKING:
-    from . import Engine
+    from ..host import Host
 
 log = logging.getLogger("graftlm.engine")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Form:
-    """Which short cuts hold for a model.
-
-    Args:
-        head: what the model does to its head's output.
-        packs: rows can be packed.
-        shifts: the loss is that of the next token (a causal model's), not of the token at the same place.
-    """
-
-    head: HeadForm
-    packs: bool
-    shifts: bool
 
 
 class Check:
@@ -43,19 +31,19 @@ class Check:
 
     ROWS, LENGTH, SHORT = 2, 6, 4
 
-    def __init__(self, engine: Engine, plan: Plan) -> None:
-        self.engine, self.plan = engine, plan
-        base = engine.host.base
+    def __init__(self, host: Host, plan: Plan) -> None:
+        self.host, self.plan = host, plan
+        base = host.base
         generator = torch.Generator().manual_seed(0)
         vocabulary = min(backbone_embeddings(base).weight.shape[0], 1000)
         ids = torch.randint(1, vocabulary, (self.ROWS, self.LENGTH), generator=generator)
         mask, labels = torch.ones_like(ids), ids.clone()
         mask[1, self.SHORT :], labels[1, self.SHORT :] = 0, IGNORED
-        device = engine.host.adapter_device
+        device = host.adapter_device
         self.batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
 
     def form(self) -> Form | None:
-        base = self.engine.host.base
+        base = self.host.base
         shifts = not is_encoder_decoder(base)
         if shifts:
             name = getattr(getattr(base, "loss_function", None), "__name__", "")
@@ -63,13 +51,14 @@ class Check:
                 return None
             shifts = name == "ForCausalLMLoss"
         with self.quiet(), torch.no_grad():
-            plain, output = self.run("plain", None)
-            softcap = getattr(self.engine.entry.decoder_config(), "final_logit_softcapping", None)
-            head = HeadForm.recognise(plain["raw"], output.logits, softcap)
+            plain, output = self.run(None)
+            softcap = getattr(decoder_config(base), "final_logit_softcapping", None)
+            assert plain.raw is not None
+            head = HeadForm.recognise(plain.raw, output.logits, softcap)
             if head is None:
                 return None
             form = Form(head=head, packs=False, shifts=shifts)
-            if not self.close(self.run("padded", form)[1].loss, output.loss):
+            if not self.close(self.run(form)[1].loss, output.loss):
                 log.info("%s: its loss is not the usual one; all logits are computed", type(base).__name__)
                 return None
             packs = self.packs(form, plain, output)
@@ -78,46 +67,42 @@ class Check:
     def heeds_items(self) -> bool:
         """Whether the plain model divides its summed loss by `num_items_in_batch`."""
         with self.quiet(), torch.no_grad():
-            mean, divided = (self.run("plain", None, items)[1].loss for items in (None, 7))
-        every = is_encoder_decoder(self.engine.host.base) or self.engine.host.counts(self.plan.adapters)[0] > 0
+            mean, divided = (self.run(None, items)[1].loss for items in (None, 7))
+        every = is_encoder_decoder(self.host.base) or self.host.counts(self.plan.adapters)[0] > 0
         labels = self.batch["labels"] if every else self.batch["labels"][:, 1:]
         return self.close(divided * 7, mean * int(labels.ne(IGNORED).sum()))
 
-    def packs(self, form: Form, plain: dict, output: Any) -> bool:
+    def packs(self, form: Form, plain: Pass, output: Any) -> bool:
         """Whether the packed row gives the padded batch's hidden states and loss."""
-        engine = self.engine
-        tuned = getattr(engine.entry.decoder_config(), "attn_temperature_tuning", None)  # Llama 4: by places in the row
-        mixes = any(isinstance(m, nn.Conv1d) for m in engine.host.base.modules())  # along the row
-        if not form.shifts or tuned or mixes or not engine.packs_on(engine.host.adapter_device):
+        base, packing = self.host.base, self.host.entry.packing
+        tuned = getattr(decoder_config(base), "attn_temperature_tuning", None)  # Llama 4: by places in the row
+        mixes = any(isinstance(m, nn.Conv1d) for m in base.modules())  # along the row
+        if not form.shifts or tuned or mixes or not packing.packs_on(self.host.adapter_device):
             return False
-        packing = replace(form, packs=True)
+        form = replace(form, packs=True)
         try:
-            scratch, packed = self.run("packed", packing)
+            now, packed = self.run(form)
         except Exception as reason:  # an attention that is not transformers' exchangeable one
-            log.info("%s is trained padded: %s", type(engine.host.base).__name__, reason)
+            log.info("%s is trained padded: %s", type(base).__name__, reason)
             return False
-        if scratch["way"] != "packed":
+        if not isinstance(now.layout, Packed):
             return False
-        count = engine.host.counts(self.plan.adapters)[0]
-        expected = plain["hidden"]
-        if "order" in plain:
-            expected = restore_order(expected, plain["order"])
-        expected = expected[:, count:][self.batch["attention_mask"].bool()].float()
-        found = scratch["hidden"][0][scratch["unpack"][2].tokens].float()
+        count = self.host.counts(self.plan.adapters)[0]
+        assert plain.hidden is not None and now.hidden is not None
+        expected = plain.layout.restore(plain.hidden)[:, count:][self.batch["attention_mask"].bool()].float()
+        found = now.hidden[0][now.layout.row.tokens].float()
         error = float((found - expected).norm() / expected.norm())
         exact = found.shape == expected.shape and error <= (1e-4 if self.precise else 5e-2)
-        exact = exact and self.close(packed.loss, output.loss) and self.apart(packing, scratch)
-        if exact and self.tries_gradients and not self.same_gradients(packing):
-            log.info("%s is trained padded: packing changes its gradients", type(engine.host.base).__name__)
+        exact = exact and self.close(packed.loss, output.loss) and self.apart(form, now, now.layout)
+        if exact and self.tries_gradients and not self.same_gradients(form):
+            log.info("%s is trained padded: packing changes its gradients", type(base).__name__)
             return False
         if not exact:
-            log.info(
-                "%s is trained padded: packing changes its hidden states by %.1e", type(engine.host.base).__name__, error
-            )
+            log.info("%s is trained padded: packing changes its hidden states by %.1e", type(base).__name__, error)
             return False
         return True
 
-    def apart(self, form: Form, before: dict) -> bool:
+    def apart(self, form: Form, before: Pass, layout: Packed) -> bool:
         """Whether other tokens in the first row change nothing in the second one's hidden states.
 
         It shows in any dtype, and for weights so small that what leaks (through a convolution, say) is.
@@ -127,64 +112,58 @@ class Check:
         others[0] = ids[0].roll(1) + 1
         self.batch["input_ids"] = others % int(ids.max() + 1)
         try:
-            after = self.run("packed", form)[0]
+            after = self.run(form)[0]
         finally:
             self.batch["input_ids"] = ids
-        places = before["unpack"][2].tokens[self.LENGTH :]
-        first, second = (s["hidden"][0][places].float() for s in (before, after))
+        places = layout.row.tokens[self.LENGTH :]
+        first, second = (now.hidden[0][places].float() for now in (before, after))  # type: ignore[index]
         rounded = 1e-6 if self.grouped else 0.0
         return bool((first - second).abs().max() <= rounded * first.abs().max())
 
     @property
     def tries_gradients(self) -> bool:
         """Whether the packed row's backward pass is tried too: on a GPU it is a kernel that is not ours."""
-        return self.engine.host.adapter_device.type != "cpu"
+        return self.host.adapter_device.type != "cpu"
 
     def same_gradients(self, form: Form) -> bool:
         """Whether the packed row gives the plain pass's gradients, roughly (a kernel that is wrong is far off)."""
-        trained = [p for p in self.engine.host.parameters() if p.requires_grad]
+        trained = [p for p in self.host.parameters() if p.requires_grad]
         try:
-            plain, packed = (self.gradients(way, form, trained) for way in ("plain", "packed"))
+            plain, packed = (self.gradients(way, trained) for way in (None, form))
         except Exception as reason:  # a kernel without a backward pass for these shapes
-            log.info("%s: the packed row's backward pass failed: %s", type(self.engine.host.base).__name__, reason)
+            log.info("%s: the packed row's backward pass failed: %s", type(self.host.base).__name__, reason)
             return False
         off = sum(float((a - b).float().square().sum()) for a, b in zip(packed, plain, strict=True))
         size = sum(float(b.float().square().sum()) for b in plain)
         return off <= (1e-3 if self.precise else 1e-1) ** 2 * size
 
-    def gradients(self, way: str, form: Form, trained: list[nn.Parameter]) -> Sequence[Tensor]:
+    def gradients(self, form: Form | None, trained: list[nn.Parameter]) -> Sequence[Tensor]:
         """Those of the batch's loss. (In evaluation mode cuDNN's LSTM has none; torch's own has.)"""
         with torch.enable_grad(), torch.backends.cudnn.flags(enabled=False):
-            loss = self.run(way, form)[1].loss
+            loss = self.run(form)[1].loss
             if not (trained and loss.requires_grad):
                 return [torch.zeros_like(p) for p in trained]
             return torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
 
-    def run(self, way: str, form: Form | None, items: int | None = None) -> tuple[dict, Any]:
-        """One pass; what its plan kept, and its output."""
-        plan = Plan(self.plan.switch, self.plan.adapters, way=way, form=form, form_check=True)
+    def run(self, form: Form | None, items: int | None = None) -> tuple[Pass, Any]:
+        """One pass by the short cuts of `form` (None: plainly), and its output."""
         inputs = dict(self.batch)
         if items is not None:
             inputs["num_items_in_batch"] = torch.tensor(items, device=inputs["labels"].device)
-        with running(plan):
-            try:
-                output = self.engine.host.base_model(**inputs)
-            finally:
-                self.engine.leave(plan)
-        return plan.scratch, output
+        return run(self.host, self.plan, inputs, probe=Probe(form))
 
     @property
     def grouped(self) -> bool:
         """Whether products round by what else is in the batch: experts' groups, int8's outlier columns."""
-        base = self.engine.host.base
-        config = self.engine.entry.decoder_config()
+        base = self.host.base
+        config = decoder_config(base)
         experts = any(getattr(config, n, None) for n in ("num_local_experts", "num_experts", "n_routed_experts"))
         return bool(experts) or any(kind == "int8" for kind, _ in quantized_layers(base))
 
     @property
     def precise(self) -> bool:
-        base = self.engine.host.base
-        dtype = self.engine.host._float_dtype()
+        base = self.host.base
+        dtype = self.host._float_dtype()
         kind = self.batch["labels"].device.type
         exact = all(k == "4bit" and m.compute_dtype is torch.float32 for k, m in quantized_layers(base))
         return dtype is torch.float32 and exact and not torch.is_autocast_enabled(kind)
@@ -195,8 +174,8 @@ class Check:
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Evaluation mode (no dropout), except for quantised layers, which would be packed; the generator as it was."""
-        modes = {module: module.training for module in self.engine.host.modules()}
-        quantised = {layer for _, layer in quantized_layers(self.engine.host.base)}
+        modes = {module: module.training for module in self.host.modules()}
+        quantised = {layer for _, layer in quantized_layers(self.host.base)}
         for module in modes:
             module.training = module in quantised and modes[module]
         try:
