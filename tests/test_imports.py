@@ -16,7 +16,7 @@ PACKAGE = "graftlm"
 # Lower floors first. A module may import from its own floor and from those below it.
 FLOORS: list[set[str]] = [
     {"errors", "files", "processes", "version", "bundled", "gguf"},
-    {"routing", "kernels"},
+    {"routing", "kernels", "modes"},
     {"architectures", "quantization", "preparation"},
     {"methods"},
     {"fingerprint", "card", "checkpoint", "entry", "engine", "merging", "mixing", "host", "model", "joint"},

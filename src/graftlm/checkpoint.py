@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
 from . import fingerprint
-from .architectures import token_embeddings
+from .architectures import innermost, token_embeddings
 from .card import write_card
 from .errors import AdapterError, CheckpointError
 from .files import HEADER_KEY, PICKLE_NAME, WEIGHTS_NAME, find_file, header_of, hub_options
@@ -146,7 +146,7 @@ def embedding_tensors(host: PeftModel, name: str, choice: str | bool) -> dict[st
     for path, module in host.base.named_modules(remove_duplicate=False):
         if id(module) in wanted and not hasattr(module, "original_module"):
             inner = ".base_layer" if hasattr(module, "base_layer") else ""
-            tensors[f"{host.methods[name].file_prefix}{clean_path(path)}{inner}.weight"] = fingerprint.plain(module).weight
+            tensors[f"{host.methods[name].file_prefix}{clean_path(path)}{inner}.weight"] = innermost(module).weight
     return tensors
 
 
@@ -417,7 +417,7 @@ def restore_embeddings(host: PeftModel, tensors: dict[str, Tensor], where: str) 
         module = host.base.get_submodule(module_path)
         if hasattr(module, "original_module"):  # the adapter's own copy was filled already
             continue
-        layer = fingerprint.plain(module)
+        layer = innermost(module)
         weight = as_it_was(layer).weight
         rows = rows_that_differ(weight, value)
         if rows.any():

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .architectures import innermost
 from .errors import AdapterError, UnsupportedError
 from .methods.base import replace_module
 from .methods.lora import LoraConfig
 from .methods.lora_combine import check_layer, check_options, combine, new_rank
 from .methods.lora_layers import LoraLayer
 from .methods.modules_to_save import ModulesToSaveWrapper, saved_modules
+from .modes import evaluating
 from .quantization import DequantizedConv1D, DequantizedLinear, holds_quantized, in_source_form, quantized_kind
 from .routing import Plan, running
 
@@ -86,14 +88,8 @@ def probe_logits(host: PeftModel, names: list[str]) -> Tensor | None:
         return None
     ids = torch.randint(0, size, (1, 32), generator=torch.Generator().manual_seed(0)).to(host.adapter_device)
     more = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
-    trained = [m for m in host.base.modules() if m.training]
-    host.base.eval()
-    try:
-        with torch.no_grad(), running(Plan(host.switch, tuple(names))):
-            return host.base(input_ids=ids, **more)[0].float()
-    finally:
-        for module in trained:
-            module.training = True
+    with evaluating(host.base), torch.no_grad(), running(Plan(host.switch, tuple(names))):
+        return host.base(input_ids=ids, **more)[0].float()
 
 
 def describe_quantization(base: Any, dtype: torch.dtype) -> None:
@@ -124,7 +120,7 @@ def merge_biases(host: PeftModel, names: list[str]) -> None:
         if name not in host.adapter_biases:
             continue
         for key, bias in host.adapter_biases[name].items():
-            module = frozen(host.base.get_submodule(key.replace("/", ".")))
+            module = innermost(host.base.get_submodule(key.replace("/", ".")))
             module.bias.data = bias.detach().to(module.bias.dtype)
 
 
@@ -140,24 +136,13 @@ def untie(host: PeftModel, names: list[str]) -> None:
         )
         if is_plain and "weight" in module._parameters and module._parameters["weight"] is not None:
             groups.setdefault(id(module._parameters["weight"]), []).append(module)
-    changed = {id(frozen(m)) for m in base.modules() if changes(host, m, names)}
+    changed = {id(innermost(m)) for m in base.modules() if changes(host, m, names)}
     for modules in groups.values():
         if len(modules) > 1 and any(id(m) in changed for m in modules):
             for module in modules[1:]:
                 module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)  # type: ignore[operator, union-attr]
             for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
                 config.tie_word_embeddings = False
-
-
-def frozen(module: Any) -> Any:
-    """The base's module inside adapter modules."""
-    while True:
-        if isinstance(module, LoraLayer):
-            module = module.base_layer
-        elif isinstance(module, ModulesToSaveWrapper):
-            module = module.original_module
-        else:
-            return module
 
 
 def changes(host: PeftModel, module: nn.Module, names: list[str]) -> bool:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .architectures import base_modules, is_encoder_decoder, token_embeddings
 from .errors import AdapterError, CompositionError, GraftError, UnsupportedError
 from .methods.modules_to_save import ModulesToSaveWrapper
+from .modes import evaluating
 from .quantization import holds_quantized, quantized_layers
 from .routing import BASE_NAME, Group, Plan, Routes, running
 
@@ -210,13 +211,6 @@ class _Trial:
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Evaluation mode, modes and the random generator as they were afterwards."""
-        trained = [m for m in self.host.modules() if m.training]
         quantised = {layer for _, layer in quantized_layers(self.host.base)}
-        for module in trained:
-            module.training = module in quantised
-        try:
-            with torch.random.fork_rng(devices=[]):
-                yield
-        finally:
-            for module in trained:
-                module.training = True
+        with evaluating(self.host, but=quantised), torch.random.fork_rng(devices=[]):
+            yield

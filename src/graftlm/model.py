@@ -24,6 +24,7 @@ from .host import _HOSTS, Host
 from .methods import PeftConfig
 from .methods.folds import fold_of
 from .mixing import AdapterNames, mixed_plan
+from .modes import evaluating
 from .quantization import settle
 from .routing import Plan, keep_plan, running
 
@@ -181,9 +182,8 @@ class PeftModel(Host):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the base model in evaluation mode, with the active adapters. Takes all that it takes, and
         `adapter_names`, one a row (see `mixing`)."""
-        trained = [m for m in self.modules() if m.training]
-        self.eval()  # in training mode activation checkpointing would throw the cache away, and dropout would apply
-        try:
+        # in training mode activation checkpointing would throw the cache away, and dropout would apply
+        with evaluating(self):
             names = kwargs.pop("adapter_names", None)
             given = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("inputs")
             self._refuse_chunks(kwargs)
@@ -192,9 +192,6 @@ class PeftModel(Host):
             self._resume(plan, kwargs | ({} if given is None else {"input_ids": given}))
             with running(plan):
                 return self.base.generate(*args, **kwargs)
-        finally:
-            for module in trained:
-                module.training = True
 
     def _resume(self, plan: Plan, options: dict[str, Any]) -> None:
         """Check what a `generate` goes on from: a cache with virtual tokens or a prefix in it, outputs of the encoder."""

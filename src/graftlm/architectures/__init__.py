@@ -26,7 +26,7 @@ from .facts import (
     takes_position_ids,
     token_embeddings,
 )
-from .walk import base_modules
+from .walk import base_modules, innermost
 
 __all__ = [
     "LORA_TARGETS",
@@ -40,6 +40,7 @@ __all__ = [
     "encoder_kv_shapes",
     "finds_features_by_embedding",
     "has_image_positions",
+    "innermost",
     "is_encoder_decoder",
     "kv_shapes",
     "lora_targets",

@@ -3,11 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
 # Modules that stand in a layer's place, and what of them belongs to the base; the rest is adapters', by name.
 _INNER = ("base_layer", "original_module")
+_AROUND = (*_INNER, "_orig_mod")  # torch.compile's
+
+
+def innermost(module: Any) -> Any:
+    """The base's own module inside all that was put around it: adapters in a layer's place; around a model a wrapper with
+    adapters (HF PEFT's as well), torch.compile, or what shares its batches among processes or GPUs."""
+    while isinstance(module, nn.Module):
+        children = module._modules
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            module = module.module
+        elif hasattr(type(module), "get_base_model"):
+            module = module.get_base_model()  # type: ignore[operator]
+        elif (inner := next((n for n in _AROUND if n in children), None)) is not None:
+            module = children[inner]
+        else:
+            break
+    return module
 
 
 def base_modules(root: nn.Module, path: str = "", seen: set[nn.Module] | None = None) -> Iterator[tuple[str, nn.Module]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..architectures import backbone_embeddings, is_encoder_decoder
 from ..kernels import HeadForm
+from ..modes import evaluating
 from ..quantization import quantized_layers
 from ..routing import Plan, restore_order, running
 from .row import IGNORED
@@ -195,13 +196,6 @@ class Check:
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Evaluation mode (no dropout), except for quantised layers, which would be packed; the generator as it was."""
-        modes = {module: module.training for module in self.engine.host.modules()}
         quantised = {layer for _, layer in quantized_layers(self.engine.host.base)}
-        for module in modes:
-            module.training = module in quantised and modes[module]
-        try:
-            with torch.random.fork_rng(devices=[]):
-                yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with evaluating(self.engine.host, but=quantised), torch.random.fork_rng(devices=[]):
+            yield

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import block_sites
+from ..architectures import block_sites, innermost
 from ..errors import ConfigError, TargetError, nearest
 from ..kernels import dropout
 from ..routing import Group, Index, by_group
@@ -234,13 +234,6 @@ class Bottleneck(Method):
         with torch.no_grad():
             for key, parameter in self._file_parameters(host):
                 parameter.copy_(tensors[key])
-
-
-def innermost(module: Any) -> Any:
-    """The frozen layer inside adapter modules."""
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
-    return module
 
 
 def features(module: Any) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..architectures import base_modules
+from ..architectures import base_modules, innermost
 from ..errors import CompositionError, TargetError, UnsupportedError, nearest
 from ..quantization import dequantize, dequantized, in_source_form, quantized_kind
 from ..routing import Plan, Switch, active_adapters, active_routes, running
@@ -93,10 +93,7 @@ class ModulesToSaveWrapper(nn.Module):
 
 def bare_copy(module: nn.Module) -> Any:
     """A copy of a module of the base, without what wrappers put around, into or merged into it; quantised layers in fp32."""
-    inner: Any = module
-    while hasattr(inner, "original_module") or hasattr(inner, "base_layer"):
-        inner = inner.original_module if hasattr(inner, "original_module") else inner.base_layer
-    inner = as_it_was(inner)
+    inner = as_it_was(innermost(module))
     if quantized_kind(inner) is not None:
         return in_source_form(dequantized(inner, dequantize(inner))).float()
     made = copy.deepcopy(inner)

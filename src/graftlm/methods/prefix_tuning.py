@@ -20,6 +20,7 @@ from transformers import DynamicCache
 
 from ..architectures import encoder_kv_shapes, is_encoder_decoder, kv_shapes, model_dims
 from ..errors import ConfigError, UnsupportedError
+from ..modes import evaluating
 from .base import PeftType, PromptLearningConfig, register
 from .fields import Count, also_takes
 from .soft_prompt import SoftPrompt
@@ -150,11 +151,10 @@ class PrefixTuning(SoftPrompt):
         if not ids:
             raise ConfigError(f"init_text={config.init_text!r} has no tokens.")
         ids = (ids * (config.num_virtual_tokens // len(ids) + 1))[: config.num_virtual_tokens]
-        cache, base, training = DynamicCache(), host.base, host.base.training
+        cache, base = DynamicCache(), host.base
         device = next(base.parameters()).device
-        with host.without_adapters():
-            base.eval()(input_ids=torch.tensor([ids], device=device), past_key_values=cache, use_cache=True)
-            base.train(training)
+        with host.without_adapters(), evaluating(base):
+            base(input_ids=torch.tensor([ids], device=device), past_key_values=cache, use_cache=True)
         rows = [t[0].transpose(0, 1).flatten(1) for layer in cache.layers for t in (layer.keys, layer.values)]
         return torch.cat(rows, dim=1).to(host.adapter_device)
 

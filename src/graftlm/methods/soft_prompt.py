@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..architectures import backbone_embeddings, is_encoder_decoder, model_dims
 from ..errors import ConfigError
+from ..modes import evaluating
 from .base import Method, PromptLearningConfig
 
 if TYPE_CHECKING:
@@ -91,13 +92,8 @@ class SoftPrompt(Method):
 
     def tensors(self, host: wrapper.PeftModel) -> dict[str, Tensor]:
         encoder = self.encoder(host)
-        training = encoder.training
-        encoder.eval()  # what is kept must not hold one random draw of dropout
-        try:
-            with torch.no_grad():
-                return {"prompt_embeddings": encoder().detach()}
-        finally:
-            encoder.train(training)
+        with evaluating(encoder), torch.no_grad():  # what is kept must not hold one random draw of dropout
+            return {"prompt_embeddings": encoder().detach()}
 
     def expected_shapes(self, host: wrapper.PeftModel) -> dict[str, torch.Size]:
         return {"prompt_embeddings": torch.Size(self.table_shape)}
