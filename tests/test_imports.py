@@ -16,13 +16,20 @@ PACKAGE = "graftlm"
 # Lower floors first. A module may import from its own floor and from those below it.
 FLOORS: list[set[str]] = [
     {"errors", "files", "processes", "version", "bundled", "gguf"},
-    {"routing", "kernels", "modes"},
-    {"architectures", "quantization", "preparation"},
-    {"methods"},
-    {"fingerprint", "card", "checkpoint", "entry", "engine", "merging", "mixing", "host", "model", "joint"},
+    {"kernels"},
+    {"routing"},
+    {"placing", "modes"},
+    {"architectures", "quantization", "preparation", "checkpointing"},
+    {"layers"},
+    {"methods", "fingerprint"},
+    {"contributions", "level"},
+    {"adapters"},
+    {"passes", "entry", "engine", "run"},
+    {"mixing", "joint", "merging", "checkpoint", "card", "generating"},
+    {"model", "delegating"},
     {"data", "planning"},
     {"training", "inference"},
-    {"comparison", "serving", "cli", "utils", "registering", "__init__", "__main__"},
+    {"comparison", "serving", "studio", "cli", "utils", "registering", "__init__", "__main__"},
 ]
 APART = [("training", "inference"), ("inference", "training")]
 # What a method's file may take from another: shared modules, not other methods.

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,18 +29,17 @@ from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
 from . import fingerprint
+from .adapters import AdapterSet
 from .architectures import innermost, token_embeddings
 from .card import write_card
 from .errors import AdapterError, CheckpointError
 from .files import HEADER_KEY, PICKLE_NAME, WEIGHTS_NAME, find_file, header_of, hub_options
+from .merging import unmerge
 from .methods import PeftConfig
 from .methods.base import clean_path
 from .methods.fields import refuse_switched_on
 from .methods.folds import as_it_was, fold_of
 from .methods.modules_to_save import saved_modules
-
-if TYPE_CHECKING:
-    from .model import PeftModel
 
 __all__ = ["config_for", "fill", "load_options", "load_state", "nothing_missing", "save", "write_card"]
 
@@ -59,7 +58,7 @@ NOT_SAVED = {
 
 # -- writing -----------------------------------------------------------------------------------------------------------
 def save(
-    host: PeftModel,
+    host: AdapterSet,
     save_directory: str | os.PathLike,
     safe_serialization: bool = True,
     selected_adapters: list[str] | str | None = None,
@@ -106,7 +105,7 @@ def save(
         write_trainer_file(host, folder)
 
 
-def write_adapter(host: PeftModel, name: str, folder: Path, embeddings: dict[str, Tensor]) -> None:
+def write_adapter(host: AdapterSet, name: str, folder: Path, embeddings: dict[str, Tensor]) -> None:
     """One adapter into one directory; each file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     method = host.methods[name]
@@ -124,7 +123,7 @@ def write_adapter(host: PeftModel, name: str, folder: Path, embeddings: dict[str
     write_card(host, name, folder)
 
 
-def adapter_tensors(host: PeftModel, name: str) -> dict[str, Tensor]:
+def adapter_tensors(host: AdapterSet, name: str) -> dict[str, Tensor]:
     """The tensors of an adapter's weights file under HF PEFT's keys, modules to save included."""
     method = host.methods[name]
     tensors = dict(method.tensors(host))
@@ -134,7 +133,7 @@ def adapter_tensors(host: PeftModel, name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def embedding_tensors(host: PeftModel, name: str, choice: str | bool) -> dict[str, Tensor]:
+def embedding_tensors(host: AdapterSet, name: str, choice: str | bool) -> dict[str, Tensor]:
     """The base's embeddings under HF PEFT's keys, where `save_embedding_layers` asks for them."""
     if choice not in (True, False, "auto"):
         raise AdapterError(f"save_embedding_layers={choice!r}: expected True, False or 'auto'.")
@@ -167,7 +166,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]
     os.replace(temporary, path)
 
 
-def write_trainer_file(host: PeftModel, folder: Path) -> None:
+def write_trainer_file(host: AdapterSet, folder: Path) -> None:
     """`model.safetensors` of a Trainer's checkpoint: the file that training resumes from, linked if there is one adapter."""
     target = folder / TRAINER_NAME
     target.unlink(missing_ok=True)
@@ -229,7 +228,7 @@ def load_options(kwargs: dict[str, Any]) -> LoadOptions:
     return LoadOptions(hub=hub, dtype=next((d for d in dtypes if d is not None), None), **own)
 
 
-def check_dtype(host: PeftModel, dtype: Any) -> None:
+def check_dtype(host: AdapterSet, dtype: Any) -> None:
     """A warning for a dtype that would have to change the base: HF PEFT passes it over."""
     base = str(host._float_dtype()).removeprefix("torch.")
     if dtype is not None and str(dtype).removeprefix("torch.") not in ("auto", base):
@@ -264,7 +263,7 @@ def check_same(config: PeftConfig, source: str | os.PathLike, name: str, hub: di
         raise AdapterError(f"{source} does not fit the attached adapter {name!r}: {listed}. Load it under another name.")
 
 
-def fill(host: PeftModel, source: str | os.PathLike, name: str, options: LoadOptions) -> None:
+def fill(host: AdapterSet, source: str | os.PathLike, name: str, options: LoadOptions) -> None:
     """Read a directory's tensors into the attached adapter `name`, after every check has passed."""
     check_dtype(host, options.dtype)
     path = find_file(source, WEIGHTS_NAME, required=False, **options.hub)
@@ -287,7 +286,7 @@ def fill(host: PeftModel, source: str | os.PathLike, name: str, options: LoadOpt
         )
 
 
-def load_training(host: PeftModel, name: str, tensors: dict[str, Tensor]) -> None:
+def load_training(host: AdapterSet, name: str, tensors: dict[str, Tensor]) -> None:
     """Read a training-state file: the method's tensors, and the modules to save under their file keys."""
     method = host.methods[name]
     modules = {k: v for k, v in tensors.items() if k.startswith(method.file_prefix)}
@@ -318,7 +317,7 @@ def read_pickle(source: str | os.PathLike, options: LoadOptions) -> dict[str, Te
     return torch.load(path, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
 
 
-def expected(host: PeftModel, name: str) -> dict[str, torch.Size]:
+def expected(host: AdapterSet, name: str) -> dict[str, torch.Size]:
     """Keys and shapes of the file that adapter `name` needs."""
     method = host.methods[name]
     shapes = dict(method.expected_shapes(host))
@@ -337,7 +336,7 @@ def normalise(key: str, name: str, wanted: dict[str, torch.Size], prefix: str) -
     return key
 
 
-def checked(host: PeftModel, name: str, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+def checked(host: AdapterSet, name: str, tensors: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     """The file's tensors under our keys.
 
     Raises:
@@ -366,7 +365,7 @@ def checked(host: PeftModel, name: str, tensors: dict[str, Tensor], where: str) 
     return found
 
 
-def base_tensors(host: PeftModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def base_tensors(host: AdapterSet, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of the unexpected tensors those that are copies of the base's embeddings, which HF PEFT may save along.
 
     Raises:
@@ -407,7 +406,7 @@ def rows_that_differ(a: Tensor, b: Tensor) -> Tensor:
     return ((x - y).abs() > 0.02 * torch.maximum(x.abs(), y.abs()) + 1e-4).any(dim=1)
 
 
-def restore_embeddings(host: PeftModel, tensors: dict[str, Tensor], where: str) -> None:
+def restore_embeddings(host: AdapterSet, tensors: dict[str, Tensor], where: str) -> None:
     """Rows of the base's embeddings that the file brings along and that differ here (new tokens) are taken from it."""
     for key, value in tensors.items():
         path = re.sub(r"^base_model\.(model\.)?", "", key).replace(".base_layer", "")
@@ -443,14 +442,14 @@ def doubled(found: dict[str, Tensor], wanted: dict[str, torch.Size]) -> dict[str
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
 
 
-def assign(host: PeftModel, name: str, tensors: dict[str, Tensor]) -> None:
+def assign(host: AdapterSet, name: str, tensors: dict[str, Tensor]) -> None:
     """Copy checked tensors into the adapter; if it is merged, its old values are taken out of the base's weights."""
-    host._unmerge(name)
+    unmerge(host, name)
     host.methods[name].load(host, tensors)
     assign_modules(host, name, tensors)
 
 
-def assign_modules(host: PeftModel, name: str, tensors: dict[str, Tensor]) -> None:
+def assign_modules(host: AdapterSet, name: str, tensors: dict[str, Tensor]) -> None:
     prefix = host.methods[name].file_prefix
     for path, module in saved_modules(host.base, host.switch, name):
         start = f"{prefix}{path}."
@@ -467,7 +466,7 @@ def nothing_missing() -> Any:
     return _IncompatibleKeys([], [])
 
 
-def load_state(host: PeftModel, state: dict[str, Tensor], plain: Callable, strict: bool, assign_: bool) -> Any:
+def load_state(host: AdapterSet, state: dict[str, Tensor], plain: Callable, strict: bool, assign_: bool) -> Any:
     """`load_state_dict` of the wrapper.
 
     A state that covers the base goes torch's way. One that holds adapters only (what a Trainer reads from a checkpoint's
@@ -475,7 +474,7 @@ def load_state(host: PeftModel, state: dict[str, Tensor], plain: Callable, stric
     """
     parameters = {k: p for name in host.methods for k, p in host.adapter_parameters(name)}
     if any(k.startswith("base_model.") and k not in parameters for k in state) and set(parameters) <= set(state):
-        host.unmerge_adapter()
+        unmerge(host)
         return plain(state, strict, assign_)
     if state and set(state) <= set(parameters):
         for name in host.methods:
@@ -483,7 +482,7 @@ def load_state(host: PeftModel, state: dict[str, Tensor], plain: Callable, stric
             missing = sorted(own - set(state))
             if missing and (own & set(state) or strict):
                 raise CheckpointError(f"The state lacks tensors of adapter {name!r}: " + ", ".join(missing))
-        host.unmerge_adapter()
+        unmerge(host)
         with torch.no_grad():
             for key, value in state.items():
                 parameters[key].copy_(value)
@@ -495,14 +494,14 @@ def load_state(host: PeftModel, state: dict[str, Tensor], plain: Callable, stric
         load_training(host, name, state)
         return nothing_missing()
     if set(state) >= set(host.state_dict()):
-        host.unmerge_adapter()
+        unmerge(host)
         return plain(state, strict, assign_)
     assign(host, name, checked(host, name, dict(state), "This state"))
     return nothing_missing()
 
 
 def get_peft_model_state_dict(
-    model: PeftModel,
+    model: AdapterSet,
     state_dict: dict[str, Tensor] | None = None,
     adapter_name: str = "default",
     unwrap_compiled: bool = False,
@@ -512,8 +511,8 @@ def get_peft_model_state_dict(
 
     `state_dict`, where given, supplies the values under the model's own parameter names.
     """
-    if unwrap_compiled and hasattr(model, "_orig_mod"):
-        model = model._orig_mod
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
     model._known(adapter_name)
     tensors = embedding_tensors(model, adapter_name, save_embedding_layers) | adapter_tensors(model, adapter_name)
     if state_dict is None:
@@ -525,7 +524,7 @@ def get_peft_model_state_dict(
 
 
 def set_peft_model_state_dict(
-    model: PeftModel,
+    model: AdapterSet,
     peft_model_state_dict: dict[str, Tensor],
     adapter_name: str = "default",
     ignore_mismatched_sizes: bool = False,

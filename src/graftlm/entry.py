@@ -61,7 +61,7 @@ from .routing import (
 )
 
 if TYPE_CHECKING:
-    from .model import PeftModel
+    from .adapters import AdapterSet
 
 Memory = list[tuple[Tensor, Tensor]]
 _direct: ContextVar[int] = ContextVar(
@@ -97,7 +97,7 @@ def prefix_cache(memory: Memory) -> Cache:
 class Entry:
     """The hooks of one wrapper on its base model."""
 
-    def __init__(self, host: PeftModel) -> None:
+    def __init__(self, host: AdapterSet) -> None:
         base = host.base
         self.host = host
         self.signature = inspect.signature(base.forward)

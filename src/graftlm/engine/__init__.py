@@ -40,8 +40,7 @@ from .output import Hook, with_lazy_logits
 from .row import IGNORED, Row, Sequences
 
 if TYPE_CHECKING:
-    from ..entry import Entry
-    from ..host import Host
+    from ..adapters import AdapterSet
 
 __all__ = ["Engine", "Form"]
 
@@ -56,7 +55,7 @@ PACKABLE = {
 class Engine:
     """The short cuts of one wrapper."""
 
-    def __init__(self, host: Host, entry: Entry) -> None:
+    def __init__(self, host: AdapterSet, entry: Any) -> None:
         self.host = host
         self.entry = entry
         base = host.base

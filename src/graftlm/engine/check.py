@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from ..modes import evaluating
 from ..quantization import quantized_layers
 from ..routing import Plan, restore_order, running
 from .row import IGNORED
-
-if TYPE_CHECKING:
-    from . import Engine
 
 log = logging.getLogger("graftlm.engine")
 
@@ -44,7 +41,7 @@ class Check:
 
     ROWS, LENGTH, SHORT = 2, 6, 4
 
-    def __init__(self, engine: Engine, plan: Plan) -> None:
+    def __init__(self, engine: Any, plan: Plan) -> None:
         self.engine, self.plan = engine, plan
         base = engine.host.base
         generator = torch.Generator().manual_seed(0)

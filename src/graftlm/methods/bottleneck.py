@@ -18,7 +18,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +29,9 @@ from ..architectures import block_sites, innermost
 from ..errors import ConfigError, TargetError, nearest
 from ..kernels import dropout
 from ..routing import Group, Index, by_group
-from .base import Method, PeftConfig, PeftType, as_enum, register
+from .base import Method, PeftConfig, PeftType, Site, as_enum, register
 from .fields import Number, Positive, Probability, check_expressions
 from .targets import as_list, layer_index, matches
-
-if TYPE_CHECKING:
-    from .. import model as wrapper
 
 
 class BottleneckPlacement(str, enum.Enum):
@@ -119,7 +116,7 @@ class Adapter(nn.Module):
 class Bottleneck(Method):
     """One set of bottleneck adapters in a host: `host.bottleneck[name]`, one `Adapter` a place."""
 
-    def attach(self, host: wrapper.PeftModel, *, for_loading: bool = False) -> None:
+    def attach(self, host: Site, *, for_loading: bool = False) -> None:
         config: BottleneckConfig = self.config  # type: ignore[assignment]
         modules = {}
         places = self.places(host)
@@ -132,7 +129,7 @@ class Bottleneck(Method):
             )
         host.bottleneck[self.name] = nn.ModuleDict(modules)
 
-    def places(self, host: wrapper.PeftModel) -> dict[str, str | None]:
+    def places(self, host: Site) -> dict[str, str | None]:
         """Output module -> input module of a parallel adapter (None: the adapter reads the output itself)."""
         config: BottleneckConfig = self.config  # type: ignore[assignment]
         wanted = {site: getattr(config, field) for site, field in FIELDS.items()}
@@ -155,7 +152,7 @@ class Bottleneck(Method):
             raise TargetError(f"{len(outs)} feed-forward outputs and {len(ins)} inputs: name both in the configuration.")
         return dict(zip(outs, ins, strict=True))
 
-    def _report_unused(self, host: wrapper.PeftModel, places: dict[str, str | None]) -> None:
+    def _report_unused(self, host: Site, places: dict[str, str | None]) -> None:
         """One warning that names what of the configuration selects nothing."""
         config: BottleneckConfig = self.config  # type: ignore[assignment]
         names = [n for n, _ in host.base.named_modules()]
@@ -181,7 +178,7 @@ class Bottleneck(Method):
         index = layer_index(name, None)
         return wanted is None or index == wanted or (isinstance(wanted, (list, tuple)) and index in wanted)
 
-    def connect(self, host: wrapper.PeftModel) -> list[Any]:
+    def connect(self, host: Site) -> list[Any]:
         handles = []
         for site, source in self.places(host).items():
             adapter = host.bottleneck[self.name][site.replace(".", "/")]
@@ -193,14 +190,14 @@ class Bottleneck(Method):
             handles.append(module.register_forward_hook(self._add(host, adapter, seen if source else None)))
         return handles
 
-    def _note(self, host: wrapper.PeftModel, seen: list[Tensor]) -> Callable:
+    def _note(self, host: Site, seen: list[Tensor]) -> Callable:
         def note(module: nn.Module, args: tuple) -> None:
             if self.name in host.active_now():
                 seen[:] = args[:1]
 
         return note
 
-    def _add(self, host: wrapper.PeftModel, adapter: nn.Module, seen: list[Tensor] | None) -> Callable:
+    def _add(self, host: Site, adapter: nn.Module, seen: list[Tensor] | None) -> Callable:
         def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
             if self.name not in host.active_now():
                 return output
@@ -215,22 +212,22 @@ class Bottleneck(Method):
 
         return add
 
-    def detach(self, host: wrapper.PeftModel) -> None:
+    def detach(self, host: Site) -> None:
         del host.bottleneck[self.name]
 
-    def named_parameters(self, host: wrapper.PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(self, host: Site) -> Iterator[tuple[str, nn.Parameter]]:
         for key, parameter in host.bottleneck[self.name].named_parameters():
             yield f"bottleneck.{self.name}.{key}", parameter
 
-    def tensors(self, host: wrapper.PeftModel) -> dict[str, Tensor]:
+    def tensors(self, host: Site) -> dict[str, Tensor]:
         return {key: p.detach() for key, p in self._file_parameters(host)}
 
-    def _file_parameters(self, host: wrapper.PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
+    def _file_parameters(self, host: Site) -> Iterator[tuple[str, nn.Parameter]]:
         for key, parameter in host.bottleneck[self.name].named_parameters():
             site, _, part = key.partition(".")
             yield f"{self.file_prefix}{site.replace('/', '.')}.bottleneck.{part}", parameter
 
-    def load(self, host: wrapper.PeftModel, tensors: dict[str, Tensor]) -> None:
+    def load(self, host: Site, tensors: dict[str, Tensor]) -> None:
         with torch.no_grad():
             for key, parameter in self._file_parameters(host):
                 parameter.copy_(tensors[key])

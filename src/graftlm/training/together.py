@@ -33,6 +33,7 @@ from ..architectures import base_modules
 from ..errors import DivergedError, RecipeError, UnsupportedError
 from ..joint import Share, adapters_drop, dropout_off, joinable, joint_losses
 from ..kernels import release_freed_memory
+from ..mixing import plan_of
 from ..routing import Draws, Plan, Switch, running
 from .bases import resolve_base
 from .evaluation import Evaluation
@@ -422,7 +423,7 @@ class Together:
         before = State.now()
         try:
             for model in models:
-                if model.entry.engine.form(model._plan()) is None:
+                if model.entry.engine.form(plan_of(model)) is None:
                     return False
             with dropout_off(models), torch.no_grad():
                 joint = joint_losses([Share(r.model, r.inputs) for r in requests])

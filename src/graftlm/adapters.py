@@ -1,6 +1,7 @@
 """What adapters hang on: the base model, its adapters by name, which are switched on, and what the entry points ask.
 
-Methods and entry points talk to this part (they call it the *host*); `model.PeftModel` adds what users call.
+Methods and entry points talk to this part (they call it the *host*) and know no other; `model.PeftModel` adds what users
+call, in HF PEFT's words.
 """
 
 from __future__ import annotations
@@ -12,52 +13,36 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from .architectures import backbone_embeddings, base_modules, token_embeddings
-from .architectures.fast import speed_up
+from .architectures import token_embeddings
+from .architectures.fast import slow_down, speed_up
 from .bundled import known_as
-from .entry import Entry
+from .checkpointing import checkpointed_modules, keep_plans
+from .contributions import Memory, by_row, side_by_side
 from .errors import AdapterError, nearest
+from .level import AdapterHost
 from .methods import Method, PeftConfig, method_for
-from .methods.base import TASK_HEADS, clean_path, replace_module
-from .methods.modules_to_save import ModulesToSaveWrapper, find_modules, saved_modules
+from .methods.modules_to_save import ModulesToSaveWrapper, save_modules, saved_modules, unsave_modules
 from .preparation import freeze_base
 from .quantization import quantized_kind, settle
 from .routing import BASE_NAME, Front, Group, Plan, Routes, Switch, active_routes, planned_adapters, running
 
-Memory = list[tuple[Tensor, Tensor]]
 
+class AdapterSet(nn.Module):
+    """A frozen base model and its adapters.
 
-class AdapterHost(nn.Module):
-    """The level between wrapper and base, so that modules are found under `base_model.model.…` as with HF PEFT."""
+    Args:
+        model: the base. Its parameters are frozen; they never change, except by merging.
+        autocast_adapter_dtype: keep adapters of a 16-bit base in fp32.
+    """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-            return getattr(self.model, name)
-
-
-class Host(PreTrainedModel):
-    """A frozen base model and its adapters. See `model.PeftModel`, its only subclass, for the arguments."""
-
+    entry: Any  # what passes do on the base, by hooks: of a set that passes are run through
     prompt_encoder: Any
     bottleneck: Any
     adapter_biases: Any
 
-    def __init__(self, model: nn.Module, autocast_adapter_dtype: bool) -> None:
+    def __init__(self, model: nn.Module, autocast_adapter_dtype: bool = True) -> None:
         nn.Module.__init__(self)
         self._modules["base_model"] = AdapterHost(model)
         self.switch = Switch()
@@ -83,12 +68,8 @@ class Host(PreTrainedModel):
         """The transformers model."""
         return self.base_model.model
 
-    def get_base_model(self) -> Any:
-        """The transformers model."""
-        return self.base
-
     @property
-    def base_model(self) -> AdapterHost:  # type: ignore[override]
+    def base_model(self) -> AdapterHost:
         return self._modules["base_model"]  # type: ignore[return-value]
 
     @property
@@ -105,34 +86,13 @@ class Host(PreTrainedModel):
         return self.switch.active[0] if self.switch.active else next(iter(self.methods), "default")
 
     @property
-    def active_peft_config(self) -> PeftConfig:
-        return self.methods[self.active_adapter].config
-
-    @property
-    def peft_type(self) -> Any:
-        return self.active_peft_config.peft_type
-
-    @property
     def task_type(self) -> Any:
-        return self.active_peft_config.task_type if self.methods else None
-
-    @property
-    def word_embeddings(self) -> nn.Module:
-        return backbone_embeddings(self.base)
-
-    @property
-    def modules_to_save(self) -> set[str] | None:
-        names = {n for c in self.peft_config.values() for n in getattr(c, "modules_to_save", None) or ()}
-        return names or None
+        return self.methods[self.active_adapter].config.task_type if self.methods else None
 
     @property
     def container_types(self) -> tuple[type, ...]:
         """Modules whose inside belongs to adapters."""
         return (ModulesToSaveWrapper,)
-
-    @property
-    def _hf_peft_config_loaded(self) -> bool:  # a plain Trainer lets a quantised model with adapters pass by this
-        return True
 
     @property
     def adapter_device(self) -> torch.device:
@@ -154,6 +114,10 @@ class Host(PreTrainedModel):
     def _float_dtype(self) -> torch.dtype:
         floats = (p.dtype for p in self.base.parameters() if p.is_floating_point() and type(p).__name__ != "Params4bit")
         return next(floats, torch.float32)
+
+    def _compute_dtype(self) -> torch.dtype:
+        kind = self.adapter_device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self._float_dtype()
 
     # -- attaching ---------------------------------------------------------------------------------------------------
     def add_adapter(
@@ -199,68 +163,56 @@ class Host(PreTrainedModel):
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = known_as(getattr(self.base, "name_or_path", None) or None)
         try:
-            self._save_modules(name, config)
+            half = self._float_dtype() in (torch.float16, torch.bfloat16)
+            dtype = torch.float32 if half and self.autocast_adapter_dtype else None
+            save_modules(self.base, self.switch, name, config, dtype)
             method.attach(self, for_loading=for_loading)
         except Exception:
-            self._unsave_modules(name)
+            unsave_modules(self.base, self.switch, name)
             raise
         self.methods[name] = method
         self._connect()
         self._reconnect_others()
-
-    def _save_modules(self, name: str, config: PeftConfig) -> None:
-        """Give the adapter its own copies of the modules that it trains in full."""
-        wanted = list(dict.fromkeys(getattr(config, "modules_to_save", None) or ()))
-        heads = TASK_HEADS.get(config.task_type, ())  # type: ignore[call-overload]
-        entries = list(dict.fromkeys([*wanted, *heads]))
-        if not entries:
-            return
-        config.modules_to_save = entries  # type: ignore[attr-defined]
-        own = tuple(w for w in wanted if w not in heads)
-        found = find_modules(self.base, entries, own)
-        if heads and not own and not found:
-            warnings.warn(
-                f"task_type={config.task_type.value}: {type(self.base).__name__} has no module called "  # type: ignore[union-attr]
-                f"{' or '.join(heads)}; its head stays frozen. Name it in modules_to_save.",
-                stacklevel=4,
-            )
-        for path, module in found.items():
-            if not isinstance(module, ModulesToSaveWrapper) or module.switch is not self.switch:
-                module = ModulesToSaveWrapper(module, self.switch)
-                replace_module(self.base, path, module)
-            half = self._float_dtype() in (torch.float16, torch.bfloat16)
-            module.add(name, torch.float32 if half and self.autocast_adapter_dtype else None)
-            module.is_head = module.is_head or not clean_path(path).endswith(own)
-
-    def _unsave_modules(self, name: str) -> None:
-        for path, module in list(base_modules(self.base)):
-            if isinstance(module, ModulesToSaveWrapper) and module.switch is self.switch and name in module.modules_to_save:
-                del module.modules_to_save[name]
-                if not module.modules_to_save:
-                    replace_module(self.base, path, module.original_module)
 
     def _connect(self) -> None:
         """(Re)register every hook: after modules were put in or taken out."""
         self._disconnect()
         self.foreign = None
         speed_up(self)
-        self.entry = Entry(self)
-        self.handles = self.entry.connect()
-        _HOSTS.setdefault(self.base, WeakSet()).add(self)
+        self.handles = self._enter()
+        _SETS.setdefault(self.base, WeakSet()).add(self)
         for method in self.methods.values():
             self.handles += method.connect(self)
         self.checkpointing = None
 
+    def _enter(self) -> list[Any]:
+        """Register the hooks of what runs passes over the base; returns their handles. Here passes are those of the base."""
+        return []
+
     def _reconnect_others(self) -> None:
         """Modules of a shared base were put in or taken out: the other wrappers' hooks must follow."""
-        for other in _HOSTS.setdefault(self.base, WeakSet()):
+        for other in _SETS.setdefault(self.base, WeakSet()):
             if other is not self:
                 other._connect()
+
+    def protect_checkpointing(self) -> None:
+        """Let activation checkpointing recompute under the plan of its forward pass."""
+        if self.checkpointing is None:
+            self.checkpointing = checkpointed_modules(self.base)
+        keep_plans(self.checkpointing, self.has_memory)
 
     def _disconnect(self) -> None:
         for handle in self.handles:
             handle.remove()
         self.handles = []
+
+    def _forget(self) -> None:
+        """Take this wrapper's hooks off the base; others over the same base find their places again."""
+        self._disconnect()
+        _SETS.get(self.base, WeakSet()).discard(self)
+        self._reconnect_others()
+        if not _SETS.get(self.base):
+            slow_down(self.base)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off the base and forget it."""
@@ -268,7 +220,7 @@ class Host(PreTrainedModel):
         method = self.methods.pop(adapter_name)
         method.detach(self)
         self.mixed = {m for m in self.mixed if method not in m}
-        self._unsave_modules(adapter_name)
+        unsave_modules(self.base, self.switch, adapter_name)
         self._connect()
         self._reconnect_others()
         if adapter_name in self.switch.active:
@@ -287,9 +239,9 @@ class Host(PreTrainedModel):
 
     def _elsewhere(self, name: str) -> str:
         """What to say of an unknown adapter that another wrapper has: an adapter belongs to its wrapper, and to its base."""
-        if any(name in host.methods for host in _HOSTS.get(self.base, ())):
+        if any(name in host.methods for host in _SETS.get(self.base, ())):
             return f"; {name!r} belongs to another wrapper over this base: load it into this one to use both at once"
-        others = (base for base, hosts in _HOSTS.items() if any(name in host.methods for host in hosts))
+        others = (base for base, hosts in _SETS.items() if any(name in host.methods for host in hosts))
         other: Any = next(others, None)
         if other is None:
             return ""
@@ -333,11 +285,22 @@ class Host(PreTrainedModel):
     def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
         """As in torch, without the adapters of other wrappers over the same base."""
         if self.foreign is None:
-            others = [host for host in _HOSTS.get(self.base, ()) if host is not self]
+            others = [host for host in _SETS.get(self.base, ()) if host is not self]
             self.foreign = {id(p) for host in others for name in host.methods for _, p in host.adapter_parameters(name)}
         foreign = self.foreign
         found = super().named_parameters(prefix, recurse, remove_duplicate)
         return ((name, p) for name, p in found if id(p) not in foreign)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Trainable and all parameters, in elements (packed 4-bit weights count twice their bytes)."""
+        trainable = total = 0
+        for parameter in self.parameters():
+            count = parameter.numel()
+            if type(parameter).__name__ == "Params4bit":
+                count *= 2 * getattr(parameter, "quant_storage", torch.uint8).itemsize
+            total += count
+            trainable += count if parameter.requires_grad else 0
+        return trainable, total
 
     @contextmanager
     def without_adapters(self) -> Iterator[None]:
@@ -372,10 +335,13 @@ class Host(PreTrainedModel):
                 count += method.config.num_virtual_tokens  # type: ignore[attr-defined]
         return count, prefix
 
-    def owners(self, plan: Plan) -> list[tuple[Host, Group]]:
-        """The compositions of adapters that take part, each with its wrapper."""
-        hosts = plan.routes.hosts if plan.routes is not None else None
-        return list(zip(hosts or [self] * len(plan.groups), plan.groups, strict=True))
+    def owners(self, plan: Plan) -> list[tuple[AdapterSet, Group]]:
+        """The compositions of adapters that take part, each with those whose adapters they are."""
+        switches = plan.routes.switches if plan.routes is not None else None
+        if switches is None:
+            return [(self, group) for group in plan.groups]
+        by_switch = {id(host.switch): host for host in _SETS[self.base]}
+        return [(by_switch[id(switch)], group) for switch, group in zip(switches, plan.groups, strict=True)]
 
     def fronts(self, plan: Plan, batch: int) -> tuple[Front, Front]:
         """What stands in front of each of `batch` rows: virtual tokens, and a prefix."""
@@ -385,7 +351,7 @@ class Host(PreTrainedModel):
 
     def in_front(self, plan: Plan) -> list[Group]:
         """Of the adapters of each row (one entry where all rows have the same) those with virtual tokens or a prefix."""
-        if not any(any(self.counts(group)) for group in plan.groups if plan.routes is None or plan.routes.hosts is None):
+        if not any(any(self.counts(group)) for group in plan.groups if plan.routes is None or plan.routes.switches is None):
             return [()]
         return [tuple(n for n in group if any(self.counts((n,)))) for group in plan.by_row]
 
@@ -397,13 +363,13 @@ class Host(PreTrainedModel):
     def memory(self, group: Group) -> Memory | None:
         """A composition's prefixes, side by side: per layer (K, V) [kv_heads, K, head_dim] in the compute dtype."""
         found = [m for n in group if (m := self.methods[n].memory(self))]
-        return self._side_by_side(found) if found else None
+        return side_by_side(found, self._compute_dtype()) if found else None
 
     def virtual_rows(self, plan: Plan, batch: int) -> Tensor:
         """Virtual tokens of `batch` rows [B, P, H]; a row with fewer has zeros in front of them."""
-        return self._by_row(plan, batch, self.asked(plan, lambda host, group: host.virtual_tokens(group)))
+        return by_row(plan, batch, self.asked(plan, lambda host, group: host.virtual_tokens(group)))
 
-    def asked(self, plan: Plan, question: Callable[[Host, Group], Any]) -> list[Any]:
+    def asked(self, plan: Plan, question: Callable[[AdapterSet, Group], Any]) -> list[Any]:
         """The answers of all who take part, each under its own random numbers."""
         found = []
         for i, (host, group) in enumerate(self.owners(plan)):
@@ -417,41 +383,15 @@ class Host(PreTrainedModel):
         if plan.routes is None:
             return memories[0]  # type: ignore[return-value]
         layers = range(len(next(m for m in memories if m is not None)))
-        rows = [
-            [self._by_row(plan, batch, [None if m is None else m[i][j] for m in memories]) for j in (0, 1)] for i in layers
-        ]
+        rows = [[by_row(plan, batch, [None if m is None else m[i][j] for m in memories]) for j in (0, 1)] for i in layers]
         return [(keys, values) for keys, values in rows]
-
-    @staticmethod
-    def _by_row(plan: Plan, batch: int, tables: list[Tensor | None]) -> Tensor:
-        """Tables [..., P_i, W], one a group (None: empty), for each of `batch` rows [B, ..., P, W], zeros in front."""
-        like = next(t for t in tables if t is not None)
-        if plan.routes is None:
-            return like.expand(batch, *like.shape)
-        most = max(t.shape[-2] for t in tables if t is not None)
-        none = like.new_zeros(*like.shape[:-2], most, like.shape[-1])
-        filled = [none if t is None else F.pad(t, (0, 0, most - t.shape[-2], 0)) for t in tables]
-        return torch.stack(filled)[plan.routes.each(batch, like.device)]
 
     def has_encoder_memory(self, plan: Plan) -> bool:
         return any(getattr(self.methods[n].config, "prefix_in_encoder", False) for n in plan.adapters)
 
     def encoder_memory(self, plan: Plan) -> Memory | None:
         found = [m for n in plan.adapters if (m := self.methods[n].encoder_memory(self))]
-        return self._side_by_side(found) if found else None
-
-    def _side_by_side(self, memories: list) -> Memory:
-        kind = self.adapter_device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self._float_dtype()
-        joined = (
-            memories[0]
-            if len(memories) == 1
-            else [
-                tuple(torch.cat(parts, dim=-2) for parts in zip(*layer, strict=True))
-                for layer in zip(*memories, strict=True)
-            ]
-        )
-        return [(k.to(dtype), v.to(dtype)) for k, v in joined]
+        return side_by_side(found, self._compute_dtype()) if found else None
 
 
-_HOSTS: WeakKeyDictionary[nn.Module, WeakSet[Host]] = WeakKeyDictionary()  # the wrappers over each base
+_SETS: WeakKeyDictionary[nn.Module, WeakSet[AdapterSet]] = WeakKeyDictionary()  # over each base
