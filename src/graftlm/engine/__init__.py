@@ -29,9 +29,9 @@ from ..architectures import backbone_embeddings, is_encoder_decoder, token_embed
 from ..architectures.fast import alibi_slopes, attention_configs, attention_window, has_dropout, packed_attention
 from ..errors import UnsupportedError
 from ..kernels import HeadForm, Segments, keep_freed_memory, token_losses, varlen
+from ..kernels.attention import Piece
 from ..kernels.linear import even_rows
 from ..kernels.loss import chunked_losses
-from ..kernels.attention import Piece
 from ..methods.folds import as_it_was
 from ..quantization import quantized_kind
 from ..routing import Group, Plan, Routes, current_plan, restore_order, running
