@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from .architectures import token_embeddings
+from .architectures import backbone_embeddings, token_embeddings
 from .architectures.fast import slow_down, speed_up
 from .bundled import known_as
 from .checkpointing import checkpointed_modules, keep_plans
@@ -90,6 +90,10 @@ class AdapterSet(nn.Module):
         return self.methods[self.active_adapter].config.task_type if self.methods else None
 
     @property
+    def word_embeddings(self) -> nn.Module:
+        return backbone_embeddings(self.base)
+
+    @property
     def container_types(self) -> tuple[type, ...]:
         """Modules whose inside belongs to adapters."""
         return (ModulesToSaveWrapper,)
@@ -101,12 +105,8 @@ class AdapterSet(nn.Module):
 
     def adapter_dtype(self, layer: Any = None) -> torch.dtype:
         """Dtype of new adapter tensors beside `layer`: its own, but fp32 for 16-bit (unless told otherwise) or packed."""
-        weight = getattr(layer, "weight", None) if layer is not None else None
-        dtype = (
-            weight.dtype
-            if layer is not None and weight is not None and quantized_kind(layer) is None
-            else self._float_dtype()
-        )
+        weight = None if layer is None or quantized_kind(layer) is not None else getattr(layer, "weight", None)
+        dtype = self._float_dtype() if weight is None else weight.dtype
         if not dtype.is_floating_point or (self.autocast_adapter_dtype and dtype in (torch.float16, torch.bfloat16)):
             return torch.float32
         return dtype

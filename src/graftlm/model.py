@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from . import checkpoint, generating, merging
 from .adapters import AdapterSet
-from .architectures import backbone_embeddings
 from .checkpointing import enable_checkpointing
 from .delegating import answer_by_base, class_over
 from .entry import Entry, batch_size
@@ -72,10 +71,6 @@ class PeftModel(AdapterSet, PreTrainedModel):
     @property
     def peft_type(self) -> Any:
         return self.active_peft_config.peft_type
-
-    @property
-    def word_embeddings(self) -> nn.Module:
-        return backbone_embeddings(self.base)
 
     @property
     def modules_to_save(self) -> set[str] | None:

@@ -205,6 +205,7 @@ class Site(Protocol):
         switch: which adapters are active; layers that carry some of them ask it.
         methods: the attached adapters by name.
         prompt_encoder, bottleneck, adapter_biases: modules of adapters that stand beside the base, by adapter name.
+        word_embeddings: the module that makes the base's input embeddings.
         container_types: modules whose inside belongs to adapters.
         adapter_device: where new adapter tensors go.
     """
@@ -217,6 +218,9 @@ class Site(Protocol):
 
     @property
     def base(self) -> Any: ...
+
+    @property
+    def word_embeddings(self) -> nn.Module: ...
 
     @property
     def container_types(self) -> tuple[type, ...]: ...
