@@ -68,6 +68,10 @@ class AdapterSet(nn.Module):
         """The transformers model."""
         return self.base_model.model
 
+    def get_base_model(self) -> Any:
+        """The transformers model."""
+        return self.base
+
     @property
     def base_model(self) -> AdapterHost:
         return self._modules["base_model"]  # type: ignore[return-value]
@@ -309,10 +313,8 @@ class AdapterSet(nn.Module):
             yield
 
     def active_now(self) -> tuple[str, ...]:
-        """Adapters that apply at this moment: those of the running plan, if it is this wrapper's.
-
-        Hooks ask this; unlike LoRA's modules they do nothing when the base is called directly.
-        """
+        """Adapters that apply now: those of the running plan, if it is this wrapper's. Hooks ask this; unlike LoRA's modules
+        they do nothing when the base is called directly."""
         return planned_adapters(self.switch)
 
     def routes_now(self) -> Routes | None:

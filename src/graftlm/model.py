@@ -60,10 +60,6 @@ class PeftModel(AdapterSet, PreTrainedModel):
         self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
 
     # -- what HF PEFT answers ----------------------------------------------------------------------------------------
-    def get_base_model(self) -> Any:
-        """The transformers model."""
-        return self.base
-
     @property
     def active_peft_config(self) -> PeftConfig:
         return self.methods[self.active_adapter].config

@@ -12,6 +12,7 @@ from helpers import close, config, fresh
 from torch import nn
 
 import graftlm
+from graftlm.adapters import AdapterSet
 from graftlm.architectures import base_modules, innermost
 from graftlm.modes import evaluating
 
@@ -87,6 +88,7 @@ def test_innermost() -> None:
     inside = {innermost(module) for _, module in base_modules(base)}
     assert set(plain.values()) <= inside
     assert innermost(base.get_submodule("lm_head")) is plain["lm_head"]
+    assert innermost(AdapterSet(base)) is base
     theirs = fresh("llama")
     assert innermost(peft.get_peft_model(theirs, config("lora", "llama", peft))) is theirs
 
