@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from .architectures import backbone_embeddings, token_embeddings
+from .architectures import backbone_embeddings, base_modules, token_embeddings
 from .architectures.fast import slow_down, speed_up
 from .bundled import known_as
 from .checkpointing import checkpointed_modules, keep_plans
@@ -52,7 +52,8 @@ class AdapterSet(nn.Module):
         self.adapter_biases = nn.ModuleDict()
         self.autocast_adapter_dtype = autocast_adapter_dtype
         self.card_metrics: dict[str, Any] = {}
-        self.handles: list[Any] = []
+        self.handles: dict[str | None, list[Any]] = {}  # hooks by adapter; those of the entry points under None
+        self.layout: Any = None  # what the hooks were placed on
         self.checkpointing: list[nn.Module] | None = None
         self.foreign: set[int] | None = None  # other wrappers' parameters, until adapters come or go
         self.lean = self.packs = True
@@ -175,26 +176,45 @@ class AdapterSet(nn.Module):
             unsave_modules(self.base, self.switch, name)
             raise
         self.methods[name] = method
-        self._connect()
+        self._connect(method)
         self._reconnect_others()
 
-    def _connect(self) -> None:
-        """(Re)register every hook: after modules were put in or taken out."""
-        self._disconnect()
+    def _connect(self, fresh: Method | None = None) -> None:
+        """Place the hooks: all of them where modules of the base were put in or taken out since, else those of `fresh`, a
+        new adapter. What was tried out on the base outlasts both."""
         self.foreign = None
+        layout = [m for _, m in base_modules(self.base)], self.has_memory
+        if layout == self.layout:
+            if fresh is not None:
+                for module in self._modules_of(fresh):
+                    speed_up(module)
+                self.handles[fresh.name] = fresh.connect(self)
+            return
+        self._disconnect()
+        self.layout = layout
         speed_up(self)
-        self.handles = self._enter()
+        self.handles[None] = self._enter()
         _SETS.setdefault(self.base, WeakSet()).add(self)
-        for method in self.methods.values():
-            self.handles += method.connect(self)
+        for name, method in self.methods.items():
+            self.handles[name] = method.connect(self)
         self.checkpointing = None
 
     def _enter(self) -> list[Any]:
         """Register the hooks of what runs passes over the base; returns their handles. Here passes are those of the base."""
         return []
 
+    def _modules_of(self, method: Method) -> Iterator[nn.Module]:
+        """Modules that hold an adapter's parameters, and what else stands in containers of its own."""
+        for container in (self.prompt_encoder, self.bottleneck):
+            if method.name in container:
+                yield container[method.name]
+        for path in dict.fromkeys(key.rpartition(".")[0] for key, _ in method.named_parameters(self)):
+            yield self.get_submodule(path)
+        if getattr(method.config, "modules_to_save", None):
+            yield from (module for _, module in saved_modules(self.base, self.switch, method.name))
+
     def _reconnect_others(self) -> None:
-        """Modules of a shared base were put in or taken out: the other wrappers' hooks must follow."""
+        """Modules of a shared base may have been put in or taken out: the other wrappers' hooks must follow."""
         for other in _SETS.setdefault(self.base, WeakSet()):
             if other is not self:
                 other._connect()
@@ -205,10 +225,12 @@ class AdapterSet(nn.Module):
             self.checkpointing = checkpointed_modules(self.base)
         keep_plans(self.checkpointing, self.has_memory)
 
-    def _disconnect(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
+    def _disconnect(self, *names: str) -> None:
+        """Take the hooks (of some adapters) off."""
+        for name in names or list(self.handles):
+            for handle in self.handles.pop(name, ()):
+                handle.remove()
+        self.layout = self.layout if names else None
 
     def _forget(self) -> None:
         """Take this wrapper's hooks off the base; others over the same base find their places again."""
@@ -223,6 +245,7 @@ class AdapterSet(nn.Module):
         self._known(adapter_name)
         method = self.methods.pop(adapter_name)
         method.detach(self)
+        self._disconnect(adapter_name)
         self.mixed = {m for m in self.mixed if method not in m}
         unsave_modules(self.base, self.switch, adapter_name)
         self._connect()

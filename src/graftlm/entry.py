@@ -42,7 +42,7 @@ from .architectures import (
 )
 from .architectures.attention import CACHE_NAMES, MASK_NAMES
 from .architectures.fast import attention_window
-from .engine import Engine
+from .engine import Engine, Trials
 from .engine.output import Hook
 from .errors import UnsupportedError
 from .methods import TaskType
@@ -97,7 +97,7 @@ def prefix_cache(memory: Memory) -> Cache:
 class Entry:
     """The hooks of one wrapper on its base model."""
 
-    def __init__(self, host: AdapterSet) -> None:
+    def __init__(self, host: AdapterSet, trials: list[Trials]) -> None:
         base = host.base
         self.host = host
         self.signature = inspect.signature(base.forward)
@@ -114,7 +114,7 @@ class Entry:
         self.to_right = pools_first_token(base)
         encoder = base.get_encoder() if self.encoder_decoder else None
         self.encoder_attention = {id(m): i for i, (_, m) in enumerate(attention_modules(encoder))} if encoder else {}
-        self.engine = Engine(host, self)
+        self.engine = Engine(host, self, trials)
 
     def connect(self) -> list[Any]:
         """Register the hooks; returns their handles."""

@@ -74,6 +74,7 @@ def merged_layers(host: AdapterSet) -> list[Any]:
 
 def follow(host: AdapterSet) -> None:
     """Layers were replaced by a merge or its undoing: the hooks that stood on them follow."""
+    host._disconnect()  # a layer may have got another form beside it, on which hooks stand too
     host._connect()
     host._reconnect_others()
 

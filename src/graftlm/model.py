@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import checkpoint, generating, merging
-from .adapters import AdapterSet
+from .adapters import _SETS, AdapterSet
 from .checkpointing import enable_checkpointing
 from .delegating import answer_by_base, class_over
 from .entry import Entry, batch_size
@@ -124,7 +124,8 @@ class PeftModel(AdapterSet, PreTrainedModel):
         return made
 
     def _enter(self) -> list[Any]:
-        self.entry = Entry(self)
+        over_base = [self, *_SETS.get(self.base, ())]
+        self.entry = Entry(self, [host.entry.engine.trials for host in over_base if "entry" in vars(host)])
         return self.entry.connect()
 
     # -- running -----------------------------------------------------------------------------------------------------

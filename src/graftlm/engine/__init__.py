@@ -52,10 +52,24 @@ PACKABLE = {
 }  # fmt: skip
 
 
-class Engine:
-    """The short cuts of one wrapper."""
+class Trials:
+    """What trials have shown of a base with this head. Its wrappers share it, and new adapters leave it as it is.
 
-    def __init__(self, host: AdapterSet, entry: Any) -> None:
+    Attributes:
+        forms: the short cuts that hold, by what they depend on (see `Engine.group_form`).
+        divides: whether the model's loss heeds `num_items_in_batch`; None before it was tried.
+    """
+
+    def __init__(self, head: Any) -> None:
+        self.head = head
+        self.forms: dict[tuple, Form | None] = {}
+        self.divides: bool | None = None
+
+
+class Engine:
+    """The short cuts of one wrapper. `known`: the trials of this base's wrappers so far."""
+
+    def __init__(self, host: AdapterSet, entry: Any, known: list[Trials]) -> None:
         self.host = host
         self.entry = entry
         base = host.base
@@ -64,8 +78,7 @@ class Engine:
         self.window = attention_window(base)
         self.slopes = alibi_slopes(base)
         self.shares_virtual = not has_dropout(base)
-        self.forms: dict[tuple, Form | None] = {}
-        self.divides: bool | None = None  # whether the model's loss heeds `num_items_in_batch`
+        self.trials = next((trials for trials in known if trials.head is self.head), None) or Trials(self.head)
 
     def connect(self) -> list[Any]:
         """Register the hooks on the head; returns their handles."""
@@ -104,10 +117,10 @@ class Engine:
 
     def heeds_items(self, plan: Plan) -> bool:
         """Whether the plain model's loss is divided by `num_items_in_batch`."""
-        if self.divides is None:
+        if self.trials.divides is None:
             host, group = self.host.owners(plan)[0]
-            self.divides = Check(self, Plan(self.host.switch, group if host is self.host else ())).heeds_items()
-        return self.divides
+            self.trials.divides = Check(self, Plan(self.host.switch, group if host is self.host else ())).heeds_items()
+        return self.trials.divides
 
     def way(self, plan: Plan, named: dict) -> str:
         """ "packed", "padded" or "plain": which short cuts this call allows at all."""
@@ -345,7 +358,7 @@ class Engine:
         losses = self.losses(plan, rows, targets, form.head)
         plan.scratch["losses"] = losses
         total = losses.sum()
-        if items is not None and (self.divides or plan.smoothing):  # whoever smooths a loss outside divides it
+        if items is not None and (self.trials.divides or plan.smoothing):  # whoever smooths a loss outside divides it
             loss = total / (items.to(total.device) if isinstance(items, Tensor) else items)
         else:
             loss = total / losses.shape[0] if losses.shape[0] else total / total.new_zeros(())
@@ -433,19 +446,21 @@ class Engine:
         return replace(known[0], packs=all(f.packs for f in known)) if len(known) == len(forms) else None
 
     def group_form(self, group: Group) -> Form | None:
-        """The same for one composition of adapters."""
+        """The same for one composition of adapters; it depends on their kinds, not on which they are."""
         kind = self.host.adapter_device.type
         auto = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        key = (*(c > 0 for c in self.host.counts(group)), getattr(self.host.base, "loss_function", None), kind, auto)
-        if key not in self.forms:
+        kinds = frozenset(type(self.host.methods[name]) for name in group)
+        key = kinds, getattr(self.host.base, "loss_function", None), kind, auto
+        forms = self.trials.forms
+        if key not in forms:
             if kind == "cpu":
                 keep_freed_memory()
             try:
-                self.forms[key] = Check(self, Plan(self.host.switch, group)).form()
+                forms[key] = Check(self, Plan(self.host.switch, group)).form()
             except Exception as error:  # a model that cannot be run like this: it runs as it is
                 log.info("%s is trained without short cuts: %s", type(self.host.base).__name__, error)
-                self.forms[key] = None
-        return self.forms[key]
+                forms[key] = None
+        return forms[key]
 
 
 def _zero(value: Any) -> bool:
