@@ -150,11 +150,16 @@ class PrefixTuning(SoftPrompt):
         if not ids:
             raise ConfigError(f"init_text={config.init_text!r} has no tokens.")
         ids = (ids * (config.num_virtual_tokens // len(ids) + 1))[: config.num_virtual_tokens]
-        cache, base, training = DynamicCache(), host.base, host.base.training
+        cache, base = DynamicCache(), host.base
+        trained = [module for module in base.modules() if module.training]
         device = next(base.parameters()).device
-        with host.without_adapters():
-            base.eval()(input_ids=torch.tensor([ids], device=device), past_key_values=cache, use_cache=True)
-            base.train(training)
+        base.eval()
+        try:
+            with host.without_adapters():
+                base(input_ids=torch.tensor([ids], device=device), past_key_values=cache, use_cache=True)
+        finally:
+            for module in trained:
+                module.training = True
         rows = [t[0].transpose(0, 1).flatten(1) for layer in cache.layers for t in (layer.keys, layer.values)]
         return torch.cat(rows, dim=1).to(host.adapter_device)
 
