@@ -17,7 +17,6 @@ import dataclasses
 import enum
 import json
 import os
-import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -26,6 +25,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..architectures import clean_path as clean_path
+from ..architectures import replace_module as replace_module
 from ..errors import AdapterError, CheckpointError, ConfigError, nearest
 from ..files import find_file, hub_options, parse_json, read_header, read_text
 from ..routing import Routes, Switch
@@ -380,15 +381,3 @@ def as_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return as_json(dataclasses.asdict(value))
     return value
-
-
-def clean_path(path: str) -> str:
-    """A module's dotted name in the bare base, whatever adapter modules it stands in now."""
-    return re.sub(r"\.(base_layer|original_module)(?=\.|$)", "", path)
-
-
-def replace_module(root: nn.Module, path: str, new: nn.Module) -> None:
-    """Put `new` at the dotted `path` below `root`."""
-    parent, _, name = path.rpartition(".")
-    owner = root.get_submodule(parent) if parent else root
-    setattr(owner, name, new)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import block_sites, innermost
+from ..architectures import base_modules, block_sites, innermost
 from ..errors import ConfigError, TargetError, nearest
 from ..kernels import dropout
 from ..routing import Group, Index, by_group
@@ -113,6 +113,36 @@ class Adapter(nn.Module):
         )
 
 
+class OutputHook:
+    """The forward hook of one place: its adapters in the order in which they are active, not that of attaching.
+
+    Args:
+        host: the wrapper that they belong to.
+    """
+
+    def __init__(self, host: Site) -> None:
+        self.host = host
+        self.adapters: dict[str, tuple[nn.Module, list[Tensor] | None]] = {}  # with what a parallel one reads
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        active = [name for name in self.host.active_now() if name in self.adapters]
+        inputs = {name: seen.pop() for name in active if (seen := self.adapters[name][1]) is not None}
+        if (routes := self.host.routes_now()) is None:
+            return self.added(active, output, inputs)
+
+        def change(group: Group, index: Index) -> Tensor | None:
+            names = [name for name in group if name in self.adapters]
+            return self.added(names, output[index], {n: inputs[n][index] for n in names if n in inputs}) if names else None
+
+        return by_group(routes, output, change)
+
+    def added(self, names: list[str], output: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """`output` [..., H] through some adapters, one after the other; `inputs` [..., in] of parallel ones."""
+        for name in names:
+            output = output + self.adapters[name][0](inputs.get(name, output)).to(output.dtype)
+        return output
+
+
 class Bottleneck(Method):
     """One set of bottleneck adapters in a host: `host.bottleneck[name]`, one `Adapter` a place."""
 
@@ -137,7 +167,7 @@ class Bottleneck(Method):
         sites = {} if all(wanted[s] for s in used) else block_sites(host.base)
         for site in used:
             if patterns := wanted[site]:
-                names = [n for n, _ in host.base.named_modules()]
+                names = [n for n, _ in base_modules(host.base)]
                 sites[site] = [n for n in names if matches(patterns, n)]
                 if not sites[site]:
                     hint = as_list(patterns, names) if isinstance(patterns, str) else ""
@@ -155,7 +185,7 @@ class Bottleneck(Method):
     def _report_unused(self, host: Site, places: dict[str, str | None]) -> None:
         """One warning that names what of the configuration selects nothing."""
         config: BottleneckConfig = self.config  # type: ignore[assignment]
-        names = [n for n, _ in host.base.named_modules()]
+        names = [n for n, _ in base_modules(host.base)]
         unused = []
         for site, field in FIELDS.items():
             patterns = getattr(config, field)
@@ -180,14 +210,19 @@ class Bottleneck(Method):
 
     def connect(self, host: Site) -> list[Any]:
         handles = []
-        for site, source in self.places(host).items():
-            adapter = host.bottleneck[self.name][site.replace(".", "/")]
-            module = host.base.get_submodule(site)
-            seen: list[Tensor] = []
+        for place, source in self.places(host).items():
+            adapter = host.bottleneck[self.name][place.replace(".", "/")]
+            module = host.base.get_submodule(place)
+            hooks = module._forward_hooks.values()
+            site = next((h for h in hooks if isinstance(h, OutputHook) and h.host is host), None)
+            if site is None:
+                site = OutputHook(host)
+                handles.append(module.register_forward_hook(site))
+            seen: list[Tensor] | None = None
             if source is not None:
-                first = host.base.get_submodule(source)
-                handles.append(first.register_forward_pre_hook(self._note(host, seen)))
-            handles.append(module.register_forward_hook(self._add(host, adapter, seen if source else None)))
+                seen = []
+                handles.append(host.base.get_submodule(source).register_forward_pre_hook(self._note(host, seen)))
+            site.adapters[self.name] = adapter, seen
         return handles
 
     def _note(self, host: Site, seen: list[Tensor]) -> Callable:
@@ -196,21 +231,6 @@ class Bottleneck(Method):
                 seen[:] = args[:1]
 
         return note
-
-    def _add(self, host: Site, adapter: nn.Module, seen: list[Tensor] | None) -> Callable:
-        def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            if self.name not in host.active_now():
-                return output
-            x = output if seen is None else seen.pop()
-            if (routes := host.routes_now()) is None:
-                return output + adapter(x).to(output.dtype)
-
-            def change(group: Group, index: Index) -> Tensor | None:
-                return output[index] + adapter(x[index]).to(output.dtype) if self.name in group else None
-
-            return by_group(routes, output, change)
-
-        return add
 
     def detach(self, host: Site) -> None:
         del host.bottleneck[self.name]
