@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import checkpoint, generating, merging
-from .adapters import _SETS, AdapterSet
+from .adapters import AdapterSet
+from .attached import _SETS
 from .checkpointing import enable_checkpointing
 from .delegating import answer_by_base, class_over
 from .entry import Entry, batch_size
@@ -388,4 +389,4 @@ def _rebuild(base: type, state: bytes) -> PeftModel:
     return made
 
 
-answer_by_base(PeftModel, PreTrainedModel, {*PeftModel.__dict__, *AdapterSet.__dict__, *dir(nn.Module)})
+answer_by_base(PeftModel, PreTrainedModel, {*PeftModel.__dict__, *dir(AdapterSet)})
