@@ -14,27 +14,33 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .adapters import AdapterSet
 from .architectures import base_modules, is_encoder_decoder, token_embeddings
 from .errors import AdapterError, CompositionError, GraftError, UnsupportedError
 from .methods.modules_to_save import ModulesToSaveWrapper
+from .modes import evaluating
 from .passes.run import run
 from .quantization import holds_quantized, quantized_layers
 from .routing import BASE_NAME, Group, Plan, Routes
-
-if TYPE_CHECKING:
-    from .host import Host
 
 TRIED = 4  # compositions of one trial
 
 AdapterNames = str | Sequence[str | Sequence[str]]
 
 
-def mixed_plan(host: Host, names: AdapterNames, batch: int | None = None) -> Plan:
+def plan_of(host: AdapterSet, names: AdapterNames | None = None, batch: int | None = None) -> Plan:
+    """The plan of a call of `batch` rows: through the active adapters where `names` is None."""
+    if names is None:
+        return Plan(host.switch, host.switch.active if host.switch.enabled else ())
+    return mixed_plan(host, names, batch)
+
+
+def mixed_plan(host: AdapterSet, names: AdapterNames, batch: int | None = None) -> Plan:
     """The plan of a call whose rows go through `names`; `batch` is the number of rows.
 
     Raises:
@@ -62,7 +68,7 @@ def mixed_plan(host: Host, names: AdapterNames, batch: int | None = None) -> Pla
     return Plan(host.switch, adapters, routes=routes)
 
 
-def _group(host: Host, entry: Any, row: int) -> Group:
+def _group(host: AdapterSet, entry: Any, row: int) -> Group:
     """The adapters of one row."""
     named = [entry] if isinstance(entry, str) else entry
     if not isinstance(named, (list, tuple)) or not all(isinstance(n, str) for n in named):
@@ -86,7 +92,7 @@ def _group(host: Host, entry: Any, row: int) -> Group:
 
 
 # -- the trial -----------------------------------------------------------------------------------------------------------
-def _try_out(host: Host, groups: list[Group]) -> None:
+def _try_out(host: AdapterSet, groups: list[Group]) -> None:
     """UnsupportedError unless rows of such compositions, mixed, equal themselves alone on this model. Tried once a kind."""
     methods = {tuple(host.methods[n] for n in group) for group in groups}
     if methods <= host.mixed:
@@ -102,7 +108,7 @@ def _try_out(host: Host, groups: list[Group]) -> None:
     host.mixed |= methods
 
 
-def _kind(host: Host, group: Group) -> str:
+def _kind(host: AdapterSet, group: Group) -> str:
     """What adapters are alike for the trial: all that their configurations say."""
     configs = [host.methods[n].config.to_dict() | {"inference_mode": None, "base_model_name_or_path": None} for n in group]
     return json.dumps(configs, sort_keys=True, default=str)
@@ -113,7 +119,7 @@ class _Trial:
 
     LENGTHS = (5, 7, 4, 6)
 
-    def __init__(self, host: Host, groups: list[Group]) -> None:
+    def __init__(self, host: AdapterSet, groups: list[Group]) -> None:
         self.host, self.groups = host, groups
         base = host.base
         generator = torch.Generator().manual_seed(0)
@@ -211,13 +217,6 @@ class _Trial:
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Evaluation mode, modes and the random generator as they were afterwards."""
-        trained = [m for m in self.host.modules() if m.training]
         quantised = {layer for _, layer in quantized_layers(self.host.base)}
-        for module in trained:
-            module.training = module in quantised
-        try:
-            with torch.random.fork_rng(devices=[]):
-                yield
-        finally:
-            for module in trained:
-                module.training = True
+        with evaluating(self.host, but=quantised), torch.random.fork_rng(devices=[]):
+            yield

@@ -41,18 +41,18 @@ class Routes:
         groups: the batch's different compositions of adapters; () is the bare base.
         of: the group of each row (of each token) [R].
         packed: whether it is of tokens, in a packed row.
-        hosts: the wrapper of each group, where adapters of several wrappers over one base run together; None: the plan's.
+        switches: of each group's wrapper, where adapters of several over one base run together; None: the plan's.
         draws: what random numbers of each group come from (see `Draws`); None: torch's generator, for all.
     """
 
     def __init__(
-        self, groups: list[Group], of: Tensor, packed: bool = False, hosts: list[Any] | None = None,
+        self, groups: list[Group], of: Tensor, packed: bool = False, switches: list[Switch] | None = None,
         draws: list[Draws] | None = None,
     ) -> None:  # fmt: skip
         self.groups = groups
         self.of = of
         self.packed = packed
-        self.hosts = hosts
+        self.switches = switches
         self.draws = draws
         self._own: dict[int, Routes | None] = {}
         self._kept: dict[int, dict] = {}
@@ -89,15 +89,15 @@ class Routes:
 
     def over(self, of: Tensor) -> Routes:
         """The same for the tokens of a packed row, given the group of each."""
-        return Routes(self.groups, of, True, self.hosts, self.draws)
+        return Routes(self.groups, of, True, self.switches, self.draws)
 
     def of_switch(self, switch: Switch) -> Routes | None:
         """What of it concerns one of several wrappers: other wrappers' groups are the bare base to it. None for nothing."""
-        if self.hosts is None:
+        if self.switches is None:
             return self
         key = id(switch)
         if key not in self._own:
-            groups = [g if h.switch is switch else () for h, g in zip(self.hosts, self.groups, strict=True)]
+            groups = [g if own is switch else () for own, g in zip(self.switches, self.groups, strict=True)]
             self._own[key] = Routes(groups, self.of, self.packed, None, self.draws) if any(groups) else None
         return self._own[key]
 
@@ -235,7 +235,7 @@ def active_adapters(switch: Switch) -> tuple[str, ...]:
 def planned_adapters(switch: Switch) -> Group:
     """The same where a plan runs; none where none does."""
     scope = _scope.get()
-    if scope is not None and scope.routes is not None and scope.routes.hosts is not None:
+    if scope is not None and scope.routes is not None and scope.routes.switches is not None:
         own = scope.routes.of_switch(switch)
         return tuple(dict.fromkeys(n for group in own.groups for n in group)) if own is not None else ()
     return scope.plan.adapters if scope is not None and scope.plan.switch is switch else ()
@@ -244,7 +244,7 @@ def planned_adapters(switch: Switch) -> Group:
 def active_routes(switch: Switch) -> Routes | None:
     """The routes of the mixed batch that runs now, for a layer of the wrapper `switch` belongs to; None for none."""
     scope = _scope.get()
-    if scope is None or scope.routes is None or not (scope.plan.switch is switch or scope.routes.hosts):
+    if scope is None or scope.routes is None or not (scope.plan.switch is switch or scope.routes.switches):
         return None
     return scope.routes.of_switch(switch)
 

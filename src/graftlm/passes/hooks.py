@@ -28,10 +28,10 @@ from .packed import Packing
 from .prefix import PrefixLayer, prefix_cache
 from .refusals import check_cache, check_room, held
 from .shortcuts import Shortcuts, Trials
-from .state import Call, Pass, Placed, Run, current_pass, current_run
+from .state import Call, Pass, Placed, Run, current_pass, current_run, keep_pass
 
 if TYPE_CHECKING:
-    from ..host import Host
+    from ..adapters import AdapterSet
 
 _direct: ContextVar[int] = ContextVar(
     "graftlm_direct", default=0
@@ -41,7 +41,7 @@ _direct: ContextVar[int] = ContextVar(
 class Hooks:
     """One wrapper's hooks. `known`: what was tried out on this base so far."""
 
-    def __init__(self, host: Host, known: list[Trials]) -> None:
+    def __init__(self, host: AdapterSet, known: list[Trials]) -> None:
         base = host.base
         self.host = host
         self.facts = Facts.of(base)
@@ -119,7 +119,7 @@ class Hooks:
                 _direct.set(_direct.get() + 1)
             return None
         named, run = self.named(args, kwargs), current_run()
-        self.host.protect_checkpointing()
+        self.host.protect_checkpointing(keep_pass)
         check_cache(self.host, plan, named.get("past_key_values"))
         if run.resumed is not None:
             named = self.resume(plan, run, named)

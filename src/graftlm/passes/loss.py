@@ -22,7 +22,7 @@ from .row import IGNORED
 from .state import Call, Form, Pass, Targets
 
 if TYPE_CHECKING:
-    from ..host import Host
+    from ..adapters import AdapterSet
 
 
 def take_labels(facts: Facts, plan: Plan, call: Call, form: Form, named: dict) -> Targets:
@@ -47,7 +47,7 @@ def take_labels(facts: Facts, plan: Plan, call: Call, form: Form, named: dict) -
 class Loss:
     """The head of one wrapper's base, and what is made of it."""
 
-    def __init__(self, host: Host, head: Any) -> None:
+    def __init__(self, host: AdapterSet, head: Any) -> None:
         self.host, self.head = host, head
 
     def of(self, now: Pass, output: Any, divides: bool) -> Any:

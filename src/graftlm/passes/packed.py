@@ -28,7 +28,7 @@ from .row import IGNORED, Row, Sequences
 from .state import Packed, Targets
 
 if TYPE_CHECKING:
-    from ..host import Host
+    from ..adapters import AdapterSet
 
 MANY, TINY = 16, 24  # sequences, and their mean length in tokens, at which packing is weighed against padding
 
@@ -50,7 +50,7 @@ class SequenceAttention:
 class Packing:
     """Packs the batches of one wrapper."""
 
-    def __init__(self, host: Host, facts: Facts) -> None:
+    def __init__(self, host: AdapterSet, facts: Facts) -> None:
         self.host, self.facts = host, facts
         self.configs = attention_configs(host.base)
         self.window = attention_window(host.base)

@@ -39,12 +39,12 @@ from .refusals import held, keep_apart, refuse_features, refuse_packed, refuse_w
 from .state import Call, Memory, Placed
 
 if TYPE_CHECKING:
-    from ..host import Host
+    from ..adapters import AdapterSet
 
 TOKEN_OUTPUTS = ("logits", "last_hidden_state", "start_logits", "end_logits")
 
 
-def lay(host: Host, facts: Facts, plan: Plan, call: Call, named: dict) -> tuple[dict, Placed]:
+def lay(host: AdapterSet, facts: Facts, plan: Plan, call: Call, named: dict) -> tuple[dict, Placed]:
     """Inputs of the base for this call, and how its tokens were laid out."""
     rows = Rows(host, facts, plan, call, named)
     if rows.given is not None:
@@ -68,7 +68,7 @@ class Rows:
         place: positions of the given tokens, growing with them; None for the model's own.
     """
 
-    def __init__(self, host: Host, facts: Facts, plan: Plan, call: Call, named: dict) -> None:
+    def __init__(self, host: AdapterSet, facts: Facts, plan: Plan, call: Call, named: dict) -> None:
         self.host, self.facts, self.plan, self.call, self.named = host, facts, plan, call, named
         self.count, self.prefix = host.fronts(plan, call.batch)
         self.given: Any = tokens_of(named)
@@ -265,7 +265,7 @@ def with_virtual(mask: Tensor, order: Tensor, front: Front) -> Tensor:
     return place_virtual(front.ones(mask), mask, order)
 
 
-def drops_virtual(host: Host, named: dict) -> bool:
+def drops_virtual(host: AdapterSet, named: dict) -> bool:
     """Whether outputs are one a given token, without the virtual ones: for token-level tasks, and for a Trainer, which
     hands them on beside its labels (to a loss of its own, to `compute_metrics`)."""
     trains = named.get("num_items_in_batch") is not None

@@ -17,10 +17,10 @@ from .inputs import first_of, is_plain, shape_of
 from .state import Call
 
 if TYPE_CHECKING:
-    from ..host import Host
+    from ..adapters import AdapterSet
 
 
-def check_room(host: Host, facts: Facts, plan: Plan, call: Call, named: dict) -> None:
+def check_room(host: AdapterSet, facts: Facts, plan: Plan, call: Call, named: dict) -> None:
     """UnsupportedError for more tokens than a learned table has positions for (torch's own error names no lengths)."""
     if facts.room is None:
         return
@@ -37,7 +37,7 @@ def check_room(host: Host, facts: Facts, plan: Plan, call: Call, named: dict) ->
 
 
 def raise_beyond(
-    host: Host, facts: Facts, plan: Plan, batch: int, room: int, needed: int, padding: bool = True
+    host: AdapterSet, facts: Facts, plan: Plan, batch: int, room: int, needed: int, padding: bool = True
 ) -> None:  # fmt: skip
     """UnsupportedError if a pass needs more places than the `room` of a table. `padding`: they are counted with padding."""
     if needed > room:
@@ -50,7 +50,7 @@ def raise_beyond(
         )
 
 
-def check_cache(host: Host, plan: Plan, cache: Any) -> None:
+def check_cache(host: AdapterSet, plan: Plan, cache: Any) -> None:
     """A filled cache must hold what stands in front of this pass's rows (virtual tokens, prefixes) and nothing else."""
     if not isinstance(cache, Cache):
         return

@@ -8,11 +8,11 @@ from ..routing import Plan, running
 from .state import Pass, Probe, Run
 
 if TYPE_CHECKING:
-    from ..host import Host
+    from ..adapters import AdapterSet
 
 
 def run(
-    host: Host, plan: Plan, inputs: dict[str, Any], *args: Any, smoothing: float = 0.0, probe: Probe | None = None
+    host: AdapterSet, plan: Plan, inputs: dict[str, Any], *args: Any, smoothing: float = 0.0, probe: Probe | None = None
 ) -> tuple[Pass, Any]:  # fmt: skip
     """One forward of the base under `plan`.
 

@@ -36,11 +36,11 @@ from .refusals import check_encoded, raise_beyond
 from .state import Call, Memory, Placed, Run
 
 if TYPE_CHECKING:
-    from ..host import Host
+    from ..adapters import AdapterSet
 
 
 # -- the model -----------------------------------------------------------------------------------------------------------
-def lay(host: Host, plan: Plan, call: Call, run: Run, named: dict) -> tuple[dict, Placed]:
+def lay(host: AdapterSet, plan: Plan, call: Call, run: Run, named: dict) -> tuple[dict, Placed]:
     """Inputs of the model: the prefix in the decoder, and the mask of what the encoder gives."""
     count, prefix = host.fronts(plan, call.batch)
     encoded, mask, given = named.get("encoder_outputs"), named.get("attention_mask"), tokens_of(named)
@@ -106,7 +106,7 @@ def filled_cache(memory: Memory, cache: Any, call: Call) -> EncoderDecoderCache:
 
 
 # -- its encoder ---------------------------------------------------------------------------------------------------------
-def lay_encoder(host: Host, facts: Facts, plan: Plan, named: dict, masked: int) -> tuple[dict, Placed] | None:
+def lay_encoder(host: AdapterSet, facts: Facts, plan: Plan, named: dict, masked: int) -> tuple[dict, Placed] | None:
     """The encoder's inputs with virtual tokens, and its memory. None where nothing enters: features, images, masks of four
     axes. `masked`: virtual tokens that stand in the mask already."""
     if (given := tokens_of(named)) is None:

@@ -30,7 +30,7 @@ from .state import Call, Form
 from .trial import Check, log
 
 if TYPE_CHECKING:
-    from ..host import Host
+    from ..adapters import AdapterSet
 
 # What a packed call may carry; anything else (images, token types) goes the padded way.
 PACKABLE = {
@@ -57,7 +57,7 @@ class Trials:
 class Shortcuts:
     """The short cuts of one wrapper. `known`: the trials of this base's wrappers so far."""
 
-    def __init__(self, host: Host, facts: Facts, packing: Packing, head: Any, known: list[Trials]) -> None:
+    def __init__(self, host: AdapterSet, facts: Facts, packing: Packing, head: Any, known: list[Trials]) -> None:
         self.host, self.facts, self.packing = host, facts, packing
         self.trials = next((trials for trials in known if trials.head is head), None) or Trials(head)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..architectures import backbone_embeddings, is_encoder_decoder
 from ..kernels import HeadForm
+from ..modes import evaluating
 from ..quantization import quantized_layers
 from ..routing import Plan
 from .facts import decoder_config
@@ -21,7 +22,7 @@ from .run import run
 from .state import Form, Packed, Pass, Probe
 
 if TYPE_CHECKING:
-    from ..host import Host
+    from ..adapters import AdapterSet
 
 log = logging.getLogger("graftlm.engine")
 
@@ -31,7 +32,7 @@ class Check:
 
     ROWS, LENGTH, SHORT = 2, 6, 4
 
-    def __init__(self, host: Host, plan: Plan) -> None:
+    def __init__(self, host: AdapterSet, plan: Plan) -> None:
         self.host, self.plan = host, plan
         base = host.base
         generator = torch.Generator().manual_seed(0)
@@ -174,13 +175,6 @@ class Check:
     @contextmanager
     def quiet(self) -> Iterator[None]:
         """Evaluation mode (no dropout), except for quantised layers, which would be packed; the generator as it was."""
-        modes = {module: module.training for module in self.host.modules()}
         quantised = {layer for _, layer in quantized_layers(self.host.base)}
-        for module in modes:
-            module.training = module in quantised and modes[module]
-        try:
-            with torch.random.fork_rng(devices=[]):
-                yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        with evaluating(self.host, but=quantised), torch.random.fork_rng(devices=[]):
+            yield
