@@ -23,9 +23,9 @@ from .adapters import AdapterSet
 from .architectures import base_modules, is_encoder_decoder, token_embeddings
 from .errors import AdapterError, CompositionError, GraftError, UnsupportedError
 from .methods.modules_to_save import ModulesToSaveWrapper
-from .modes import evaluating
 from .passes.run import run
-from .quantization import holds_quantized, quantized_layers
+from .passes.trial import Trial
+from .quantization import holds_quantized
 from .routing import BASE_NAME, Group, Plan, Routes
 
 TRIED = 4  # compositions of one trial
@@ -64,7 +64,7 @@ def mixed_plan(host: AdapterSet, names: AdapterNames, batch: int | None = None) 
         return Plan(host.switch, rows[0])
     routes = Routes.by_row(rows)
     adapters = tuple(dict.fromkeys(n for row in rows for n in row))
-    _try_out(host, routes.groups)
+    _try_mixed(host, routes.groups)
     return Plan(host.switch, adapters, routes=routes)
 
 
@@ -92,7 +92,21 @@ def _group(host: AdapterSet, entry: Any, row: int) -> Group:
 
 
 # -- the trial -----------------------------------------------------------------------------------------------------------
-def _try_out(host: AdapterSet, groups: list[Group]) -> None:
+def try_out(host: AdapterSet, names: Sequence[str | Sequence[str]] | None = None) -> None:
+    """Try out now what passes under these compositions (every adapter by itself) would try out when they first come: the
+    short cuts of training, and batches that mix them.
+
+    Raises:
+        AdapterError, CompositionError, UnsupportedError: as `mixed_plan` for a batch with a row of each.
+    """
+    groups = [_group(host, entry, i) for i, entry in enumerate(host.methods if names is None else names)]
+    for group in groups:
+        host.entry.shortcuts.training_form(Plan(host.switch, group))
+    if len(set(groups)) > 1:
+        _try_mixed(host, list(dict.fromkeys(groups)))
+
+
+def _try_mixed(host: AdapterSet, groups: list[Group]) -> None:
     """UnsupportedError unless rows of such compositions, mixed, equal themselves alone on this model. Tried once a kind."""
     methods = {tuple(host.methods[n] for n in group) for group in groups}
     if methods <= host.mixed:
@@ -103,7 +117,7 @@ def _try_out(host: AdapterSet, groups: list[Group]) -> None:
     for start in range(0, len(fresh), TRIED - 1):
         tried = fresh[start : start + TRIED - 1]
         rows = [*tried, *(others[:1] or [()])] if len(tried) < 2 else tried
-        _Trial(host, rows).run()
+        _Rows(host, rows).run()
         host.mixes |= {_kind(host, group) for group in tried}
     host.mixed |= methods
 
@@ -114,23 +128,21 @@ def _kind(host: AdapterSet, group: Group) -> str:
     return json.dumps(configs, sort_keys=True, default=str)
 
 
-class _Trial:
+class _Rows(Trial):
     """Random rows of different lengths, once as one batch and once each alone."""
 
     LENGTHS = (5, 7, 4, 6)
 
     def __init__(self, host: AdapterSet, groups: list[Group]) -> None:
-        self.host, self.groups = host, groups
-        base = host.base
-        generator = torch.Generator().manual_seed(0)
-        if (embeddings := token_embeddings(base)) is None:
+        super().__init__(host)
+        self.groups, base = groups, host.base
+        if token_embeddings(base) is None:
             raise UnsupportedError(
                 f"{type(base).__name__} reads no token ids, on which rows of different adapters are tried out. Run one "
                 "adapter a batch."
             )
-        vocabulary = min(embeddings.weight.shape[0], 1000)
-        self.rows = [torch.randint(1, vocabulary, (n,), generator=generator) for n in self.LENGTHS[: len(groups)]]
-        self.decoder_ids = torch.randint(1, vocabulary, (len(groups), 3), generator=generator)
+        self.rows = [self.ids(n) for n in self.LENGTHS[: len(groups)]]
+        self.decoder_ids = self.ids(len(groups), 3)
         self.left = not is_encoder_decoder(base) and "position_ids" in host.entry.facts.signature.parameters
 
     def run(self) -> None:
@@ -190,8 +202,7 @@ class _Trial:
 
     @property
     def precise(self) -> bool:
-        exact = self.host._float_dtype() is torch.float32 and not holds_quantized(self.host.base)
-        return exact and not torch.is_autocast_enabled(self.host.adapter_device.type)
+        return super().precise and not holds_quantized(self.host.base)
 
     @property
     def tolerance(self) -> float:
@@ -213,10 +224,3 @@ class _Trial:
         finally:
             for p, value in zip(parameters, before, strict=True):
                 p.data = value
-
-    @contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Evaluation mode, modes and the random generator as they were afterwards."""
-        quantised = {layer for _, layer in quantized_layers(self.host.base)}
-        with evaluating(self.host, but=quantised), torch.random.fork_rng(devices=[]):
-            yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from .errors import AdapterError, ConfigError
 from .generating import refuse_half_on_cpu
 from .methods import PeftConfig
 from .methods.modules_to_save import unsave_modules
-from .mixing import plan_of
+from .mixing import plan_of, try_out
 from .passes.hooks import Hooks
 from .passes.inputs import batch_size
 from .passes.run import run
@@ -167,6 +167,13 @@ class PeftModel(AdapterSet, PreTrainedModel):
         if self.entry.stale():
             self._connect()
         return self.entry.shortcuts.training_form(plan_of(self))
+
+    def try_out(self, adapter_names: Sequence[str | Sequence[str]] | None = None) -> None:
+        """Try out now what passes of these adapters or compositions (every adapter by itself) would try out when they first
+        come, so that none of them waits for it; see `mixing.try_out`."""
+        if self.entry.stale():
+            self._connect()
+        try_out(self, adapter_names)
 
     def heeds_items(self) -> bool:
         """Whether the base's training loss is divided by `num_items_in_batch`; tried once."""

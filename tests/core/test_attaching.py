@@ -11,6 +11,7 @@ from helpers import attach, close, config, padded, randomise, rows, still
 from torch import Tensor, nn
 
 import graftlm
+from graftlm.errors import AdapterError
 from graftlm.methods.bottleneck import Bottleneck
 
 KINDS = ("lora", "prompt", "prefix", "houlsby")
@@ -60,6 +61,21 @@ def test_an_adapter_of_another_kind_leaves_the_first_ones_short_cuts(method: str
     assert (runs(model) > 1) == (other != method)
     model.delete_adapter("default")
     assert runs(model) == 1
+
+
+def test_trials_ahead_of_time() -> None:
+    model = trained("lora")
+    for method in ("prompt", "houlsby"):
+        model.add_adapter(method, config(method, "llama"))
+    model.try_out()
+    for name in model.methods:
+        model.set_adapter(name)
+        assert runs(model) == 1
+    model.eval()
+    inputs = {k: v for k, v in batch().items() if k != "labels"}
+    assert runs(model, **inputs, adapter_names=["default", "houlsby", "prompt"]) == 1
+    with pytest.raises(AdapterError, match="row 1: There is no adapter 'promt'"):
+        model.try_out(["default", "promt"])
 
 
 def test_wrappers_of_one_base_share_what_was_tried_out() -> None:

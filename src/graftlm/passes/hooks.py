@@ -149,8 +149,8 @@ class Hooks:
         """The inputs of the base, by the short cuts that this call takes, and its pass."""
         form = self.shortcuts.choose(plan, call, named)
         if form is not None and form.packs and (packed := self.packing.lay(plan, named)) is not None:
-            inputs, row, targets, scope = packed
-            return inputs, Pass(scope, call, row, targets, form)
+            inputs, row, labelled, scope = packed
+            return inputs, Pass(scope, call, row, labelled, form)
         if self.facts.encoder_decoder:
             if form is not None:
                 seq2seq.decoder_inputs(self.host.base, named)

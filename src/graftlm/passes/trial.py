@@ -27,17 +27,42 @@ if TYPE_CHECKING:
 log = logging.getLogger("graftlm.engine")
 
 
-class Check:
-    """Runs a small random batch plainly and by the short cuts, and compares."""
+class Trial:
+    """Small random batches through a model, of which nothing is left behind: neither modes nor random numbers."""
+
+    def __init__(self, host: AdapterSet) -> None:
+        self.host = host
+        self.generator = torch.Generator().manual_seed(0)
+
+    def ids(self, *shape: int) -> Tensor:
+        """Random token ids of this shape."""
+        vocabulary = min(backbone_embeddings(self.host.base).weight.shape[0], 1000)
+        return torch.randint(1, vocabulary, shape, generator=self.generator)
+
+    @property
+    def precise(self) -> bool:
+        """Whether two ways to compute the same differ by fp32's rounding only."""
+        exact = all(k == "4bit" and m.compute_dtype is torch.float32 for k, m in quantized_layers(self.host.base))
+        auto = torch.is_autocast_enabled(self.host.adapter_device.type)
+        return self.host._float_dtype() is torch.float32 and exact and not auto
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Evaluation mode (no dropout), except for quantised layers, which would be packed; the generator as it was."""
+        quantised = {layer for _, layer in quantized_layers(self.host.base)}
+        with evaluating(self.host, but=quantised), torch.random.fork_rng(devices=[]):
+            yield
+
+
+class Check(Trial):
+    """Runs a batch plainly and by the short cuts, and compares."""
 
     ROWS, LENGTH, SHORT = 2, 6, 4
 
     def __init__(self, host: AdapterSet, plan: Plan) -> None:
-        self.host, self.plan = host, plan
-        base = host.base
-        generator = torch.Generator().manual_seed(0)
-        vocabulary = min(backbone_embeddings(base).weight.shape[0], 1000)
-        ids = torch.randint(1, vocabulary, (self.ROWS, self.LENGTH), generator=generator)
+        super().__init__(host)
+        self.plan = plan
+        ids = self.ids(self.ROWS, self.LENGTH)
         mask, labels = torch.ones_like(ids), ids.clone()
         mask[1, self.SHORT :], labels[1, self.SHORT :] = 0, IGNORED
         device = host.adapter_device
@@ -161,20 +186,5 @@ class Check:
         experts = any(getattr(config, n, None) for n in ("num_local_experts", "num_experts", "n_routed_experts"))
         return bool(experts) or any(kind == "int8" for kind, _ in quantized_layers(base))
 
-    @property
-    def precise(self) -> bool:
-        base = self.host.base
-        dtype = self.host._float_dtype()
-        kind = self.batch["labels"].device.type
-        exact = all(k == "4bit" and m.compute_dtype is torch.float32 for k, m in quantized_layers(base))
-        return dtype is torch.float32 and exact and not torch.is_autocast_enabled(kind)
-
     def close(self, a: Tensor, b: Tensor) -> bool:
         return bool(torch.isclose(a.float(), b.float(), rtol=1e-4 if self.precise else 3e-2))
-
-    @contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Evaluation mode (no dropout), except for quantised layers, which would be packed; the generator as it was."""
-        quantised = {layer for _, layer in quantized_layers(self.host.base)}
-        with evaluating(self.host, but=quantised), torch.random.fork_rng(devices=[]):
-            yield
