@@ -11,20 +11,19 @@ and would prove nothing).
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .adapters import AdapterSet
 from .architectures import base_modules, is_encoder_decoder, token_embeddings
 from .errors import AdapterError, CompositionError, GraftError, UnsupportedError
 from .methods.modules_to_save import ModulesToSaveWrapper
 from .passes.run import run
-from .passes.trial import Trial
+from .passes.trial import Trial, kind_of
 from .quantization import holds_quantized
 from .routing import BASE_NAME, Group, Plan, Routes
 
@@ -111,21 +110,15 @@ def _try_mixed(host: AdapterSet, groups: list[Group]) -> None:
     methods = {tuple(host.methods[n] for n in group) for group in groups}
     if methods <= host.mixed:
         return
-    kinds = {_kind(host, group): group for group in groups}
+    kinds = {kind_of(host, group): group for group in groups}
     fresh = [group for kind, group in kinds.items() if kind not in host.mixes]
     others = [g for g in groups if g not in fresh]
     for start in range(0, len(fresh), TRIED - 1):
         tried = fresh[start : start + TRIED - 1]
         rows = [*tried, *(others[:1] or [()])] if len(tried) < 2 else tried
         _Rows(host, rows).run()
-        host.mixes |= {_kind(host, group) for group in tried}
+        host.mixes |= {kind_of(host, group) for group in tried}
     host.mixed |= methods
-
-
-def _kind(host: AdapterSet, group: Group) -> str:
-    """What adapters are alike for the trial: all that their configurations say."""
-    configs = [host.methods[n].config.to_dict() | {"inference_mode": None, "base_model_name_or_path": None} for n in group]
-    return json.dumps(configs, sort_keys=True, default=str)
 
 
 class _Rows(Trial):
@@ -148,7 +141,7 @@ class _Rows(Trial):
     def run(self) -> None:
         name = type(self.host.base).__name__
         try:
-            with self.quiet(), torch.no_grad(), nullcontext() if self.all_matter() else self.disturbed():
+            with self.quiet(), torch.no_grad(), nullcontext() if self.all_matter() else self.disturbed(self.groups):
                 alone = [self.logits([i], [group]) for i, group in enumerate(self.groups)]
                 mixed = self.logits(list(range(len(self.groups))), self.groups)
         except GraftError:
@@ -207,20 +200,3 @@ class _Rows(Trial):
     @property
     def tolerance(self) -> float:
         return 1e-4 if self.precise else 0.1
-
-    @contextmanager
-    def disturbed(self) -> Iterator[None]:
-        """The adapters with noise on their values; afterwards as they were, bit for bit. Their storage is exchanged, so that
-        a pass that waits for its gradient keeps what it saw."""
-        names = dict.fromkeys(n for group in self.groups for n in group)
-        parameters: list[nn.Parameter] = [p for n in names for _, p in self.host.adapter_parameters(n)]
-        before = [p.data for p in parameters]
-        generator = torch.Generator().manual_seed(1)
-        for p in parameters:
-            noise = torch.randn(p.shape, generator=generator) * (0.1 if self.precise else 0.3)
-            p.data = p.data + noise.to(p.device, p.dtype)
-        try:
-            yield
-        finally:
-            for p, value in zip(parameters, before, strict=True):
-                p.data = value

@@ -118,7 +118,11 @@ class Hooks:
             if self.guards:  # else nothing counts it down again
                 _direct.set(_direct.get() + 1)
             return None
-        named, run = self.named(args, kwargs), current_run()
+        run = current_run()
+        if run.laid is not None:
+            run.laid.begin()
+            return None
+        named = self.named(args, kwargs)
         self.host.protect_checkpointing(keep_pass)
         check_cache(self.host, plan, named.get("past_key_values"))
         if run.resumed is not None:
@@ -210,7 +214,7 @@ class Hooks:
         now = self.now()
         if now is None or module is not self.head or not args:
             return None
-        if now.targets is None:
+        if not now.takes_hidden:
             if now.call.probe is not None:
                 now.hidden = args[0]
             return None

@@ -4,7 +4,7 @@
 |---|---|---|---|
 | `Run` | a call of the wrapper: a forward, a `generate` | run, model | hooks, joint, trials |
 | `Call` | one forward of the base | hooks | short cuts, layouts, loss |
-| `Placed`, `Packed` | a pass | padded, seq2seq; packed | hooks, loss |
+| `Placed`, `Packed`, `Step` | a pass | padded, seq2seq; packed; served | hooks, loss, served |
 | `Targets` | a pass | loss, packed | loss, joint |
 | `Pass` | from its first hook to whoever ran it | hooks | loss, joint, trials |
 
@@ -136,6 +136,17 @@ class Packed:
         return torch.cat((front.view(batch, most, -1), real), dim=1)
 
 
+@dataclass(frozen=True)
+class Step:
+    """New tokens of a server's rows, side by side in one. `last`: place of each row's last one [rows]."""
+
+    last: Tensor
+
+    def restore(self, states: Tensor) -> Tensor:
+        """states [1, N, H] of each row's last token [rows, H]."""
+        return states[0][self.last]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Targets:
     """What is predicted where.
@@ -167,7 +178,7 @@ class Pass:
 
     scope: Scope
     call: Call
-    layout: Placed | Packed
+    layout: Placed | Packed | Step
     targets: Targets | None = None
     form: Form | None = None
     encodes: bool = False
@@ -175,6 +186,11 @@ class Pass:
     raw: Tensor | None = None
     losses: Tensor | None = None
     _left: ExitStack = field(default_factory=ExitStack, repr=False)
+
+    @property
+    def takes_hidden(self) -> bool:
+        """Whether what reaches the head is taken from it, for a loss or a step of ours."""
+        return self.targets is not None or isinstance(self.layout, Step)
 
     def begin(self) -> None:
         """From here to `end` the base runs."""
@@ -198,6 +214,7 @@ class Run:
     Attributes:
         resumed: inputs of a `generate` that goes on from a filled cache, whole, until its first pass takes what is new.
         encoded: the encoder's outputs have come through this call's plan.
+        laid: its only pass, where it was laid out before.
         ended: the pass that ended last.
     """
 
@@ -205,6 +222,7 @@ class Run:
     probe: Probe | None = None
     resumed: dict[str, Tensor] | None = None
     encoded: bool = False
+    laid: Pass | None = None
     ended: Pass | None = None
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from ..architectures import backbone_embeddings, is_encoder_decoder
 from ..kernels import HeadForm
 from ..modes import evaluating
 from ..quantization import quantized_layers
-from ..routing import Plan
+from ..routing import Group, Plan
 from .facts import decoder_config
 from .row import IGNORED
 from .run import run
@@ -52,6 +53,29 @@ class Trial:
         quantised = {layer for _, layer in quantized_layers(self.host.base)}
         with evaluating(self.host, but=quantised), torch.random.fork_rng(devices=[]):
             yield
+
+    @contextmanager
+    def disturbed(self, groups: list[Group]) -> Iterator[None]:
+        """The adapters with noise on their values; afterwards as they were, bit for bit. Their storage is exchanged, so that
+        a pass that waits for its gradient keeps what it saw."""
+        names = dict.fromkeys(n for group in groups for n in group)
+        parameters: list[nn.Parameter] = [p for n in names for _, p in self.host.adapter_parameters(n)]
+        before = [p.data for p in parameters]
+        generator = torch.Generator().manual_seed(1)
+        for p in parameters:
+            noise = torch.randn(p.shape, generator=generator) * (0.1 if self.precise else 0.3)
+            p.data = p.data + noise.to(p.device, p.dtype)
+        try:
+            yield
+        finally:
+            for p, value in zip(parameters, before, strict=True):
+                p.data = value
+
+
+def kind_of(host: AdapterSet, group: Group) -> str:
+    """What adapters are alike for the trial: all that their configurations say."""
+    configs = [host.methods[n].config.to_dict() | {"inference_mode": None, "base_model_name_or_path": None} for n in group]
+    return json.dumps(configs, sort_keys=True, default=str)
 
 
 class Check(Trial):
