@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .model import PeftModel
+from .adapters import AdapterSet
 
 MARK = "<!-- written by GraftLM; text below the line 'Notes' is kept -->"
 NOTES = "## Notes"
 
 
-def write_card(host: PeftModel, name: str, folder: str | os.PathLike) -> None:
+def write_card(host: AdapterSet, name: str, folder: str | os.PathLike) -> None:
     """Write or renew README.md: base, method, sizes, metrics of the last training. A card of someone else's is kept."""
     path = Path(folder) / "README.md"
     notes = ""
@@ -28,7 +27,7 @@ def write_card(host: PeftModel, name: str, folder: str | os.PathLike) -> None:
     os.replace(temporary, path)
 
 
-def card_text(host: PeftModel, name: str) -> str:
+def card_text(host: AdapterSet, name: str) -> str:
     """The card without its notes."""
     config = host.methods[name].config
     base = config.base_model_name_or_path or "not recorded"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .architectures import base_modules
+from .architectures import base_modules, innermost
 from .errors import BaseMismatchError
 from .methods.folds import as_it_was
 from .quantization import is_quantized, quantized_kind, scheme_of
@@ -29,7 +29,7 @@ def sampled_modules(base: Any) -> dict[str, nn.Module]:
     except (AttributeError, NotImplementedError):  # a model that reads no tokens
         embeddings = None
     if embeddings is not None:
-        found["embeddings"] = plain(embeddings)
+        found["embeddings"] = innermost(embeddings)
     own = [m for _, m in base_modules(base)]
     linears = [m for m in own if isinstance(m, nn.Linear)]
     norms = [m for m in own if "norm" in type(m).__name__.lower()]
@@ -38,13 +38,6 @@ def sampled_modules(base: Any) -> dict[str, nn.Module]:
     if norms:
         found["norm"] = norms[len(norms) // 2]
     return found
-
-
-def plain(module: Any) -> Any:
-    """The module of the base inside adapter modules."""
-    while hasattr(module, "base_layer") or hasattr(module, "original_module"):
-        module = module.base_layer if hasattr(module, "base_layer") else module.original_module
-    return module
 
 
 def of(base: nn.Module) -> dict[str, Any] | None:

@@ -154,20 +154,20 @@ def fill(folder: Path, file: Path, source: str) -> None:
     """Write an entry beside its place and rename it; what was there before is thrown away."""
     for left in folder.parent.glob(f"{SCRATCH}*"):  # by a process that was killed: this one has the lock
         shutil.rmtree(left, ignore_errors=True)
-    with scratch(folder.parent) as place:
+    with temporary(folder.parent) as place:
         model, tokenizer = read(file, place)
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)
         entry = {"format": FORMAT, "source": source, "files": sizes(place)}
         (place / MANIFEST).write_text(json.dumps(entry, indent=1), encoding="utf-8")
         if folder.exists():
-            with scratch(folder.parent) as old:
+            with temporary(folder.parent) as old:
                 os.replace(folder, old / folder.name)
         os.replace(place, folder)
 
 
 @contextmanager
-def scratch(parent: Path) -> Iterator[Path]:
+def temporary(parent: Path) -> Iterator[Path]:
     """A directory that is gone afterwards, unless it was renamed."""
     place = Path(tempfile.mkdtemp(dir=parent, prefix=SCRATCH))
     try:

@@ -15,11 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .adapters import AdapterSet
 from .architectures import base_modules, is_encoder_decoder
 from .architectures.fast import drops
-from .engine.row import IGNORED
-from .model import PeftModel
-from .routing import Draws, Plan, Routes, running
+from .passes.row import IGNORED
+from .passes.run import run
+from .passes.seq2seq import decoder_inputs
+from .passes.state import Packed
+from .routing import Draws, Plan, Routes
 
 FILLERS = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
 
@@ -35,7 +38,7 @@ class Share:
         drops: whether its adapters draw dropout, which is as alone in packed passes only.
     """
 
-    model: PeftModel
+    model: AdapterSet
     inputs: dict[str, Tensor]
     draws: Draws | None = None
     drops: bool = False
@@ -44,7 +47,7 @@ class Share:
 def joinable(model: Any, inputs: dict[str, Any]) -> bool:
     """Whether a batch can be part of a joint pass."""
     names = {k for k, v in inputs.items() if v is not None}
-    if not isinstance(model, PeftModel) or not model.lean or not {"input_ids", "labels"} <= names <= FILLERS.keys():
+    if not isinstance(model, AdapterSet) or not model.lean or not {"input_ids", "labels"} <= names <= FILLERS.keys():
         return False
     return all(inputs[k].dim() == 2 for k in names)
 
@@ -52,30 +55,25 @@ def joinable(model: Any, inputs: dict[str, Any]) -> bool:
 def joint_losses(shares: list[Share]) -> list[tuple[Tensor, int]] | None:
     """Each share's loss, summed over its labelled tokens (with a gradient), and their number.
 
-    None where the model allows no short cut (see `engine`), or where dropout would not be drawn as alone: then everyone
-    has to run alone.
+    None where the model allows no short cut (see `passes.shortcuts`), or where dropout would not be drawn as alone: then
+    everyone has to run alone.
     """
     lead = shares[0].model
-    hosts = [share.model for share in shares]
-    groups = [model.switch.active if model.switch.enabled else () for model in hosts]
+    switches = [share.model.switch for share in shares]
+    groups = [switch.active if switch.enabled else () for switch in switches]
     sizes = [len(share.inputs["input_ids"]) for share in shares]
     of = torch.arange(len(shares)).repeat_interleave(torch.tensor(sizes))
     draws = None if shares[0].draws is None else [share.draws for share in shares]
-    plan = Plan(lead.switch, groups[0], routes=Routes(groups, of, hosts=hosts, draws=draws))  # type: ignore[arg-type]
+    plan = Plan(lead.switch, groups[0], routes=Routes(groups, of, switches=switches, draws=draws))  # type: ignore[arg-type]
     inputs = stacked([share.inputs for share in shares])
     if is_encoder_decoder(lead.base):
-        lead.entry.engine.decoder_inputs(inputs)
-    with running(plan):
-        try:
-            lead.base_model(**inputs)
-        finally:
-            lead.entry.engine.leave(plan)
-    if "losses" not in plan.scratch or (plan.scratch["way"] != "packed" and any(s.drops for s in shares)):
+        decoder_inputs(lead.base, inputs)
+    done, _ = run(lead, plan, inputs)
+    if done.losses is None or (not isinstance(done.layout, Packed) and any(s.drops for s in shares)):
         return None
-    losses, owners = plan.scratch["losses"], plan.scratch["owners"]
     found = []
     for i in range(len(shares)):
-        own = losses[owners == i]
+        own = done.losses[done.targets.owners == i]  # type: ignore[union-attr]
         found.append((own.sum(), len(own)))
     return found
 
@@ -90,7 +88,7 @@ def stacked(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def adapters_drop(model: PeftModel) -> bool:
+def adapters_drop(model: AdapterSet) -> bool:
     """Whether a model's own adapters drop anything in training."""
     own = {module for _, module in base_modules(model.base)}
     return any(drops(m) and m.training for m in model.modules() if m not in own)

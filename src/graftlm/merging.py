@@ -6,32 +6,87 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .adapters import AdapterSet
+from .architectures import base_modules, innermost
 from .errors import AdapterError, UnsupportedError
 from .methods.base import replace_module
+from .methods.folds import fold_of
 from .methods.lora import LoraConfig
 from .methods.lora_combine import check_layer, check_options, combine, new_rank
 from .methods.lora_layers import LoraLayer
 from .methods.modules_to_save import ModulesToSaveWrapper, saved_modules
+from .modes import evaluating
 from .quantization import DequantizedConv1D, DequantizedLinear, holds_quantized, in_source_form, quantized_kind
 from .routing import Plan, running
 
-if TYPE_CHECKING:
-    from .model import PeftModel
+
+def merge(host: AdapterSet, names: list[str], *, safe: bool, keep: bool, requantize: bool) -> None:
+    """Fold adapters into the base weights; what that does to quantised layers is printed.
+
+    Args:
+        safe: refuse weights that become infinite or NaN.
+        keep: what is needed for `unmerge`.
+        requantize: quantise a quantised layer anew.
+    """
+    check_mergeable(host, names)
+    with drift_printed(host, names, requantize):
+        for method in {type(host.methods[n]): host.methods[n] for n in names}.values():
+            method.merge(host, names, safe=safe, keep=keep, requantize=requantize)  # type: ignore[attr-defined]
+        follow(host)
 
 
-def merge_and_unload(host: PeftModel, safe: bool, names: list[str] | None, requantize: bool = False) -> nn.Module:
+def check_mergeable(host: AdapterSet, names: list[str]) -> None:
+    """UnsupportedError for methods that are no change of weights, AdapterError where another wrapper's are merged."""
+    for name in names:
+        if not host.methods[name].mergeable:
+            kind = host.methods[name].config.peft_type
+            raise UnsupportedError(
+                f"Adapter {name!r} is {getattr(kind, 'value', kind)}: it is no change of weights, so it cannot be "
+                "merged. Keep it attached."
+            )
+    folds = (fold_of(module) for _, module in base_modules(host.base))
+    if any(fold.switch is not host.switch for fold in folds if fold is not None):
+        raise AdapterError(
+            "Adapters of another wrapper over this base are merged into it. Call unmerge_adapter() of that one first."
+        )
+
+
+def unmerge(host: AdapterSet, *names: str) -> None:
+    """Take adapters (all) out of the base weights; what else is merged stays so."""
+    changed = False
+    for layer in merged_layers(host):
+        for name in [n for n in names if n in layer.merged_adapters] if names else [None]:
+            layer.unmerge(name)
+            changed = True
+    if changed:
+        follow(host)
+
+
+def merged_layers(host: AdapterSet) -> list[Any]:
+    own = [m for _, m in base_modules(host.base) if getattr(m, "switch", None) is host.switch]
+    return [m for m in own if getattr(m, "merged_adapters", None)]
+
+
+def follow(host: AdapterSet) -> None:
+    """Layers were replaced by a merge or its undoing: the hooks that stood on them follow."""
+    host._disconnect()  # a layer may have got another form beside it, on which hooks stand too
+    host._connect()
+    host._reconnect_others()
+
+
+def merge_and_unload(host: AdapterSet, safe: bool, names: list[str] | None, requantize: bool = False) -> nn.Module:
     """The base with adapters folded in. Weights that were tied and now differ are untied, in the configuration too."""
     names = list(names or host.active_adapters)
     host._known(*names)
-    host._check_mergeable(names)
-    host.unmerge_adapter()
+    check_mergeable(host, names)
+    unmerge(host)
     untie(host, names)
-    host._merge(names, safe=safe, keep=False, requantize=requantize)
+    merge(host, names, safe=safe, keep=False, requantize=requantize)
     for path, module in list(host.base.named_modules()):
         if isinstance(module, ModulesToSaveWrapper) and module.switch is host.switch:
             kept = [n for n in names if n in module.modules_to_save]
@@ -56,7 +111,7 @@ def merge_and_unload(host: PeftModel, safe: bool, names: list[str] | None, requa
 
 
 @contextmanager
-def drift_printed(host: PeftModel, names: list[str], requantize: bool) -> Iterator[None]:
+def drift_printed(host: AdapterSet, names: list[str], requantize: bool) -> Iterator[None]:
     """Around a merge: prints by how much the logits of a fixed probe move, where quantised layers are changed."""
     kinds = Counter(
         quantized_kind(m.frozen)
@@ -64,7 +119,7 @@ def drift_printed(host: PeftModel, names: list[str], requantize: bool) -> Iterat
         if isinstance(m, LoraLayer) and m.switch is host.switch and any(n in m.scaling for n in names)
     )
     kinds.pop(None, None)
-    names = list(dict.fromkeys([n for layer in host._merged_layers() for n in layer.merged_adapters] + names))
+    names = list(dict.fromkeys([n for layer in merged_layers(host) for n in layer.merged_adapters] + names))
     before = probe_logits(host, names) if kinds else None
     yield
     if before is None:
@@ -78,7 +133,7 @@ def drift_printed(host: PeftModel, names: list[str], requantize: bool) -> Iterat
     print(f"merge: logits move by up to {moved:.3g} (largest {largest:.3g}); {same:.0%} of the likeliest tokens stay.")
 
 
-def probe_logits(host: PeftModel, names: list[str]) -> Tensor | None:
+def probe_logits(host: AdapterSet, names: list[str]) -> Tensor | None:
     """Logits (or last hidden states) of 32 fixed token ids under some adapters, fp32; None for a base without token ids."""
     config = host.base.config
     size = getattr(config.get_text_config(), "vocab_size", None)
@@ -86,14 +141,8 @@ def probe_logits(host: PeftModel, names: list[str]) -> Tensor | None:
         return None
     ids = torch.randint(0, size, (1, 32), generator=torch.Generator().manual_seed(0)).to(host.adapter_device)
     more = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
-    trained = [m for m in host.base.modules() if m.training]
-    host.base.eval()
-    try:
-        with torch.no_grad(), running(Plan(host.switch, tuple(names))):
-            return host.base(input_ids=ids, **more)[0].float()
-    finally:
-        for module in trained:
-            module.training = True
+    with evaluating(host.base), torch.no_grad(), running(Plan(host.switch, tuple(names))):
+        return host.base(input_ids=ids, **more)[0].float()
 
 
 def describe_quantization(base: Any, dtype: torch.dtype) -> None:
@@ -118,17 +167,17 @@ def describe_quantization(base: Any, dtype: torch.dtype) -> None:
             setattr(base, flag, False)
 
 
-def merge_biases(host: PeftModel, names: list[str]) -> None:
+def merge_biases(host: AdapterSet, names: list[str]) -> None:
     """Trained biases become the modules' own."""
     for name in names:
         if name not in host.adapter_biases:
             continue
         for key, bias in host.adapter_biases[name].items():
-            module = frozen(host.base.get_submodule(key.replace("/", ".")))
+            module = innermost(host.base.get_submodule(key.replace("/", ".")))
             module.bias.data = bias.detach().to(module.bias.dtype)
 
 
-def untie(host: PeftModel, names: list[str]) -> None:
+def untie(host: AdapterSet, names: list[str]) -> None:
     """Give every module of a tied group its own weight when merging changes some of them."""
     base = host.base
     groups: dict[int, list[nn.Module]] = {}
@@ -140,7 +189,7 @@ def untie(host: PeftModel, names: list[str]) -> None:
         )
         if is_plain and "weight" in module._parameters and module._parameters["weight"] is not None:
             groups.setdefault(id(module._parameters["weight"]), []).append(module)
-    changed = {id(frozen(m)) for m in base.modules() if changes(host, m, names)}
+    changed = {id(innermost(m)) for m in base.modules() if changes(host, m, names)}
     for modules in groups.values():
         if len(modules) > 1 and any(id(m) in changed for m in modules):
             for module in modules[1:]:
@@ -149,18 +198,7 @@ def untie(host: PeftModel, names: list[str]) -> None:
                 config.tie_word_embeddings = False
 
 
-def frozen(module: Any) -> Any:
-    """The base's module inside adapter modules."""
-    while True:
-        if isinstance(module, LoraLayer):
-            module = module.base_layer
-        elif isinstance(module, ModulesToSaveWrapper):
-            module = module.original_module
-        else:
-            return module
-
-
-def changes(host: PeftModel, module: nn.Module, names: list[str]) -> bool:
+def changes(host: AdapterSet, module: nn.Module, names: list[str]) -> bool:
     """Whether merging `names` changes this module's weight."""
     if isinstance(module, LoraLayer):
         return any(n in module.scaling for n in names)
@@ -168,7 +206,7 @@ def changes(host: PeftModel, module: nn.Module, names: list[str]) -> bool:
 
 
 def add_weighted_adapter(
-    host: PeftModel,
+    host: AdapterSet,
     adapters: list[str],
     weights: list[float],
     adapter_name: str,
@@ -263,7 +301,7 @@ def uniform(values: list[bool]) -> bool | str:
     return values[0] if len(set(values)) == 1 else "irregular"
 
 
-def layer_status(host: PeftModel) -> list[LayerStatus]:
+def layer_status(host: AdapterSet) -> list[LayerStatus]:
     """One entry for each LoRA layer, each trained module, and each soft prompt or set of bottleneck adapters."""
     places: dict[str, tuple[nn.Module | None, dict[str, list[nn.Parameter]]]] = {}
     for name in host.methods:
@@ -291,7 +329,7 @@ def layer_status(host: PeftModel) -> list[LayerStatus]:
     return result
 
 
-def model_status(host: PeftModel) -> ModelStatus:
+def model_status(host: AdapterSet) -> ModelStatus:
     """Summary over `layer_status`."""
     layers = layer_status(host)
     trainable, total = host.get_nb_trainable_parameters()

@@ -11,29 +11,35 @@ and would prove nothing).
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .adapters import AdapterSet
 from .architectures import base_modules, is_encoder_decoder, token_embeddings
 from .errors import AdapterError, CompositionError, GraftError, UnsupportedError
 from .methods.modules_to_save import ModulesToSaveWrapper
-from .quantization import holds_quantized, quantized_layers
-from .routing import BASE_NAME, Group, Plan, Routes, running
-
-if TYPE_CHECKING:
-    from .host import Host
+from .passes.run import run
+from .passes.trial import Trial, kind_of
+from .quantization import holds_quantized
+from .routing import BASE_NAME, Group, Plan, Routes
 
 TRIED = 4  # compositions of one trial
 
 AdapterNames = str | Sequence[str | Sequence[str]]
 
 
-def mixed_plan(host: Host, names: AdapterNames, batch: int | None = None) -> Plan:
+def plan_of(host: AdapterSet, names: AdapterNames | None = None, batch: int | None = None) -> Plan:
+    """The plan of a call of `batch` rows: through the active adapters where `names` is None."""
+    if names is None:
+        return Plan(host.switch, host.switch.active if host.switch.enabled else ())
+    return mixed_plan(host, names, batch)
+
+
+def mixed_plan(host: AdapterSet, names: AdapterNames, batch: int | None = None) -> Plan:
     """The plan of a call whose rows go through `names`; `batch` is the number of rows.
 
     Raises:
@@ -57,11 +63,11 @@ def mixed_plan(host: Host, names: AdapterNames, batch: int | None = None) -> Pla
         return Plan(host.switch, rows[0])
     routes = Routes.by_row(rows)
     adapters = tuple(dict.fromkeys(n for row in rows for n in row))
-    _try_out(host, routes.groups)
+    _try_mixed(host, routes.groups)
     return Plan(host.switch, adapters, routes=routes)
 
 
-def _group(host: Host, entry: Any, row: int) -> Group:
+def _group(host: AdapterSet, entry: Any, row: int) -> Group:
     """The adapters of one row."""
     named = [entry] if isinstance(entry, str) else entry
     if not isinstance(named, (list, tuple)) or not all(isinstance(n, str) for n in named):
@@ -85,51 +91,57 @@ def _group(host: Host, entry: Any, row: int) -> Group:
 
 
 # -- the trial -----------------------------------------------------------------------------------------------------------
-def _try_out(host: Host, groups: list[Group]) -> None:
+def try_out(host: AdapterSet, names: Sequence[str | Sequence[str]] | None = None) -> None:
+    """Try out now what passes under these compositions (every adapter by itself) would try out when they first come: the
+    short cuts of training, and batches that mix them.
+
+    Raises:
+        AdapterError, CompositionError, UnsupportedError: as `mixed_plan` for a batch with a row of each.
+    """
+    groups = [_group(host, entry, i) for i, entry in enumerate(host.methods if names is None else names)]
+    for group in groups:
+        host.entry.shortcuts.training_form(Plan(host.switch, group))
+    if len(set(groups)) > 1:
+        _try_mixed(host, list(dict.fromkeys(groups)))
+
+
+def _try_mixed(host: AdapterSet, groups: list[Group]) -> None:
     """UnsupportedError unless rows of such compositions, mixed, equal themselves alone on this model. Tried once a kind."""
     methods = {tuple(host.methods[n] for n in group) for group in groups}
     if methods <= host.mixed:
         return
-    kinds = {_kind(host, group): group for group in groups}
+    kinds = {kind_of(host, group): group for group in groups}
     fresh = [group for kind, group in kinds.items() if kind not in host.mixes]
     others = [g for g in groups if g not in fresh]
     for start in range(0, len(fresh), TRIED - 1):
         tried = fresh[start : start + TRIED - 1]
         rows = [*tried, *(others[:1] or [()])] if len(tried) < 2 else tried
-        _Trial(host, rows).run()
-        host.mixes |= {_kind(host, group) for group in tried}
+        _Rows(host, rows).run()
+        host.mixes |= {kind_of(host, group) for group in tried}
     host.mixed |= methods
 
 
-def _kind(host: Host, group: Group) -> str:
-    """What adapters are alike for the trial: all that their configurations say."""
-    configs = [host.methods[n].config.to_dict() | {"inference_mode": None, "base_model_name_or_path": None} for n in group]
-    return json.dumps(configs, sort_keys=True, default=str)
-
-
-class _Trial:
+class _Rows(Trial):
     """Random rows of different lengths, once as one batch and once each alone."""
 
     LENGTHS = (5, 7, 4, 6)
 
-    def __init__(self, host: Host, groups: list[Group]) -> None:
-        self.host, self.groups = host, groups
-        base = host.base
-        generator = torch.Generator().manual_seed(0)
-        if (embeddings := token_embeddings(base)) is None:
+    def __init__(self, host: AdapterSet, groups: list[Group]) -> None:
+        super().__init__(host)
+        self.groups, base = groups, host.base
+        if token_embeddings(base) is None:
             raise UnsupportedError(
                 f"{type(base).__name__} reads no token ids, on which rows of different adapters are tried out. Run one "
                 "adapter a batch."
             )
-        vocabulary = min(embeddings.weight.shape[0], 1000)
-        self.rows = [torch.randint(1, vocabulary, (n,), generator=generator) for n in self.LENGTHS[: len(groups)]]
-        self.decoder_ids = torch.randint(1, vocabulary, (len(groups), 3), generator=generator)
-        self.left = not is_encoder_decoder(base) and "position_ids" in host.entry.signature.parameters
+        self.rows = [self.ids(n) for n in self.LENGTHS[: len(groups)]]
+        self.decoder_ids = self.ids(len(groups), 3)
+        self.left = not is_encoder_decoder(base) and "position_ids" in host.entry.facts.signature.parameters
 
     def run(self) -> None:
         name = type(self.host.base).__name__
         try:
-            with self.quiet(), torch.no_grad(), nullcontext() if self.all_matter() else self.disturbed():
+            with self.quiet(), torch.no_grad(), nullcontext() if self.all_matter() else self.disturbed(self.groups):
                 alone = [self.logits([i], [group]) for i, group in enumerate(self.groups)]
                 mixed = self.logits(list(range(len(self.groups))), self.groups)
         except GraftError:
@@ -171,8 +183,8 @@ class _Trial:
             inputs["decoder_input_ids"] = self.decoder_ids[rows].to(device)
         routes = Routes.by_row(groups) if len(groups) > 1 else None
         adapters = tuple(dict.fromkeys(n for g in groups for n in g))
-        with running(Plan(self.host.switch, adapters, routes=routes)):
-            output = self.host.base_model(**inputs, return_dict=True)
+        plan = Plan(self.host.switch, adapters, routes=routes)
+        _, output = run(self.host, plan, inputs | {"return_dict": True})
         name = next((n for n in ("logits", "start_logits", "last_hidden_state") if output.get(n) is not None), None)
         if name is None:
             raise ValueError(f"no output of {', '.join(output)} to compare")
@@ -183,40 +195,8 @@ class _Trial:
 
     @property
     def precise(self) -> bool:
-        exact = self.host._float_dtype() is torch.float32 and not holds_quantized(self.host.base)
-        return exact and not torch.is_autocast_enabled(self.host.adapter_device.type)
+        return super().precise and not holds_quantized(self.host.base)
 
     @property
     def tolerance(self) -> float:
         return 1e-4 if self.precise else 0.1
-
-    @contextmanager
-    def disturbed(self) -> Iterator[None]:
-        """The adapters with noise on their values; afterwards as they were, bit for bit. Their storage is exchanged, so that
-        a pass that waits for its gradient keeps what it saw."""
-        names = dict.fromkeys(n for group in self.groups for n in group)
-        parameters: list[nn.Parameter] = [p for n in names for _, p in self.host.adapter_parameters(n)]
-        before = [p.data for p in parameters]
-        generator = torch.Generator().manual_seed(1)
-        for p in parameters:
-            noise = torch.randn(p.shape, generator=generator) * (0.1 if self.precise else 0.3)
-            p.data = p.data + noise.to(p.device, p.dtype)
-        try:
-            yield
-        finally:
-            for p, value in zip(parameters, before, strict=True):
-                p.data = value
-
-    @contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Evaluation mode, modes and the random generator as they were afterwards."""
-        trained = [m for m in self.host.modules() if m.training]
-        quantised = {layer for _, layer in quantized_layers(self.host.base)}
-        for module in trained:
-            module.training = module in quantised
-        try:
-            with torch.random.fork_rng(devices=[]):
-                yield
-        finally:
-            for module in trained:
-                module.training = True

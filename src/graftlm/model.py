@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from . import checkpoint
-from .architectures import base_modules
-from .architectures.fast import slow_down
-from .entry import batch_size
-from .errors import AdapterError, ConfigError, UnsupportedError
-from .host import _HOSTS, Host
+from . import checkpoint, generating, merging
+from .adapters import AdapterSet
+from .attached import _SETS
+from .checkpointing import enable_checkpointing
+from .delegating import answer_by_base, class_over
+from .errors import AdapterError, ConfigError
+from .generating import refuse_half_on_cpu
 from .methods import PeftConfig
-from .methods.folds import fold_of
-from .mixing import AdapterNames, mixed_plan
+from .methods.modules_to_save import unsave_modules
+from .mixing import plan_of, try_out
+from .passes.hooks import Hooks
+from .passes.inputs import batch_size
+from .passes.run import run
 from .quantization import settle
-from .routing import Plan, keep_plan, running
 
 
-class PeftModel(Host):
+class PeftModel(AdapterSet, PreTrainedModel):
     """A base model with adapters.
 
     It is a `PreTrainedModel` by type, so that a plain `transformers.Trainer` saves and resumes adapters through
@@ -46,7 +46,7 @@ class PeftModel(Host):
             raise AdapterError("This model is wrapped already. Add another adapter with model.add_adapter(name, config).")
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise AdapterError(f"Expected a transformers model as the base, got {model if model is None else type(model)}.")
-        return object.__new__(_wrapper_class(cls, type(model)))
+        return object.__new__(class_over(cls, type(model)))
 
     def __init__(
         self,
@@ -60,6 +60,24 @@ class PeftModel(Host):
         super().__init__(model, autocast_adapter_dtype)
         self._attach(adapter_name, peft_config, **kwargs)
         self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+
+    # -- what HF PEFT answers ----------------------------------------------------------------------------------------
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        return self.methods[self.active_adapter].config
+
+    @property
+    def peft_type(self) -> Any:
+        return self.active_peft_config.peft_type
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        names = {n for c in self.peft_config.values() for n in getattr(c, "modules_to_save", None) or ()}
+        return names or None
+
+    @property
+    def _hf_peft_config_loaded(self) -> bool:  # a plain Trainer lets a quantised model with adapters pass by this
+        return True
 
     def _get_name(self) -> str:
         """The base's class name: a plain Trainer shifts the labels of causal language models by it."""
@@ -107,28 +125,22 @@ class PeftModel(Host):
         made._connect()
         return made
 
-    # -- running -----------------------------------------------------------------------------------------------------
-    def _plan(self, adapter_names: AdapterNames | None = None, batch: int | None = None) -> Plan:
-        """The plan of a call of `batch` rows; see `mixing` for `adapter_names`."""
-        if adapter_names is None:
-            return Plan(self.switch, self.switch.active if self.switch.enabled else ())
-        return mixed_plan(self, adapter_names, batch)
+    def _enter(self) -> list[Any]:
+        over_base = [self, *_SETS.get(self.base, ())]
+        self.entry = Hooks(self, [host.entry.shortcuts.trials for host in over_base if "entry" in vars(host)])
+        return self.entry.connect()
 
+    # -- running -----------------------------------------------------------------------------------------------------
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        self._refuse_half_on_cpu()
-        if self.entry.engine.stale():
+        refuse_half_on_cpu(self)
+        if self.entry.stale():
             self._connect()
         names = kwargs.pop("adapter_names", None)
         smoothing = kwargs.pop("label_smoothing", None) or 0.0
         if not 0 <= smoothing < 1:
             raise ConfigError(f"label_smoothing={smoothing}: expected a share of at least 0 and below 1.")
-        plan = self._plan(names, None if names is None else batch_size(self.entry.named(args, kwargs)))
-        plan.smoothing = smoothing
-        with running(plan):
-            try:
-                return self.base_model(*args, **kwargs)
-            finally:
-                self.entry.engine.leave(plan)
+        plan = plan_of(self, names, None if names is None else batch_size(self.entry.named(args, kwargs)))
+        return run(self, plan, kwargs, *args, smoothing=smoothing)[1]
 
     def can_pack(self) -> bool:
         """Whether training rows may hold several sequences (`position_ids` that start again) under the active adapters.
@@ -146,99 +158,31 @@ class PeftModel(Host):
         """
         if inputs is not None:
             inputs = {k: v for k, v in inputs.items() if k not in ("adapter_names", "label_smoothing")}
-            if self.entry.engine.way(self._plan(), inputs) == "plain":
+            if self.entry.shortcuts.way(plan_of(self), inputs) == "plain":
                 return False
         return self._training_form() is not None
 
     def _training_form(self) -> Any:
         """The short cuts of training passes; None for none."""
-        if self.entry.engine.stale():
+        if self.entry.stale():
             self._connect()
-        engine = self.entry.engine
-        asked = any(engine.asked({}, k) for k in ("output_attentions", "output_hidden_states", "output_router_logits"))
-        return engine.form(self._plan()) if self.lean and engine.head is not None and not asked else None
+        return self.entry.shortcuts.training_form(plan_of(self))
+
+    def try_out(self, adapter_names: Sequence[str | Sequence[str]] | None = None) -> None:
+        """Try out now what passes of these adapters or compositions (every adapter by itself) would try out when they first
+        come, so that none of them waits for it; see `mixing.try_out`."""
+        if self.entry.stale():
+            self._connect()
+        try_out(self, adapter_names)
 
     def heeds_items(self) -> bool:
         """Whether the base's training loss is divided by `num_items_in_batch`; tried once."""
-        return self.entry.engine.heeds_items(self._plan())
-
-    def _refuse_half_on_cpu(self) -> None:
-        """UnsupportedError for training in float16 on a CPU, where no gradient scaler keeps small gradients alive."""
-        if not (self.training and torch.is_grad_enabled() and self.adapter_device.type == "cpu"):
-            return
-        if torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.float16:
-            raise UnsupportedError(
-                "fp16 training on a CPU: there is no gradient scaling, small gradients become zero. Use bf16=True instead "
-                "of fp16=True in TrainingArguments (torch.autocast('cpu', torch.bfloat16) in a loop of your own)."
-            )
-        if self._float_dtype() is torch.float16:
-            raise UnsupportedError(
-                "The base is in float16, which cannot be trained on a CPU (no gradient scaling). Load it with "
-                "dtype=torch.bfloat16 (or float32); a quantised base can also go through "
-                "graftlm.prepare_model_for_kbit_training."
-            )
+        return self.entry.shortcuts.heeds_items(plan_of(self))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the base model in evaluation mode, with the active adapters. Takes all that it takes, and
         `adapter_names`, one a row (see `mixing`)."""
-        trained = [m for m in self.modules() if m.training]
-        self.eval()  # in training mode activation checkpointing would throw the cache away, and dropout would apply
-        try:
-            names = kwargs.pop("adapter_names", None)
-            given = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("inputs")
-            self._refuse_chunks(kwargs)
-            rows = None if names is None else batch_size(kwargs | {"input_ids": kwargs.get("input_ids", given)})
-            plan = self._plan(names, rows)
-            self._resume(plan, kwargs | ({} if given is None else {"input_ids": given}))
-            with running(plan):
-                return self.base.generate(*args, **kwargs)
-        finally:
-            for module in trained:
-                module.training = True
-
-    def _resume(self, plan: Plan, options: dict[str, Any]) -> None:
-        """Check what a `generate` goes on from: a cache with virtual tokens or a prefix in it, outputs of the encoder."""
-        cache, mask, encoded = (options.get(n) for n in ("past_key_values", "attention_mask", "encoder_outputs"))
-        count = self.fronts(plan, batch_size(options))[0]
-        if encoded is not None and count:  # a mask of ones alone does not come to the model
-            self.entry.check_encoded(encoded, mask, count)
-            plan.encoded = True
-        if not isinstance(cache, Cache) or not cache.get_seq_length() or not any(self.in_front(plan)):
-            return
-        if self.entry.encoder_decoder:
-            raise UnsupportedError(
-                "generate does not go on from past_key_values with a prefix in the decoder; leave past_key_values out."
-            )
-        names = ("input_ids", "inputs_embeds", "position_ids", "token_type_ids")
-        whole = {n: options[n] for n in names if isinstance(options.get(n), Tensor)}
-        given = whole["inputs_embeds"] if "inputs_embeds" in whole else whole.get("input_ids")
-        if "inputs_embeds" in whole:
-            whole.pop("input_ids", None)
-        if given is not None and (mask is None or mask.shape == given.shape[:2]):  # else they are the new ones alone
-            plan.resumed = whole
-
-    def _refuse_chunks(self, options: dict[str, Any]) -> None:
-        """UnsupportedError for a prefill in chunks, whose first one may hold only padding, with virtual tokens."""
-        config = options.get("generation_config") or getattr(self.base, "generation_config", None)
-        chunks = options.get("prefill_chunk_size") or getattr(config, "prefill_chunk_size", None)
-        if chunks and any(self.counts((name,))[0] for name in self.methods):
-            raise UnsupportedError("prefill_chunk_size does not go with virtual tokens: leave it out.")
-
-    def protect_checkpointing(self) -> None:
-        """Let activation checkpointing recompute under the plan of its forward pass."""
-        if self.checkpointing is None:
-            self.checkpointing = [m for _, m in base_modules(self.base) if hasattr(m, "gradient_checkpointing")]
-        module: Any
-        for module in self.checkpointing:
-            function = getattr(module, "_gradient_checkpointing_func", None)
-            if not (module.gradient_checkpointing and function is not None):
-                continue
-            if self.has_memory and getattr(function, "keywords", {}).get("use_reentrant"):
-                raise UnsupportedError(
-                    "Prefix Tuning needs non-reentrant activation checkpointing: "
-                    "gradient_checkpointing_kwargs={'use_reentrant': False}."
-                )
-            module._gradient_checkpointing_func = keep_plan(function)
+        return generating.generate(self, args, kwargs)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
         """Switch activation checkpointing on in the base.
@@ -247,40 +191,13 @@ class PeftModel(Host):
             gradient_checkpointing_kwargs: for `torch.utils.checkpoint`, and `every_n_layers` (only each n-th layer is
                 computed again; the others keep their activations), so that it can stand in `TrainingArguments`.
         """
-        self._enable_checkpointing(self.base.gradient_checkpointing_enable, gradient_checkpointing_kwargs, kwargs)
+        enable_checkpointing(self.base, "gradient", gradient_checkpointing_kwargs, kwargs)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
         """The same under transformers' newer name."""
-        self._enable_checkpointing(self.base.activation_checkpointing_enable, activation_checkpointing_kwargs, kwargs)
-
-    def _enable_checkpointing(self, enable: Callable, given: dict | None, others: dict[str, Any]) -> None:
-        options = dict(given or {})
-        if "every_n_layers" in options:
-            others = others | {"every_n_layers": options.pop("every_n_layers")}
-        if options.get("use_reentrant"):
-            self.base.enable_input_require_grads()
-        try:
-            enable(options or None, **others)
-        except TypeError as error:
-            if "every_n_layers" not in others:
-                raise
-            raise UnsupportedError(
-                f"every_n_layers={others['every_n_layers']}: this version of transformers, or this model, recomputes every "
-                f"layer or none ({error}). Leave it out."
-            ) from error
+        enable_checkpointing(self.base, "activation", activation_checkpointing_kwargs, kwargs)
 
     # -- counting ----------------------------------------------------------------------------------------------------
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Trainable and all parameters, in elements (packed 4-bit weights count twice their bytes)."""
-        trainable = total = 0
-        for parameter in self.parameters():
-            count = parameter.numel()
-            if type(parameter).__name__ == "Params4bit":
-                count *= 2 * getattr(parameter, "quant_storage", torch.uint8).itemsize
-            total += count
-            trainable += count if parameter.requires_grad else 0
-        return trainable, total
-
     def print_trainable_parameters(self) -> None:
         """One line: trainable, all, and the share of them."""
         trainable, total = self.get_nb_trainable_parameters()
@@ -295,16 +212,6 @@ class PeftModel(Host):
             yield
         finally:
             self.switch.enabled = enabled
-
-    def _merged_layers(self) -> list[Any]:
-        own = [m for _, m in base_modules(self.base) if getattr(m, "switch", None) is self.switch]
-        return [m for m in own if getattr(m, "merged_adapters", None)]
-
-    def _follow(self, changed: Any = True) -> None:
-        """Layers were replaced by a merge or its undoing: the hooks that stood on them follow."""
-        if changed:
-            self._connect()
-            self._reconnect_others()
 
     def merge_adapter(
         self, adapter_names: str | list[str] | None = None, safe_merge: bool = False, requantize: bool = False
@@ -330,44 +237,12 @@ class PeftModel(Host):
                 f"merge_adapter({names}) while {', '.join(active)} is active: merged or not, the active adapters are those "
                 f"that act. Call set_adapter({names}) first (or name all that are to act)."
             )
-        self._merge(names, safe=safe_merge, keep=True, requantize=requantize)
+        merging.merge(self, names, safe=safe_merge, keep=True, requantize=requantize)
         self.switch.active = active if set(names) <= set(active) else tuple(dict.fromkeys(names))
-
-    def _merge(self, names: list[str], *, safe: bool, keep: bool, requantize: bool) -> None:
-        from .merging import drift_printed
-
-        self._check_mergeable(names)
-        with drift_printed(self, names, requantize):
-            for method in {type(self.methods[n]): self.methods[n] for n in names}.values():
-                method.merge(self, names, safe=safe, keep=keep, requantize=requantize)  # type: ignore[attr-defined]
-            self._follow()
-
-    def _check_mergeable(self, names: list[str]) -> None:
-        for name in names:
-            if not self.methods[name].mergeable:
-                kind = self.methods[name].config.peft_type
-                raise UnsupportedError(
-                    f"Adapter {name!r} is {getattr(kind, 'value', kind)}: it is no change of weights, so it cannot be "
-                    "merged. Keep it attached."
-                )
-        folds = (fold_of(module) for _, module in base_modules(self.base))
-        if any(fold.switch is not self.switch for fold in folds if fold is not None):
-            raise AdapterError(
-                "Adapters of another wrapper over this base are merged into it. Call unmerge_adapter() of that one first."
-            )
 
     def unmerge_adapter(self) -> None:
         """Undo `merge_adapter`; the base weights come back bit for bit."""
-        self._unmerge()
-
-    def _unmerge(self, *names: str) -> None:
-        """Take adapters (all) out of the base weights; what else is merged stays so."""
-        changed = False
-        for layer in self._merged_layers():
-            for name in [n for n in names if n in layer.merged_adapters] if names else [None]:
-                layer.unmerge(name)
-                changed = True
-        self._follow(changed)
+        merging.unmerge(self)
 
     def merge_and_unload(
         self,
@@ -377,46 +252,30 @@ class PeftModel(Host):
         requantize: bool = False,
     ) -> nn.Module:
         """The base with the adapters folded in for good; it saves as plain transformers. As `merge_adapter` otherwise."""
-        from .merging import merge_and_unload
-
-        return merge_and_unload(self, safe_merge, adapter_names, requantize)
+        return merging.merge_and_unload(self, safe_merge, adapter_names, requantize)
 
     def unload(self) -> nn.Module:
         """The base as it was, without any adapter."""
         self.unmerge_adapter()
         for name in list(self.methods):
             self.methods[name].detach(self)
-            self._unsave_modules(name)
+            unsave_modules(self.base, self.switch, name)
         self.methods.clear()
         self.switch.active = ()
         self._forget()
         return self.base
 
-    def _forget(self) -> None:
-        """Take this wrapper's hooks off the base; others over the same base find their places again."""
-        self._disconnect()
-        _HOSTS.get(self.base, WeakSet()).discard(self)
-        self._reconnect_others()
-        if not _HOSTS.get(self.base):
-            slow_down(self.base)
-
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **options: Any) -> None:
         """A new LoRA adapter out of several; see `graftlm.merging.add_weighted_adapter`."""
-        from .merging import add_weighted_adapter
-
-        add_weighted_adapter(self, adapters, weights, adapter_name, **options)
+        merging.add_weighted_adapter(self, adapters, weights, adapter_name, **options)
 
     def get_layer_status(self) -> list[Any]:
         """One entry an adapted place: what is attached, active, merged and trainable there."""
-        from .merging import layer_status
-
-        return layer_status(self)
+        return merging.layer_status(self)
 
     def get_model_status(self) -> Any:
         """The same for the model as a whole."""
-        from .merging import model_status
-
-        return model_status(self)
+        return merging.model_status(self)
 
     # -- files -------------------------------------------------------------------------------------------------------
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
@@ -522,52 +381,13 @@ def get_peft_model(
     return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
 
-_CLASSES: dict[tuple[Any, Any], Any] = {}
-
-
-def _wrapper_class(cls: Any, base: Any) -> Any:
-    """`PeftModel` with the base's own forward signature, which a Trainer reads to keep a data set's columns."""
-    if (cls, base) in _CLASSES:
-        return _CLASSES[cls, base]
-    signature = inspect.signature(base.forward)
-    names = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    rest = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
-    mixed = inspect.Parameter("adapter_names", inspect.Parameter.KEYWORD_ONLY, default=None)
-
-    def forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward with the active adapters; `adapter_names` chooses others for this call."""
-        return self._run(*args, **kwargs)
-
-    forward.__signature__ = signature.replace(parameters=[*names, mixed, *rest])  # type: ignore[attr-defined]
-    made = type("PeftModel", (cls,), {"forward": forward, "__module__": __name__, "__doc__": cls.__doc__})
-    return _CLASSES.setdefault((cls, base), made)
-
-
 def _rebuild(base: type, state: bytes) -> PeftModel:
     """A wrapper out of its pickle."""
-    made = object.__new__(_wrapper_class(PeftModel, base))
+    made = object.__new__(class_over(PeftModel, base))
     made.__dict__.update(pickle.loads(state))
     settle(made.base)
     made._connect()
     return made
 
 
-def _answered_by_base(name: str) -> property:
-    def get(self: PeftModel) -> Any:
-        return getattr(self.base, name)
-
-    def put(self: PeftModel, value: Any) -> None:
-        setattr(self.base, name, value)
-
-    return property(get, put)
-
-
-def _delegate() -> None:
-    """Everything that `PreTrainedModel` would answer by itself is asked of the base instead."""
-    taken = {*PeftModel.__dict__, *Host.__dict__, *dir(nn.Module)}
-    for name in dir(PreTrainedModel):
-        if name not in taken and not (name.startswith("__") and name.endswith("__")):
-            setattr(PeftModel, name, _answered_by_base(name))
-
-
-_delegate()
+answer_by_base(PeftModel, PreTrainedModel, {*PeftModel.__dict__, *dir(AdapterSet)})

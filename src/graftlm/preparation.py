@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .architectures import base_modules, innermost
 from .quantization import is_quantized, quantized_kind, quantized_layers, settle, unpacked_parameters
 
 HALF = (torch.float16, torch.bfloat16)
@@ -46,7 +47,7 @@ def prepare_model_for_kbit_training(
     Returns:
         The model itself.
     """
-    freeze_base(model.get_base_model() if hasattr(model, "get_base_model") else model)
+    freeze_base(innermost(model))
     settle(model)
     casts = list(cast_on_cpu(model) if half_on_cpu(model) else [*cast_norms(model), *cast_head(model)])
     for line in table(casts):
@@ -62,8 +63,8 @@ def prepare_model_for_kbit_training(
 
 def freeze_base(model: nn.Module) -> None:
     """Freeze a base's own parameters; adapters of a wrapper over it are left alone."""
-    for name, parameter in model.named_parameters():
-        if ".lora_" not in name and ".modules_to_save." not in name:
+    for _, module in base_modules(model):
+        for parameter in module.parameters(recurse=False):
             parameter.requires_grad = False
 
 

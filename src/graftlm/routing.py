@@ -1,17 +1,8 @@
-"""The routing plan: which adapter each token of a forward pass belongs to, and where virtual tokens stand.
-
-Shapes: B rows, T tokens a row as given, P virtual tokens, H hidden size.
+"""The routing plan: which adapter each token of a forward pass belongs to.
 
 A plan is set for the length of one forward pass (or one `generate`) by the wrapper that owns it. Layers that carry
 adapters ask `active_adapters(switch)`. A base model may be wrapped more than once: a layer applies its adapters only
 when the plan that runs is of its own wrapper, or when no plan runs (the base called directly, as with HF PEFT).
-
-Virtual tokens stand next to the real tokens, after left padding, so that a padded row equals the row alone. In a batch
-whose rows belong to different adapters, rows with fewer of them are filled with padding on the left::
-
-    given       pad pad  x0  x1  x2         x0  x1  x2 pad pad
-    with P=2    pad pad  v0  v1  x0 x1 x2   v0  v1  x0  x1  x2 pad pad
-    P=1 of 2    pad pad pad  v0  x0 x1 x2   pad v0  x0  x1  x2 pad pad
 """
 
 from __future__ import annotations
@@ -19,12 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from functools import wraps
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import UnsupportedError
@@ -52,18 +41,18 @@ class Routes:
         groups: the batch's different compositions of adapters; () is the bare base.
         of: the group of each row (of each token) [R].
         packed: whether it is of tokens, in a packed row.
-        hosts: the wrapper of each group, where adapters of several wrappers over one base run together; None: the plan's.
+        switches: of each group's wrapper, where adapters of several over one base run together; None: the plan's.
         draws: what random numbers of each group come from (see `Draws`); None: torch's generator, for all.
     """
 
     def __init__(
-        self, groups: list[Group], of: Tensor, packed: bool = False, hosts: list[Any] | None = None,
+        self, groups: list[Group], of: Tensor, packed: bool = False, switches: list[Switch] | None = None,
         draws: list[Draws] | None = None,
     ) -> None:  # fmt: skip
         self.groups = groups
         self.of = of
         self.packed = packed
-        self.hosts = hosts
+        self.switches = switches
         self.draws = draws
         self._own: dict[int, Routes | None] = {}
         self._kept: dict[int, dict] = {}
@@ -100,15 +89,15 @@ class Routes:
 
     def over(self, of: Tensor) -> Routes:
         """The same for the tokens of a packed row, given the group of each."""
-        return Routes(self.groups, of, True, self.hosts, self.draws)
+        return Routes(self.groups, of, True, self.switches, self.draws)
 
     def of_switch(self, switch: Switch) -> Routes | None:
         """What of it concerns one of several wrappers: other wrappers' groups are the bare base to it. None for nothing."""
-        if self.hosts is None:
+        if self.switches is None:
             return self
         key = id(switch)
         if key not in self._own:
-            groups = [g if h.switch is switch else () for h, g in zip(self.hosts, self.groups, strict=True)]
+            groups = [g if own is switch else () for own, g in zip(self.switches, self.groups, strict=True)]
             self._own[key] = Routes(groups, self.of, self.packed, None, self.draws) if any(groups) else None
         return self._own[key]
 
@@ -156,59 +145,15 @@ def _places(chosen: Tensor, device: torch.device) -> slice | Tensor:
 
 
 @dataclass(frozen=True)
-class Front:
-    """How many entries (virtual tokens, or a prefix's) stand in front of each row: `most`, and `each` [B, 1] where rows
-    differ (else the same number)."""
-
-    most: int
-    each: int | Tensor
-
-    @classmethod
-    def of(cls, counts: list[int], each: Tensor | None) -> Front:
-        """Of groups with these counts; `each` [B] is the group of each row, None where there is only one."""
-        if each is None or len(set(counts)) == 1:
-            return cls(counts[0], counts[0])
-        return cls(max(counts), torch.tensor(counts, device=each.device)[each][:, None])
-
-    def __bool__(self) -> bool:
-        return self.most > 0
-
-    @property
-    def even(self) -> bool:
-        return isinstance(self.each, int)
-
-    def ones(self, mask: Tensor) -> Tensor:
-        """The entries' part of an attention mask [B, T]: [B, most], ones on the right, zeros where a row has fewer."""
-        places = torch.arange(self.most, device=mask.device)
-        return (places >= self.most - self.each).to(mask.dtype).expand(mask.shape[0], -1)
-
-
-@dataclass
 class Plan:
-    """One forward pass: its wrapper's switch and the adapters that every token goes through.
-
-    In a mixed batch `routes` says who goes through what, and `adapters` names all that take part. `scratch` holds what
-    the entry points of this pass need to tell each other (for example the encoder's positions).
-
-    In a training pass `segments` says how a packed row divides into sequences, and `around` makes the surroundings in
-    which the base's layers run (again). `way`, `form` and `form_check` are the engine's while it tries out its short
-    cuts. `smoothing` is the call's `label_smoothing`. `resumed` has the inputs of a `generate`
-    that goes on from a filled cache, whole, until its first pass takes what is new of them; `encoded` says that the
-    encoder's outputs have come through this plan.
+    """Who goes through what, for one call, one whole `generate` or one serving step: a wrapper's switch and the adapters
+    that every token goes through. In a mixed batch `routes` says who goes through which, and `adapters` names all that take
+    part.
     """
 
     switch: Switch
     adapters: tuple[str, ...]
-    scratch: dict = field(default_factory=dict)
-    segments: Any = None
-    around: Callable[[Plan], AbstractContextManager] = nullcontext  # of this plan, which it must not hold
-    way: str | None = None
-    form: Any = None
-    form_check: bool = False
-    smoothing: float = 0.0
     routes: Routes | None = None
-    resumed: dict[str, Tensor] | None = None
-    encoded: bool = False
 
     @property
     def groups(self) -> list[Group]:
@@ -221,47 +166,87 @@ class Plan:
         return [self.adapters] if self.routes is None else [self.routes.groups[i] for i in self.routes.of.tolist()]
 
 
-_running: ContextVar[Plan | None] = ContextVar("graftlm_plan", default=None)
+class Attention(Protocol):
+    """What attends instead of a base's own attention: over a packed row's sequences, or over a server's cache."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, p: float = 0.0) -> Tensor:
+        """q [H, N, D], k and v [G, N, D] of one row's N tokens -> [N, H, D]. `p`: dropout of the probabilities."""
+
+    def installed(self) -> AbstractContextManager:
+        """The surroundings in which a base's layers come here."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What layers see while they run, or run again in the backward pass.
+
+    Args:
+        routes: the plan's in the layout of this pass: of rows, or of a packed row's tokens.
+        attention: what attends instead of the base's own; None for that.
+    """
+
+    plan: Plan
+    routes: Routes | None = None
+    attention: Attention | None = None
+
+
+_scope: ContextVar[Scope | None] = ContextVar("graftlm_scope", default=None)
+
+
+def current_scope() -> Scope | None:
+    """What layers that run now are to see, or None where no plan runs."""
+    return _scope.get()
 
 
 def current_plan() -> Plan | None:
-    """The plan of the forward pass that runs now, or None."""
-    return _running.get()
+    """The plan that runs now, or None."""
+    scope = _scope.get()
+    return None if scope is None else scope.plan
+
+
+@contextmanager
+def within(scope: Scope | None) -> Iterator[Scope | None]:
+    """Run the block's layers in `scope`."""
+    token = _scope.set(scope)
+    try:
+        with nullcontext() if scope is None or scope.attention is None else scope.attention.installed():
+            yield scope
+    finally:
+        _scope.reset(token)
 
 
 @contextmanager
 def running(plan: Plan | None) -> Iterator[Plan | None]:
     """Run the block under `plan`."""
-    token = _running.set(plan)
+    token = _scope.set(None if plan is None else Scope(plan, plan.routes))
     try:
         yield plan
     finally:
-        _running.reset(token)
+        _scope.reset(token)
 
 
 def active_adapters(switch: Switch) -> tuple[str, ...]:
     """Names of the adapters that a layer of the wrapper `switch` belongs to applies now."""
-    plan = _running.get()
-    if plan is None:
+    if _scope.get() is None:
         return switch.active if switch.enabled else ()
     return planned_adapters(switch)
 
 
 def planned_adapters(switch: Switch) -> Group:
     """The same where a plan runs; none where none does."""
-    plan = _running.get()
-    if plan is not None and plan.routes is not None and plan.routes.hosts is not None:
-        own = plan.routes.of_switch(switch)
+    scope = _scope.get()
+    if scope is not None and scope.routes is not None and scope.routes.switches is not None:
+        own = scope.routes.of_switch(switch)
         return tuple(dict.fromkeys(n for group in own.groups for n in group)) if own is not None else ()
-    return plan.adapters if plan is not None and plan.switch is switch else ()
+    return scope.plan.adapters if scope is not None and scope.plan.switch is switch else ()
 
 
 def active_routes(switch: Switch) -> Routes | None:
     """The routes of the mixed batch that runs now, for a layer of the wrapper `switch` belongs to; None for none."""
-    plan = _running.get()
-    if plan is None or plan.routes is None or not (plan.switch is switch or plan.routes.hosts):
+    scope = _scope.get()
+    if scope is None or scope.routes is None or not (scope.plan.switch is switch or scope.routes.switches):
         return None
-    return plan.routes.of_switch(switch)
+    return scope.routes.of_switch(switch)
 
 
 def by_group(routes: Routes, result: Tensor, change: Callable[[Group, Index], Tensor | None]) -> Tensor:
@@ -274,105 +259,3 @@ def by_group(routes: Routes, result: Tensor, change: Callable[[Group, Index], Te
             made = result.clone() if made is None else made
             made[index] = part
     return result if made is None else made
-
-
-def keep_plan(function: Callable) -> Callable:
-    """Wrap an activation-checkpointing function so that the recomputation runs under the plan of the forward pass.
-
-    The recomputation happens in the backward pass, outside the wrapper's forward (on a GPU in another thread).
-    """
-    if getattr(function, "_keeps_plan", False):
-        return function
-
-    @wraps(function)
-    def checkpointed(layer_function, *args, **kwargs):
-        plan = _running.get()
-
-        def under_plan(*inner, **inner_kwargs):
-            with running(plan), plan.around(plan) if plan is not None else nullcontext():
-                return layer_function(*inner, **inner_kwargs)
-
-        return function(under_plan, *args, **kwargs)
-
-    checkpointed._keeps_plan = True  # type: ignore[attr-defined]
-    return checkpointed
-
-
-def positions_from_mask(mask: Tensor) -> Tensor:
-    """Position ids [B, T] of a 2D attention mask [B, T]: 0 for the first attended token of each row, padding clamped."""
-    return (mask.long().cumsum(-1) - 1).clamp_min_(0)
-
-
-def virtual_order(mask: Tensor, front: Front, to_left: bool = False) -> Tensor:
-    """Where each place of a row with virtual tokens comes from.
-
-    mask [B, T] of ones and zeros; P = `front.most`. Returns [B, P + T]: an index below P is that virtual token, an index
-    `P + t` is given token t. A row with fewer virtual tokens has the last of the P; the others stand at its left end.
-    With `to_left` right padding is moved to the left (for heads that read the last place).
-    """
-    batch, length = mask.shape
-    count, missing = front.most, front.most - front.each
-    real = mask.bool()
-    places = torch.arange(length, device=mask.device).expand(batch, length)
-    if to_left:  # padding first, then the real tokens in their order
-        places = torch.argsort(torch.where(real, places + length, places), dim=-1)
-        first = length - real.sum(-1, keepdim=True)
-    else:
-        first = torch.where(real, places, length).amin(-1, keepdim=True) % length
-    slot = torch.arange(count + length, device=mask.device).expand(batch, -1)
-    start = first + missing  # of the virtual tokens
-    given = torch.where(slot < start, slot - missing, slot - count).clamp_min_(0)
-    virtual = (slot >= start) & (slot < first + count)
-    placed = torch.where(virtual, slot - first, count + places.gather(1, given))
-    return placed if front.even else torch.where(slot < missing, slot, placed)
-
-
-def real_first(mask: Tensor) -> Tensor:
-    """Order [B, T] that puts each row's real tokens first and its padding last."""
-    places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    return torch.argsort(torch.where(mask.bool(), places, places + mask.shape[1]), dim=-1)
-
-
-def reorder(given: Tensor, order: Tensor) -> Tensor:
-    """given [B, T, ...] in the order [B, T] of its token axis."""
-    index = order.view(*order.shape, *(1,) * (given.dim() - 2)).expand(-1, -1, *given.shape[2:])
-    return given.gather(1, index)
-
-
-def place_virtual(virtual: Tensor, given: Tensor, order: Tensor) -> Tensor:
-    """Put virtual tokens among the given ones.
-
-    virtual [B, P, ...], given [B, T, ...], order [B, P + T] from `virtual_order`; returns [B, P + T, ...].
-    """
-    return reorder(torch.cat((virtual.to(given.dtype), given), dim=1), order)
-
-
-def restore_order(placed: Tensor, order: Tensor) -> Tensor:
-    """Undo `place_virtual`: [B, P + T, ...] back to the P virtual tokens first, then the T tokens as they were given."""
-    return reorder(placed, torch.argsort(order, dim=-1))
-
-
-def chained(first: Tensor, then: Tensor, count: int) -> Tensor:
-    """The order [B, P + T] that puts P virtual tokens among tokens which were in the order `first` [B, T] before."""
-    virtual = torch.arange(count, device=first.device).expand(len(first), -1)
-    return torch.cat((virtual, first + count), dim=1).gather(1, then)
-
-
-def restore_attention(weights: Tensor, queries: Tensor | None, keys: Tensor) -> Tensor:
-    """Attention weights [B, heads, Q, K] with both axes in the given order, virtual tokens first (behind a prefix).
-
-    `keys` [B, n] is the order of the last n of all keys. Layers with a sliding window have the last ones only: the others'
-    weights are zero.
-    """
-    missing = keys.shape[1] - weights.shape[-1]
-    if weights.dim() != 4 or (missing > 0 and queries is not None):
-        raise UnsupportedError(
-            f"output_attentions with virtual tokens: weights of shape {tuple(weights.shape)} cannot be put in the order of "
-            f"the {keys.shape[1]} places (this model's attention is local). Leave output_attentions out."
-        )
-    weights = F.pad(weights, (max(missing, 0), 0))
-    if queries is not None and weights.shape[2] == queries.shape[1]:
-        weights = restore_order(weights.transpose(1, 2), queries).transpose(1, 2)
-    front = weights.shape[-1] - keys.shape[1]
-    restored = restore_order(weights[..., front:].permute(0, 3, 1, 2), keys).permute(0, 2, 3, 1)
-    return torch.cat((weights[..., :front], restored), dim=-1)

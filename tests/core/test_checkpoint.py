@@ -601,7 +601,7 @@ def test_a_directory_is_untouched_when_saving_fails(saved: Path, monkeypatch: py
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("graftlm.checkpoint.save_file", full)
+    monkeypatch.setattr("graftlm.checkpoint.write.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         model.save_pretrained(saved)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 import graftlm
 from graftlm.architectures import fast
 from graftlm.architectures.gated import mlp_forward
-from graftlm.engine.check import Check
 from graftlm.errors import UnsupportedError
 from graftlm.kernels import lora, varlen
+from graftlm.passes.trial import Check
 
 METHODS = ("lora", "prompt", "p_tuning_mlp", "prefix", "prefix_projection", "houlsby", "dora", "bias_all", "modules_to_save")
 TOGETHER = (("prompt", "prefix"), ("prefix", "lora"), ("prompt", "lora"))
@@ -446,7 +446,7 @@ def test_dropout_of_the_base_is_not_shared_between_sequences() -> None:
         if hasattr(module, "dropout"):
             module.dropout = 0.1
     model = attach("opt", "prompt", base=base).train()
-    assert not model.entry.engine.shares_virtual
+    assert not model.entry.packing.shares_virtual
     torch.manual_seed(0)
     loss = model(**ragged()).loss
     torch.manual_seed(1)
@@ -534,7 +534,7 @@ def test_copies_and_pickles_train() -> None:
     loss = model(**inputs).loss
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         close(twin.train()(**inputs).loss, loss)
-        assert twin.entry.engine.host is twin
+        assert twin.entry.host is twin
     head = copy.deepcopy(model.base.get_output_embeddings())
     assert head(torch.zeros(2, 32)).shape == (2, VOCAB)
     assert pickle.loads(pickle.dumps(head)).weight.shape == head.weight.shape
@@ -732,7 +732,7 @@ def test_two_wrappers_both_use_the_fused_head() -> None:
     base = still("llama")
     both = [graftlm.get_peft_model(base, config("lora", "llama")).train() for _ in range(2)]
     for model in both:
-        assert model.entry.engine.plain_head() is base.lm_head
+        assert model.entry.loss.plain_head() is base.lm_head
         same(randomise(model), **ragged())
 
 

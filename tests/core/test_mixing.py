@@ -13,6 +13,7 @@ from torch import Tensor
 
 import graftlm
 from graftlm.errors import AdapterError, CompositionError, UnsupportedError
+from graftlm.mixing import plan_of
 
 BOTTLENECKS = ("houlsby", "parallel")
 
@@ -410,7 +411,7 @@ def test_the_trial_leaves_everything_as_it_was() -> None:
     expected = torch.rand(1)
     torch.manual_seed(5)
     with torch.no_grad():
-        model._plan(["lora", "prompt"])
+        plan_of(model, ["lora", "prompt"])
     assert torch.equal(torch.rand(1), expected)
     assert modes == [m.training for m in model.modules()]
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

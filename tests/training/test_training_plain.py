@@ -118,7 +118,7 @@ def test_label_smoothing_in_training_needs_no_logits(
         for name in {"p", "dropout"} & vars(module).keys():
             setattr(module, name, 0.0)
     asked: list = []
-    monkeypatch.setattr(type(model.entry.engine), "logits", lambda *_: asked.append(1))
+    monkeypatch.setattr(type(model.entry.loss), "logits", lambda *_: asked.append(1))
     loss = trainer.compute_loss(model, dict(batch))
     ours = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
     assert not asked

@@ -226,5 +226,5 @@ def test_precision_follows_the_base(place: Path, tmp_path: Path, monkeypatch: py
     for dtype, told in ((torch.float32, (False, False)), (torch.bfloat16, (False, False)), (torch.float16, (False, False))):
         arguments = training_arguments(made, True, dtype)
         assert (arguments.bf16, arguments.fp16) == told
-    monkeypatch.setattr("graftlm.training.recipes.has_accelerator", lambda: True)
+    monkeypatch.setattr("graftlm.training.arguments.has_accelerator", lambda: True)
     assert training_arguments(made, True, torch.float16).fp16

@@ -26,7 +26,7 @@ from .facts import (
     takes_position_ids,
     token_embeddings,
 )
-from .walk import base_modules
+from .walk import base_modules, clean_path, held_parameters, innermost, replace_module
 
 __all__ = [
     "LORA_TARGETS",
@@ -34,12 +34,15 @@ __all__ = [
     "backbone_embeddings",
     "base_modules",
     "block_sites",
+    "clean_path",
     "counts_from_ids",
     "counts_from_mask",
     "end_ids",
     "encoder_kv_shapes",
     "finds_features_by_embedding",
     "has_image_positions",
+    "held_parameters",
+    "innermost",
     "is_encoder_decoder",
     "kv_shapes",
     "lora_targets",
@@ -50,6 +53,7 @@ __all__ = [
     "position_room",
     "position_table",
     "position_tables",
+    "replace_module",
     "self_attention_call",
     "takes_position_ids",
     "token_embeddings",

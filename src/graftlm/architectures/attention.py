@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, EncoderDecoderCache
 
 from ..errors import UnsupportedError
+from ..modes import evaluating
 from .walk import base_modules
 
 CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
@@ -151,16 +152,14 @@ def _observe(base: Any, run: Any) -> dict[int, tuple[int, int]]:
             raise UnsupportedError(
                 f"{type(base).__name__} does not run on the meta device ({error}); load its weights to attach a prefix."
             ) from error
-    recorder, training = _Recorder(), base.training
+    recorder = _Recorder()
     try:
-        with torch.no_grad():
-            run(base.eval(), recorder, device)
+        with evaluating(base), torch.no_grad():
+            run(base, recorder, device)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise UnsupportedError(
             f"{type(base).__name__} does not take a cache of keys and values ({error}), so a prefix cannot reach its layers."
         ) from error
-    finally:
-        base.train(training)
     return recorder.shapes
 
 

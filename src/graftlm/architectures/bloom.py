@@ -10,18 +10,18 @@ from typing import Any
 from torch import Tensor
 from transformers.models.bloom.modeling_bloom import BloomAttention, _get_alibi_slopes, dropout_add
 
-from ..routing import current_plan
+from ..routing import current_scope
 
 
 def attention(module: Any, otherwise: Any, hidden_states: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Bloom's attention; in a packed training pass each sequence attends to itself, a prefix and shared tokens."""
-    plan = current_plan()
-    if plan is None or plan.segments is None:
+    scope = current_scope()
+    if scope is None or scope.attention is None:
         return otherwise(hidden_states, residual, *args, **kwargs)
     qkv = module.query_key_value(hidden_states)[0].unflatten(-1, (module.num_heads, 3, module.head_dim))
     q, k, v = (t.transpose(0, 1) for t in qkv.unbind(-2))  # [N, heads, 3, head_dim] -> 3 x [heads, N, head_dim]
     p = module.attention_dropout.p if module.training else 0.0
-    context = plan.segments.attend(q, k, v, module.layer_idx, module.inv_norm_factor, p)
+    context = scope.attention.attend(q, k, v, module.layer_idx, module.inv_norm_factor, p)
     output = module.dense(context.flatten(1)[None])
     return dropout_add(output, residual, module.hidden_dropout, module.training), None
 

@@ -214,9 +214,9 @@ def block_sites(base: nn.Module) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {"attention": [], "feed_forward": [], "feed_forward_in": []}
     patterns = {"attention": _ATTENTION_OUT, "feed_forward": _FEED_FORWARD_OUT, "feed_forward_in": _FEED_FORWARD_IN}
-    for name, module in base.named_modules():
+    for name, module in base_modules(base):
         inner: Any = getattr(module, "base_layer", module)
-        if ".lora_" in name or name.endswith(".base_layer") or getattr(inner, "weight", None) is None:
+        if name.endswith(".base_layer") or getattr(inner, "weight", None) is None:
             continue
         for site, pattern in patterns.items():
             if re.search(rf"(^|\.)(?:{pattern})$", name):

@@ -27,7 +27,7 @@ from ..kernels.dropout import CheapDropout
 from ..kernels.linear import CHOSEN, product, working_dtype
 from ..kernels.packed import packed, packed_product
 from ..quantization import linear_4bit, linear_int8, quantized_kind
-from ..routing import current_plan
+from ..routing import current_scope
 from . import bloom, gated
 from .walk import base_modules
 
@@ -61,8 +61,8 @@ def fast_class(plain: Any, forward: Any) -> Any:
     always = forward in EVALUATES
 
     def either(self: Any, *args: Any, **kwargs: Any) -> Any:
-        plan = current_plan()
-        trains = always or (self.training and torch.is_grad_enabled()) or (plan is not None and plan.segments is not None)
+        scope = current_scope()
+        trains = always or (self.training and torch.is_grad_enabled()) or (scope is not None and scope.attention is not None)
         if torch.compiler.is_compiling() or not trains:
             return plain.forward(self, *args, **kwargs)
         return forward(self, functools.partial(plain.forward, self), *args, **kwargs)
@@ -230,10 +230,10 @@ def attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
     dropout: float = 0.0, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """transformers' attention interface over the running plan's segments: query [1, H, N, D], key and value [1, G, N, D]
+    """transformers' attention interface over the running scope's attention: query [1, H, N, D], key and value [1, G, N, D]
     -> [1, N, H, D]."""
-    plan = current_plan()
-    if plan is None or plan.segments is None:  # another thread's pass over the same base
+    scope = current_scope()
+    if scope is None or scope.attention is None:  # another thread's pass over the same base
         usual = ALL_ATTENTION_FUNCTIONS[_usual(module.config)]
         return usual(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     unknown = [k for k in ("softcap", "s_aux", "position_bias") if kwargs.get(k) is not None]
@@ -241,7 +241,7 @@ def attend(
         raise UnsupportedError(f"{type(module).__name__}: packed rows have no {', '.join(unknown) or 'two-way attention'}.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = getattr(module, "layer_idx", None) or 0
-    return plan.segments.attend(query[0], key[0], value[0], layer, scale, dropout)[None], None
+    return scope.attention.attend(query[0], key[0], value[0], layer, scale, dropout)[None], None
 
 
 ALL_ATTENTION_FUNCTIONS.register(segment_attention, attend)
@@ -276,8 +276,8 @@ def no_mask(*args: Any, **kwargs: Any) -> Any:
     A layer that someone's own activation checkpointing runs again, outside the pass and so with the base's own attention,
     fails by it instead of mixing the sequences.
     """
-    plan = current_plan()
-    if plan is None or plan.segments is None:  # another thread's pass
+    scope = current_scope()
+    if scope is None or scope.attention is None:  # another thread's pass
         return ALL_MASK_ATTENTION_FUNCTIONS[_usual(kwargs.get("config"))](*args, **kwargs)
     return torch.zeros(()).expand(1, 1, 3, 5)
 

@@ -16,7 +16,7 @@ from ..kernels.linear import onednn_multiplies
 from ..kernels.packed import is_kept, packed_weights
 from .fast import LINEAR, Fast, fast_class
 from .gated import plain
-from .walk import base_modules
+from .walk import base_modules, innermost
 
 _OURS: Any = WeakSet()  # modules that have their fast form for this
 
@@ -33,7 +33,7 @@ def prepacked(model: nn.Module, at_most: int | None = None) -> Iterator[int]:
         model: a `PeftModel` or its base.
         at_most: bytes of one copy, above which nothing is kept (0 is yielded); what other blocks keep already costs nothing.
     """
-    base: Any = getattr(model, "base", model)
+    base: Any = innermost(model)
     layers: list[Any] = [m for _, m in base_modules(base) if plain(type(m)) in LINEAR and packable(m)]
     size = sum(m.weight.nbytes for m in layers)
     if at_most is not None and sum(m.weight.nbytes for m in layers if not is_kept(m.weight)) > at_most:

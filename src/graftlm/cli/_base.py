@@ -150,3 +150,10 @@ def directory(path: str) -> Path:
         what = "is a file" if found.exists() else "does not exist"
         raise CheckpointError(f"{path} {what}. Pass the folder that `graftlm train` or `save_pretrained` wrote.")
     return found
+
+
+def shown(name: str, value: float | None) -> str:
+    """A measure for people."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f} %" if name == "accuracy" else f"{value:.4g}"

@@ -124,7 +124,7 @@ def chat_turn(result: ComparisonResult) -> None:
     """A turn of a chat with the new LoRA adapter, and with the base alone, where the model has a chat template."""
     from rich.text import Text
 
-    from ..comparison.result import DONE
+    from ..comparison.findings import DONE
     from ..data import chat_prompt_ids
     from ..inference import Sampling, complete
 

@@ -78,12 +78,5 @@ def table_of(rows: dict[str, dict[str, Any]], title: str) -> Any:
     for name in names:
         table.add_column(name, justify="right")
     for label, row in rows.items():
-        table.add_row(label, *(shown(name, row[name]) for name in names))
+        table.add_row(label, *(_base.shown(name, row[name]) for name in names))
     return table
-
-
-def shown(name: str, value: float | None) -> str:
-    """A measure for people."""
-    if value is None:
-        return "-"
-    return f"{100 * value:.1f} %" if name == "accuracy" else f"{value:.4g}"

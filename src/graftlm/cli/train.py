@@ -137,8 +137,6 @@ def report(console: Any, recipe: Recipe, result: RunResult) -> None:
     """What the training changed, as a table with a few samples."""
     from rich.table import Table
 
-    from .evaluate import shown
-
     m = result.metrics
     over = f" over {m['quantization']}" if m["quantization"] else ""
     table = Table(title=f"{recipe.method}{over} on {recipe.data.source}", title_justify="left")
@@ -146,7 +144,7 @@ def report(console: Any, recipe: Recipe, result: RunResult) -> None:
         table.add_column(name, justify="left" if not name else "right")
     for name in ("loss", "perplexity", "accuracy"):
         if m[name] is not None:
-            table.add_row(f"held-out {name}", shown(name, m[f"{name}_before"]), shown(name, m[name]))
+            table.add_row(f"held-out {name}", _base.shown(name, m[f"{name}_before"]), _base.shown(name, m[name]))
     console.print(table)
     console.print(
         f"{m['trainable_parameters']:,} trainable parameters, {m['file_bytes']:,} bytes, {m['seconds']:.1f} s, "

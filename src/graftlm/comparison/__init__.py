@@ -6,7 +6,8 @@ result = compare(base="graftlm-base", data="tweets", methods=["lora", "prompt-tu
 print(result.best.label, result.report_path)
 """
 
-from .result import ComparisonResult, MethodRun, Row
+from .findings import MethodRun, Row
+from .result import ComparisonResult
 from .run import compare
 from .spec import METHODS, MethodSpec, parse
 

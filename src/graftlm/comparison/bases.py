@@ -125,7 +125,7 @@ class Bases:
 
 def made(model: Any, tokenizer: Any, given: bool = False) -> Base:
     """A base that is ready to be measured and trained on."""
-    from ..training.recipes import made_ready
+    from ..training.runs import made_ready
 
     made_ready(model, checkpointing=False, quiet=True)
     return Base(model, tokenizer, structure(model), given)

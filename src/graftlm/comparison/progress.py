@@ -15,11 +15,11 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 from transformers import TrainerCallback
 
-from .result import DONE
+from .findings import DONE
 from .wording import duration, number, percent
 
 if TYPE_CHECKING:
-    from .result import MethodRun
+    from .findings import MethodRun
 
 
 TRAINING, MEASURING = 3, 2

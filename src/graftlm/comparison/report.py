@@ -8,13 +8,13 @@ from typing import Any
 
 from . import charts, wording
 from .charts import Series
-from .result import FAILED, ComparisonResult, Row
+from .findings import FAILED, Findings, Row
 from .style import sheet
 
 SAMPLES = 4  # examples with generations
 
 
-def page(result: ComparisonResult) -> str:
+def page(result: Findings) -> str:
     """The whole document."""
     parts = (header, tiles, advice, pictures, table, rates, samples, recipes)
     sections = [part(result) for part in parts]
@@ -33,11 +33,11 @@ def short_name(base: str) -> str:
     return base.rstrip("/").rpartition("/")[2] if base.startswith(("/", ".", "~")) else base
 
 
-def colours(result: ComparisonResult) -> dict[str, int]:
+def colours(result: Findings) -> dict[str, int]:
     return {row.label: i for i, row in enumerate(result.rows)}
 
 
-def header(result: ComparisonResult) -> str:
+def header(result: Findings) -> str:
     base, data = escape(short_name(result.base)), escape(result.data)
     return (
         f'<header><div class="brand">GraftLM · method comparison</div>'
@@ -46,7 +46,7 @@ def header(result: ComparisonResult) -> str:
     )
 
 
-def tiles(result: ComparisonResult) -> str:
+def tiles(result: Findings) -> str:
     """The key figures."""
     best, key = result.best, result.quality
     show = wording.percent if key == "accuracy" else wording.number
@@ -65,14 +65,14 @@ def tiles(result: ComparisonResult) -> str:
     return f'<section class="tiles">{body}</section>'
 
 
-def advice(result: ComparisonResult) -> str:
+def advice(result: Findings) -> str:
     """What to take, and why."""
     lines = wording.recommendation(result)
     body = "".join(f"<p>{escape(line)}</p>" for line in lines)
     return f'<h2>What to take</h2><div class="card advice">{body}</div>' if lines else ""
 
 
-def rates(result: ComparisonResult) -> str:
+def rates(result: Findings) -> str:
     """The search of learning rates."""
     if not result.search:
         return ""
@@ -91,12 +91,12 @@ def rates(result: ComparisonResult) -> str:
     )
 
 
-def machine(result: ComparisonResult) -> str:
+def machine(result: Findings) -> str:
     device = result.machine.get("device", "")
     return f"for all of it, on {device}" if device else "for all of it"
 
 
-def pictures(result: ComparisonResult) -> str:
+def pictures(result: Findings) -> str:
     """The charts, two in a row."""
     cards = [gains(result), *(against(result, *cost) for cost in COSTS), forgotten(result), *curves(result)]
     body = "".join(
@@ -105,7 +105,7 @@ def pictures(result: ComparisonResult) -> str:
     return f'<h2>At a glance</h2><section class="charts">{body}</section>' if body else ""
 
 
-def gains(result: ComparisonResult) -> tuple[str, str, str]:
+def gains(result: Findings) -> tuple[str, str, str]:
     key = result.quality
     show = wording.percent if key == "accuracy" else wording.number
     order = sorted(
@@ -131,7 +131,7 @@ COSTS: tuple[tuple[str, str, str, Any], ...] = (
 )
 
 
-def against(result: ComparisonResult, name: str, metric: str, axis: str, read: Any) -> tuple[str, str, str]:
+def against(result: Findings, name: str, metric: str, axis: str, read: Any) -> tuple[str, str, str]:
     """Quality against one cost, with the line of what nothing else beats (Pareto)."""
     key = result.quality
     show = wording.percent if key == "accuracy" else wording.number
@@ -154,7 +154,7 @@ def against(result: ComparisonResult, name: str, metric: str, axis: str, read: A
     return f"Quality for its {name}", f"On the line: nothing else is better and cheaper.{note}", picture
 
 
-def forgotten(result: ComparisonResult) -> tuple[str, str, str]:
+def forgotten(result: Findings) -> tuple[str, str, str]:
     """Loss on general text before and after."""
     rows = [(r.label, colours(result)[r.label], r.mean("general_loss_before"), r.mean("general_loss")) for r in result.rows]
     found = sorted((r for r in rows if r[2] is not None and r[3] is not None), key=lambda r: r[3] or 0)
@@ -162,7 +162,7 @@ def forgotten(result: ComparisonResult) -> tuple[str, str, str]:
     return "Forgetting", note, charts.dumbbells(found, "Loss on general text", wording.number)  # type: ignore[arg-type]
 
 
-def curves(result: ComparisonResult) -> list[tuple[str, str, str]]:
+def curves(result: Findings) -> list[tuple[str, str, str]]:
     """Held-out and training loss over steps: the first finished seed of each method."""
     held_out, training = [], []
     for row in result.rows:
@@ -191,7 +191,7 @@ def points(history: list[dict[str, Any]], key: str) -> list[tuple[float, float]]
     return sorted(found.items())
 
 
-def table(result: ComparisonResult) -> str:
+def table(result: Findings) -> str:
     """All measures, a row each method, best first."""
     has = result.quality == "accuracy"
     titles = ["Method", *(["Accuracy"] if has else []), "Loss", "Perplexity", "Trained", "File", "Time",
@@ -208,7 +208,7 @@ def table(result: ComparisonResult) -> str:
     )
 
 
-def base_row(result: ComparisonResult, title: str, base: Mapping[str, Any], has_accuracy: bool) -> str:
+def base_row(result: Findings, title: str, base: Mapping[str, Any], has_accuracy: bool) -> str:
     """The plain base, in one form."""
     own = [r for r in result.rows if r.quantization == base.get("quantization")]
     general = next((v for r in own if (v := r.mean("general_loss_before")) is not None), None)
@@ -225,13 +225,13 @@ def base_row(result: ComparisonResult, title: str, base: Mapping[str, Any], has_
     return '<tr class="base">' + "".join(f"<td>{escape(c)}</td>" for c in cells) + "</tr>"
 
 
-def ordered(result: ComparisonResult) -> list[Row]:
+def ordered(result: Findings) -> list[Row]:
     """Best first; what failed, last."""
     sign = -1 if result.quality == "accuracy" else 1
     return sorted(result.rows, key=lambda r: (not r.done, sign * (r.mean(result.quality) or 0)))
 
 
-def table_row(result: ComparisonResult, row: Row, has_accuracy: bool, width: int) -> str:
+def table_row(result: Findings, row: Row, has_accuracy: bool, width: int) -> str:
     name = f'<span class="dot d{colours(result)[row.label] % 8}"></span>{escape(row.label)}'
     if not row.done:
         run = next((r for r in row.runs if r.status == FAILED), row.runs[0])
@@ -258,7 +258,7 @@ def table_row(result: ComparisonResult, row: Row, has_accuracy: bool, width: int
     return f"<tr{' class=best' if best else ''}>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
 
 
-def with_change(result: ComparisonResult, row: Row, key: str, show: Any, higher_is_better: bool) -> str:
+def with_change(result: Findings, row: Row, key: str, show: Any, higher_is_better: bool) -> str:
     """A value, its spread, and the change from the base in green or red."""
     after, before = row.mean(key), result.before(row, key)
     text = escape(wording.spread(row, key, show))
@@ -269,7 +269,7 @@ def with_change(result: ComparisonResult, row: Row, key: str, show: Any, higher_
     return f'{text}<small class="{"gain" if good else "loss"}">{"+" if after > before else "−"}{escape(change)}</small>'
 
 
-def samples(result: ComparisonResult) -> str:
+def samples(result: Findings) -> str:
     """Held-out prompts with the base's answer and each method's."""
     runs = {row.label: row.done[0].samples for row in result.rows if row.done and row.done[0].samples}
     if not runs:
@@ -302,7 +302,7 @@ def answer(label: str, dot: str, text: str, target: str, is_label: bool) -> str:
     return f"<tr><td>{dot}{escape(label)}</td><td{mark}>{shown}</td></tr>"
 
 
-def recipes(result: ComparisonResult) -> str:
+def recipes(result: Findings) -> str:
     """The exact recipe of every run."""
     parts = [
         f"<details><summary>{escape(run.label)}{f', seed {run.seed}' if len(row.runs) > 1 else ''}"
@@ -317,7 +317,7 @@ def recipes(result: ComparisonResult) -> str:
     return f"<h2>To repeat it</h2>{intro}{''.join(parts)}"
 
 
-def footer(result: ComparisonResult) -> str:
+def footer(result: Findings) -> str:
     found = ", ".join(f"{k} {v}" for k, v in result.machine.items() if k != "device")
     return (
         f"<footer>Base: {escape(result.base)} · data: {escape(result.data)} · {escape(found)}<br>"

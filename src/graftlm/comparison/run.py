@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DataError, GraftError
 from .bases import Bases
+from .findings import DONE, FAILED, INTERRUPTED, JSON_NAME, WAITING, MethodRun
 from .general import General
 from .progress import MEASURING, TRAINING, Shown, Work
-from .result import DONE, FAILED, INTERRUPTED, JSON_NAME, WAITING, ComparisonResult, MethodRun
+from .result import ComparisonResult
 from .search import search
 from .spec import METHODS, MethodSpec, merged, parse_all
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import wording
+from .findings import Findings, Row
 from .report import ordered
-from .result import ComparisonResult, Row
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-def rich_table(result: ComparisonResult) -> Table:
+def rich_table(result: Findings) -> Table:
     """Quality of the base (before) and of each method (after), sizes and costs; best first, a failure in its row.
 
     Size is that of the base's weights in memory, and of an adapter's file.
@@ -51,7 +51,7 @@ def base_cells(base: Mapping[str, Any], has_accuracy: bool) -> list[str]:
     return [*accuracy, *quality, "", "", wording.size(base.get("base_bytes")), "", ""]
 
 
-def done_cells(result: ComparisonResult, row: Row, has_accuracy: bool) -> list[Any]:
+def done_cells(result: Findings, row: Row, has_accuracy: bool) -> list[Any]:
     trained = row.mean("trainable_parameters")
     return [
         *([wording.spread(row, "accuracy", wording.percent)] if has_accuracy else []),
@@ -72,6 +72,6 @@ def failed_cells(row: Row, has_accuracy: bool) -> list[Any]:
     return [Text(run.status, style="bold red"), *[""] * (7 if has_accuracy else 6)]
 
 
-def errors(result: ComparisonResult) -> list[str]:
+def errors(result: Findings) -> list[str]:
     """What went wrong, a text each run that failed."""
     return [f"{r.label} (seed {r.seed}) {r.status}: {r.error}" for r in result.runs if r.error]

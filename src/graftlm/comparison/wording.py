@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .result import ComparisonResult, Row
+from .findings import Findings, Row
 
 DASH = "–"
 
@@ -67,7 +67,7 @@ def spread(row: Row, key: str, show=number) -> str:  # type: ignore[no-untyped-d
     return show(row.mean(key)) + (f" ± {show(deviation)}" if deviation is not None else "")
 
 
-def verdict(result: ComparisonResult) -> str:
+def verdict(result: Findings) -> str:
     """One sentence: what came out."""
     best = result.best
     if best is None:
@@ -82,7 +82,7 @@ def verdict(result: ComparisonResult) -> str:
     )
 
 
-def recommendation(result: ComparisonResult) -> list[str]:
+def recommendation(result: Findings) -> list[str]:
     """What to take and why, in plain words: a sentence or two each."""
     best = result.best
     if best is None:
@@ -122,7 +122,7 @@ def forgetting(row: Row) -> float:
     return (row.mean("general_loss") or 0.0) - (row.mean("general_loss_before") or 0.0)
 
 
-def uncertainty(result: ComparisonResult, row: Row) -> float:
+def uncertainty(result: Findings, row: Row) -> float:
     """What a difference in quality has to exceed: two standard errors over the seeds, and for an accuracy one standard error
     of so many held-out rows (binomial)."""
     found = 2 * (row.deviation(result.quality) or 0.0) / math.sqrt(max(len(row.done), 1))

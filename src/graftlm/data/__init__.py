@@ -6,7 +6,8 @@ batch = CausalLMCollator(tokenizer)(list(prepared["train"].select(range(8))))
 rich.print(show(prepared["train"], tokenizer))
 """
 
-from graftlm.data._base import IGNORE_INDEX, Format, Pair
+from graftlm.data._base import Format
+from graftlm.data._pair import IGNORE_INDEX, Pair
 from graftlm.data.bundled import BUNDLED
 from graftlm.data.chat import ChatFormat, chat_ids_and_mask, chat_prompt_ids, render_chat
 from graftlm.data.collators import (

@@ -13,18 +13,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+from graftlm.data._pair import End, Pair, end_token_id
+from graftlm.data._tokens import Tokens
 from graftlm.errors import DataError, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-    from graftlm.data._tokens import Tokens
-
-IGNORE_INDEX = -100
-End = Literal["eos", "pad", "none"]
 F = TypeVar("F", bound="Format")
 
 
@@ -42,33 +40,6 @@ def optional_text(example: Mapping[str, Any], column: str) -> str:
     """The text in ``column``; empty where there is no such column or no value in it."""
     value = example.get(column)
     return "" if value is None or value != value else text_of(example, column)
-
-
-def end_token_id(tokenizer: PreTrainedTokenizerBase, end: End) -> int | None:
-    """Id of the token that ``end`` stands for; None for ``none``. DataError where the tokenizer lacks it."""
-    if end == "none":
-        return None
-    pad = tokenizer.pad_token_id if end == "pad" else None
-    found: int | None = tokenizer.eos_token_id if pad is None else pad
-    if found is None:
-        raise DataError(
-            f"answers should end with the {end} token, but the tokenizer has none; "
-            "set tokenizer.eos_token, or pass end='none'"
-        )
-    return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """One example as text. ``special_tokens``: whether the tokenizer's leading tokens (BOS) go in front.
-
-    ``prompt_ids`` are the prompt's tokens where its text alone does not tell them (a chat through a template).
-    """
-
-    prompt: str
-    target: str
-    special_tokens: bool = True
-    prompt_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

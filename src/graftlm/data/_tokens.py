@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from graftlm.data._base import IGNORE_INDEX, End, Pair, end_token_id
+from graftlm.data._pair import IGNORE_INDEX, End, Pair, end_token_id
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -22,7 +22,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from graftlm.data._base import IGNORE_INDEX, Format, Pair
+from graftlm.data._base import Format
+from graftlm.data._pair import IGNORE_INDEX, Pair
 from graftlm.errors import DataError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from graftlm.data._base import IGNORE_INDEX
+from graftlm.data._pair import IGNORE_INDEX
 from graftlm.data.prepare import pad_token_id
 from graftlm.errors import DataError
 

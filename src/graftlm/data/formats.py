@@ -20,7 +20,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from graftlm.data._base import End, Format, Pair, optional_text, text_of
+from graftlm.data._base import Format, optional_text, text_of
+from graftlm.data._pair import End, Pair
 from graftlm.data.chat import ChatFormat
 from graftlm.data.names import CONTEXTS, answer_among, check_unused, likely_pair, plain
 from graftlm.errors import DataError, nearest

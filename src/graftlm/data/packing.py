@@ -13,7 +13,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from graftlm.data._base import IGNORE_INDEX
+from graftlm.data._pair import IGNORE_INDEX
 from graftlm.data.collators import Rows, _checked
 from graftlm.errors import DataError
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from graftlm.data._base import IGNORE_INDEX, Format
+from graftlm.data._base import Format
+from graftlm.data._pair import IGNORE_INDEX
 from graftlm.data._tokens import Tokens, cut
 from graftlm.data.formats import get_format
 from graftlm.errors import DataError

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from graftlm.data._base import IGNORE_INDEX
+from graftlm.data._pair import IGNORE_INDEX
 from graftlm.errors import DataError
 
 if TYPE_CHECKING:

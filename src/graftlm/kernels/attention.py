@@ -15,7 +15,7 @@ one length together, long ones through `scaled_dot_product_attention`, which kee
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,27 +25,13 @@ from . import varlen
 from .dropout import is_cheap, keep_mask
 from .linear import working_dtype
 from .order import first_order
+from .piece import Piece
 
 _FEW = 2**15  # elements of a sequence's queries up to which its products are made together with its neighbours'
 _MANY = 2**18  # of all that are made together, about
 LONG = 320  # tokens of a sequence from which on the fused kernel is used
 
 Memory = list[tuple[Tensor, Tensor]]
-
-
-class Piece(NamedTuple):
-    """A sequence of a packed row.
-
-    Args:
-        start, end: its tokens.
-        front: shared tokens that it sees as well, (first, last + 1); (0, 0) for none.
-        memory: which memory it sees; None for none.
-    """
-
-    start: int
-    end: int
-    front: tuple[int, int] = (0, 0)
-    memory: int | None = None
 
 
 class Segments:
@@ -76,7 +62,7 @@ class Segments:
         with torch.autocast(kind, enabled=False):
             if not p and self.slopes is None and varlen.takes(q.device, dtype):
                 if self._layout is None:
-                    self._layout = varlen.Layout(self, [t.shape[1] for t in memory[::2]], q.device)
+                    self._layout = varlen.Layout(self.pieces, [t.shape[1] for t in memory[::2]], q.device)
                 return varlen.attend(q, k, v, self._layout, memory, scale)
             if self.longest < LONG:
                 return _Short.apply(q, k, v, self, scale, p, *memory).to(given)

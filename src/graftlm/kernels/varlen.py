@@ -6,15 +6,13 @@ Shapes as in `attention`: q [H, N, D], k and v [G, N, D] -> [N, H, D].
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .order import first_order
-
-if TYPE_CHECKING:
-    from .attention import Segments
+from .piece import Piece
 
 
 @functools.cache
@@ -38,15 +36,15 @@ class Layout:
     """Where each sequence's queries begin, and which keys it sees: prefix, shared tokens, its own.
 
     Args:
-        segments: the row; tokens of memories are numbered first, in their order, then those of the row.
+        pieces: of the row; tokens of memories are numbered first, in their order, then those of the row.
         memories: tokens of each.
     """
 
-    def __init__(self, segments: Segments, memories: list[int], device: torch.device) -> None:
+    def __init__(self, pieces: list[Piece], memories: list[int], device: torch.device) -> None:
         begins = [sum(memories[:i]) for i in range(len(memories))]
         row = sum(memories)
         seen, queries, keys = [], [0], [0]
-        for piece in segments.pieces:
+        for piece in pieces:
             parts = [torch.arange(row + piece.start, row + piece.end)]
             if piece.front[1] > piece.front[0]:
                 parts.insert(0, torch.arange(row + piece.front[0], row + piece.front[1]))

@@ -17,20 +17,20 @@ import dataclasses
 import enum
 import json
 import os
-import re
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..architectures import clean_path as clean_path
+from ..architectures import replace_module as replace_module
 from ..errors import AdapterError, CheckpointError, ConfigError, nearest
 from ..files import find_file, hub_options, parse_json, read_header, read_text
+from ..routing import Routes, Switch
 from .fields import Count, check_fields
-
-if TYPE_CHECKING:
-    from .. import model as wrapper
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -198,11 +198,56 @@ class PromptLearningConfig(PeftConfig):
         return True
 
 
-class Method:
-    """One adapter as attached to a host. Subclasses implement what their entry points need.
+class Site(Protocol):
+    """What a method asks of where it is attached (it calls this the *host*).
 
-    `host` is the wrapper (`graftlm.model.PeftModel`): `host.base` is the transformers model, `host.switch` its switch.
+    Attributes:
+        base: the base model.
+        switch: which adapters are active; layers that carry some of them ask it.
+        methods: the attached adapters by name.
+        prompt_encoder, bottleneck, adapter_biases: modules of adapters that stand beside the base, by adapter name.
+        word_embeddings: the module that makes the base's input embeddings.
+        container_types: modules whose inside belongs to adapters.
+        adapter_device: where new adapter tensors go.
     """
+
+    switch: Switch
+    methods: dict[str, Method]
+    prompt_encoder: Any
+    bottleneck: Any
+    adapter_biases: Any
+
+    @property
+    def base(self) -> Any: ...
+
+    @property
+    def word_embeddings(self) -> nn.Module: ...
+
+    @property
+    def container_types(self) -> tuple[type, ...]: ...
+
+    @property
+    def adapter_device(self) -> torch.device: ...
+
+    def adapter_dtype(self, layer: Any = None) -> torch.dtype:
+        """Dtype of new adapter tensors, beside `layer` if there is one."""
+        ...
+
+    def active_now(self) -> tuple[str, ...]:
+        """Adapters that apply at this moment."""
+        ...
+
+    def routes_now(self) -> Routes | None:
+        """Who goes through what, where the batch that runs is mixed."""
+        ...
+
+    def without_adapters(self) -> AbstractContextManager[None]:
+        """Within the block the base runs without adapters and without gradients."""
+        ...
+
+
+class Method:
+    """One adapter as attached to a host. Subclasses implement what their entry points need."""
 
     #: how base-model paths start in this method's files (HF PEFT has no `.model` level under prompt learning)
     file_prefix: ClassVar[str] = "base_model.model."
@@ -220,51 +265,51 @@ class Method:
         self.config = config
         self.name = name
 
-    def attach(self, host: wrapper.PeftModel, *, for_loading: bool = False) -> None:
+    def attach(self, host: Site, *, for_loading: bool = False) -> None:
         """Create the adapter's tensors in the host. With `for_loading` initial values do not matter."""
         raise NotImplementedError
 
-    def detach(self, host: wrapper.PeftModel) -> None:
+    def detach(self, host: Site) -> None:
         """Remove every tensor and module of this adapter from the host."""
         raise NotImplementedError
 
-    def connect(self, host: wrapper.PeftModel) -> list[Any]:
+    def connect(self, host: Site) -> list[Any]:
         """Register forward hooks (block outputs). Called again whenever modules were replaced. Returns the handles."""
         return []
 
-    def named_parameters(self, host: wrapper.PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(self, host: Site) -> Iterator[tuple[str, nn.Parameter]]:
         """The adapter's own parameters with their names in the host's `state_dict`."""
         raise NotImplementedError
 
-    def virtual_tokens(self, host: wrapper.PeftModel) -> Tensor | None:
+    def virtual_tokens(self, host: Site) -> Tensor | None:
         """Virtual tokens [P, H] for the input embeddings, or None."""
         return None
 
-    def memory(self, host: wrapper.PeftModel) -> list[tuple[Tensor, Tensor]] | None:
+    def memory(self, host: Site) -> list[tuple[Tensor, Tensor]] | None:
         """Keys and values per decoder layer, each [kv_heads, P, head_dim], or None."""
         return None
 
-    def encoder_memory(self, host: wrapper.PeftModel) -> list[tuple[Tensor, Tensor]] | None:
+    def encoder_memory(self, host: Site) -> list[tuple[Tensor, Tensor]] | None:
         """The same for the encoder's self-attention, or None."""
         return None
 
-    def tensors(self, host: wrapper.PeftModel) -> dict[str, Tensor]:
+    def tensors(self, host: Site) -> dict[str, Tensor]:
         """What `adapter_model.safetensors` holds, under HF PEFT's keys."""
         raise NotImplementedError
 
-    def load(self, host: wrapper.PeftModel, tensors: dict[str, Tensor]) -> None:
+    def load(self, host: Site, tensors: dict[str, Tensor]) -> None:
         """Fill the attached adapter from such a file's tensors (already checked against `expected_shapes`)."""
         raise NotImplementedError
 
-    def training_tensors(self, host: wrapper.PeftModel) -> dict[str, Tensor]:
+    def training_tensors(self, host: Site) -> dict[str, Tensor]:
         """What further training needs beyond `tensors`; empty where the file says it all."""
         return {}
 
-    def load_training(self, host: wrapper.PeftModel, tensors: dict[str, Tensor]) -> None:
+    def load_training(self, host: Site, tensors: dict[str, Tensor]) -> None:
         """Fill the attached adapter from `training_tensors`."""
         raise AdapterError(f"{type(self).__name__} has no training state of its own.")
 
-    def expected_shapes(self, host: wrapper.PeftModel) -> dict[str, torch.Size]:
+    def expected_shapes(self, host: Site) -> dict[str, torch.Size]:
         """File keys and shapes that `load` needs."""
         return {k: v.shape for k, v in self.tensors(host).items()}
 
@@ -336,15 +381,3 @@ def as_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return as_json(dataclasses.asdict(value))
     return value
-
-
-def clean_path(path: str) -> str:
-    """A module's dotted name in the bare base, whatever adapter modules it stands in now."""
-    return re.sub(r"\.(base_layer|original_module)(?=\.|$)", "", path)
-
-
-def replace_module(root: nn.Module, path: str, new: nn.Module) -> None:
-    """Put `new` at the dotted `path` below `root`."""
-    parent, _, name = path.rpartition(".")
-    owner = root.get_submodule(parent) if parent else root
-    setattr(owner, name, new)

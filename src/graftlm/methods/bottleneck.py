@@ -18,23 +18,20 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import block_sites
+from ..architectures import base_modules, block_sites, innermost
 from ..errors import ConfigError, TargetError, nearest
 from ..kernels import dropout
 from ..routing import Group, Index, by_group
-from .base import Method, PeftConfig, PeftType, as_enum, register
+from .base import Method, PeftConfig, PeftType, Site, as_enum, register
 from .fields import Number, Positive, Probability, check_expressions
 from .targets import as_list, layer_index, matches
-
-if TYPE_CHECKING:
-    from .. import model as wrapper
 
 
 class BottleneckPlacement(str, enum.Enum):
@@ -116,10 +113,40 @@ class Adapter(nn.Module):
         )
 
 
+class OutputHook:
+    """The forward hook of one place: its adapters in the order in which they are active, not that of attaching.
+
+    Args:
+        host: the wrapper that they belong to.
+    """
+
+    def __init__(self, host: Site) -> None:
+        self.host = host
+        self.adapters: dict[str, tuple[nn.Module, list[Tensor] | None]] = {}  # with what a parallel one reads
+
+    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        active = [name for name in self.host.active_now() if name in self.adapters]
+        inputs = {name: seen.pop() for name in active if (seen := self.adapters[name][1]) is not None}
+        if (routes := self.host.routes_now()) is None:
+            return self.added(active, output, inputs)
+
+        def change(group: Group, index: Index) -> Tensor | None:
+            names = [name for name in group if name in self.adapters]
+            return self.added(names, output[index], {n: inputs[n][index] for n in names if n in inputs}) if names else None
+
+        return by_group(routes, output, change)
+
+    def added(self, names: list[str], output: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """`output` [..., H] through some adapters, one after the other; `inputs` [..., in] of parallel ones."""
+        for name in names:
+            output = output + self.adapters[name][0](inputs.get(name, output)).to(output.dtype)
+        return output
+
+
 class Bottleneck(Method):
     """One set of bottleneck adapters in a host: `host.bottleneck[name]`, one `Adapter` a place."""
 
-    def attach(self, host: wrapper.PeftModel, *, for_loading: bool = False) -> None:
+    def attach(self, host: Site, *, for_loading: bool = False) -> None:
         config: BottleneckConfig = self.config  # type: ignore[assignment]
         modules = {}
         places = self.places(host)
@@ -132,7 +159,7 @@ class Bottleneck(Method):
             )
         host.bottleneck[self.name] = nn.ModuleDict(modules)
 
-    def places(self, host: wrapper.PeftModel) -> dict[str, str | None]:
+    def places(self, host: Site) -> dict[str, str | None]:
         """Output module -> input module of a parallel adapter (None: the adapter reads the output itself)."""
         config: BottleneckConfig = self.config  # type: ignore[assignment]
         wanted = {site: getattr(config, field) for site, field in FIELDS.items()}
@@ -140,7 +167,7 @@ class Bottleneck(Method):
         sites = {} if all(wanted[s] for s in used) else block_sites(host.base)
         for site in used:
             if patterns := wanted[site]:
-                names = [n for n, _ in host.base.named_modules()]
+                names = [n for n, _ in base_modules(host.base)]
                 sites[site] = [n for n in names if matches(patterns, n)]
                 if not sites[site]:
                     hint = as_list(patterns, names) if isinstance(patterns, str) else ""
@@ -155,10 +182,10 @@ class Bottleneck(Method):
             raise TargetError(f"{len(outs)} feed-forward outputs and {len(ins)} inputs: name both in the configuration.")
         return dict(zip(outs, ins, strict=True))
 
-    def _report_unused(self, host: wrapper.PeftModel, places: dict[str, str | None]) -> None:
+    def _report_unused(self, host: Site, places: dict[str, str | None]) -> None:
         """One warning that names what of the configuration selects nothing."""
         config: BottleneckConfig = self.config  # type: ignore[assignment]
-        names = [n for n, _ in host.base.named_modules()]
+        names = [n for n, _ in base_modules(host.base)]
         unused = []
         for site, field in FIELDS.items():
             patterns = getattr(config, field)
@@ -181,66 +208,49 @@ class Bottleneck(Method):
         index = layer_index(name, None)
         return wanted is None or index == wanted or (isinstance(wanted, (list, tuple)) and index in wanted)
 
-    def connect(self, host: wrapper.PeftModel) -> list[Any]:
+    def connect(self, host: Site) -> list[Any]:
         handles = []
-        for site, source in self.places(host).items():
-            adapter = host.bottleneck[self.name][site.replace(".", "/")]
-            module = host.base.get_submodule(site)
-            seen: list[Tensor] = []
+        for place, source in self.places(host).items():
+            adapter = host.bottleneck[self.name][place.replace(".", "/")]
+            module = host.base.get_submodule(place)
+            hooks = module._forward_hooks.values()
+            site = next((h for h in hooks if isinstance(h, OutputHook) and h.host is host), None)
+            if site is None:
+                site = OutputHook(host)
+                handles.append(module.register_forward_hook(site))
+            seen: list[Tensor] | None = None
             if source is not None:
-                first = host.base.get_submodule(source)
-                handles.append(first.register_forward_pre_hook(self._note(host, seen)))
-            handles.append(module.register_forward_hook(self._add(host, adapter, seen if source else None)))
+                seen = []
+                handles.append(host.base.get_submodule(source).register_forward_pre_hook(self._note(host, seen)))
+            site.adapters[self.name] = adapter, seen
         return handles
 
-    def _note(self, host: wrapper.PeftModel, seen: list[Tensor]) -> Callable:
+    def _note(self, host: Site, seen: list[Tensor]) -> Callable:
         def note(module: nn.Module, args: tuple) -> None:
             if self.name in host.active_now():
                 seen[:] = args[:1]
 
         return note
 
-    def _add(self, host: wrapper.PeftModel, adapter: nn.Module, seen: list[Tensor] | None) -> Callable:
-        def add(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            if self.name not in host.active_now():
-                return output
-            x = output if seen is None else seen.pop()
-            if (routes := host.routes_now()) is None:
-                return output + adapter(x).to(output.dtype)
-
-            def change(group: Group, index: Index) -> Tensor | None:
-                return output[index] + adapter(x[index]).to(output.dtype) if self.name in group else None
-
-            return by_group(routes, output, change)
-
-        return add
-
-    def detach(self, host: wrapper.PeftModel) -> None:
+    def detach(self, host: Site) -> None:
         del host.bottleneck[self.name]
 
-    def named_parameters(self, host: wrapper.PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(self, host: Site) -> Iterator[tuple[str, nn.Parameter]]:
         for key, parameter in host.bottleneck[self.name].named_parameters():
             yield f"bottleneck.{self.name}.{key}", parameter
 
-    def tensors(self, host: wrapper.PeftModel) -> dict[str, Tensor]:
+    def tensors(self, host: Site) -> dict[str, Tensor]:
         return {key: p.detach() for key, p in self._file_parameters(host)}
 
-    def _file_parameters(self, host: wrapper.PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
+    def _file_parameters(self, host: Site) -> Iterator[tuple[str, nn.Parameter]]:
         for key, parameter in host.bottleneck[self.name].named_parameters():
             site, _, part = key.partition(".")
             yield f"{self.file_prefix}{site.replace('/', '.')}.bottleneck.{part}", parameter
 
-    def load(self, host: wrapper.PeftModel, tensors: dict[str, Tensor]) -> None:
+    def load(self, host: Site, tensors: dict[str, Tensor]) -> None:
         with torch.no_grad():
             for key, parameter in self._file_parameters(host):
                 parameter.copy_(tensors[key])
-
-
-def innermost(module: Any) -> Any:
-    """The frozen layer inside adapter modules."""
-    while hasattr(module, "base_layer"):
-        module = module.base_layer
-    return module
 
 
 def features(module: Any) -> tuple[int, int]:

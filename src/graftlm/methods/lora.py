@@ -15,7 +15,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,11 @@ from ..errors import ConfigError, TargetError, UnsupportedError, nearest
 from ..files import checkpoint_weight
 from ..quantization import quantized_kind, source_class
 from ..routing import by_group
-from .base import Method, PeftConfig, PeftType, clean_path, register, replace_module
+from .base import Method, PeftConfig, PeftType, Site, clean_path, register, replace_module
 from .fields import Count, Number, Probability, also_takes, check_expressions
 from .folds import both_forms
 from .lora_layers import LoraLayer, wrap
 from .targets import find_targets, pattern_value
-
-if TYPE_CHECKING:
-    from .. import model as wrapper
 
 INITS = ("gaussian", "pissa", "olora", "loftq")
 # On a quantised base LoftQ's adapter is like any other; HF PEFT, told of the start, would quantise the base anew to load it.
@@ -153,7 +150,7 @@ class Lora(Method):
     def bound(self) -> bool:
         return self.config.bias != "none"  # type: ignore[attr-defined]
 
-    def attach(self, host: wrapper.PeftModel, *, for_loading: bool = False) -> None:
+    def attach(self, host: Site, *, for_loading: bool = False) -> None:
         config: LoraConfig = self.config  # type: ignore[assignment]
         if config.target_modules is None:
             config.target_modules = lora_targets(host.base)
@@ -165,7 +162,7 @@ class Lora(Method):
             self.detach(host)
             raise
 
-    def _attach(self, host: wrapper.PeftModel, config: LoraConfig, for_loading: bool) -> None:
+    def _attach(self, host: Site, config: LoraConfig, for_loading: bool) -> None:
         targets = find_targets(host.base, config, skip=(LoraLayer, *host.container_types))
         self._refuse_shared(host, targets)
         layers = {path: self._layer(host, path, module) for path, module in targets.items()}
@@ -187,7 +184,7 @@ class Lora(Method):
                 }
             )
 
-    def _original(self, host: wrapper.PeftModel, config: LoraConfig, path: str, layer: LoraLayer) -> Tensor | None:
+    def _original(self, host: Site, config: LoraConfig, path: str, layer: LoraLayer) -> Tensor | None:
         """For LoftQ: the weight [out, in] that a quantised layer was made from, out of the base's checkpoint."""
         kind = quantized_kind(layer.frozen)
         if config.init_lora_weights != "loftq" or kind is None:
@@ -199,7 +196,7 @@ class Lora(Method):
         weight = checkpoint_weight(host.base, f"{clean_path(path)}.weight", shape[::-1] if turned else shape)
         return weight.T if turned else weight
 
-    def _refuse_shared(self, host: wrapper.PeftModel, targets: dict[str, nn.Module]) -> None:
+    def _refuse_shared(self, host: Site, targets: dict[str, nn.Module]) -> None:
         """T5 and BART keep a module that only holds the embeddings' weight and never runs: an update there is lost."""
         if not is_encoder_decoder(host.base):
             return
@@ -213,18 +210,18 @@ class Lora(Method):
                     "and computes nothing. Name 'embed_tokens' instead."
                 )
 
-    def _one_bias(self, host: wrapper.PeftModel) -> None:
+    def _one_bias(self, host: Site) -> None:
         others = [n for n, m in host.methods.items() if n != self.name and getattr(m.config, "bias", "none") != "none"]
         if others:
             raise ConfigError(f"bias={self.config.bias!r} beside adapter {others[0]!r}, which trains biases too: one can.")  # type: ignore[attr-defined]
 
-    def _layer(self, host: wrapper.PeftModel, path: str, module: nn.Module) -> LoraLayer:
+    def _layer(self, host: Site, path: str, module: nn.Module) -> LoraLayer:
         """The LoRA module at `path`: this wrapper's own where one stands already."""
         if isinstance(module, LoraLayer) and module.switch is host.switch:
             return module
         return wrap(module, path, host.switch)
 
-    def _biased(self, host: wrapper.PeftModel) -> Iterator[tuple[str, Any]]:
+    def _biased(self, host: Site) -> Iterator[tuple[str, Any]]:
         """Modules whose bias is trained: the wrapped layers' own, or every one of the base."""
         config: LoraConfig = self.config  # type: ignore[assignment]
         own = {id(layer.frozen) for _, layer in self.layers(host)}
@@ -241,7 +238,7 @@ class Lora(Method):
                 )
             yield clean_path(path), module
 
-    def detach(self, host: wrapper.PeftModel) -> None:
+    def detach(self, host: Site) -> None:
         if self.name in host.adapter_biases:
             del host.adapter_biases[self.name]
         for path, layer in list(base_modules(host.base)):
@@ -252,13 +249,13 @@ class Lora(Method):
             if not layer.scaling:
                 replace_module(host.base, path, layer.base_layer)
 
-    def layers(self, host: wrapper.PeftModel) -> Iterator[tuple[str, LoraLayer]]:
+    def layers(self, host: Site) -> Iterator[tuple[str, LoraLayer]]:
         """This adapter's layers with their dotted names in the bare base."""
         for path, module in base_modules(host.base):
             if isinstance(module, LoraLayer) and module.switch is host.switch and self.name in module.scaling:
                 yield clean_path(path), module
 
-    def connect(self, host: wrapper.PeftModel) -> list[Any]:
+    def connect(self, host: Site) -> list[Any]:
         """Add the trained biases, as differences to the base's, to the outputs of their modules."""
         if self.name not in host.adapter_biases:
             return []
@@ -281,7 +278,7 @@ class Lora(Method):
             handles += [form.register_forward_hook(add) for form in both_forms(module)]
         return handles
 
-    def named_parameters(self, host: wrapper.PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(self, host: Site) -> Iterator[tuple[str, nn.Parameter]]:
         for path, layer in base_modules(host.base):
             if isinstance(layer, LoraLayer) and layer.switch is host.switch:
                 for key, parameter in layer.parts(self.name):
@@ -290,7 +287,7 @@ class Lora(Method):
             for key, parameter in host.adapter_biases[self.name].items():
                 yield f"adapter_biases.{self.name}.{key}", parameter
 
-    def _file_parameters(self, host: wrapper.PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
+    def _file_parameters(self, host: Site) -> Iterator[tuple[str, nn.Parameter]]:
         for path, layer in self.layers(host):
             for key, parameter in layer.parts(self.name):
                 short = key.removesuffix(f".{self.name}").replace(f".{self.name}.", ".")
@@ -303,17 +300,15 @@ class Lora(Method):
                 path = key.replace("/", ".")
                 yield f"{self.file_prefix}{path}{'.base_layer' if path in own else ''}.bias", parameter
 
-    def tensors(self, host: wrapper.PeftModel) -> dict[str, Tensor]:
+    def tensors(self, host: Site) -> dict[str, Tensor]:
         return {key: parameter.detach() for key, parameter in self._file_parameters(host)}
 
-    def load(self, host: wrapper.PeftModel, tensors: dict[str, Tensor]) -> None:
+    def load(self, host: Site, tensors: dict[str, Tensor]) -> None:
         with torch.no_grad():
             for key, parameter in self._file_parameters(host):
                 parameter.copy_(tensors[key])
 
-    def merge(
-        self, host: wrapper.PeftModel, names: list[str], *, safe: bool, keep: bool = True, requantize: bool = False
-    ) -> None:
+    def merge(self, host: Site, names: list[str], *, safe: bool, keep: bool = True, requantize: bool = False) -> None:
         """Fold the named adapters into the base (all of this method's layers at once).
 
         Raises:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..architectures import base_modules
+from ..architectures import base_modules, innermost
 from ..errors import CompositionError, TargetError, UnsupportedError, nearest
 from ..quantization import dequantize, dequantized, in_source_form, quantized_kind
 from ..routing import Plan, Switch, active_adapters, active_routes, running
-from .base import clean_path, replace_module
+from .base import TASK_HEADS, clean_path, replace_module
 from .folds import as_it_was
 
 
@@ -93,10 +94,7 @@ class ModulesToSaveWrapper(nn.Module):
 
 def bare_copy(module: nn.Module) -> Any:
     """A copy of a module of the base, without what wrappers put around, into or merged into it; quantised layers in fp32."""
-    inner: Any = module
-    while hasattr(inner, "original_module") or hasattr(inner, "base_layer"):
-        inner = inner.original_module if hasattr(inner, "original_module") else inner.base_layer
-    inner = as_it_was(inner)
+    inner = as_it_was(innermost(module))
     if quantized_kind(inner) is not None:
         return in_source_form(dequantized(inner, dequantize(inner))).float()
     made = copy.deepcopy(inner)
@@ -123,6 +121,42 @@ def find_modules(base: nn.Module, names: Sequence[str], wanted: Iterable[str]) -
             leaves = sorted({n.rpartition(".")[2] for n in modules})
             raise TargetError(f"modules_to_save: no module of this model is called {entry!r}{nearest(entry, leaves)}")
     return {n: m for n, m in found.items() if not any(n.startswith(f"{o}.") for o in found)}
+
+
+def save_modules(base: Any, switch: Switch, name: str, config: Any, dtype: torch.dtype | None) -> None:
+    """Give adapter `name` its own copies of the modules that its configuration trains in full; 16-bit floats become `dtype`.
+
+    The task's head belongs to them, and is written into the configuration.
+    """
+    wanted = list(dict.fromkeys(getattr(config, "modules_to_save", None) or ()))
+    heads = TASK_HEADS.get(config.task_type, ())
+    entries = list(dict.fromkeys([*wanted, *heads]))
+    if not entries:
+        return
+    config.modules_to_save = entries
+    own = tuple(w for w in wanted if w not in heads)
+    found = find_modules(base, entries, own)
+    if heads and not own and not found:
+        warnings.warn(
+            f"task_type={config.task_type.value}: {type(base).__name__} has no module called "
+            f"{' or '.join(heads)}; its head stays frozen. Name it in modules_to_save.",
+            stacklevel=4,
+        )
+    for path, module in found.items():
+        if not isinstance(module, ModulesToSaveWrapper) or module.switch is not switch:
+            module = ModulesToSaveWrapper(module, switch)
+            replace_module(base, path, module)
+        module.add(name, dtype)
+        module.is_head = module.is_head or not clean_path(path).endswith(own)
+
+
+def unsave_modules(base: nn.Module, switch: Switch, name: str) -> None:
+    """Take adapter `name`'s copies away."""
+    for path, module in list(base_modules(base)):
+        if isinstance(module, ModulesToSaveWrapper) and module.switch is switch and name in module.modules_to_save:
+            del module.modules_to_save[name]
+            if not module.modules_to_save:
+                replace_module(base, path, module.original_module)
 
 
 def saved_modules(base: nn.Module, switch: Switch, name: str) -> Iterator[tuple[str, nn.Module]]:

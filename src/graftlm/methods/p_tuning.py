@@ -11,17 +11,14 @@ from __future__ import annotations
 import enum
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .base import PeftType, PromptLearningConfig, as_enum, register
+from .base import PeftType, PromptLearningConfig, Site, as_enum, register
 from .fields import Count, Probability, also_takes
 from .soft_prompt import SoftPrompt
-
-if TYPE_CHECKING:
-    from .. import model as wrapper
 
 
 class PromptEncoderReparameterizationType(str, enum.Enum):
@@ -94,11 +91,11 @@ class PTuning(SoftPrompt):
 
     reparameterised = True
 
-    def fill_config(self, host: wrapper.PeftModel) -> None:
+    def fill_config(self, host: Site) -> None:
         super().fill_config(host)
         self.config.encoder_hidden_size = self.config.encoder_hidden_size or self.config.token_dim  # type: ignore[attr-defined]
 
-    def build(self, host: wrapper.PeftModel, for_loading: bool) -> Any:
+    def build(self, host: Site, for_loading: bool) -> Any:
         return PromptEncoder(*self.table_shape, self.config, host.adapter_device, host.adapter_dtype())  # type: ignore[arg-type]
 
 

@@ -12,7 +12,7 @@ prefix can also stand in the encoder's self-attention (`prefix_in_encoder`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,10 @@ from transformers import DynamicCache
 
 from ..architectures import encoder_kv_shapes, is_encoder_decoder, kv_shapes, model_dims
 from ..errors import ConfigError, UnsupportedError
-from .base import PeftType, PromptLearningConfig, register
+from ..modes import evaluating
+from .base import PeftType, PromptLearningConfig, Site, register
 from .fields import Count, also_takes
 from .soft_prompt import SoftPrompt
-
-if TYPE_CHECKING:
-    from .. import model as wrapper
 
 Memory = list[tuple[Tensor, Tensor]]
 
@@ -84,7 +82,7 @@ class PrefixEncoder(nn.Module):
 class PrefixTuning(SoftPrompt):
     """One prefix in a host."""
 
-    def fill_config(self, host: wrapper.PeftModel) -> None:
+    def fill_config(self, host: Site) -> None:
         config: PrefixTuningConfig = self.config  # type: ignore[assignment]
         self.shapes = kv_shapes(host.base)
         self.encoder_shapes: list[tuple[int, int]] = []
@@ -100,7 +98,7 @@ class PrefixTuning(SoftPrompt):
         config.encoder_hidden_size = config.encoder_hidden_size or config.token_dim
         self.check_config(host)
 
-    def check_config(self, host: wrapper.PeftModel) -> None:
+    def check_config(self, host: Site) -> None:
         config: PrefixTuningConfig = self.config  # type: ignore[assignment]
         heads, head_dim = self.shapes[0]
         same = len(set(self.shapes)) == 1
@@ -120,7 +118,7 @@ class PrefixTuning(SoftPrompt):
     def reparameterised(self) -> bool:  # type: ignore[override]
         return self.config.prefix_projection  # type: ignore[attr-defined]
 
-    def build(self, host: wrapper.PeftModel, for_loading: bool) -> Any:
+    def build(self, host: Site, for_loading: bool) -> Any:
         config: PrefixTuningConfig = self.config  # type: ignore[assignment]
         rows, width = self.table_shape
         if config.prefix_projection:
@@ -138,7 +136,7 @@ class PrefixTuning(SoftPrompt):
                 last[0].copy_(self._from_text(host))
         return module
 
-    def _from_text(self, host: wrapper.PeftModel) -> Tensor:
+    def _from_text(self, host: Site) -> Tensor:
         """The base's own keys and values of `init_text`: [P, width]."""
         from transformers import AutoTokenizer
 
@@ -150,21 +148,20 @@ class PrefixTuning(SoftPrompt):
         if not ids:
             raise ConfigError(f"init_text={config.init_text!r} has no tokens.")
         ids = (ids * (config.num_virtual_tokens // len(ids) + 1))[: config.num_virtual_tokens]
-        cache, base, training = DynamicCache(), host.base, host.base.training
+        cache, base = DynamicCache(), host.base
         device = next(base.parameters()).device
-        with host.without_adapters():
-            base.eval()(input_ids=torch.tensor([ids], device=device), past_key_values=cache, use_cache=True)
-            base.train(training)
+        with host.without_adapters(), evaluating(base):
+            base(input_ids=torch.tensor([ids], device=device), past_key_values=cache, use_cache=True)
         rows = [t[0].transpose(0, 1).flatten(1) for layer in cache.layers for t in (layer.keys, layer.values)]
         return torch.cat(rows, dim=1).to(host.adapter_device)
 
-    def _split(self, host: wrapper.PeftModel) -> list[Tensor]:
+    def _split(self, host: Site) -> list[Tensor]:
         """Every layer's keys and values in turn, each [kv_heads, P, head_dim]; decoder layers first."""
         shapes = [s for s in self.shapes + self.encoder_shapes for _ in range(2)]
         parts = self.encoder(host)().split([heads * dim for heads, dim in shapes], dim=1)
         return [p.unflatten(1, s).transpose(0, 1) for p, s in zip(parts, shapes, strict=True)]
 
-    def memory(self, host: wrapper.PeftModel) -> Memory | None:
+    def memory(self, host: Site) -> Memory | None:
         parts = self._split(host)
         layers = len(self.shapes)
         if self.config.num_transformer_submodules == 2:  # type: ignore[attr-defined]
@@ -173,11 +170,11 @@ class PrefixTuning(SoftPrompt):
             return [(parts[2 * i], parts[2 * i + 1]) for i in (2 * j % layers for j in range(layers))]
         return [(parts[2 * j], parts[2 * j + 1]) for j in range(layers)]
 
-    def encoder_memory(self, host: wrapper.PeftModel) -> Memory | None:
+    def encoder_memory(self, host: Site) -> Memory | None:
         parts = self._split(host)[2 * len(self.shapes) :]
         return list(zip(parts[::2], parts[1::2], strict=True)) or None
 
-    def virtual_tokens(self, host: wrapper.PeftModel) -> Tensor | None:
+    def virtual_tokens(self, host: Site) -> Tensor | None:
         return None
 
 

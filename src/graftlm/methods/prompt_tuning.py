@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..architectures import backbone_embeddings
 from ..errors import ConfigError
-from .base import PeftType, PromptLearningConfig, as_enum, register
+from .base import PeftType, PromptLearningConfig, Site, as_enum, register
 from .fields import also_takes
 from .soft_prompt import SoftPrompt
-
-if TYPE_CHECKING:
-    from .. import model as wrapper
 
 
 class PromptTuningInit(str, enum.Enum):
@@ -69,7 +66,7 @@ class PromptTuningConfig(PromptLearningConfig):
 class PromptTuning(SoftPrompt):
     """One prompt-tuning adapter in a host."""
 
-    def build(self, host: wrapper.PeftModel, for_loading: bool) -> Any:
+    def build(self, host: Site, for_loading: bool) -> Any:
         config: PromptTuningConfig = self.config  # type: ignore[assignment]
         module = self.table(host)
         if for_loading or config.prompt_tuning_init is PromptTuningInit.RANDOM:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..architectures import backbone_embeddings, is_encoder_decoder, model_dims
 from ..errors import ConfigError
-from .base import Method, PromptLearningConfig
-
-if TYPE_CHECKING:
-    from .. import model as wrapper
+from ..modes import evaluating
+from .base import Method, PromptLearningConfig, Site
 
 
 class PromptEmbedding(nn.Module):
@@ -37,12 +35,12 @@ class SoftPrompt(Method):
     #: whether the trained module is more than the table, so that further training needs a file of its own
     reparameterised = False
 
-    def attach(self, host: wrapper.PeftModel, *, for_loading: bool = False) -> None:
+    def attach(self, host: Site, *, for_loading: bool = False) -> None:
         self.fill_config(host)
         encoder = self.table(host) if self.config.inference_mode else self.build(host, for_loading)
         host.prompt_encoder[self.name] = encoder
 
-    def fill_config(self, host: wrapper.PeftModel) -> None:
+    def fill_config(self, host: Site) -> None:
         """Read what the configuration leaves open from the base model."""
         config: PromptLearningConfig = self.config  # type: ignore[assignment]
         dims = model_dims(host.base)
@@ -53,7 +51,7 @@ class SoftPrompt(Method):
             config.token_dim = backbone_embeddings(host.base).weight.shape[1]
         self.check_config(host)
 
-    def check_config(self, host: wrapper.PeftModel) -> None:
+    def check_config(self, host: Site) -> None:
         config: PromptLearningConfig = self.config  # type: ignore[assignment]
         width = backbone_embeddings(host.base).weight.shape[1]
         if config.token_dim != width:
@@ -67,55 +65,50 @@ class SoftPrompt(Method):
         config: PromptLearningConfig = self.config  # type: ignore[assignment]
         return config.num_virtual_tokens * config.num_transformer_submodules, config.token_dim  # type: ignore[operator, return-value]
 
-    def table(self, host: wrapper.PeftModel) -> PromptEmbedding:
+    def table(self, host: Site) -> PromptEmbedding:
         """The inference form."""
         rows, width = self.table_shape
         return PromptEmbedding(rows, width, host.adapter_device, host.adapter_dtype())
 
-    def build(self, host: wrapper.PeftModel, for_loading: bool) -> Any:
+    def build(self, host: Site, for_loading: bool) -> Any:
         """The trained form."""
         raise NotImplementedError
 
-    def encoder(self, host: wrapper.PeftModel) -> Any:
+    def encoder(self, host: Site) -> Any:
         return host.prompt_encoder[self.name]
 
-    def detach(self, host: wrapper.PeftModel) -> None:
+    def detach(self, host: Site) -> None:
         del host.prompt_encoder[self.name]
 
-    def named_parameters(self, host: wrapper.PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(self, host: Site) -> Iterator[tuple[str, nn.Parameter]]:
         for key, parameter in self.encoder(host).named_parameters():
             yield f"prompt_encoder.{self.name}.{key}", parameter
 
-    def virtual_tokens(self, host: wrapper.PeftModel) -> Tensor | None:
+    def virtual_tokens(self, host: Site) -> Tensor | None:
         return self.encoder(host)()[: self.config.num_virtual_tokens]  # type: ignore[attr-defined]
 
-    def tensors(self, host: wrapper.PeftModel) -> dict[str, Tensor]:
+    def tensors(self, host: Site) -> dict[str, Tensor]:
         encoder = self.encoder(host)
-        training = encoder.training
-        encoder.eval()  # what is kept must not hold one random draw of dropout
-        try:
-            with torch.no_grad():
-                return {"prompt_embeddings": encoder().detach()}
-        finally:
-            encoder.train(training)
+        with evaluating(encoder), torch.no_grad():  # what is kept must not hold one random draw of dropout
+            return {"prompt_embeddings": encoder().detach()}
 
-    def expected_shapes(self, host: wrapper.PeftModel) -> dict[str, torch.Size]:
+    def expected_shapes(self, host: Site) -> dict[str, torch.Size]:
         return {"prompt_embeddings": torch.Size(self.table_shape)}
 
-    def load(self, host: wrapper.PeftModel, tensors: dict[str, Tensor]) -> None:
+    def load(self, host: Site, tensors: dict[str, Tensor]) -> None:
         """Take the table. A reparameterised encoder cannot be found back from it: training goes on with the bare table."""
         if not isinstance(self.encoder(host), PromptEmbedding):
             host.prompt_encoder[self.name] = self.table(host).train(self.encoder(host).training)
         with torch.no_grad():
             self.encoder(host).embedding.weight.copy_(tensors["prompt_embeddings"])
 
-    def training_tensors(self, host: wrapper.PeftModel) -> dict[str, Tensor]:
+    def training_tensors(self, host: Site) -> dict[str, Tensor]:
         encoder = self.encoder(host)
         if isinstance(encoder, PromptEmbedding):
             return {}
         return {key: value.detach() for key, value in encoder.state_dict().items()}
 
-    def load_training(self, host: wrapper.PeftModel, tensors: dict[str, Tensor]) -> None:
+    def load_training(self, host: Site, tensors: dict[str, Tensor]) -> None:
         if isinstance(self.encoder(host), PromptEmbedding) and set(tensors) != {"embedding.weight"}:
             host.prompt_encoder[self.name] = self.build(host, for_loading=True)
         self.encoder(host).load_state_dict(tensors)

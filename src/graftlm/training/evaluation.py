@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from ..architectures import end_ids
 from ..data import CausalLMCollator, Format, Seq2SeqCollator, get_format, prepare
 from ..errors import DataError
+from ..modes import evaluating
 from .meters import IGNORE_INDEX, perplexity
 
 if TYPE_CHECKING:
@@ -122,19 +123,6 @@ def device_of(model: Any) -> torch.device:
     return next(model.parameters()).device
 
 
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Within the block the model is in eval mode and keeps no gradients; every module gets its own mode back after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Row numbers in batches of about equal length, longest first (so that a lack of memory shows at once)."""
     if batch_size < 1:
@@ -150,7 +138,7 @@ def loss_metrics(
     rows = [{k: row[k] for k in ("input_ids", "attention_mask", "labels") if k in row} for row in prepared]
     collator: Any = Seq2SeqCollator(tokenizer) if seq2seq else CausalLMCollator(tokenizer)
     total, tokens = 0.0, 0
-    with evaluating(model):
+    with evaluating(model), torch.inference_mode():
         for batch in by_length([len(r["input_ids"]) for r in rows], batch_size):
             made = collator([rows[i] for i in batch])
             inputs = {k: v.to(device_of(model)) for k, v in (made if seq2seq else without_first(made)).items()}
@@ -231,7 +219,7 @@ def generate_ids(
     ends = options.get("eos_token_id", tokenizer.eos_token_id)
     stops = set(ends if isinstance(ends, (list, tuple)) else [ends])
     found: dict[int, list[int]] = {}
-    with evaluating(model):
+    with evaluating(model), torch.inference_mode():
         for batch in by_length([len(p) for p in prompts], batch_size):
             ids, mask = left_padded([prompts[i] for i in batch], pad or 0, right=seq2seq)
             device = device_of(model)

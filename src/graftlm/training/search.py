@@ -23,7 +23,7 @@ from .evaluation import is_encoder_decoder, loss_metrics
 from .trainer import TrainingInterrupted
 
 if TYPE_CHECKING:
-    from .recipes import Recipe
+    from .schema import Recipe
     from .setup import RunData
     from .together import Outcome
 

@@ -13,108 +13,27 @@ With label smoothing the training loss is the smoothed one and has no perplexity
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
-from .. import processes
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError
 from ..model import PeftModel
+from .arguments import check_precision
+from .callbacks import EpochLog, Request, StopWhenAsked, TrainingInterrupted
 from .curve import save_curve
 from .joining import Joiner
 from .meters import EpochMeter, TokenLoss, labelled_tokens, peak_memory, perplexity, real_tokens
 from .progress import RichProgress
 from .resume import checkpoints, last_complete_checkpoint
-
-log = logging.getLogger(__name__)
-
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C, after a checkpoint and the adapter were saved."""
-
-
-@dataclass
-class Request:
-    """A training pass that a run waits for.
-
-    Args:
-        items: what the sum of its labels' losses is divided by; None: their mean is, by `parts`.
-        given: `num_items_in_batch` as the Trainer has it.
-        loss: filled in when the pass is over, its gradients in place; `error` instead where it failed.
-    """
-
-    trainer: Any
-    model: Any
-    inputs: dict[str, Any]
-    items: float | None
-    parts: int
-    given: Any = None
-    loss: Tensor | None = None
-    error: Exception | None = None
-
-    @property
-    def answered(self) -> bool:
-        return self.loss is not None or self.error is not None
-
-
-class StopWhenAsked(TrainerCallback):
-    """After `ask()`, stops training at the next step's end, with a checkpoint."""
-
-    def __init__(self) -> None:
-        self.asked = self.stopped = False
-
-    def ask(self, *_: Any) -> None:
-        """The handler of Ctrl-C; a second one interrupts at once."""
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        if processes.is_first():
-            log.warning("Stopping after this step; a checkpoint is saved. Ctrl-C again stops at once, without one.")
-
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.world_size > 1:  # all stop after the same step
-            asked = torch.tensor(float(self.asked), device=args.device)
-            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-            self.asked = bool(asked)
-        if self.asked:
-            self.stopped = control.should_save = control.should_training_stop = True
-
-    def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stopped:
-            control.should_save = control.should_evaluate = False
-
-
-class EpochLog(TrainerCallback):
-    """Logs each epoch's training loss when the epoch has ended."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if abs((state.epoch or 0) - round(state.epoch or 0)) < 1e-9:  # resumed between an epoch's last step and its end
-            self._log(control)
-
-    def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.trainer.stop.stopped:
-            self._log(control)
-
-    def _log(self, control: Any) -> None:
-        entry = self.trainer._epoch_entry()
-        if entry:
-            should_log = control.should_log
-            self.trainer.log(entry)
-            control.should_log = should_log
+from .surroundings import interrupts_go_to, log
 
 
 class Trainer(transformers.Trainer):
@@ -428,27 +347,3 @@ CARD = {
     "train_tokens_per_second": "tokens a second", "peak_memory_bytes": "peak memory in bytes",
     "train_runtime": "seconds",
 }  # fmt: skip
-
-
-def check_precision(args: TrainingArguments | None) -> None:
-    """ConfigError for fp16 where training runs on a CPU."""
-    if args is not None and args.fp16 and (args.use_cpu or not has_accelerator()):
-        raise ConfigError("fp16=True needs a GPU: a CPU cannot train in fp16. Use bf16=True, or neither for fp32.")
-
-
-def has_accelerator() -> bool:
-    """Whether torch sees any accelerator."""
-    return torch.cuda.is_available() or bool(getattr(torch, "accelerator", None) and torch.accelerator.is_available())
-
-
-@contextmanager
-def interrupts_go_to(handler: Any) -> Iterator[None]:
-    """Within the block Ctrl-C calls `handler`. Only the main thread can do that; elsewhere nothing changes."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before if before is not None else signal.default_int_handler)

@@ -1,0 +1,104 @@
+"""An adapter's tensors as a state: given out, taken in, and what a Trainer's `load_state_dict` finds in its checkpoints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.module import _IncompatibleKeys
+
+from ..adapters import AdapterSet
+from ..errors import AdapterError, CheckpointError
+from ..files import WEIGHTS_NAME, find_file
+from ..merging import unmerge
+from .fit import checked
+from .read import assign, load_options, load_training, read_pickle, read_tensors
+from .write import adapter_tensors, embedding_tensors
+
+
+def nothing_missing() -> Any:
+    """Torch's report of a load in which every key had its place."""
+    return _IncompatibleKeys([], [])
+
+
+def load_state(host: AdapterSet, state: dict[str, Tensor], plain: Callable, strict: bool, assign_: bool) -> Any:
+    """`load_state_dict` of the wrapper.
+
+    A state that covers the base goes torch's way. One that holds adapters only (what a Trainer reads from a checkpoint's
+    `model.safetensors`) is checked like a file and read into the adapters; the base is left as it is.
+    """
+    parameters = {k: p for name in host.methods for k, p in host.adapter_parameters(name)}
+    if any(k.startswith("base_model.") and k not in parameters for k in state) and set(parameters) <= set(state):
+        unmerge(host)
+        return plain(state, strict, assign_)
+    if state and set(state) <= set(parameters):
+        for name in host.methods:
+            own = {k for k, _ in host.adapter_parameters(name)}
+            missing = sorted(own - set(state))
+            if missing and (own & set(state) or strict):
+                raise CheckpointError(f"The state lacks tensors of adapter {name!r}: " + ", ".join(missing))
+        unmerge(host)
+        with torch.no_grad():
+            for key, value in state.items():
+                parameters[key].copy_(value)
+        return nothing_missing()
+    name = host.active_adapter
+    method = host.methods[name]
+    training = method.training_tensors(host)
+    if training and set(training) <= set(state):
+        load_training(host, name, state)
+        return nothing_missing()
+    if set(state) >= set(host.state_dict()):
+        unmerge(host)
+        return plain(state, strict, assign_)
+    assign(host, name, checked(host, name, dict(state), "This state"))
+    return nothing_missing()
+
+
+def get_peft_model_state_dict(
+    model: AdapterSet,
+    state_dict: dict[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: str | bool = "auto",
+) -> dict[str, Tensor]:
+    """An adapter's tensors under the keys of its file (HF PEFT's), adapter name removed.
+
+    `state_dict`, where given, supplies the values under the model's own parameter names.
+    """
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    model._known(adapter_name)
+    tensors = embedding_tensors(model, adapter_name, save_embedding_layers) | adapter_tensors(model, adapter_name)
+    if state_dict is None:
+        return tensors
+    own = dict(model.adapter_parameters(adapter_name))
+    values = {id(p): state_dict[k] for k, p in own.items() if k in state_dict}
+    lookup = {p.data_ptr(): id(p) for p in own.values()}
+    return {k: values.get(lookup.get(v.data_ptr(), -1), v) for k, v in tensors.items()}
+
+
+def set_peft_model_state_dict(
+    model: AdapterSet,
+    peft_model_state_dict: dict[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> Any:
+    """Fill an attached adapter from such tensors; CheckpointError lists every key that does not fit."""
+    model._known(adapter_name)
+    if ignore_mismatched_sizes:
+        raise AdapterError("ignore_mismatched_sizes would leave tensors untrained; give a state that fits.")
+    assign(model, adapter_name, checked(model, adapter_name, dict(peft_model_state_dict), "This state"))
+    return nothing_missing()
+
+
+def load_peft_weights(model_id: str | os.PathLike, device: str | None = None, **kwargs: Any) -> dict[str, Tensor]:
+    """The tensors of an adapter directory."""
+    options = load_options(kwargs)
+    path = find_file(model_id, WEIGHTS_NAME, required=False, **options.hub)
+    tensors = read_tensors(path) if path else read_pickle(model_id, options)
+    return {k: v.to(device or "cpu") for k, v in tensors.items()}

@@ -1,0 +1,48 @@
+"""The arguments of a base's forward, by name."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, TypeGuard
+
+from torch import Tensor
+
+
+def by_name(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict:
+    """The arguments of a call by name, those for `**kwargs` among them."""
+    named = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return named
+
+
+def first_of(named: dict, *names: str) -> Any:
+    """The first of these arguments that is given, or None."""
+    return next((named[n] for n in names if named.get(n) is not None), None)
+
+
+def tokens_of(named: dict) -> Any:
+    """A call's `input_ids` [B, T] or `inputs_embeds` [B, T, H], or None."""
+    return first_of(named, "input_ids", "inputs_embeds")
+
+
+def is_plain(mask: Any) -> TypeGuard[Tensor]:
+    """Whether an attention mask is of rows and places [B, T]; static caches bring 4D ones, or a dict of them by layer."""
+    return isinstance(mask, Tensor) and mask.dim() == 2
+
+
+def shape_of(mask: Any) -> str:
+    return str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
+
+
+def batch_size(named: dict) -> int:
+    """Rows of a call, from whichever input it has."""
+    for name in ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds", "labels"):
+        if named.get(name) is not None:
+            return named[name].shape[0]
+    encoded = named.get("encoder_outputs")
+    if encoded is not None:
+        return encoded[0].shape[0]
+    features = (v for v in named.values() if isinstance(v, Tensor) and v.dim() > 1)  # of sound or images
+    return next((v.shape[0] for v in features), 1)

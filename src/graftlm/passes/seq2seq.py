@@ -1,0 +1,164 @@
+"""Encoder-decoder models: virtual tokens in the encoder's input, the prefix in the decoder's self-attention (and, where it
+is asked for, in the encoder's).
+
+The virtual tokens are put in before the encoder itself runs (within the model or by itself: `generate` calls it before the
+model), and its outputs go back to the given order, virtual tokens first: that is how the decoder sees them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import StaticCache
+
+from ..architectures import backbone_embeddings, position_tables
+from ..errors import UnsupportedError
+from ..placing import (
+    Front,
+    chained,
+    place_virtual,
+    positions_from_mask,
+    real_first,
+    reorder,
+    restore_attention,
+    restore_order,
+    virtual_order,
+)
+from ..routing import Plan
+from .facts import Facts
+from .inputs import first_of, is_plain, shape_of, tokens_of
+from .padded import with_virtual
+from .prefix import pour, prefix_cache
+from .refusals import check_encoded, raise_beyond
+from .state import Call, Memory, Placed, Run
+
+if TYPE_CHECKING:
+    from ..adapters import AdapterSet
+
+
+# -- the model -----------------------------------------------------------------------------------------------------------
+def lay(host: AdapterSet, plan: Plan, call: Call, run: Run, named: dict) -> tuple[dict, Placed]:
+    """Inputs of the model: the prefix in the decoder, and the mask of what the encoder gives."""
+    count, prefix = host.fronts(plan, call.batch)
+    encoded, mask, given = named.get("encoder_outputs"), named.get("attention_mask"), tokens_of(named)
+    memory, masked, positions = None, 0, None
+    if encoded is not None and count and not (run.encoded and mask is None):
+        check_encoded(encoded, mask, count)
+    if mask is None and encoded is None and given is not None:
+        mask = given.new_ones(given.shape[:2], dtype=torch.long)
+    if count and is_plain(mask):
+        named["attention_mask"] = torch.cat((count.ones(mask), mask), dim=1)
+        masked = count.most
+    if prefix:
+        cache = named.get("past_key_values")
+        if cache is None or cache.get_seq_length() == 0:
+            memory = host.memory_rows(plan, call.batch)
+            named["past_key_values"] = filled_cache(memory, cache, call)
+        if not prefix.even and named.get("labels") is not None:
+            decoder_inputs(host.base, named)
+        mask_prefix(host.base, named, prefix)
+    if is_plain(mask := named.get("decoder_attention_mask")):
+        positions = positions_from_mask(mask)
+    return named, Placed(memory=memory, masked=masked, positions=positions)
+
+
+def mask_prefix(base: Any, named: dict, prefix: Front) -> None:
+    """Room for the prefix in the decoder's mask."""
+    if (mask := decoder_mask(named, prefix)) is None:
+        return
+    if not is_plain(mask):
+        raise UnsupportedError(f"A prefix needs a decoder_attention_mask [B, T], got {shape_of(mask)}.")
+    if not position_tables(base.get_decoder()) and bool((mask[:, 0] == 0).any()):
+        raise UnsupportedError(
+            f"{type(base).__name__}'s decoder counts positions by place, so padding between its "
+            "prefix and the tokens would change the result. Pad the decoder's inputs on the right."
+        )
+    named["decoder_attention_mask"] = torch.cat((prefix.ones(mask), mask), dim=1)
+
+
+def decoder_mask(named: dict, prefix: Front) -> Tensor | None:
+    """The decoder's mask as given; all ones where there is none and rows have prefixes of different lengths."""
+    mask, given = named.get("decoder_attention_mask"), first_of(named, "decoder_input_ids", "decoder_inputs_embeds")
+    if mask is not None or prefix.even or given is None:
+        return mask
+    past = named["past_key_values"].get_seq_length() - prefix.most
+    return given.new_ones(given.shape[0], past + given.shape[1], dtype=torch.long)
+
+
+def decoder_inputs(base: Any, named: dict) -> None:
+    """An encoder-decoder model makes its decoder's inputs out of the labels."""
+    if first_of(named, "decoder_input_ids", "decoder_inputs_embeds") is None:
+        named["decoder_input_ids"] = base.prepare_decoder_input_ids_from_labels(named["labels"])
+
+
+def filled_cache(memory: Memory, cache: Any, call: Call) -> EncoderDecoderCache:
+    """Self-attention memory with the prefix; cross-attention starts empty."""
+    if cache is None and not call.keeps_cache:
+        return EncoderDecoderCache(prefix_cache(memory), DynamicCache())
+    if cache is not None and isinstance(cache.self_attention_cache, StaticCache):
+        raise UnsupportedError("A static cache has no room for the prefix; leave cache_implementation out.")
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if cache is None else cache
+    pour(cache.self_attention_cache, memory, call.batch)
+    return cache
+
+
+# -- its encoder ---------------------------------------------------------------------------------------------------------
+def lay_encoder(host: AdapterSet, facts: Facts, plan: Plan, named: dict, masked: int) -> tuple[dict, Placed] | None:
+    """The encoder's inputs with virtual tokens, and its memory. None where nothing enters: features, images, masks of four
+    axes. `masked`: virtual tokens that stand in the mask already."""
+    if (given := tokens_of(named)) is None:
+        return None
+    count, mask = host.fronts(plan, given.shape[0])[0], named.get("attention_mask")
+    mask = given.new_ones(given.shape[:2], dtype=torch.long) if mask is None else mask
+    if not is_plain(mask):
+        if count or host.has_encoder_memory(plan):
+            raise UnsupportedError(f"Soft prompts need an attention_mask [B, T] of ones and zeros, got {shape_of(mask)}.")
+        return None
+    if plan.routes is not None and host.has_encoder_memory(plan):
+        raise UnsupportedError(
+            "A prefix in the encoder (prefix_in_encoder=True) does not go into a batch of different adapters; run the "
+            f"rows of {', '.join(plan.adapters)} by themselves."
+        )
+    memory, order, mask = host.encoder_memory(plan), None, mask[:, masked:]
+    if memory:  # relative positions: the prefix stands right before the real tokens
+        order = real_first(mask)
+        for name in ("input_ids", "inputs_embeds"):
+            if named.get(name) is not None:
+                named[name] = reorder(named[name], order)
+        mask = reorder(mask, order)
+    if count:
+        embeds = named.get("inputs_embeds")
+        if embeds is None:
+            embeds = backbone_embeddings(host.base)(named.pop("input_ids"))
+        placed = virtual_order(mask, count)
+        named["inputs_embeds"] = place_virtual(host.virtual_rows(plan, embeds.shape[0]), embeds, placed)
+        mask = with_virtual(mask, placed, count)
+        order = placed if order is None else chained(order, placed, count.most)
+    if facts.encoder_room is not None:
+        raise_beyond(host, facts, plan, len(mask), facts.encoder_room, mask.shape[1])
+    layout = Placed(order=order, memory=memory, positions=positions_from_mask(mask))
+    return named | {"attention_mask": mask}, layout
+
+
+def encoder_in_given_order(output: Any, order: Tensor) -> Any:
+    """An encoder's output: virtual tokens first, then the tokens as they were given."""
+    named = output if hasattr(output, "keys") else None
+    values = [named[k] for k in named] if named is not None else output
+    made = [_restored(value, order) for value in values]
+    if named is None:
+        return tuple(made)
+    for key, value in zip(list(named), made, strict=True):
+        named[key] = value
+    return named
+
+
+def _restored(value: Any, order: Tensor) -> Any:
+    """States [B, P + T, H] or attention weights of the encoder (a tuple of them, one a layer) in the given order."""
+    if isinstance(value, tuple):
+        return tuple(_restored(v, order) for v in value)
+    if not isinstance(value, Tensor):
+        return value
+    return restore_attention(value, order, order) if value.dim() == 4 else restore_order(value, order)

@@ -1,0 +1,303 @@
+"""Serving: rows of many adapters go through the base token by token, over keys and values that somebody else keeps.
+
+Shapes: N new tokens of all rows, R rows, H hidden size, V vocabulary; K prefix entries and P virtual tokens of a front.
+
+    rows     a: x0 x1 x2 (prefill)   b: y7 (decode)   c: z4 (decode)
+    step     [1, N]  x0 x1 x2 y7 z4   routes by token, explicit positions, attention row by row over the cache
+    logits   [R, V]  of x2, y7, z4
+
+What stands in front of a row (virtual tokens, a prefix) is causal and comes first, so its keys and values are constants of
+the adapter: `admit` computes them once, a row starts behind them, and decoding knows nothing of them. Nothing is tried out
+or switched at a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..architectures import is_encoder_decoder, model_dims
+from ..architectures.fast import alibi_slopes, attention_configs, packed_attention
+from ..errors import UnsupportedError
+from ..kernels import HeadForm
+from ..routing import Attention, Group, Plan, Routes, Scope, running
+from .facts import decoder_config
+from .refusals import check_room
+from .run import run
+from .state import Call, Memory, Pass, Probe, Run, Step
+from .trial import Trial, kind_of
+
+if TYPE_CHECKING:
+    from ..adapters import AdapterSet
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is new of a row.
+
+    Args:
+        group: the adapters that it goes through; () for the base.
+        tokens: ids [n], at least one.
+        start: places before them, its front included.
+    """
+
+    group: Group
+    tokens: Tensor
+    start: int
+
+
+@dataclass(frozen=True)
+class FrontMemory:
+    """What stands in front of every row of a composition: per layer keys and values [kv_heads, K + P, head_dim] (none where
+    nothing does), and how many places it takes."""
+
+    memory: Memory
+    length: int
+
+
+class Served:
+    """A base and its adapters, as a server runs them. In evaluation mode; adapters whose values change are admitted anew."""
+
+    def __init__(self, host: AdapterSet) -> None:
+        self.host = host
+        base = host.base
+        self.configs = attention_configs(base)
+        self.slopes = alibi_slopes(base)
+        self.windows = None if is_encoder_decoder(base) else layer_windows(base)
+        self.form: HeadForm | None = None
+        self.tried: set[str] = set()
+
+    def admit(self, group: Group) -> FrontMemory:
+        """Make a composition ready for steps: tried out (once a kind), and its front computed.
+
+        Raises:
+            UnsupportedError: on this base steps do not give what passes give.
+            AdapterError: an unknown name.
+        """
+        self.host._known(*group)
+        self.refuse()
+        kind = kind_of(self.host, group)
+        if kind not in self.tried:
+            self.form = Steps(self, group).run()
+            self.tried.add(kind)
+        return self.front(group)
+
+    @torch.no_grad()
+    def step(self, rows: Sequence[Row], attention: Attention) -> Tensor:
+        """Logits [R, V] behind each row's new tokens, all of which go through the base at once.
+
+        Args:
+            attention: attends row by row, in their order: to what it keeps of the row, and to the new tokens up to each.
+        """
+        if self.host.base.training:
+            raise UnsupportedError("Serving is for evaluation mode: call eval() first.")
+        if self.form is None:
+            raise UnsupportedError("Nothing has been admitted to this server: call admit(group) for each composition first.")
+        tokens = torch.cat([row.tokens for row in rows])
+        counts = torch.tensor([len(row.tokens) for row in rows])
+        places = torch.cat([torch.arange(row.start, row.start + len(row.tokens)) for row in rows])
+        groups = [row.group for row in rows]
+        if len(set(groups)) == 1:
+            plan = Plan(self.host.switch, groups[0])
+        else:
+            adapters = tuple(dict.fromkeys(name for group in groups for name in group))
+            plan = Plan(self.host.switch, adapters, Routes.by_row(groups))
+        now = self.forward(plan, {"input_ids": tokens[None]}, counts, places, attention)
+        assert now.hidden is not None
+        with running(plan):
+            return self.form.apply(self.host.entry.head(now.layout.restore(now.hidden)[:, None]))[:, 0]
+
+    def forward(self, plan: Plan, inputs: dict, counts: Tensor, places: Tensor, attention: Attention) -> Pass:
+        """One pass of the base over rows side by side; counts [R] are their new tokens, places [N] where these stand."""
+        facts, device = self.host.entry.facts, self.host.adapter_device
+        routes = None if plan.routes is None else plan.routes.over(plan.routes.of.repeat_interleave(counts))
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        if facts.takes_positions:
+            inputs["position_ids"] = (places + facts.offset)[None].to(device)
+        options: dict[str, Any] = {"use_cache": False} if facts.takes("use_cache") else {}
+        call = Call(batch=1)
+        check_room(self.host, facts, plan, call, inputs)
+        step = Step((counts.cumsum(0) - 1).to(device))
+        passing = Run(laid=Pass(Scope(plan, routes, attention), call, step))
+        with running(plan), passing.going():
+            self.host.base_model(**inputs, **options)
+        assert passing.ended is not None
+        return passing.ended
+
+    @torch.no_grad()
+    def front(self, group: Group) -> FrontMemory:
+        """Keys and values of a composition's whole front: the prefix as it is, the virtual tokens behind it."""
+        prefix, virtual = self.host.memory(group), self.host.virtual_tokens(group)
+        start = 0 if prefix is None else prefix[0][0].shape[1]
+        cache = PlainCache(self)
+        cache.join(0, FrontMemory(prefix or [], start))
+        if virtual is not None:
+            places = torch.arange(start, start + len(virtual))
+            embeds = virtual.to(self.host._compute_dtype())[None]
+            self.forward(
+                Plan(self.host.switch, group), {"inputs_embeds": embeds}, torch.tensor([len(virtual)]), places,
+                cache.over([(0, len(virtual))]),
+            )  # fmt: skip
+        return FrontMemory(cache.kept[0], start + (0 if virtual is None else len(virtual)))
+
+    def refuse(self) -> None:
+        """UnsupportedError for a base whose rows depend on more than their own tokens and places."""
+        base, facts = self.host.base, self.host.entry.facts
+        if self.host.entry.stale():
+            self.host._connect()
+        why = None
+        if facts.encoder_decoder or self.host.entry.head is None or not getattr(base, "can_generate", lambda: False)():
+            why = "is no decoder-only language model"
+        elif any(_rope_kinds(c) & {"dynamic", "longrope"} for c in self.configs):
+            why = "turns positions by the length of the longest row"
+        elif self.windows is None:
+            why = "attends in chunks"
+        if why:
+            raise UnsupportedError(f"{type(base).__name__} {why}; serve it through generate, in batches.")
+
+
+def _rope_kinds(config: Any) -> set[str]:
+    """The kinds of rotary positions of a configuration, perhaps several by the kind of layer."""
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    parts = [found, *(v for v in found.values() if isinstance(v, dict))]
+    return {str(part.get("rope_type", part.get("type"))) for part in parts}
+
+
+def layer_windows(base: Any) -> list[int | None] | None:
+    """How many places back each layer sees, itself included; None for all. None instead of the list for other patterns."""
+    config = decoder_config(base)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * model_dims(base).layers
+    if not set(kinds) <= {"sliding_attention", "full_attention"}:
+        return None
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+# -- the reference of an engine's cache ------------------------------------------------------------------------------------
+class PlainCache:
+    """Keys and values of each row in plain tensors. An engine's cache does the same in blocks, with kernels of its own."""
+
+    def __init__(self, served: Served) -> None:
+        self.served = served
+        self.kept: dict[Any, Memory] = {}  # by row, per layer [kv_heads, places, head_dim]
+
+    def join(self, row: Any, front: FrontMemory) -> None:
+        """A row begins, behind its front."""
+        self.kept[row] = list(front.memory)
+
+    def leave(self, row: Any) -> None:
+        """A row is done."""
+        del self.kept[row]
+
+    def over(self, rows: list[tuple[Any, int]]) -> PlainAttention:
+        """The attention of a step: its rows in their order, and how many new tokens each has."""
+        return PlainAttention(self, rows)
+
+    def extend(self, row: Any, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of a row in a layer, the new ones [kv_heads, n, head_dim] behind those before."""
+        kept = self.kept[row]
+        if layer < len(kept):
+            keys, values = (torch.cat((old, new), dim=1) for old, new in zip(kept[layer], (keys, values), strict=True))
+            kept[layer] = keys, values
+        else:
+            kept.append((keys, values))
+        return keys, values
+
+
+@dataclass(frozen=True, eq=False)
+class PlainAttention:
+    """Attention of one step over a `PlainCache`, row by row."""
+
+    cache: PlainCache
+    rows: list[tuple[Any, int]]
+
+    def installed(self) -> AbstractContextManager:
+        return packed_attention(self.cache.served.configs)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, p: float = 0.0) -> Tensor:
+        """q [H, N, D], k and v [G, N, D] -> [N, H, D]."""
+        made, start = [], 0
+        for row, count in self.rows:
+            own = slice(start, start + count)
+            keys, values = self.cache.extend(row, layer, k[:, own], v[:, own])
+            made.append(self.one(q[:, own], keys, values, layer, scale))
+            start += count
+        return torch.cat(made, dim=1).transpose(0, 1)
+
+    def one(self, q: Tensor, keys: Tensor, values: Tensor, layer: int, scale: float) -> Tensor:
+        """q [H, n, D] of a row's last places over all of its keys and values [G, M, D] -> [H, n, D]."""
+        served, (heads, count, _), length = self.cache.served, q.shape, keys.shape[1]
+        keys, values = (t.repeat_interleave(heads // t.shape[0], dim=0) for t in (keys, values))
+        scores = q @ keys.transpose(1, 2) * scale
+        places = torch.arange(length, device=q.device)
+        back = places[length - count :, None] - places  # [n, M]: how far back a key lies
+        if served.slopes is not None:
+            scores = scores + (served.slopes.to(q.device)[:, None, None] * places).to(scores.dtype)
+        window = served.windows[layer] if served.windows else None
+        hidden = back < 0 if window is None else (back < 0) | (back >= window)
+        return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values
+
+
+# -- the trial -----------------------------------------------------------------------------------------------------------
+class Steps(Trial):
+    """A row of a composition beside one of the base, in two steps, against each alone in one pass."""
+
+    LENGTHS = (5, 3)
+
+    def __init__(self, served: Served, group: Group) -> None:
+        super().__init__(served.host)
+        self.served, self.groups = served, [group, ()]
+        self.tokens = [self.ids(n).to(self.host.adapter_device) for n in self.LENGTHS]
+
+    def run(self) -> HeadForm:
+        """What the model does to its head's output. UnsupportedError where steps give something else."""
+        name = type(self.host.base).__name__
+        advice = "Serve it through generate, in batches."
+        with self.quiet(), torch.no_grad(), self.disturbed(self.groups):
+            wanted, form = self.alone()
+            if form is None:
+                raise UnsupportedError(f"{name} makes its logits in an unknown way. {advice}")
+            before, self.served.form = self.served.form, form
+            try:
+                found = self.steps()
+            except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+                raise UnsupportedError(f"{name} could not be tried out step by step ({error}). {advice}") from error
+            finally:
+                self.served.form = before
+        off, most = (found - wanted).abs().max(), wanted.abs().max()
+        if not bool(off <= (1e-4 if self.precise else 0.1) * most + 1e-6):
+            raise UnsupportedError(
+                f"{name}: steps give other values than whole passes (by {float(off):.1e} of {float(most):.1e}). {advice}"
+            )
+        return form
+
+    def alone(self) -> tuple[Tensor, HeadForm | None]:
+        """Logits [2, R, V] of the last two tokens of each row, and how the model made them."""
+        made, form = [], None
+        for group, ids in zip(self.groups, self.tokens, strict=True):
+            inputs = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], "return_dict": True}
+            now, output = run(self.host, Plan(self.host.switch, group), inputs, probe=Probe(None))
+            assert now.raw is not None
+            softcap = getattr(decoder_config(self.host.base), "final_logit_softcapping", None)
+            form = HeadForm.recognise(now.raw, output.logits, softcap)
+            made.append(output.logits[0, -2:].float())
+        return torch.stack(made, dim=1), form
+
+    def steps(self) -> Tensor:
+        """The same step by step."""
+        cache, starts = PlainCache(self.served), []
+        for row, group in enumerate(self.groups):
+            front = self.served.front(group)
+            cache.join(row, front)
+            starts.append(front.length)
+        made = []
+        for part in (slice(0, -1), slice(-1, None)):
+            rows = [Row(g, ids[part], s) for g, ids, s in zip(self.groups, self.tokens, starts, strict=True)]
+            made.append(self.served.step(rows, cache.over([(i, len(row.tokens)) for i, row in enumerate(rows)])).float())
+            starts = [row.start + len(row.tokens) for row in rows]
+        return torch.stack(made)

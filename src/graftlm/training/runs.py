@@ -1,0 +1,194 @@
+"""One run of a recipe, from its base and data to the adapter's directory; `recipes` says what that holds."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
+
+from .. import processes
+from ..architectures import model_dims
+from ..architectures.prepacked import prepacked_if_free
+from ..data import PackedRows
+from ..errors import RecipeError
+from ..model import PeftModel
+from ..preparation import prepare_model_for_kbit_training
+from ..quantization import SCHEMES, is_quantized, scheme_of
+from ..routing import Plan, Switch, running
+from . import advice
+from .arguments import training_arguments
+from .bases import resolve_base
+from .compiling import CompiledLayers
+from .evaluation import Evaluation, is_encoder_decoder
+from .measuring import measure
+from .output import RECIPE_NAME, open_output, write_recipe
+from .progress import RichProgress
+from .results import RunResult, finish
+from .resume import last_complete_checkpoint
+from .schema import Recipe
+from .setup import RunData, attach, load_data_of
+from .surroundings import join_processes, log, only_the_first_speaks, threads
+from .trainer import Trainer
+
+Search = Callable[[Recipe, Any, Any, RunData, Callable[[str], None]], Recipe]
+
+
+def run(
+    recipe: Recipe,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    quiet: bool = False,
+    baseline: Evaluation | None = None,
+    member: Any = None,
+    data: RunData | None = None,
+    also: Callable[[Any, Any], dict[str, Any]] | None = None,
+    search: Search | None = None,
+) -> RunResult:
+    """As `recipes.run`, with a `search` for the learning rate of a recipe that leaves it to one."""
+    if (model is None) != (tokenizer is None):
+        raise RecipeError("run(model=…, tokenizer=…): give both, or neither")
+    if model is not None:
+        recipe = over(model, recipe)
+    join_processes()
+    output = open_output(recipe) if processes.is_first() else Path(recipe.output_dir)
+    processes.wait()
+    quiet = quiet or not processes.is_first()
+    with threads(recipe.training.threads), only_the_first_speaks():
+        set_seed(recipe.training.seed)
+        if model is None:
+            model, tokenizer = resolve_base(
+                recipe.base, task=recipe.task, dtype=recipe.dtype, quantization=recipe.quantization
+            )
+        made_ready(model, bool(recipe.training.gradient_checkpointing), quiet)
+        size = model.get_memory_footprint() if member is None else member.base_bytes  # without other runs' adapters
+        form = {"quantization": scheme_of(model), "base_bytes": size}
+        data = data or load_data_of(recipe, tokenizer, is_encoder_decoder(model))
+        with running(Plan(Switch(), ())):  # the base may carry the adapters of other runs
+            before = baseline if baseline is not None else measure(recipe, model, tokenizer, data)
+        recipe = recipe.filled(model_dims(model).hidden, len(data.train_rows))
+        if recipe.training.learning_rate == "search" and recipe.resume:
+            recipe = with_earlier_rate(recipe, output)
+        if recipe.training.learning_rate == "search" and search is not None:
+            recipe = search(recipe, model, tokenizer, data, log.info if quiet else print)
+        set_seed(recipe.training.seed)
+        wrapped, recipe = attach(recipe, model, tokenizer, data)
+        if processes.is_first():
+            write_recipe(recipe, output)
+        try:
+            trainer = make_trainer(recipe, wrapped, tokenizer, data, callbacks, quiet)
+            form |= fit(trainer, wrapped, recipe, output, member)
+            after = measure(recipe, wrapped, tokenizer, data)
+            form |= also(wrapped, tokenizer) if also is not None else {}
+            form["note"] = advice.note(recipe, data, before, after, trainer.state.log_history)
+            return finish(trainer, wrapped, output, before, after, form)
+        finally:
+            if recipe.training.gradient_checkpointing and member is None:
+                getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+            wrapped.unload()
+
+
+def with_earlier_rate(recipe: Recipe, output: Path) -> Recipe:
+    """The recipe with the learning rate that a run to be resumed has found; as it is where that run has no checkpoint."""
+    file = output / RECIPE_NAME
+    if not file.is_file() or last_complete_checkpoint(output, []) is None:
+        return recipe
+    rate = Recipe.from_yaml(file).training.learning_rate
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"learning_rate": rate})})
+
+
+def over(model: Any, recipe: Recipe) -> Recipe:
+    """The recipe with the quantisation of a base that is given loaded. RecipeError: it asks for another one."""
+    have = scheme_of(model)
+    if recipe.quantization not in (None, have):
+        raise RecipeError(
+            f"quantization: {recipe.quantization}, but the base that was given is {have or 'not quantised'}; load it by "
+            f"resolve_base(…, quantization={recipe.quantization!r}), or leave quantization out"
+        )
+    return recipe.model_copy(update={"quantization": have}) if have in SCHEMES else recipe
+
+
+def made_ready(model: Any, checkpointing: bool, quiet: bool) -> None:
+    """Prepare a quantised base for training; once more changes nothing."""
+    if is_quantized(model):
+        with redirect_stdout(io.StringIO()) if quiet else nullcontext():
+            prepare_model_for_kbit_training(model, checkpointing)
+
+
+def make_trainer(
+    recipe: Recipe, model: PeftModel, tokenizer: Any, data: RunData, callbacks: Sequence[TrainerCallback], quiet: bool
+) -> Trainer:
+    """The trainer of a run."""
+    trainer = Trainer(
+        model,
+        training_arguments(recipe, data.held_out_rows is not None, model._float_dtype()),
+        data_collator=data.collator,
+        train_dataset=packed(recipe, model, data) if recipe.training.packing else data.train_rows,
+        eval_dataset=data.held_out_rows,
+        callbacks=list(callbacks),
+    )
+    if recipe.training.early_stopping and data.held_out_rows is not None:
+        trainer.add_callback(EarlyStoppingCallback(recipe.training.early_stopping))
+    if recipe.training.torch_compile:
+        trainer.add_callback(CompiledLayers(trainer))
+    if quiet:
+        trainer.remove_callback(RichProgress)
+    return trainer
+
+
+def packed(recipe: Recipe, model: PeftModel, data: RunData) -> PackedRows:
+    """The training rows in steps of a token budget. RecipeError where the base cannot take them."""
+    if is_encoder_decoder(model):
+        raise RecipeError("training.packing is for decoder-only models; leave it out for encoder-decoder ones")
+    if not model.can_pack():
+        raise RecipeError(
+            f"training.packing: {type(model.base).__name__} gives other results for packed rows here (its attention cannot "
+            "keep sequences apart, or this is a GPU); leave packing out, its batches are then padded"
+        )
+    return PackedRows(data.train_rows, recipe.training.tokens, recipe.training.seed)
+
+
+def fit(trainer: Trainer, model: PeftModel, recipe: Recipe, output: Path, member: Any) -> dict[str, Any]:
+    """Train and save the adapter; a member's own part of the time and of the memory."""
+    if member is not None:
+        trainer.member, member.trainer = member, trainer
+    start = None if member is None else member.spent()
+    with kept_twice(model, recipe):
+        trainer.train(start_of(recipe, output))
+        trainer.save_adapter(output)
+        processes.wait()
+    return {} if member is None else {"seconds": member.spent() - start, "peak_memory_bytes": member.peak_memory}
+
+
+def start_of(recipe: Recipe, output: Path) -> str | None:
+    """The last complete checkpoint where the recipe resumes; None to start at the beginning."""
+    if not recipe.resume:
+        return None
+    notes: list[str] = []
+    checkpoint = last_complete_checkpoint(output, notes)
+    for note in notes:
+        log.warning(note)
+    if checkpoint is None:
+        log.warning("There is no complete checkpoint in %s; training starts from the beginning.", output)
+    return str(checkpoint) if checkpoint else None
+
+
+@contextmanager
+def kept_twice(model: PeftModel, recipe: Recipe) -> Iterator[None]:
+    """Within the block, `training.prepacked`: the base's weights as this processor multiplies by them fastest, where that
+    takes less than half of the free memory."""
+    if not recipe.training.prepacked:
+        yield
+        return
+    with prepacked_if_free(model, copies=2) as size:
+        if not size:
+            log.warning(
+                "training.prepacked is left out: it is for a frozen base in fp32 or bf16, on a CPU that oneDNN serves, with "
+                "free memory of four times its weights"
+            )
+        yield
