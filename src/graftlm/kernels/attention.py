@@ -15,7 +15,7 @@ one length together, long ones through `scaled_dot_product_attention`, which kee
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
