@@ -33,11 +33,10 @@ from .architectures import token_embeddings
 from .card import write_card
 from .errors import AdapterError, CheckpointError
 from .files import HEADER_KEY, PICKLE_NAME, WEIGHTS_NAME, find_file, header_of, hub_options
+from .layers import as_it_was, frozen_of, saved_modules
 from .methods import PeftConfig
 from .methods.base import clean_path
 from .methods.fields import refuse_switched_on
-from .methods.folds import as_it_was, fold_of
-from .methods.modules_to_save import saved_modules
 
 if TYPE_CHECKING:
     from .model import PeftModel
@@ -258,7 +257,8 @@ NEUTRAL = frozenset(
 def check_same(config: PeftConfig, source: str | os.PathLike, name: str, hub: dict[str, Any]) -> None:
     """AdapterError where a directory's adapter computes otherwise than the one attached under its name."""
     stored, own = PeftConfig.from_pretrained(source, **hub).to_dict(), config.to_dict()
-    different = [k for k in own if k not in NEUTRAL and own[k] != stored.get(k)]
+    neutral = NEUTRAL | config.neutral_fields
+    different = [k for k in own if k not in neutral and own[k] != stored.get(k)]
     if different:
         listed = ", ".join(f"{k}={stored.get(k)!r} (attached: {own[k]!r})" for k in different)
         raise AdapterError(f"{source} does not fit the attached adapter {name!r}: {listed}. Load it under another name.")
@@ -380,7 +380,7 @@ def base_tensors(host: PeftModel, tensors: dict[str, Tensor]) -> dict[str, Tenso
             module = host.base.get_submodule(module_path)
         except AttributeError:
             continue
-        module = as_it_was(getattr(module, "frozen", module))
+        module = as_it_was(getattr(getattr(module, "frozen", None), "layer", module))
         own = getattr(module, part, None)
         if module_path.rpartition(".")[2] not in EMBEDDINGS or not isinstance(own, Tensor) or own.dim() != 2:
             continue
@@ -423,8 +423,8 @@ def restore_embeddings(host: PeftModel, tensors: dict[str, Tensor], where: str) 
         if rows.any():
             with torch.no_grad():
                 weight[rows] = value.to(weight.device, weight.dtype)[rows]
-            if (fold := fold_of(layer)) is not None:
-                fold.trained = True  # the merged weight has the old rows
+            if (frozen := frozen_of(layer)) is not None:
+                frozen.stale()  # the merged weight has the old rows
             print(f"{where}: {int(rows.sum())} rows of {module_path} (new tokens) were taken from the adapter's file.")
 
 

@@ -21,9 +21,9 @@ from .architectures.fast import speed_up
 from .bundled import known_as
 from .entry import Entry
 from .errors import AdapterError, nearest
+from .layers import ModulesToSaveWrapper, find_modules, saved_modules
 from .methods import Method, PeftConfig, method_for
 from .methods.base import TASK_HEADS, clean_path, replace_module
-from .methods.modules_to_save import ModulesToSaveWrapper, find_modules, saved_modules
 from .preparation import freeze_base
 from .quantization import quantized_kind, settle
 from .routing import BASE_NAME, Front, Group, Plan, Routes, Switch, active_routes, planned_adapters, running

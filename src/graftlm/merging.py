@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .architectures import base_modules, held_parameters, replace_module
 from .errors import AdapterError, UnsupportedError
-from .methods.base import replace_module
+from .layers import Adapted, ModulesToSaveWrapper, adapted_layers, saved_modules
 from .methods.lora import LoraConfig
 from .methods.lora_combine import check_layer, check_options, combine, new_rank
-from .methods.lora_layers import LoraLayer
-from .methods.modules_to_save import ModulesToSaveWrapper, saved_modules
 from .quantization import DequantizedConv1D, DequantizedLinear, holds_quantized, in_source_form, quantized_kind
 from .routing import Plan, running
 
@@ -30,9 +29,58 @@ def merge_and_unload(host: PeftModel, safe: bool, names: list[str] | None, requa
     host._known(*names)
     host._check_mergeable(names)
     host.unmerge_adapter()
-    untie(host, names)
-    host._merge(names, safe=safe, keep=False, requantize=requantize)
-    for path, module in list(host.base.named_modules()):
+    with others_lifted(host):
+        untie(host, names)
+        host._merge(names, safe=safe, keep=False, requantize=requantize)
+        put_saved(host, names)
+        for path, layer in list(adapted_layers(host.base, host.switch)):
+            inner = in_source_form(layer.leave_place())
+            if not isinstance(inner, Adapted):
+                layer.frozen.layer = inner
+            replace_module(host.base, path, inner)
+        describe_quantization(host.base, host._float_dtype())
+    for part in (host.prompt_encoder, host.bottleneck, host.adapter_biases):
+        part.clear()
+    host.methods.clear()
+    host.switch.active = ()
+    host._forget()
+    return host.base
+
+
+def merge(host: PeftModel, names: list[str], *, safe: bool, keep: bool, requantize: bool) -> None:
+    """Fold the named adapters into the layers that they change; without `keep` there is no way back.
+
+    Raises:
+        ValueError: with `safe`, a weight would be NaN or infinite; nothing is changed.
+    """
+    layers = [layer for _, layer in adapted_layers(host.base, host.switch)]
+    if safe and not all(layer.finite(names) for layer in layers):
+        raise ValueError(f"Merging {', '.join(names)} gives NaN or infinite weights; nothing was changed.")
+    if not keep:
+        merge_biases(host, names)
+    for layer in layers:
+        layer.merge(names, requantize=requantize)
+        if not keep:
+            layer.frozen.forget()
+
+
+@contextmanager
+def others_lifted(host: PeftModel) -> Iterator[None]:
+    """Within the block no other wrapper's adapters are in the base's weights."""
+    adapted = (m for _, m in base_modules(host.base) if isinstance(m, Adapted) and m.switch is not host.switch)
+    merged = [(layer, layer.merged_adapters) for layer in adapted if layer.merged]
+    for layer, _ in merged:
+        layer.unmerge()
+    try:
+        yield
+    finally:
+        for layer, names in merged:
+            layer.merge(names, requantize=layer.frozen.requantize)
+
+
+def put_saved(host: PeftModel, names: list[str]) -> None:
+    """The copies of modules that adapters have trained in full take the modules' places."""
+    for path, module in list(base_modules(host.base)):
         if isinstance(module, ModulesToSaveWrapper) and module.switch is host.switch:
             kept = [n for n in names if n in module.modules_to_save]
             if len(kept) > 1:
@@ -42,26 +90,15 @@ def merge_and_unload(host: PeftModel, safe: bool, names: list[str] | None, requa
             dtypes = (p.dtype for p in module.original_module.parameters())
             dtype = host._float_dtype() if quantised else next(dtypes, None)
             replace_module(host.base, path, merged.to(dtype) if kept and dtype is not None else merged)
-    merge_biases(host, names)
-    for path, module in list(host.base.named_modules()):
-        if isinstance(module, LoraLayer) and module.switch is host.switch:
-            replace_module(host.base, path, in_source_form(module.base_layer))
-    describe_quantization(host.base, host._float_dtype())
-    for part in (host.prompt_encoder, host.bottleneck, host.adapter_biases):
-        part.clear()
-    host.methods.clear()
-    host.switch.active = ()
-    host._forget()
-    return host.base
 
 
 @contextmanager
 def drift_printed(host: PeftModel, names: list[str], requantize: bool) -> Iterator[None]:
     """Around a merge: prints by how much the logits of a fixed probe move, where quantised layers are changed."""
     kinds = Counter(
-        quantized_kind(m.frozen)
-        for m in host.base.modules()
-        if isinstance(m, LoraLayer) and m.switch is host.switch and any(n in m.scaling for n in names)
+        quantized_kind(layer.frozen.layer)
+        for _, layer in adapted_layers(host.base, host.switch)
+        if any(n in layer.changes for n in names)
     )
     kinds.pop(None, None)
     names = list(dict.fromkeys([n for layer in host._merged_layers() for n in layer.merged_adapters] + names))
@@ -132,13 +169,8 @@ def untie(host: PeftModel, names: list[str]) -> None:
     """Give every module of a tied group its own weight when merging changes some of them."""
     base = host.base
     groups: dict[int, list[nn.Module]] = {}
-    for path, module in base.named_modules(remove_duplicate=False):
-        is_plain = (
-            not isinstance(module, (LoraLayer, ModulesToSaveWrapper))
-            and ".modules_to_save." not in path
-            and ".lora_" not in path
-        )
-        if is_plain and "weight" in module._parameters and module._parameters["weight"] is not None:
+    for _, module in base_modules(base):
+        if module._parameters.get("weight") is not None:
             groups.setdefault(id(module._parameters["weight"]), []).append(module)
     changed = {id(frozen(m)) for m in base.modules() if changes(host, m, names)}
     for modules in groups.values():
@@ -152,7 +184,7 @@ def untie(host: PeftModel, names: list[str]) -> None:
 def frozen(module: Any) -> Any:
     """The base's module inside adapter modules."""
     while True:
-        if isinstance(module, LoraLayer):
+        if isinstance(module, Adapted):
             module = module.base_layer
         elif isinstance(module, ModulesToSaveWrapper):
             module = module.original_module
@@ -162,8 +194,8 @@ def frozen(module: Any) -> Any:
 
 def changes(host: PeftModel, module: nn.Module, names: list[str]) -> bool:
     """Whether merging `names` changes this module's weight."""
-    if isinstance(module, LoraLayer):
-        return any(n in module.scaling for n in names)
+    if isinstance(module, Adapted):
+        return any(n in module.changes for n in names)
     return isinstance(module, ModulesToSaveWrapper) and any(n in module.modules_to_save for n in names)
 
 
@@ -210,7 +242,7 @@ def add_weighted_adapter(
     kind = "linear" if len(adapters) == 1 else combination_type
     options: dict[str, Any] = {"svd_clamp": svd_clamp, "density": density, "majority_sign_method": majority_sign_method}
     check_options(kind, weights, svd_rank=svd_rank, **options)
-    layers: dict[str, LoraLayer] = {p: m for n in adapters for p, m in host.methods[n].layers(host)}  # type: ignore[attr-defined]
+    layers: dict[str, Adapted] = {p: m for n in adapters for p, m in host.methods[n].layers(host)}  # type: ignore[attr-defined]
     for path, layer in layers.items():
         check_layer(path, layer, adapters, kind)
     rank = new_rank(kind, list(layers.values()), adapters, svd_rank)
@@ -265,14 +297,14 @@ def uniform(values: list[bool]) -> bool | str:
 
 def layer_status(host: PeftModel) -> list[LayerStatus]:
     """One entry for each LoRA layer, each trained module, and each soft prompt or set of bottleneck adapters."""
-    places: dict[str, tuple[nn.Module | None, dict[str, list[nn.Parameter]]]] = {}
+    holders = {id(p): f"model.{path}" for path, module in base_modules(host.base) for p in held_parameters(module)}
+    places: dict[str, dict[str, list[nn.Parameter]]] = {}
     for name in host.methods:
         for key, parameter in host.adapter_parameters(name):
-            match = key.removeprefix("base_model.").partition(".lora_")[0].partition(".modules_to_save.")[0]
-            place = match if key.startswith("base_model.") else key.split(".")[0]
-            places.setdefault(place, (None, {}))[1].setdefault(name, []).append(parameter)
+            place = holders.get(id(parameter)) or key.split(".")[0]
+            places.setdefault(place, {}).setdefault(name, []).append(parameter)
     result = []
-    for place, (_, found) in places.items():
+    for place, found in places.items():
         module = host.base_model.get_submodule(place) if place.startswith("model.") else host.get_submodule(place)
         result.append(
             LayerStatus(

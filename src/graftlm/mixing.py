@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .architectures import base_modules, is_encoder_decoder, token_embeddings
 from .errors import AdapterError, CompositionError, GraftError, UnsupportedError
-from .methods.modules_to_save import ModulesToSaveWrapper
+from .layers import ModulesToSaveWrapper
 from .quantization import holds_quantized, quantized_layers
 from .routing import BASE_NAME, Group, Plan, Routes, running
 

@@ -22,7 +22,6 @@ from .entry import batch_size
 from .errors import AdapterError, ConfigError, UnsupportedError
 from .host import _HOSTS, Host
 from .methods import PeftConfig
-from .methods.folds import fold_of
 from .mixing import AdapterNames, mixed_plan
 from .quantization import settle
 from .routing import Plan, keep_plan, running
@@ -320,7 +319,7 @@ class PeftModel(Host):
 
         Raises:
             UnsupportedError: a method without merge (soft prompts, bottleneck adapters).
-            AdapterError: some of the names are not active and other adapters are; another wrapper's are merged.
+            AdapterError: some of the names are not active and other adapters are.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names or self.switch.active)
         self._known(*names)
@@ -330,16 +329,19 @@ class PeftModel(Host):
                 f"merge_adapter({names}) while {', '.join(active)} is active: merged or not, the active adapters are those "
                 f"that act. Call set_adapter({names}) first (or name all that are to act)."
             )
-        self._merge(names, safe=safe_merge, keep=True, requantize=requantize)
         self.switch.active = active if set(names) <= set(active) else tuple(dict.fromkeys(names))
+        try:
+            self._merge(names, safe=safe_merge, keep=True, requantize=requantize)
+        except Exception:
+            self.switch.active = active
+            raise
 
     def _merge(self, names: list[str], *, safe: bool, keep: bool, requantize: bool) -> None:
-        from .merging import drift_printed
+        from .merging import drift_printed, merge
 
         self._check_mergeable(names)
         with drift_printed(self, names, requantize):
-            for method in {type(self.methods[n]): self.methods[n] for n in names}.values():
-                method.merge(self, names, safe=safe, keep=keep, requantize=requantize)  # type: ignore[attr-defined]
+            merge(self, names, safe=safe, keep=keep, requantize=requantize)
             self._follow()
 
     def _check_mergeable(self, names: list[str]) -> None:
@@ -350,11 +352,6 @@ class PeftModel(Host):
                     f"Adapter {name!r} is {getattr(kind, 'value', kind)}: it is no change of weights, so it cannot be "
                     "merged. Keep it attached."
                 )
-        folds = (fold_of(module) for _, module in base_modules(self.base))
-        if any(fold.switch is not self.switch for fold in folds if fold is not None):
-            raise AdapterError(
-                "Adapters of another wrapper over this base are merged into it. Call unmerge_adapter() of that one first."
-            )
 
     def unmerge_adapter(self) -> None:
         """Undo `merge_adapter`; the base weights come back bit for bit."""

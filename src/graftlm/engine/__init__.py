@@ -32,7 +32,7 @@ from ..kernels import HeadForm, Segments, keep_freed_memory, token_losses, varle
 from ..kernels.attention import Piece
 from ..kernels.linear import even_rows
 from ..kernels.loss import chunked_losses
-from ..methods.folds import as_it_was
+from ..layers import as_it_was
 from ..quantization import quantized_kind
 from ..routing import Group, Plan, Routes, current_plan, restore_order, running
 from .check import Check, Form, log

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..architectures import base_modules
+from ..architectures import base_modules, clean_path, replace_module
 from ..errors import CompositionError, TargetError, UnsupportedError, nearest
 from ..quantization import dequantize, dequantized, in_source_form, quantized_kind
 from ..routing import Plan, Switch, active_adapters, active_routes, running
-from .base import clean_path, replace_module
-from .folds import as_it_was
+from .frozen import as_it_was
 
 
 class ModulesToSaveWrapper(nn.Module):
