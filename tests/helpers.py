@@ -22,6 +22,8 @@ EMBEDDINGS = {
 }  # fmt: skip
 HEADS = {"bert": "classifier", "roberta": "classifier", "chatglm": "output_layer"}
 TARGETS = {"glm": ["q_proj", "v_proj"], "glm4": ["q_proj", "v_proj"], "phi3": ["qkv_proj"]}  # not in HF PEFT's table
+IA3 = {n: {"target_modules": [*names, "down_proj"], "feedforward_modules": ["down_proj"]} for n, names in TARGETS.items()}
+IA3["chatglm"] = {"target_modules": ["query_key_value", "dense_4h_to_h"], "feedforward_modules": ["dense_4h_to_h"]}
 
 
 @functools.cache
@@ -81,6 +83,8 @@ CONFIGS: dict[str, Any] = {
     "modules_to_save": lambda lib, n: _lora(lib, n, modules_to_save=[head_name(n)]),
     "embedding": lambda lib, n: _lora(lib, n, target_modules=[embedding_name(n)]),
     "gaussian": lambda lib, n: _lora(lib, n, init_lora_weights="gaussian"),
+    "ia3": lambda lib, n: lib.IA3Config(task_type=task(n), **IA3.get(n, {})),
+    "loha": lambda lib, n: lib.LoHaConfig(task_type=task(n), r=4, alpha=8, target_modules="all-linear"),
     "prompt": lambda lib, n: lib.PromptTuningConfig(task_type=task(n), num_virtual_tokens=3),
     "p_tuning_mlp": lambda lib, n: lib.PromptEncoderConfig(task_type=task(n), num_virtual_tokens=3, encoder_hidden_size=12),
     "p_tuning_lstm": lambda lib, n: lib.PromptEncoderConfig(

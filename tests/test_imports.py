@@ -34,13 +34,15 @@ FLOORS: list[set[str]] = [
 ]
 APART = [("training", "inference"), ("inference", "training")]
 # What a method's file may take from another: shared modules, not other methods.
-SHARED = {"base", "soft_prompt", "lora_layers", "lora_init", "lora_combine", "modules_to_save", "targets", "folds"}
+SHARED = {"base", "soft_prompt", "layered", "lora_change", "lora_init", "lora_combine", "targets"}
 METHOD_IMPORTS = {
-    "lora": {"folds", "lora_layers", "targets"},
-    "lora_layers": {"folds", "lora_init"},
-    "lora_combine": {"lora_layers"},
-    "modules_to_save": {"folds"},
+    "layered": {"targets"},
+    "lora": {"layered", "lora_change", "targets"},
+    "lora_change": {"lora_init"},
+    "lora_combine": {"lora_change"},
     "bottleneck": {"targets"},
+    "ia3": {"layered"},
+    "loha": {"layered", "targets"},
     "p_tuning": {"soft_prompt"},
     "prompt_tuning": {"soft_prompt"},
     "prefix_tuning": {"soft_prompt"},
@@ -221,6 +223,8 @@ def test_public_names() -> None:
 PUBLIC = [
     "BottleneckConfig",
     "BottleneckPlacement",
+    "IA3Config",
+    "LoHaConfig",
     "LoftQConfig",
     "LoraConfig",
     "PeftConfig",

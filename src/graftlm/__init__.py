@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from .methods import (
         BottleneckConfig,
         BottleneckPlacement,
+        IA3Config,
         LoftQConfig,
+        LoHaConfig,
         LoraConfig,
         PeftConfig,
         PeftType,
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 _HOME = {
     "BottleneckConfig": ".methods",
     "BottleneckPlacement": ".methods",
+    "IA3Config": ".methods",
+    "LoHaConfig": ".methods",
     "LoftQConfig": ".methods",
     "LoraConfig": ".methods",
     "PeftConfig": ".methods",
@@ -63,6 +67,8 @@ _HOME = {
 __all__ = [
     "BottleneckConfig",
     "BottleneckPlacement",
+    "IA3Config",
+    "LoHaConfig",
     "LoftQConfig",
     "LoraConfig",
     "PeftConfig",

@@ -21,8 +21,9 @@ from .attached import _SETS, Attached
 from .bundled import known_as
 from .checkpointing import checkpointed_modules, keep_passes
 from .errors import AdapterError, nearest
+from .layers import save_modules, saved_modules, unsave_modules
 from .methods import Method, PeftConfig, method_for
-from .methods.modules_to_save import save_modules, saved_modules, unsave_modules
+from .methods.base import TASK_HEADS
 from .preparation import freeze_base
 from .quantization import settle
 from .routing import BASE_NAME
@@ -96,7 +97,8 @@ class AdapterSet(Attached):
         try:
             half = self._float_dtype() in (torch.float16, torch.bfloat16)
             dtype = torch.float32 if half and self.autocast_adapter_dtype else None
-            save_modules(self.base, self.switch, name, config, dtype)
+            heads = TASK_HEADS.get(config.task_type, ())  # type: ignore[call-overload]
+            save_modules(self.base, self.switch, name, config, dtype, heads)
             method.attach(self, for_loading=for_loading)
         except Exception:
             unsave_modules(self.base, self.switch, name)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .architectures import backbone_embeddings, token_embeddings
+from .layers import ModulesToSaveWrapper, saved_modules
 from .methods import Method, PeftConfig
-from .methods.modules_to_save import ModulesToSaveWrapper, saved_modules
 from .placing import Front
 from .quantization import quantized_kind
 from .routing import Group, Plan, Routes, Switch, active_routes, planned_adapters, running

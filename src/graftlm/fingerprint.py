@@ -13,7 +13,7 @@ from torch import nn
 
 from .architectures import base_modules, innermost
 from .errors import BaseMismatchError
-from .methods.folds import as_it_was
+from .layers import as_it_was
 from .quantization import is_quantized, quantized_kind, scheme_of
 
 SAMPLES = 32

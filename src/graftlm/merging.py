@@ -12,36 +12,43 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import AdapterSet
-from .architectures import base_modules, innermost
+from .architectures import base_modules, held_parameters, innermost, replace_module
 from .errors import AdapterError, UnsupportedError
-from .methods.base import replace_module
-from .methods.folds import fold_of
+from .layers import Adapted, ModulesToSaveWrapper, adapted_layers, saved_modules
 from .methods.lora import LoraConfig
 from .methods.lora_combine import check_layer, check_options, combine, new_rank
-from .methods.lora_layers import LoraLayer
-from .methods.modules_to_save import ModulesToSaveWrapper, saved_modules
 from .modes import evaluating
 from .quantization import DequantizedConv1D, DequantizedLinear, holds_quantized, in_source_form, quantized_kind
 from .routing import Plan, running
 
 
 def merge(host: AdapterSet, names: list[str], *, safe: bool, keep: bool, requantize: bool) -> None:
-    """Fold adapters into the base weights; what that does to quantised layers is printed.
+    """Fold adapters into the layers that they change; what that does to quantised ones is printed.
 
     Args:
         safe: refuse weights that become infinite or NaN.
-        keep: what is needed for `unmerge`.
+        keep: what is needed for `unmerge`; without it there is no way back.
         requantize: quantise a quantised layer anew.
+
+    Raises:
+        ValueError: with `safe`, a weight would be NaN or infinite; nothing is changed.
     """
     check_mergeable(host, names)
     with drift_printed(host, names, requantize):
-        for method in {type(host.methods[n]): host.methods[n] for n in names}.values():
-            method.merge(host, names, safe=safe, keep=keep, requantize=requantize)  # type: ignore[attr-defined]
+        layers = [layer for _, layer in adapted_layers(host.base, host.switch)]
+        if safe and not all(layer.finite(names) for layer in layers):
+            raise ValueError(f"Merging {', '.join(names)} gives NaN or infinite weights; nothing was changed.")
+        if not keep:
+            merge_biases(host, names)
+        for layer in layers:
+            layer.merge(names, requantize=requantize)
+            if not keep:
+                layer.frozen.forget()
         follow(host)
 
 
 def check_mergeable(host: AdapterSet, names: list[str]) -> None:
-    """UnsupportedError for methods that are no change of weights, AdapterError where another wrapper's are merged."""
+    """UnsupportedError for methods that are no change of weights."""
     for name in names:
         if not host.methods[name].mergeable:
             kind = host.methods[name].config.peft_type
@@ -49,11 +56,6 @@ def check_mergeable(host: AdapterSet, names: list[str]) -> None:
                 f"Adapter {name!r} is {getattr(kind, 'value', kind)}: it is no change of weights, so it cannot be "
                 "merged. Keep it attached."
             )
-    folds = (fold_of(module) for _, module in base_modules(host.base))
-    if any(fold.switch is not host.switch for fold in folds if fold is not None):
-        raise AdapterError(
-            "Adapters of another wrapper over this base are merged into it. Call unmerge_adapter() of that one first."
-        )
 
 
 def unmerge(host: AdapterSet, *names: str) -> None:
@@ -85,23 +87,16 @@ def merge_and_unload(host: AdapterSet, safe: bool, names: list[str] | None, requ
     host._known(*names)
     check_mergeable(host, names)
     unmerge(host)
-    untie(host, names)
-    merge(host, names, safe=safe, keep=False, requantize=requantize)
-    for path, module in list(host.base.named_modules()):
-        if isinstance(module, ModulesToSaveWrapper) and module.switch is host.switch:
-            kept = [n for n in names if n in module.modules_to_save]
-            if len(kept) > 1:
-                raise AdapterError(f"Adapters {', '.join(kept)} each bring their own copy of {path}; merge one of them.")
-            merged = module.modules_to_save[kept[0]] if kept else module.original_module
-            quantised = holds_quantized(module.original_module)
-            dtypes = (p.dtype for p in module.original_module.parameters())
-            dtype = host._float_dtype() if quantised else next(dtypes, None)
-            replace_module(host.base, path, merged.to(dtype) if kept and dtype is not None else merged)
-    merge_biases(host, names)
-    for path, module in list(host.base.named_modules()):
-        if isinstance(module, LoraLayer) and module.switch is host.switch:
-            replace_module(host.base, path, in_source_form(module.base_layer))
-    describe_quantization(host.base, host._float_dtype())
+    with others_lifted(host):
+        untie(host, names)
+        merge(host, names, safe=safe, keep=False, requantize=requantize)
+        put_saved(host, names)
+        for path, layer in list(adapted_layers(host.base, host.switch)):
+            inner = in_source_form(layer.leave_place())
+            if not isinstance(inner, Adapted):
+                layer.frozen.layer = inner
+            replace_module(host.base, path, inner)
+        describe_quantization(host.base, host._float_dtype())
     for part in (host.prompt_encoder, host.bottleneck, host.adapter_biases):
         part.clear()
     host.methods.clear()
@@ -111,12 +106,40 @@ def merge_and_unload(host: AdapterSet, safe: bool, names: list[str] | None, requ
 
 
 @contextmanager
+def others_lifted(host: AdapterSet) -> Iterator[None]:
+    """Within the block no other wrapper's adapters are in the base's weights."""
+    adapted = (m for _, m in base_modules(host.base) if isinstance(m, Adapted) and m.switch is not host.switch)
+    merged = [(layer, layer.merged_adapters) for layer in adapted if layer.merged]
+    for layer, _ in merged:
+        layer.unmerge()
+    try:
+        yield
+    finally:
+        for layer, names in merged:
+            layer.merge(names, requantize=layer.frozen.requantize)
+
+
+def put_saved(host: AdapterSet, names: list[str]) -> None:
+    """The copies of modules that adapters have trained in full take the modules' places."""
+    for path, module in list(base_modules(host.base)):
+        if isinstance(module, ModulesToSaveWrapper) and module.switch is host.switch:
+            kept = [n for n in names if n in module.modules_to_save]
+            if len(kept) > 1:
+                raise AdapterError(f"Adapters {', '.join(kept)} each bring their own copy of {path}; merge one of them.")
+            merged = module.modules_to_save[kept[0]] if kept else module.original_module
+            quantised = holds_quantized(module.original_module)
+            dtypes = (p.dtype for p in module.original_module.parameters())
+            dtype = host._float_dtype() if quantised else next(dtypes, None)
+            replace_module(host.base, path, merged.to(dtype) if kept and dtype is not None else merged)
+
+
+@contextmanager
 def drift_printed(host: AdapterSet, names: list[str], requantize: bool) -> Iterator[None]:
     """Around a merge: prints by how much the logits of a fixed probe move, where quantised layers are changed."""
     kinds = Counter(
-        quantized_kind(m.frozen)
-        for m in host.base.modules()
-        if isinstance(m, LoraLayer) and m.switch is host.switch and any(n in m.scaling for n in names)
+        quantized_kind(layer.frozen.layer)
+        for _, layer in adapted_layers(host.base, host.switch)
+        if any(n in layer.changes for n in names)
     )
     kinds.pop(None, None)
     names = list(dict.fromkeys([n for layer in merged_layers(host) for n in layer.merged_adapters] + names))
@@ -181,13 +204,8 @@ def untie(host: AdapterSet, names: list[str]) -> None:
     """Give every module of a tied group its own weight when merging changes some of them."""
     base = host.base
     groups: dict[int, list[nn.Module]] = {}
-    for path, module in base.named_modules(remove_duplicate=False):
-        is_plain = (
-            not isinstance(module, (LoraLayer, ModulesToSaveWrapper))
-            and ".modules_to_save." not in path
-            and ".lora_" not in path
-        )
-        if is_plain and "weight" in module._parameters and module._parameters["weight"] is not None:
+    for _, module in base_modules(base):
+        if module._parameters.get("weight") is not None:
             groups.setdefault(id(module._parameters["weight"]), []).append(module)
     changed = {id(innermost(m)) for m in base.modules() if changes(host, m, names)}
     for modules in groups.values():
@@ -200,8 +218,8 @@ def untie(host: AdapterSet, names: list[str]) -> None:
 
 def changes(host: AdapterSet, module: nn.Module, names: list[str]) -> bool:
     """Whether merging `names` changes this module's weight."""
-    if isinstance(module, LoraLayer):
-        return any(n in module.scaling for n in names)
+    if isinstance(module, Adapted):
+        return any(n in module.changes for n in names)
     return isinstance(module, ModulesToSaveWrapper) and any(n in module.modules_to_save for n in names)
 
 
@@ -248,7 +266,7 @@ def add_weighted_adapter(
     kind = "linear" if len(adapters) == 1 else combination_type
     options: dict[str, Any] = {"svd_clamp": svd_clamp, "density": density, "majority_sign_method": majority_sign_method}
     check_options(kind, weights, svd_rank=svd_rank, **options)
-    layers: dict[str, LoraLayer] = {p: m for n in adapters for p, m in host.methods[n].layers(host)}  # type: ignore[attr-defined]
+    layers: dict[str, Adapted] = {p: m for n in adapters for p, m in host.methods[n].layers(host)}  # type: ignore[attr-defined]
     for path, layer in layers.items():
         check_layer(path, layer, adapters, kind)
     rank = new_rank(kind, list(layers.values()), adapters, svd_rank)
@@ -303,14 +321,14 @@ def uniform(values: list[bool]) -> bool | str:
 
 def layer_status(host: AdapterSet) -> list[LayerStatus]:
     """One entry for each LoRA layer, each trained module, and each soft prompt or set of bottleneck adapters."""
-    places: dict[str, tuple[nn.Module | None, dict[str, list[nn.Parameter]]]] = {}
+    holders = {id(p): f"model.{path}" for path, module in base_modules(host.base) for p in held_parameters(module)}
+    places: dict[str, dict[str, list[nn.Parameter]]] = {}
     for name in host.methods:
         for key, parameter in host.adapter_parameters(name):
-            match = key.removeprefix("base_model.").partition(".lora_")[0].partition(".modules_to_save.")[0]
-            place = match if key.startswith("base_model.") else key.split(".")[0]
-            places.setdefault(place, (None, {}))[1].setdefault(name, []).append(parameter)
+            place = holders.get(id(parameter)) or key.split(".")[0]
+            places.setdefault(place, {}).setdefault(name, []).append(parameter)
     result = []
-    for place, (_, found) in places.items():
+    for place, found in places.items():
         module = host.base_model.get_submodule(place) if place.startswith("model.") else host.get_submodule(place)
         result.append(
             LayerStatus(

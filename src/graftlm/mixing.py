@@ -21,7 +21,7 @@ from torch import Tensor
 from .adapters import AdapterSet
 from .architectures import base_modules, is_encoder_decoder, token_embeddings
 from .errors import AdapterError, CompositionError, GraftError, UnsupportedError
-from .methods.modules_to_save import ModulesToSaveWrapper
+from .layers import ModulesToSaveWrapper
 from .passes.run import run
 from .passes.trial import Trial, kind_of
 from .quantization import holds_quantized

@@ -19,8 +19,8 @@ from .checkpointing import enable_checkpointing
 from .delegating import answer_by_base, class_over
 from .errors import AdapterError, ConfigError
 from .generating import refuse_half_on_cpu
+from .layers import unsave_modules
 from .methods import PeftConfig
-from .methods.modules_to_save import unsave_modules
 from .mixing import plan_of, try_out
 from .passes.hooks import Hooks
 from .passes.inputs import batch_size
@@ -227,7 +227,7 @@ class PeftModel(AdapterSet, PreTrainedModel):
 
         Raises:
             UnsupportedError: a method without merge (soft prompts, bottleneck adapters).
-            AdapterError: some of the names are not active and other adapters are; another wrapper's are merged.
+            AdapterError: some of the names are not active and other adapters are.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names or self.switch.active)
         self._known(*names)
@@ -237,8 +237,12 @@ class PeftModel(AdapterSet, PreTrainedModel):
                 f"merge_adapter({names}) while {', '.join(active)} is active: merged or not, the active adapters are those "
                 f"that act. Call set_adapter({names}) first (or name all that are to act)."
             )
-        merging.merge(self, names, safe=safe_merge, keep=True, requantize=requantize)
         self.switch.active = active if set(names) <= set(active) else tuple(dict.fromkeys(names))
+        try:
+            merging.merge(self, names, safe=safe_merge, keep=True, requantize=requantize)
+        except Exception:
+            self.switch.active = active
+            raise
 
     def unmerge_adapter(self) -> None:
         """Undo `merge_adapter`; the base weights come back bit for bit."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.quantizers.base import get_keys_to_not_convert
 
 import graftlm
-from graftlm.architectures import block_sites, chatglm, kv_shapes, lora_targets
+from graftlm.architectures import LORA_TARGETS, block_sites, chatglm, default_targets, kv_shapes
 from graftlm.architectures.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from graftlm.errors import UnsupportedError
 from graftlm.training.bases import auto_class
@@ -286,7 +286,7 @@ def test_chatglm3_6b_has_its_keys_shapes_and_parameters() -> None:
     assert state[f"{block}.self_attention.query_key_value.bias"].shape == (4608,)
     assert state[f"{block}.mlp.dense_h_to_4h.weight"].shape == (27392, 4096)
     assert get_keys_to_not_convert(model) == ["transformer.output_layer"]
-    assert lora_targets(model) == ["query_key_value"]
+    assert default_targets(model, LORA_TARGETS, "LoraConfig") == ["query_key_value"]
     assert kv_shapes(model) == [(2, 128)] * 28
     settings = graftlm.LoraConfig(r=4, lora_alpha=32, task_type="CAUSAL_LM")
     adapted = graftlm.get_peft_model(model, settings)

@@ -150,10 +150,10 @@ def test_gradients_equal_those_of_the_dequantised_layer(folders, scheme):
     model = randomise(graftlm.get_peft_model(load(folders["llama"], scheme), config("lora", "llama")))
     layer = model.base.model.layers[0].self_attn.q_proj
     reference = nn.Linear(layer.in_features, layer.out_features, bias=False)
-    reference.weight.data = dequantize(layer.frozen).float()
+    reference.weight.data = dequantize(layer.frozen.layer).float()
     x = torch.randn(2, 5, layer.in_features)
     ours, plain = (x.clone().requires_grad_() for _ in range(2))
-    a, b = (p.detach().clone().requires_grad_() for p in layer.factors("default"))
+    a, b = (p.detach().clone().requires_grad_() for p in layer.changes["default"].factors(layer.held("default")))
     out = layer(ours)
     wanted = reference(plain) + plain @ a.T @ b.T * layer.scaling["default"]
     g = torch.randn_like(out)
@@ -162,9 +162,9 @@ def test_gradients_equal_those_of_the_dequantised_layer(folders, scheme):
     tolerance = 0.05 if scheme == "int8" else 1e-4
     close(out, wanted, tolerance * wanted.abs().max().item())
     close(ours.grad, plain.grad, tolerance * plain.grad.abs().max().item())
-    for mine, other in zip(layer.factors("default"), (a, b), strict=True):
+    for mine, other in zip(layer.changes["default"].factors(layer.held("default")), (a, b), strict=True):
         close(mine.grad, other.grad, 1e-4 * other.grad.abs().max().item())
-    assert layer.frozen.weight.grad is None
+    assert layer.frozen.layer.weight.grad is None
 
 
 # -- packed layers -------------------------------------------------------------------------------------------------------
@@ -321,9 +321,9 @@ def test_loftq_makes_up_for_the_rounding(folders, scheme, bits, tmp_path):
     assert (logits_of(model, **inputs) - exact).abs().mean() < (0.75 if bits == 4 else 0.95) * rounded
     weight = build("llama", **WIDER["llama"]).model.layers[0].mlp.up_proj.weight
     layer = model.base.model.layers[0].mlp.up_proj
-    residual = weight - dequantize(layer.frozen).float()
+    residual = weight - dequantize(layer.frozen.layer).float()
     u, s, vh = torch.linalg.svd(residual)
-    close(layer.update("default", torch.float32), (u[:, :16] * s[:16]) @ vh[:16])
+    close(layer.get_delta_weight("default"), (u[:, :16] * s[:16]) @ vh[:16])
     model.save_pretrained(tmp_path)
     again = graftlm.PeftModel.from_pretrained(load(folders["llama"], scheme), tmp_path)
     close(logits_of(again, **inputs), logits_of(model, **inputs))
@@ -352,8 +352,8 @@ def test_loftq_reads_gpt2s_layout(scheme, tmp_path):
     for name in ("c_attn", "c_proj"):  # the second is square: its shape does not tell
         layer = getattr(model.base.transformer.h[0].attn, name)
         weight = getattr(plain.transformer.h[0].attn, name).weight.T
-        before = (weight - layer.float_weight()).norm()
-        assert (weight - layer.float_weight() - layer.update("default", torch.float32)).norm() < 0.9 * before
+        before = (weight - layer.frozen.weight()).norm()
+        assert (weight - layer.frozen.weight() - layer.get_delta_weight("default")).norm() < 0.9 * before
 
 
 def test_loftq_says_what_it_lacks(folders, tmp_path):

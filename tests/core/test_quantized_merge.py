@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import graftlm
-from graftlm.methods.folds import as_it_was
+from graftlm.layers import as_it_was
 from graftlm.quantization import dequantize, is_quantized, quantized_kind, scheme_of
 
 
@@ -36,9 +36,9 @@ def test_merging_makes_bf16_copies_and_unmerging_gives_the_base_back(folders, sc
     assert f"14 {kind} layers became bfloat16 copies" in printed
     drift = float(re.search(r"move by up to (\S+)", printed)[1])
     layer = model.base.model.layers[0].self_attn.q_proj
-    assert layer.frozen.weight.dtype is torch.bfloat16
-    exact = dequantize(as_it_was(layer.frozen)).float() + layer.get_delta_weight("default")
-    close(layer.frozen.weight.float(), exact, 2**-8 * exact.abs().max().item())
+    assert layer.frozen.layer.weight.dtype is torch.bfloat16
+    exact = dequantize(as_it_was(layer.frozen.layer)).float() + layer.get_delta_weight("default")
+    close(layer.frozen.layer.weight.float(), exact, 2**-8 * exact.abs().max().item())
     got = logits_of(model, **inputs)
     assert drift > 0 and 0 < relative(got, wanted) < 0.06
     with model.disable_adapter():
@@ -54,14 +54,14 @@ def test_requantising_on_request(folders, scheme, capsys):  # noqa: F811
     model = attach("llama", "lora", base=load(folders["llama"], scheme))
     inputs = batch("llama")
     wanted = logits_of(model, **inputs)
-    exact = {n: dequantize(m.frozen).float() + m.get_delta_weight("default") for n, m in lora_layers(model)}
+    exact = {n: dequantize(m.frozen.layer).float() + m.get_delta_weight("default") for n, m in lora_layers(model)}
     model.merge_adapter(requantize=True)
     assert "layers were quantised anew" in capsys.readouterr().out
     assert scheme_of(model.base) == scheme
     for name, layer in lora_layers(model):
-        assert quantized_kind(layer.frozen) is not None
+        assert quantized_kind(layer.frozen.layer) is not None
         step = exact[name].abs().max().item() * (1 / 127 if scheme == "int8" else 0.2)
-        close(dequantize(layer.frozen).float(), exact[name], step)
+        close(dequantize(layer.frozen.layer).float(), exact[name], step)
     assert relative(logits_of(model, **inputs), wanted) < (0.1 if scheme == "int8" else 0.8)
     model.unmerge_adapter()
     close(logits_of(model, **inputs), wanted, 0)
@@ -141,12 +141,12 @@ def test_disabling_keeps_merged_layers_as_they_are(folders, requantize, capsys):
     with model.disable_adapter():
         plain = logits_of(model, **inputs)
     model.merge_adapter(requantize=requantize)
-    merged, wanted = [m.frozen for _, m in lora_layers(model)], logits_of(model, **inputs)
+    merged, wanted = [m.frozen.layer for _, m in lora_layers(model)], logits_of(model, **inputs)
     capsys.readouterr()
     with model.disable_adapter():
         close(logits_of(model, **inputs), plain, 0)
     assert capsys.readouterr().out == ""
-    assert all(m.frozen is kept for (_, m), kept in zip(lora_layers(model), merged, strict=True))
+    assert all(m.frozen.layer is kept for (_, m), kept in zip(lora_layers(model), merged, strict=True))
     close(logits_of(model, **inputs), wanted, 0)
 
 

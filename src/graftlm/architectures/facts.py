@@ -35,15 +35,15 @@ def model_type(base: nn.Module) -> str:
     return getattr(getattr(base, "config", None), "model_type", "") or ""
 
 
-def lora_targets(base: nn.Module) -> list[str]:
-    """The family's default LoRA targets; TargetError for a family without."""
+def default_targets(base: nn.Module, table: dict[str, list[str]], config: str) -> list[str]:
+    """The entry of a table by `config.model_type`; TargetError, naming the configuration's class, for a family without."""
     kind = model_type(base)
-    if kind not in LORA_TARGETS:
+    if kind not in table:
         raise TargetError(
-            f"There are no default target_modules for model type {kind!r}{nearest(kind, LORA_TARGETS)}. "
-            "Name them in LoraConfig(target_modules=[...]), or use target_modules='all-linear'."
+            f"There are no default target_modules for model type {kind!r}{nearest(kind, table)}. "
+            f"Name them in {config}(target_modules=[...]), or use target_modules='all-linear'."
         )
-    return list(LORA_TARGETS[kind])
+    return list(table[kind])
 
 
 def is_encoder_decoder(base: nn.Module) -> bool:

@@ -10,8 +10,7 @@ from torch import Tensor
 from ..adapters import AdapterSet
 from ..architectures import innermost
 from ..errors import CheckpointError
-from ..methods.folds import as_it_was, fold_of
-from ..methods.modules_to_save import saved_modules
+from ..layers import as_it_was, frozen_of, saved_modules
 
 EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
 
@@ -78,7 +77,7 @@ def base_tensors(host: AdapterSet, tensors: dict[str, Tensor]) -> dict[str, Tens
             module = host.base.get_submodule(module_path)
         except AttributeError:
             continue
-        module = as_it_was(getattr(module, "frozen", module))
+        module = as_it_was(getattr(getattr(module, "frozen", None), "layer", module))
         own = getattr(module, part, None)
         if module_path.rpartition(".")[2] not in EMBEDDINGS or not isinstance(own, Tensor) or own.dim() != 2:
             continue
@@ -121,8 +120,8 @@ def restore_embeddings(host: AdapterSet, tensors: dict[str, Tensor], where: str)
         if rows.any():
             with torch.no_grad():
                 weight[rows] = value.to(weight.device, weight.dtype)[rows]
-            if (fold := fold_of(layer)) is not None:
-                fold.trained = True  # the merged weight has the old rows
+            if (frozen := frozen_of(layer)) is not None:
+                frozen.stale()  # the merged weight has the old rows
             print(f"{where}: {int(rows.sum())} rows of {module_path} (new tokens) were taken from the adapter's file.")
 
 

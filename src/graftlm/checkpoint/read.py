@@ -17,10 +17,10 @@ from .. import fingerprint
 from ..adapters import AdapterSet
 from ..errors import AdapterError, CheckpointError
 from ..files import PICKLE_NAME, WEIGHTS_NAME, find_file, header_of, hub_options
+from ..layers import saved_modules
 from ..merging import unmerge
 from ..methods import PeftConfig
 from ..methods.fields import refuse_switched_on
-from ..methods.modules_to_save import saved_modules
 from .fit import checked, restore_embeddings
 from .write import TRAINING_NAME
 
@@ -98,7 +98,8 @@ NEUTRAL = frozenset(
 def check_same(config: PeftConfig, source: str | os.PathLike, name: str, hub: dict[str, Any]) -> None:
     """AdapterError where a directory's adapter computes otherwise than the one attached under its name."""
     stored, own = PeftConfig.from_pretrained(source, **hub).to_dict(), config.to_dict()
-    different = [k for k in own if k not in NEUTRAL and own[k] != stored.get(k)]
+    neutral = NEUTRAL | config.neutral_fields
+    different = [k for k in own if k not in neutral and own[k] != stored.get(k)]
     if different:
         listed = ", ".join(f"{k}={stored.get(k)!r} (attached: {own[k]!r})" for k in different)
         raise AdapterError(f"{source} does not fit the attached adapter {name!r}: {listed}. Load it under another name.")

@@ -17,9 +17,9 @@ from ..architectures import innermost, token_embeddings
 from ..card import write_card
 from ..errors import AdapterError, CheckpointError
 from ..files import HEADER_KEY, WEIGHTS_NAME
+from ..layers import saved_modules
 from ..methods.base import clean_path
 from ..methods.fields import refuse_switched_on
-from ..methods.modules_to_save import saved_modules
 
 TRAINING_NAME = "training_state.safetensors"
 TRAINER_NAME = "model.safetensors"

@@ -87,9 +87,9 @@ class Segments:
                 length = end - start
                 alike = _Bucket(1, length, start, front, memory)
                 last = made[-1] if made and length * width <= _FEW else alike
-                follows = last.start + last.count * length == start and last._replace(count=1, start=start) == alike
-                if follows and last.count * length * width < _MANY:  # keys before the sequences are copied for each
-                    made[-1] = last._replace(count=last.count + 1)
+                follows = last.start + last.sequences * length == start and last._replace(sequences=1, start=start) == alike
+                if follows and last.sequences * length * width < _MANY:  # keys before the sequences are copied for each
+                    made[-1] = last._replace(sequences=last.sequences + 1)
                 else:
                     made.append(alike)
             self._buckets[width] = made
@@ -133,12 +133,12 @@ class _Bucket(NamedTuple):
     """Sequences of one length, one after the other, that see the same memory and shared tokens: one batched product for all.
 
     Args:
-        count, length: n sequences, L tokens each.
+        sequences, length: n of them, L tokens each.
         start: of the first.
         front, memory: as in `Piece`.
     """
 
-    count: int
+    sequences: int
     length: int
     start: int
     front: tuple[int, int]
@@ -146,28 +146,32 @@ class _Bucket(NamedTuple):
 
     def places(self, t: Tensor) -> Tensor:
         """Its tokens of t [X, N, D]: [X, L, D], or of several sequences [n, X, L, D]."""
-        part = t[:, self.start : self.start + self.count * self.length]
-        return part if self.count == 1 else part.unflatten(1, (self.count, self.length)).transpose(0, 1)
+        part = t[:, self.start : self.start + self.sequences * self.length]
+        return part if self.sequences == 1 else part.unflatten(1, (self.sequences, self.length)).transpose(0, 1)
 
     def keys(self, own: Tensor, memory: list[Tensor], which: int) -> Tensor:
         """Keys (`which` 0) or values (1) [n * G, M + F + L, D] that they attend to: memory, shared tokens, their own."""
         low, high = self.front
-        if not high and self.memory is None and self.count == 1:
+        if not high and self.memory is None and self.sequences == 1:
             return self.places(own)
         parts = [self.places(own)]
         if high > low:
             parts.insert(0, own[:, low:high])
         if self.memory is not None:
             parts.insert(0, memory[2 * self.memory + which])
-        if self.count > 1:
-            parts = [t if t.dim() == 4 else t.expand(self.count, *t.shape) for t in parts]
+        if self.sequences > 1:
+            parts = [t if t.dim() == 4 else t.expand(self.sequences, *t.shape) for t in parts]
         together = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
         return together if together.dim() == 3 else together.flatten(0, 1)
 
     def queries(self, t: Tensor, groups: int) -> Tensor:
         """Its tokens of t [H, N, D] as [n * groups, H / groups * L, D]: heads that share keys side by side."""
         part = self.places(t)
-        return part if part.shape[0] == groups and self.count == 1 else part.reshape(self.count * groups, -1, t.shape[2])
+        return (
+            part
+            if part.shape[0] == groups and self.sequences == 1
+            else part.reshape(self.sequences * groups, -1, t.shape[2])
+        )
 
     def put(self, t: Tensor, out: Tensor, scale: float = 1.0) -> None:
         """``scale * t`` [n * X or groups, …, D] into its tokens of out [X, N, D]."""
@@ -191,7 +195,7 @@ class _Short(torch.autograd.Function):
         for bucket in buckets:
             all_k, all_v = (bucket.keys(t, memory, which) for which, t in enumerate((k, v)))  # type: ignore[arg-type]
             before = all_k.shape[1] - bucket.length
-            mask = segments.mask(bucket.length, before, groups, heads, q, bucket.count)
+            mask = segments.mask(bucket.length, before, groups, heads, q, bucket.sequences)
             scores = torch.baddbmm(mask, bucket.queries(q, groups), all_k.transpose(1, 2), alpha=scale)
             shares = torch.softmax(scores, -1)
             kept.append(shares)
@@ -235,8 +239,8 @@ class _Short(torch.autograd.Function):
                 if not before:
                     continue
                 first = made[:, :before]
-                if bucket.count > 1:
-                    first = first.unflatten(0, (bucket.count, groups)).sum(0, dtype=torch.float32)
+                if bucket.sequences > 1:
+                    first = first.unflatten(0, (bucket.sequences, groups)).sum(0, dtype=torch.float32)
                 if bucket.memory is not None:
                     to_memory[2 * bucket.memory + which].add_(first[:, :prefix], alpha=factor)
                 if before > prefix:

@@ -88,7 +88,7 @@ def _gradients(
     if to_x is not None and kept is None:
         add_product(to_x, to_short.t(), a.to(x.dtype).t(), 1.0)
     elif to_x is not None:
-        to_x.add_(_narrow(to_short.t(), a.to(x.dtype)).mul_(kept))
+        to_x.add_(_narrow(to_short.t(), a.to(x.dtype)).mul_(kept))  # type: ignore[arg-type]
     return to_x, to_a, to_b
 
 
@@ -277,5 +277,5 @@ class _GroupedLowRank(torch.autograd.Function):
             back, *both = _gradients(flat, outer, a, b, short, mask, scale, start)
             made += both
             if to_x is not None and not into:
-                to_x[index] = part + back.view(part.shape).to(x.dtype)  # type: ignore[union-attr]
+                to_x[index] = part + back.view(part.shape).to(x.dtype)  # type: ignore[operator, union-attr]
         return gradient, to_x, None, *made

@@ -12,6 +12,8 @@ from .base import (
     method_for,
 )
 from .bottleneck import BottleneckConfig, BottleneckPlacement
+from .ia3 import IA3Config
+from .loha import LoHaConfig
 from .lora import LoftQConfig, LoraConfig
 from .p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from .prefix_tuning import PrefixTuningConfig
@@ -21,6 +23,8 @@ __all__ = [
     "METHODS",
     "BottleneckConfig",
     "BottleneckPlacement",
+    "IA3Config",
+    "LoHaConfig",
     "LoftQConfig",
     "LoraConfig",
     "Method",

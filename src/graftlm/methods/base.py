@@ -43,6 +43,8 @@ class PeftType(str, enum.Enum):
     P_TUNING = "P_TUNING"
     PREFIX_TUNING = "PREFIX_TUNING"
     BOTTLENECK = "BOTTLENECK"
+    IA3 = "IA3"
+    LOHA = "LOHA"
 
 
 class TaskType(str, enum.Enum):
@@ -84,6 +86,8 @@ class PeftConfig:
 
     # Fields of ours that HF PEFT does not know. They travel in the weights file's header, so that HF PEFT loads the rest.
     own_fields: ClassVar[frozenset[str]] = frozenset()
+    # A method's fields that say nothing about what an attached adapter computes, beside those of `checkpoint`.
+    neutral_fields: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -3,7 +3,7 @@
 ``y = W x + b + scale * B A dropout(x)``, A [r, in], B [out, r], scale = lora_alpha / r.
 
 Decisions, and what differs from HF PEFT (whose field names, defaults, maths and files these are):
-* the base weight is never changed, not by PiSSA and OLoRA (see `lora_layers`), not by `bias` training (the trained bias
+* the base weight is never changed, not by PiSSA and OLoRA (see `lora_change`), not by `bias` training (the trained bias
   is held by the adapter and added as a difference), so several adapters and wrappers can share one base exactly;
 * an entry of `target_modules` that matches nothing is named in a warning; nothing matching at all raises;
 * merging keeps the unmerged weight, so that `unmerge_adapter` gives the base back bit for bit.
@@ -15,22 +15,23 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import base_modules, is_encoder_decoder, lora_targets, token_embeddings
-from ..errors import ConfigError, TargetError, UnsupportedError, nearest
+from ..architectures import base_modules, clean_path
+from ..errors import ConfigError, UnsupportedError, nearest
 from ..files import checkpoint_weight
-from ..quantization import quantized_kind, source_class
+from ..layers import Adapted, Change, Frozen, as_it_was, both_forms
+from ..quantization import source_class
 from ..routing import by_group
-from .base import Method, PeftConfig, PeftType, Site, clean_path, register, replace_module
+from .base import PeftType, Site, register
 from .fields import Count, Number, Probability, also_takes, check_expressions
-from .folds import both_forms
-from .lora_layers import LoraLayer, wrap
-from .targets import find_targets, pattern_value
+from .layered import LayerConfig, LayerMethod
+from .lora_change import EmbeddingChange, LoraChange
+from .targets import pattern_value
 
 INITS = ("gaussian", "pissa", "olora", "loftq")
 # On a quantised base LoftQ's adapter is like any other; HF PEFT, told of the start, would quantise the base anew to load it.
@@ -57,7 +58,7 @@ ELSEWHERE = {
 
 @also_takes(ELSEWHERE)
 @dataclass(kw_only=True)
-class LoraConfig(PeftConfig):
+class LoraConfig(LayerConfig):
     """Configuration of LoRA.
 
     Args:
@@ -79,14 +80,11 @@ class LoraConfig(PeftConfig):
     """
 
     r: Count = 8
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
     lora_alpha: Number = 8
     lora_dropout: Probability = 0.0
     fan_in_fan_out: bool = False
     bias: str = "none"
     use_rslora: bool = False
-    modules_to_save: list[str] | None = None
     init_lora_weights: bool | str = True
     loftq_config: dict[str, Any] | LoftQConfig = field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
@@ -109,8 +107,6 @@ class LoraConfig(PeftConfig):
                     f"'pissa_niter_<n>'{nearest(init, INITS)}"
                 )
         self.loftq_config = loftq_fields(self.loftq_config, init)
-        for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
-            check_expressions(name, getattr(self, name))
         for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ():
             check_expressions("layers_pattern", pattern)
         if self.layers_pattern and self.layers_to_transform is None:
@@ -141,95 +137,66 @@ def loftq_fields(given: Any, init: Any) -> dict[str, Any]:
     return values
 
 
-class Lora(Method):
+class Lora(LayerMethod):
     """One LoRA adapter in a host."""
 
-    mergeable = True
+    title = "LoRA"
+    kinds = ("linear", "embedding")
+    takes = "linear layers (torch's, bitsandbytes', Conv1D) and embeddings"
 
     @property
     def bound(self) -> bool:
         return self.config.bias != "none"  # type: ignore[attr-defined]
 
     def attach(self, host: Site, *, for_loading: bool = False) -> None:
-        config: LoraConfig = self.config  # type: ignore[assignment]
-        if config.target_modules is None:
-            config.target_modules = lora_targets(host.base)
-        if config.bias != "none":
+        if self.config.bias != "none":  # type: ignore[attr-defined]
             self._one_bias(host)
-        try:
-            self._attach(host, config, for_loading)
-        except Exception:
-            self.detach(host)
-            raise
+        super().attach(host, for_loading=for_loading)
+        if self.config.bias != "none":  # type: ignore[attr-defined]
+            try:
+                host.adapter_biases[self.name] = nn.ParameterDict(
+                    {
+                        path.replace(".", "/"): module.bias.detach().to(host.adapter_dtype(module), copy=True)
+                        for path, module in self._biased(host)
+                    }
+                )
+            except Exception:
+                self.detach(host)
+                raise
 
-    def _attach(self, host: Site, config: LoraConfig, for_loading: bool) -> None:
-        targets = find_targets(host.base, config, skip=(LoraLayer, *host.container_types))
-        self._refuse_shared(host, targets)
-        layers = {path: self._layer(host, path, module) for path, module in targets.items()}
-        for path, layer in layers.items():
-            if host.base.get_submodule(path) is not layer:
-                replace_module(host.base, path, layer)
-            r = pattern_value(config.rank_pattern, path, config.r)
-            alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
-            dtype = host.adapter_dtype(layer.frozen)
-            original = None if for_loading else self._original(host, config, path, layer)
-            layer.add(self.name, r, alpha, config, dtype, initialise=not for_loading, original=original)
-            if config.init_lora_weights == "loftq" and quantized_kind(layer.frozen) is not None:
-                config.__dict__["own_fields"] = LOFTQ_FIELDS
-        if config.bias != "none":
-            host.adapter_biases[self.name] = nn.ParameterDict(
-                {
-                    path.replace(".", "/"): module.bias.detach().to(host.adapter_dtype(module), copy=True)
-                    for path, module in self._biased(host)
-                }
-            )
+    def change(self, host: Site, path: str, frozen: Frozen) -> Change:
+        config: LoraConfig = self.config  # type: ignore[assignment]
+        r = pattern_value(config.rank_pattern, path, config.r)
+        alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
+        original = None
+        if config.init_lora_weights == "loftq" and frozen.quantized:
+            config.__dict__["own_fields"] = LOFTQ_FIELDS
+            original = partial(self._original, host, config, path, frozen)
+        return (EmbeddingChange if frozen.kind == "embedding" else LoraChange)(config, r, alpha, original)
 
-    def _original(self, host: Site, config: LoraConfig, path: str, layer: LoraLayer) -> Tensor | None:
+    def _original(self, host: Site, config: LoraConfig, path: str, frozen: Frozen) -> Tensor:
         """For LoftQ: the weight [out, in] that a quantised layer was made from, out of the base's checkpoint."""
-        kind = quantized_kind(layer.frozen)
-        if config.init_lora_weights != "loftq" or kind is None:
-            return None
-        bits, have = config.loftq_config["loftq_bits"], 4 if kind == "4bit" else 8  # type: ignore[index]
+        bits, have = config.loftq_config["loftq_bits"], 4 if frozen.quantized == "4bit" else 8  # type: ignore[index]
         if bits != have:
             raise ConfigError(f"loftq_bits={bits}, but {path!r} holds {have}-bit weights; set loftq_bits={have}.")
-        shape, turned = tuple(layer.float_weight().shape), issubclass(source_class(layer.frozen), Conv1D)
-        weight = checkpoint_weight(host.base, f"{clean_path(path)}.weight", shape[::-1] if turned else shape)
+        turned = issubclass(source_class(frozen.plain), Conv1D)
+        weight = checkpoint_weight(host.base, f"{path}.weight", frozen.shape[::-1] if turned else frozen.shape)
         return weight.T if turned else weight
-
-    def _refuse_shared(self, host: Site, targets: dict[str, nn.Module]) -> None:
-        """T5 and BART keep a module that only holds the embeddings' weight and never runs: an update there is lost."""
-        if not is_encoder_decoder(host.base):
-            return
-        if (used := token_embeddings(host.base)) is None:
-            return
-        holder = host.base.get_input_embeddings()
-        for path, module in targets.items():
-            if module is holder and holder is not used:
-                raise TargetError(
-                    f"target_modules selects {path!r}, which only holds the weight of both halves' embeddings "
-                    "and computes nothing. Name 'embed_tokens' instead."
-                )
 
     def _one_bias(self, host: Site) -> None:
         others = [n for n, m in host.methods.items() if n != self.name and getattr(m.config, "bias", "none") != "none"]
         if others:
             raise ConfigError(f"bias={self.config.bias!r} beside adapter {others[0]!r}, which trains biases too: one can.")  # type: ignore[attr-defined]
 
-    def _layer(self, host: Site, path: str, module: nn.Module) -> LoraLayer:
-        """The LoRA module at `path`: this wrapper's own where one stands already."""
-        if isinstance(module, LoraLayer) and module.switch is host.switch:
-            return module
-        return wrap(module, path, host.switch)
-
     def _biased(self, host: Site) -> Iterator[tuple[str, Any]]:
         """Modules whose bias is trained: the wrapped layers' own, or every one of the base."""
         config: LoraConfig = self.config  # type: ignore[assignment]
-        own = {id(layer.frozen) for _, layer in self.layers(host)}
-        for path, module in host.base.named_modules():
+        own = {id(layer.frozen.layer) for _, layer in self.layers(host)}
+        for path, module in base_modules(host.base):
             bias = module._parameters.get("bias")
-            if bias is None or isinstance(module, LoraLayer) or (config.bias == "lora_only" and id(module) not in own):
+            if bias is None or isinstance(module, Adapted) or (config.bias == "lora_only" and id(module) not in own):
                 continue
-            if any(part in path for part in (".lora_", "modules_to_save", "original_module")):
+            if "original_module" in path.split("."):  # another copy of it is trained in full
                 continue
             if not isinstance(module, (nn.Linear, Conv1D, nn.LayerNorm)):
                 raise UnsupportedError(
@@ -241,19 +208,7 @@ class Lora(Method):
     def detach(self, host: Site) -> None:
         if self.name in host.adapter_biases:
             del host.adapter_biases[self.name]
-        for path, layer in list(base_modules(host.base)):
-            if not isinstance(layer, LoraLayer) or layer.switch is not host.switch:
-                continue
-            if self.name in layer.scaling:
-                layer.remove(self.name)
-            if not layer.scaling:
-                replace_module(host.base, path, layer.base_layer)
-
-    def layers(self, host: Site) -> Iterator[tuple[str, LoraLayer]]:
-        """This adapter's layers with their dotted names in the bare base."""
-        for path, module in base_modules(host.base):
-            if isinstance(module, LoraLayer) and module.switch is host.switch and self.name in module.scaling:
-                yield clean_path(path), module
+        super().detach(host)
 
     def connect(self, host: Site) -> list[Any]:
         """Add the trained biases, as differences to the base's, to the outputs of their modules."""
@@ -261,16 +216,16 @@ class Lora(Method):
             return []
         handles = []
         biases: Any = host.adapter_biases[self.name]
-        owners = {id(layer.frozen): layer for _, layer in self.layers(host)}
+        owners = {id(layer.frozen.layer): layer for _, layer in self.layers(host)}
         for path, module in self._biased(host):
             bias = biases[path.replace(".", "/")]
             if id(module) in owners:
-                owners[id(module)].trained_bias = bias
+                owners[id(module)].biases[self.name] = bias
 
             def add(module: Any, args: Any, output: Tensor, bias: Tensor = bias) -> Tensor:
                 if self.name not in host.active_now():
                     return output
-                change = (bias - module.bias).to(output.dtype)
+                change = (bias - as_it_was(module).bias).to(output.dtype)
                 if (routes := host.routes_now()) is None:
                     return output + change
                 return by_group(routes, output, lambda group, at: output[at] + change if self.name in group else None)
@@ -279,46 +234,18 @@ class Lora(Method):
         return handles
 
     def named_parameters(self, host: Site) -> Iterator[tuple[str, nn.Parameter]]:
-        for path, layer in base_modules(host.base):
-            if isinstance(layer, LoraLayer) and layer.switch is host.switch:
-                for key, parameter in layer.parts(self.name):
-                    yield f"base_model.model.{path}.{key}", parameter
+        yield from super().named_parameters(host)
         if self.name in host.adapter_biases:
             for key, parameter in host.adapter_biases[self.name].items():
                 yield f"adapter_biases.{self.name}.{key}", parameter
 
-    def _file_parameters(self, host: Site) -> Iterator[tuple[str, nn.Parameter]]:
-        for path, layer in self.layers(host):
-            for key, parameter in layer.parts(self.name):
-                short = key.removesuffix(f".{self.name}").replace(f".{self.name}.", ".")
-                if short.startswith("lora_magnitude_vector"):
-                    short = "lora_magnitude_vector"
-                yield f"{self.file_prefix}{path}.{short}", parameter
+    def file_parameters(self, host: Site) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from super().file_parameters(host)
         if self.name in host.adapter_biases:
             own = {path for path, _ in self.layers(host)}
             for key, parameter in host.adapter_biases[self.name].items():
                 path = key.replace("/", ".")
                 yield f"{self.file_prefix}{path}{'.base_layer' if path in own else ''}.bias", parameter
-
-    def tensors(self, host: Site) -> dict[str, Tensor]:
-        return {key: parameter.detach() for key, parameter in self._file_parameters(host)}
-
-    def load(self, host: Site, tensors: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for key, parameter in self._file_parameters(host):
-                parameter.copy_(tensors[key])
-
-    def merge(self, host: Site, names: list[str], *, safe: bool, keep: bool = True, requantize: bool = False) -> None:
-        """Fold the named adapters into the base (all of this method's layers at once).
-
-        Raises:
-            ValueError: with `safe`, a weight would be NaN or infinite; nothing is changed.
-        """
-        layers = [m for _, m in base_modules(host.base) if isinstance(m, LoraLayer) and m.switch is host.switch]
-        if safe and not all(torch.isfinite(m.merged_weight(names)).all() for m in layers):
-            raise ValueError(f"Merging {', '.join(names)} gives NaN or infinite weights; nothing was changed.")
-        for module in layers:
-            module.merge(names, keep=keep, requantize=requantize)
 
 
 register(PeftType.LORA, LoraConfig, Lora)

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError, ConfigError, nearest
-from .lora_layers import LoraLayer
+from ..layers import Adapted
+from .lora_change import LoraChange
 
 KINDS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties")
 
@@ -43,17 +44,17 @@ def check_options(
         raise ConfigError(f"majority_sign_method={majority_sign_method!r}: expected 'total' or 'frequency'.")
 
 
-def check_layer(path: str, layer: LoraLayer, sources: Sequence[str], kind: str) -> None:
+def check_layer(path: str, layer: Adapted, sources: Sequence[str], kind: str) -> None:
     """That the sources' updates of one layer can be combined.
 
     Raises:
         AdapterError: one is not a plain product BA.
         ConfigError: their ranks differ (patterns may do that) where this kind mixes A with A and B with B.
     """
-    own = [n for n in sources if n in layer.scaling]
-    if any(n in layer.start or n in layer.lora_magnitude_vector for n in own):
+    own = changes(layer, sources)
+    if any(change.dora or change.started for change in own.values()):
         raise AdapterError("Adapters with DoRA, PiSSA or OLoRA are not a plain product BA; merge them one by one instead.")
-    ranks = {n: layer.r[n] for n in own}
+    ranks = {n: change.r for n, change in own.items()}
     if kind not in ("cat", "svd") and len(set(ranks.values())) > 1:
         listed = ", ".join(f"{n!r} r={r}" for n, r in ranks.items())
         raise ConfigError(
@@ -61,31 +62,38 @@ def check_layer(path: str, layer: LoraLayer, sources: Sequence[str], kind: str) 
         )
 
 
-def new_rank(kind: str, layers: Sequence[LoraLayer], sources: Sequence[str], svd_rank: int | None) -> int:
+def changes(layer: Adapted, names: Sequence[str]) -> dict[str, LoraChange]:
+    """What those of the adapters that a layer has do to it."""
+    return {n: layer.changes[n] for n in names if n in layer.changes}  # type: ignore[misc]
+
+
+def new_rank(kind: str, layers: Sequence[Adapted], sources: Sequence[str], svd_rank: int | None) -> int:
     """Rank of the combined adapter: that of its largest layer."""
-    largest = [max((layer.r[n] for layer in layers if n in layer.scaling), default=0) for n in sources]
+    largest = [max((layer.r[n] for layer in layers if n in layer.changes), default=0) for n in sources]
     return sum(largest) if kind == "cat" else svd_rank if kind == "svd" and svd_rank else max(largest)
 
 
-def combine(layer: LoraLayer, target: str, sources: Sequence[str], weights: Sequence[float], kind: str, **options) -> None:
+def combine(layer: Adapted, target: str, sources: Sequence[str], weights: Sequence[float], kind: str, **options) -> None:
     """Fill adapter `target` of a layer (scale 1) from the adapters `sources` that the layer has (and that are checked)."""
-    pairs = [(n, w) for n, w in zip(sources, weights, strict=True) if n in layer.scaling]
-    a, b = layer.factors(target)
+    own, factors = changes(layer, [target, *sources]), {}
+    for name, change in own.items():
+        factors[name] = change.factors(layer.held(name))
+    pairs = [(n, w * own[n].scaling) for n, w in zip(sources, weights, strict=True) if n in own]
+    a, b = factors[target]
     with torch.no_grad():
         a.zero_()
         b.zero_()
         if kind == "cat":
-            new_a = torch.cat([layer.factors(n)[0] * (w * layer.scaling[n]) for n, w in pairs], dim=0)
-            new_b = torch.cat([layer.factors(n)[1] for n, _ in pairs], dim=1)
+            new_a = torch.cat([factors[n][0] * w for n, w in pairs], dim=0)
+            new_b = torch.cat([factors[n][1] for n, _ in pairs], dim=1)
         elif kind == "svd":
-            total = torch.stack([layer.update(n, torch.float32) * w for n, w in pairs]).sum(0)
+            total = torch.stack([(factors[n][1].float() @ factors[n][0].float()) * w for n, w in pairs]).sum(0)
             new_a, new_b = truncated_svd(total, a.shape[0], options.get("svd_clamp"))
         else:
-            scaled = [w * layer.scaling[n] for n, w in pairs]
-            roots = torch.tensor([math.sqrt(abs(s)) for s in scaled], device=a.device)
-            signs = torch.tensor([math.copysign(1.0, s) for s in scaled], device=a.device)
-            new_a = mix(torch.stack([layer.factors(n)[0] for n, _ in pairs]), roots * signs, kind, **options)
-            new_b = mix(torch.stack([layer.factors(n)[1] for n, _ in pairs]), roots, kind, **options)
+            roots = torch.tensor([math.sqrt(abs(w)) for _, w in pairs], device=a.device)
+            signs = torch.tensor([math.copysign(1.0, w) for _, w in pairs], device=a.device)
+            new_a = mix(torch.stack([factors[n][0] for n, _ in pairs]), roots * signs, kind, **options)
+            new_b = mix(torch.stack([factors[n][1] for n, _ in pairs]), roots, kind, **options)
         a[: new_a.shape[0]] = new_a.to(a.dtype)
         b[:, : new_b.shape[1]] = new_b.to(b.dtype)
 

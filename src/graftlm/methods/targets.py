@@ -86,7 +86,7 @@ def is_reserved(name: str, config: Any) -> bool:
 
 def in_layers(name: str, config: Any) -> bool:
     """Whether `layers_to_transform` lets this module in."""
-    wanted = config.layers_to_transform
+    wanted = getattr(config, "layers_to_transform", None)
     if wanted is None or (isinstance(wanted, (list, tuple)) and not wanted):
         return True
     index = layer_index(name, config.layers_pattern)
@@ -150,10 +150,9 @@ def report_unmatched(
 def report_unused(config: Any, chosen: list[str], found: list[str]) -> None:
     """One warning that names layer numbers, exclusions and rank or alpha patterns that select none of the targets."""
     unused = []
-    wanted = config.layers_to_transform
-    indices = {layer_index(name, config.layers_pattern) for name in found}
+    wanted = getattr(config, "layers_to_transform", None)
     for number in [wanted] if isinstance(wanted, int) else wanted or ():
-        if number not in indices:
+        if number not in {layer_index(name, config.layers_pattern) for name in found}:
             unused.append(f"layers_to_transform: {number}{' (layers are counted from 0)' if number < 0 else ''}")
     leaves = sorted({n.rpartition(".")[2] for n in chosen})
     exclusions = config.exclude_modules
@@ -163,7 +162,7 @@ def report_unused(config: Any, chosen: list[str], found: list[str]) -> None:
         if not any(matches([entry], n) for n in chosen):
             unused.append(f"exclude_modules: {entry!r}{nearest(entry, leaves, cutoff=0.4)}")
     for title in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, title) or {}:
+        for key in getattr(config, title, None) or {}:
             if not any(pattern_value({key: True}, name, False) for name in found):
                 unused.append(f"{title}: {key!r}{nearest(key, leaves, cutoff=0.4) if key not in leaves else ''}")
     if unused:
@@ -184,7 +183,7 @@ def linear_leaves(names: dict[str, nn.Module]) -> list[str]:
 
 def is_linear(module: Any) -> bool:
     """Whether a module is a linear layer, itself or inside adapter modules."""
-    return isinstance(getattr(module, "frozen", module), (nn.Linear, Conv1D))
+    return isinstance(getattr(getattr(module, "frozen", None), "layer", module), (nn.Linear, Conv1D))
 
 
 def no_match(targets: Any, names: dict[str, nn.Module], config: Any) -> str:
@@ -195,7 +194,7 @@ def no_match(targets: Any, names: dict[str, nn.Module], config: Any) -> str:
         text = f"target_modules={targets!r}, an expression for whole module names, matches no module of this model"
     else:
         text = f"target_modules={entries!r} matches no module of this model"
-    if config.layers_to_transform is not None:
+    if getattr(config, "layers_to_transform", None) is not None:
         text += f" within layers_to_transform={config.layers_to_transform!r}"
     if config.exclude_modules:
         text += f" outside exclude_modules={config.exclude_modules!r}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..kernels import HeadForm, token_losses
 from ..kernels.loss import chunked_losses
-from ..methods.folds import as_it_was
+from ..layers import as_it_was
 from ..quantization import quantized_kind
 from ..routing import Plan, running
 from .facts import Facts

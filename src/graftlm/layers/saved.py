@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..architectures import base_modules, innermost
+from ..architectures import base_modules, clean_path, innermost, replace_module
 from ..errors import CompositionError, TargetError, UnsupportedError, nearest
 from ..quantization import dequantize, dequantized, in_source_form, quantized_kind
 from ..routing import Plan, Switch, active_adapters, active_routes, running
-from .base import TASK_HEADS, clean_path, replace_module
-from .folds import as_it_was
+from .frozen import as_it_was
 
 
 class ModulesToSaveWrapper(nn.Module):
@@ -123,13 +122,14 @@ def find_modules(base: nn.Module, names: Sequence[str], wanted: Iterable[str]) -
     return {n: m for n, m in found.items() if not any(n.startswith(f"{o}.") for o in found)}
 
 
-def save_modules(base: Any, switch: Switch, name: str, config: Any, dtype: torch.dtype | None) -> None:
+def save_modules(
+    base: Any, switch: Switch, name: str, config: Any, dtype: torch.dtype | None, heads: Sequence[str] = ()
+) -> None:
     """Give adapter `name` its own copies of the modules that its configuration trains in full; 16-bit floats become `dtype`.
 
-    The task's head belongs to them, and is written into the configuration.
+    The task's head, `heads`, belongs to them, and is written into the configuration.
     """
     wanted = list(dict.fromkeys(getattr(config, "modules_to_save", None) or ()))
-    heads = TASK_HEADS.get(config.task_type, ())
     entries = list(dict.fromkeys([*wanted, *heads]))
     if not entries:
         return

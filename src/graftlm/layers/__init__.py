@@ -1,0 +1,27 @@
+"""What stands in the place of a base's modules: `Adapted` (its product, changed) and `ModulesToSaveWrapper` (a copy of it).
+
+A method brings a `Change`. All else about a layer (whose turn it is, mixed batches, merging) is answered here, for all
+methods alike.
+"""
+
+from .adapted import Adapted, adapted_layers
+from .change import Change, Held, LowRank
+from .frozen import Frozen, as_it_was, both_forms, frozen_of
+from .saved import ModulesToSaveWrapper, find_modules, save_modules, saved_modules, unsave_modules
+
+__all__ = [
+    "Adapted",
+    "Change",
+    "Frozen",
+    "Held",
+    "LowRank",
+    "ModulesToSaveWrapper",
+    "adapted_layers",
+    "as_it_was",
+    "both_forms",
+    "find_modules",
+    "frozen_of",
+    "save_modules",
+    "saved_modules",
+    "unsave_modules",
+]

@@ -1,0 +1,146 @@
+"""What methods that change layers share: which layers, the modules in their places, files. A method adds its `Change`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..architectures import (
+    LORA_TARGETS,
+    clean_path,
+    default_targets,
+    is_encoder_decoder,
+    replace_module,
+    token_embeddings,
+)
+from ..errors import TargetError, UnsupportedError
+from ..layers import Adapted, Change, Frozen, adapted_layers
+from .base import Method, PeftConfig, Site
+from .fields import check_expressions
+from .targets import find_targets
+
+
+@dataclass(kw_only=True)
+class LayerConfig(PeftConfig):
+    """Fields that say which layers are changed.
+
+    Args:
+        target_modules: module names (endings), a regular expression over whole names, or "all-linear"; None takes the
+            family's default.
+        exclude_modules: the same, to leave out.
+        modules_to_save: modules that are trained in full and saved along.
+    """
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+            check_expressions(name, getattr(self, name, None))
+
+
+class LayerMethod(Method):
+    """One adapter that changes layers of a host. A subclass has `change`."""
+
+    mergeable = True
+    #: kinds of layers that it can change (see `Frozen.kind`), and what they are in words
+    kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    takes: ClassVar[str] = "linear layers (torch's, bitsandbytes', Conv1D)"
+    title: ClassVar[str]
+    #: the layers that it changes where the configuration names none, by `config.model_type`
+    families: ClassVar[dict[str, list[str]]] = LORA_TARGETS
+
+    @property
+    def bound(self) -> bool:
+        return False
+
+    def change(self, host: Site, path: str, frozen: Frozen) -> Change:
+        """What this adapter does to the layer at a dotted path of the bare base."""
+        raise NotImplementedError
+
+    # -- attaching -------------------------------------------------------------------------------------------------------
+    def attach(self, host: Site, *, for_loading: bool = False) -> None:
+        config: Any = self.config
+        if config.target_modules is None:
+            config.target_modules = default_targets(host.base, self.families, type(config).__name__)
+        try:
+            targets = find_targets(host.base, config, skip=(Adapted, *host.container_types))
+            self._refuse_shared(host, targets)
+            layers = {path: self._layer(host, path, module) for path, module in targets.items()}
+            for path, layer in layers.items():
+                if host.base.get_submodule(path) is not layer:
+                    replace_module(host.base, path, layer)
+                change = self.change(host, clean_path(path), layer.frozen)
+                layer.add(self.name, change, host.adapter_dtype(layer.frozen.layer), initialise=not for_loading)
+        except Exception:
+            self.detach(host)
+            raise
+
+    def _layer(self, host: Site, path: str, module: Any) -> Adapted:
+        """The module that holds this wrapper's adapters of a layer."""
+        if isinstance(module, Adapted) and module.switch is host.switch:
+            return module
+        made = Adapted(module, host.switch)
+        if made.frozen.kind not in self.kinds:
+            kind = made.frozen.kind
+            made.leave_place()
+            raise UnsupportedError(
+                f"{self.title} has no form for {path!r}, a {kind}; it takes {self.takes}. Name other modules in "
+                "target_modules."
+            )
+        return made
+
+    def _refuse_shared(self, host: Site, targets: dict[str, nn.Module]) -> None:
+        """T5 and BART keep a module that only holds the embeddings' weight and never runs: an update there is lost."""
+        if not is_encoder_decoder(host.base):
+            return
+        if (used := token_embeddings(host.base)) is None:
+            return
+        holder = host.base.get_input_embeddings()
+        for path, module in targets.items():
+            if module is holder and holder is not used:
+                raise TargetError(
+                    f"target_modules selects {path!r}, which only holds the weight of both halves' embeddings "
+                    "and computes nothing. Name 'embed_tokens' instead."
+                )
+
+    def detach(self, host: Site) -> None:
+        for path, layer in list(adapted_layers(host.base, host.switch)):
+            if self.name in layer.changes:
+                layer.remove(self.name)
+            if not layer.changes:
+                replace_module(host.base, path, layer.leave_place())
+
+    def layers(self, host: Site) -> Iterator[tuple[str, Adapted]]:
+        """This adapter's layers with their dotted names in the bare base."""
+        for path, layer in adapted_layers(host.base, host.switch):
+            if self.name in layer.changes:
+                yield clean_path(path), layer
+
+    # -- tensors ---------------------------------------------------------------------------------------------------------
+    def named_parameters(self, host: Site) -> Iterator[tuple[str, nn.Parameter]]:
+        for path, layer in adapted_layers(host.base, host.switch):
+            for key, parameter in layer.parts(self.name):
+                yield f"base_model.model.{path}.{key}", parameter
+
+    def file_parameters(self, host: Site) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters under their keys in the file."""
+        for path, layer in self.layers(host):
+            change = layer.changes[self.name]
+            for table, key, parameter in change.parts(layer.held(self.name)):
+                short = f"{table}.{key}" if key and table not in change.bare else table
+                yield f"{self.file_prefix}{path}.{short}", parameter
+
+    def tensors(self, host: Site) -> dict[str, Tensor]:
+        return {key: parameter.detach() for key, parameter in self.file_parameters(host)}
+
+    def load(self, host: Site, tensors: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for key, parameter in self.file_parameters(host):
+                parameter.copy_(tensors[key])

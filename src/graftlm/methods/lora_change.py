@@ -1,0 +1,213 @@
+"""LoRA's change of a layer: y becomes ``y + scale * B A dropout(x)``.
+
+Shapes: x [..., in]; A [r, in]; B [out, r].
+
+* LoRA, https://arxiv.org/abs/2106.09685 eq. 3; scale = lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732).
+* DoRA, https://arxiv.org/abs/2402.09353 eq. 5: ``W' = m * (W + scale*BA) / ||W + scale*BA||`` by rows of the output, the
+  norm held constant in the gradient.
+* PiSSA, OLoRA and LoftQ (see `lora_init`) start from factors that come from W and train against the residual
+  ``W - scale*B0*A0``. HF PEFT overwrites the base weight by that residual; here the base stays as it is, the start
+  factors are kept beside the trained ones and subtracted, so that the base can be shared, switched back and wrapped twice.
+
+Parameter names are HF PEFT's (`lora_A.<adapter>.weight`, `lora_embedding_A.<adapter>`, `lora_magnitude_vector…`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UnsupportedError
+from ..kernels import dropout
+from ..layers import Change, Frozen, Held, LowRank
+from .lora_init import start_factors
+
+
+class Magnitude(nn.Module):
+    """DoRA's trained length of every output row: weight [out]."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+class Start(nn.Module):
+    """The factors A0 [r, in] and B0 [out, r] that an adapter's product is taken against; in no file."""
+
+    a: Tensor
+    b: Tensor
+
+    def __init__(self, a: Tensor, b: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("a", a.detach().clone(), persistent=False)
+        self.register_buffer("b", b.detach().clone(), persistent=False)
+
+
+class LoraChange(Change):
+    """Of a linear layer.
+
+    Args:
+        config: a `LoraConfig`.
+        r, alpha: of this layer.
+        original: for LoftQ on a quantised layer, gives the weight [out, in] that it was quantised from.
+    """
+
+    tables: ClassVar[tuple[str, ...]] = ("lora_dropout", "lora_A", "lora_B", "lora_magnitude_vector", "lora_start")
+    bare = frozenset({"lora_magnitude_vector"})
+    numbers = ("r", "lora_alpha", "scaling")
+
+    def __init__(self, config: Any, r: int, alpha: float, original: Callable[[], Tensor] | None = None) -> None:
+        self.r = r
+        self.lora_alpha = alpha
+        self.scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        self.dora = config.use_dora
+        self.started = False
+        self.config = config
+        self.original = original
+
+    # -- tensors ---------------------------------------------------------------------------------------------------------
+    def create(self, t: Held, frozen: Frozen, dtype: torch.dtype, initialise: bool) -> None:
+        config, init = self.config, self.config.init_lora_weights
+        t["lora_dropout"] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
+        self.make(t, frozen, dtype)
+        from_weight = isinstance(init, str) and init != "gaussian"
+        if initialise or (from_weight and not (init == "loftq" and frozen.quantized)):
+            with torch.no_grad():
+                self.initialise(t, frozen, init)
+        if self.dora:
+            t["lora_magnitude_vector"] = Magnitude(self.norm(t, frozen, torch.float32).to(dtype))
+        self.original = None
+
+    def make(self, t: Held, frozen: Frozen, dtype: torch.dtype) -> None:
+        """The factors, without values."""
+        (out, size), options = frozen.shape, {"bias": False, "device": frozen.device, "dtype": dtype}
+        t["lora_A"] = nn.utils.skip_init(nn.Linear, size, self.r, **options)  # type: ignore[arg-type]
+        t["lora_B"] = nn.utils.skip_init(nn.Linear, self.r, out, **options)  # type: ignore[arg-type]
+
+    def initialise(self, t: Held, frozen: Frozen, init: bool | str) -> None:
+        a, b = self.factors(t)
+        if init == "gaussian":
+            nn.init.normal_(a, std=1 / self.r)
+            nn.init.zeros_(b)
+        elif isinstance(init, str):
+            original = None if self.original is None else self.original()
+            start_a, start_b = start_factors(self.config, frozen.weight(torch.float32), original, self.r, self.scaling)
+            a.copy_(start_a)
+            b.copy_(start_b)
+            if original is None:  # a LoftQ adapter of a quantised base makes up for its rounding: nothing to subtract
+                t["lora_start"] = Start(a, b)
+                self.started = True
+        else:  # True as in the paper's code; False (for tests) keeps both random
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+            nn.init.zeros_(b) if init else nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+
+    def factors(self, t: Held) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r]."""
+        return t["lora_A"].weight, t["lora_B"].weight
+
+    # -- what it computes ------------------------------------------------------------------------------------------------
+    @property
+    def additive(self) -> bool:
+        return not self.dora
+
+    def dropped(self, t: Held) -> float:
+        """The probability at which the input is dropped now."""
+        drop = t["lora_dropout"]
+        return drop.p if drop.training and isinstance(drop, nn.Dropout) else 0.0
+
+    def low_rank(self, t: Held) -> LowRank | None:
+        if self.dora or self.started:
+            return None
+        return LowRank(*self.factors(t), self.scaling, self.dropped(t))
+
+    def update(self, t: Held, dtype: torch.dtype) -> Tensor:
+        """``scale * (BA - B0A0)`` [out, in]."""
+        a, b = self.factors(t)
+        delta = b.to(dtype) @ a.to(dtype)
+        if self.started:
+            start = t["lora_start"]
+            delta = delta - start.b.to(dtype) @ start.a.to(dtype)
+        return delta * self.scaling
+
+    def norm(self, t: Held, frozen: Frozen, dtype: torch.dtype) -> Tensor:
+        """Length of every row of ``W + update``: [out]; no gradient."""
+        with torch.no_grad():
+            return torch.linalg.vector_norm(frozen.weight(dtype) + self.update(t, dtype), dim=1)
+
+    def leave(self, t: Held, x: Tensor, y: Tensor, bias: Tensor | None, frozen: Frozen) -> Tensor:
+        (a, b), p, scale = self.factors(t), self.dropped(t), frozen.scale
+        dropped = self.entering(x, a.dtype, p)
+        added = self.product(dropped, a, b) * self.scaling
+        if self.started:
+            start = t["lora_start"]
+            added = added - self.product(self.entering(x, start.a.dtype, 0.0), start.a, start.b) * self.scaling
+        if self.dora:
+            magnitude = t["lora_magnitude_vector"].weight
+            ratio = magnitude / self.norm(t, frozen, magnitude.dtype)
+            if p:  # what enters the frozen weight is dropped, too
+                plain = F.linear(dropped, frozen.weight(dropped.dtype))
+            else:
+                plain = y if bias is None else y - bias
+                plain = plain if scale is None else plain / scale
+            added = (ratio - 1) * plain + ratio * added
+        return y + (added if scale is None else added * scale).to(y.dtype)
+
+    def fold(self, t: Held, weight: Tensor, frozen: Frozen) -> Tensor:
+        weight = super().fold(t, weight, frozen)
+        if not self.dora:
+            return weight
+        ratio = t["lora_magnitude_vector"].weight.to(weight.dtype) / self.norm(t, frozen, weight.dtype)
+        return ratio[:, None] * weight
+
+    @staticmethod
+    def entering(x: Tensor, dtype: torch.dtype, p: float) -> Tensor:
+        """What the factors read."""
+        return dropout(x.to(dtype), p)
+
+    @staticmethod
+    def product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """``x A^T B^T`` [..., out]."""
+        return F.linear(F.linear(x, a), b)
+
+
+class EmbeddingChange(LoraChange):
+    """Of an embedding: A [r, vocabulary], B [hidden, r]; token t's update is ``scale * B A[:, t]``. Nothing is dropped."""
+
+    tables = ("lora_dropout", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+
+    def make(self, t: Held, frozen: Frozen, dtype: torch.dtype) -> None:
+        out, size = frozen.shape
+        t["lora_embedding_A"] = nn.Parameter(torch.zeros(self.r, size, dtype=dtype, device=frozen.device))
+        t["lora_embedding_B"] = nn.Parameter(torch.zeros(out, self.r, dtype=dtype, device=frozen.device))
+
+    def initialise(self, t: Held, frozen: Frozen, init: bool | str) -> None:
+        if isinstance(init, str) and init != "gaussian":
+            raise UnsupportedError(f"init_lora_weights={init!r} is for linear layers; leave embeddings out.")
+        a, b = self.factors(t)
+        nn.init.normal_(b)
+        nn.init.zeros_(a) if init else nn.init.normal_(a)
+
+    def factors(self, t: Held) -> tuple[Tensor, Tensor]:
+        return t["lora_embedding_A"], t["lora_embedding_B"]
+
+    def dropped(self, t: Held) -> float:
+        return 0.0
+
+    def drops(self, t: Held) -> bool:
+        return False
+
+    def low_rank(self, t: Held) -> LowRank | None:
+        return None
+
+    @staticmethod
+    def entering(x: Tensor, dtype: torch.dtype, p: float) -> Tensor:
+        return x
+
+    @staticmethod
+    def product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return F.embedding(x, a.T) @ b.T
