@@ -66,7 +66,7 @@ def test_segments_attend_like_a_masked_row(
         monkeypatch.setattr(attention, "LONG", 1)
     if way == "varlen":
         calls = on_flash(monkeypatch)
-    lengths, width = [5, 1, 7], 8
+    lengths, width = [5, 5, 1, 7], 8
     count = shared + sum(lengths)
     tensors = [normal(count, n, width, seed=i).requires_grad_() for i, n in enumerate((heads, groups, groups))]
     memory = [normal(groups, prefix, width, seed=i + 5).requires_grad_() for i in range(2)] if prefix else []
@@ -272,6 +272,45 @@ def test_a_way_that_is_slower_by_far_is_timed_once() -> None:
     slow, quick = timing.shortest_times([lambda: call(0, 0.02), lambda: call(1, 0.001)], torch.ones(1))
     assert runs == [1, 5]
     assert slow > quick
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("way", [F.linear, linear.onednn])
+def test_a_layer_and_its_update_in_one_function(
+    p: float, bias: bool, transposed: bool, way: linear.Way, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "way_for", lambda x, weight, backward=False: way)
+    x, a, b = (
+        normal(2, 13, 40).requires_grad_(),
+        normal(3, 40, seed=1).requires_grad_(),
+        normal(24, 3, seed=2).requires_grad_(),
+    )
+    weight = normal(40, 24, seed=3).t() if transposed else normal(24, 40, seed=3)
+    shift = normal(24, seed=4) if bias else None
+    torch.manual_seed(0)
+    got = kernels.adapted_linear(x.float(), weight.float(), None if shift is None else shift.float(), a, b, 0.7, p)
+    assert got is not None
+    torch.manual_seed(0)
+    wanted = kernels.low_rank(F.linear(x, weight, shift), x, a, b, 0.7, p)
+    close(got.double(), wanted)
+    outer = normal(2, 13, 24, seed=5)
+    grads = [torch.autograd.grad(y, (x, a, b), outer.to(y.dtype), retain_graph=True) for y in (got, wanted)]
+    for ours, theirs in zip(*grads, strict=True):
+        close(ours, theirs)
+    got.clamp_(-1, 1)  # as what a linear layer gives, it may be written into
+    torch.autograd.grad(got.sum(), x)
+
+
+def test_a_layer_and_its_update_are_made_apart_where_the_layer_is_trained() -> None:
+    x, weight, a, b = (normal(*shape, dtype=torch.float32) for shape in ((4, 8), (6, 8), (2, 8), (6, 2)))
+    assert kernels.adapted_linear(x, weight, None, a, b, 1.0) is not None
+    assert kernels.adapted_linear(x, weight.clone().requires_grad_(), None, a, b, 1.0) is None
+    assert kernels.adapted_linear(x, weight, torch.ones(6, requires_grad=True), a, b, 1.0) is None
+    assert kernels.adapted_linear(x, weight.half(), None, a, b, 1.0) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kernels.adapted_linear(x, weight, None, a, b, 1.0) is None
 
 
 @pytest.mark.parametrize("grouped", [False, True])

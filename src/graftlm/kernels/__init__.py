@@ -9,7 +9,7 @@ from .attention import Segments
 from .dropout import dropout
 from .gated import gated
 from .linear import product
-from .lora import Update, grouped_low_rank, low_rank
+from .lora import Update, adapted_linear, grouped_low_rank, low_rank
 from .loss import HeadForm, token_losses
 from .norm import rms_norm
 
@@ -17,6 +17,7 @@ __all__ = [
     "HeadForm",
     "Segments",
     "Update",
+    "adapted_linear",
     "dropout",
     "gated",
     "grouped_low_rank",

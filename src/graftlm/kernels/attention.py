@@ -7,14 +7,15 @@ tokens, L tokens of a sequence.
     memory   p p p p  (keys and values         b: attends to memory p, s, b up to itself
               that are not part of the row)    c: attends to c up to itself
 
-No padding is computed. On CPUs neither prefixes nor shared virtual tokens are copied for every sequence; short sequences go
-through plain batched products with a backward pass of their own (it beats the fused kernel's there), long ones through
-`scaled_dot_product_attention`, which keeps no probabilities. On GPUs all go through `varlen` at once, with such keys copied.
+No padding is computed. On CPUs prefixes and shared virtual tokens are not copied for every sequence at once; short sequences
+go through plain batched products with a backward pass of their own (it beats the fused kernel's there), very small ones of
+one length together, long ones through `scaled_dot_product_attention`, which keeps no probabilities. On GPUs all go through
+`varlen` at once, with such keys copied.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ from .linear import working_dtype
 from .order import first_order
 from .piece import Piece
 
+_FEW = 2**15  # elements of a sequence's queries up to which its products are made together with its neighbours'
+_MANY = 2**18  # of all that are made together, about
 LONG = 320  # tokens of a sequence from which on the fused kernel is used
 
 Memory = list[tuple[Tensor, Tensor]]
@@ -46,6 +49,7 @@ class Segments:
         self.slopes = slopes
         self.longest = max((p.end - p.start for p in pieces), default=0)
         self._masks: dict[Any, Tensor] = {}
+        self._buckets: dict[int, list[_Bucket]] = {}
         self._layout: varlen.Layout | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, p: float = 0.0) -> Tensor:
@@ -75,9 +79,25 @@ class Segments:
             parts.insert(0, memory[2 * piece.memory + which])
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
-    def mask(self, length: int, before: int, groups: int, heads: int, like: Tensor) -> Tensor:
-        """What is added to scores [groups (or 1), heads / groups * length, before + length]: 0, ALiBi or -inf."""
-        key = (length, before, groups, heads, like.dtype)
+    def buckets(self, width: int) -> list[_Bucket]:
+        """The sequences, those together whose own products are so small that calls cost more. width: H * D."""
+        if width not in self._buckets:
+            made: list[_Bucket] = []
+            for start, end, front, memory in (p for p in self.pieces if p.end > p.start):
+                length = end - start
+                alike = _Bucket(1, length, start, front, memory)
+                last = made[-1] if made and length * width <= _FEW else alike
+                follows = last.start + last.count * length == start and last._replace(count=1, start=start) == alike
+                if follows and last.count * length * width < _MANY:  # keys before the sequences are copied for each
+                    made[-1] = last._replace(count=last.count + 1)
+                else:
+                    made.append(alike)
+            self._buckets[width] = made
+        return self._buckets[width]
+
+    def mask(self, length: int, before: int, groups: int, heads: int, like: Tensor, count: int = 1) -> Tensor:
+        """What is added to scores [count * groups (or 1), heads / groups * length, before + length]: 0, ALiBi or -inf."""
+        key = (length, before, groups, heads, like.dtype, count)
         if key not in self._masks:
             later = torch.full((length, length), -torch.inf, device=like.device).triu_(1)
             made = F.pad(later, (before, 0))
@@ -86,7 +106,7 @@ class Segments:
             else:
                 places = torch.arange(before + length, device=like.device)
                 made = made + (self.slopes.to(like.device).float()[:, None, None] * places).to(like.dtype)
-                made = made.reshape(groups, heads // groups * length, -1)
+                made = made.reshape(groups, heads // groups * length, -1).repeat(count, 1, 1)
             self._masks[key] = made.to(like.dtype)
         return self._masks[key]
 
@@ -109,8 +129,55 @@ class Segments:
         return torch.cat(made, 1).transpose(0, 1)
 
 
+class _Bucket(NamedTuple):
+    """Sequences of one length, one after the other, that see the same memory and shared tokens: one batched product for all.
+
+    Args:
+        count, length: n sequences, L tokens each.
+        start: of the first.
+        front, memory: as in `Piece`.
+    """
+
+    count: int
+    length: int
+    start: int
+    front: tuple[int, int]
+    memory: int | None
+
+    def places(self, t: Tensor) -> Tensor:
+        """Its tokens of t [X, N, D]: [X, L, D], or of several sequences [n, X, L, D]."""
+        part = t[:, self.start : self.start + self.count * self.length]
+        return part if self.count == 1 else part.unflatten(1, (self.count, self.length)).transpose(0, 1)
+
+    def keys(self, own: Tensor, memory: list[Tensor], which: int) -> Tensor:
+        """Keys (`which` 0) or values (1) [n * G, M + F + L, D] that they attend to: memory, shared tokens, their own."""
+        low, high = self.front
+        if not high and self.memory is None and self.count == 1:
+            return self.places(own)
+        parts = [self.places(own)]
+        if high > low:
+            parts.insert(0, own[:, low:high])
+        if self.memory is not None:
+            parts.insert(0, memory[2 * self.memory + which])
+        if self.count > 1:
+            parts = [t if t.dim() == 4 else t.expand(self.count, *t.shape) for t in parts]
+        together = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+        return together if together.dim() == 3 else together.flatten(0, 1)
+
+    def queries(self, t: Tensor, groups: int) -> Tensor:
+        """Its tokens of t [H, N, D] as [n * groups, H / groups * L, D]: heads that share keys side by side."""
+        part = self.places(t)
+        return part if part.shape[0] == groups and self.count == 1 else part.reshape(self.count * groups, -1, t.shape[2])
+
+    def put(self, t: Tensor, out: Tensor, scale: float = 1.0) -> None:
+        """``scale * t`` [n * X or groups, …, D] into its tokens of out [X, N, D]."""
+        place = self.places(out)
+        t = t if t.shape == place.shape else t.reshape(place.shape)
+        torch.mul(t, scale, out=place) if scale != 1 else place.copy_(t)
+
+
 class _Short(torch.autograd.Function):
-    """Batched products for each sequence. Kept: q, k, v and the probabilities."""
+    """Batched products for each bucket of sequences. Kept: q, k, v and the probabilities."""
 
     @staticmethod
     def forward(
@@ -120,25 +187,26 @@ class _Short(torch.autograd.Function):
         groups = k.shape[0]
         out = q.new_empty(count, heads, width)
         kept: list[Tensor] = []
-        for piece in segments.pieces:
-            start, end = piece.start, piece.end
-            all_k, all_v = (segments.seen(t, piece, memory, which) for which, t in enumerate((k, v)))  # type: ignore[arg-type]
-            mask = segments.mask(end - start, all_k.shape[1] - (end - start), groups, heads, q)
-            scores = torch.baddbmm(mask, _grouped(q, start, end, groups), all_k.transpose(1, 2), alpha=scale)
+        buckets = segments.buckets(heads * width)
+        for bucket in buckets:
+            all_k, all_v = (bucket.keys(t, memory, which) for which, t in enumerate((k, v)))  # type: ignore[arg-type]
+            before = all_k.shape[1] - bucket.length
+            mask = segments.mask(bucket.length, before, groups, heads, q, bucket.count)
+            scores = torch.baddbmm(mask, bucket.queries(q, groups), all_k.transpose(1, 2), alpha=scale)
             shares = torch.softmax(scores, -1)
             kept.append(shares)
             if p:
                 kept.append(_mask_of(shares, p))
                 shares = shares * kept[-1]
-            out[start:end] = torch.bmm(shares, all_v).view(heads, end - start, width).transpose(0, 1)
+            bucket.put(torch.bmm(shares, all_v), out.transpose(0, 1))
         ctx.save_for_backward(q, k, v, *memory, *kept)
-        ctx.rest = segments, scale, bool(p), len(memory)
+        ctx.rest = buckets, scale, bool(p), len(memory)
         return out
 
     @staticmethod
     @first_order
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        segments, scale, dropped, memories = ctx.rest
+        buckets, scale, dropped, memories = ctx.rest
         q, k, v, *rest = ctx.saved_tensors
         memory, remaining = rest[:memories], iter(rest[memories:])
         heads, count, width = q.shape
@@ -148,42 +216,38 @@ class _Short(torch.autograd.Function):
         to_memory = [torch.zeros_like(t, dtype=torch.float32) for t in memory]
         shared: dict[tuple[int, int], list[Tensor]] = {}  # the gradient of shared tokens is the sum over sequences
         grad = gradient.transpose(0, 1)
-        for piece in segments.pieces:
-            start, end, (low, high), at = piece
+        for bucket in buckets:
             shares = next(remaining)
             mask = next(remaining) if dropped else None
-            all_k, all_v = (segments.seen(t, piece, memory, which) for which, t in enumerate((k, v)))
-            grad_i = _grouped(grad, start, end, groups)
+            all_k, all_v = (bucket.keys(t, memory, which) for which, t in enumerate((k, v)))
+            grad_i = bucket.queries(grad, groups)
             made_v = torch.bmm((shares if mask is None else shares * mask).transpose(1, 2), grad_i)
             to_shares = torch.bmm(grad_i, all_v.transpose(1, 2))
             if mask is not None:
                 to_shares.mul_(mask)
             to_scores = torch._softmax_backward_data(to_shares, shares, -1, shares.dtype)
-            made_k = torch.bmm(to_scores.transpose(1, 2), _grouped(q, start, end, groups))
-            made_q = torch.bmm(to_scores, all_k).view(heads, end - start, width)
-            torch.mul(made_q, scale, out=to_q[:, start:end])
-            prefix = 0 if at is None else memory[2 * at].shape[1]
-            before = prefix + high - low
-            if at is not None:
-                to_memory[2 * at].add_(made_k[:, :prefix], alpha=scale)
-                to_memory[2 * at + 1] += made_v[:, :prefix]
-            if high > low:
-                if (low, high) not in shared:
-                    shared[low, high] = [t.new_zeros(groups, high - low, width, dtype=torch.float32) for t in (k, v)]
-                shared[low, high][0].add_(made_k[:, prefix:before], alpha=scale)
-                shared[low, high][1].add_(made_v[:, prefix:before])
-            torch.mul(made_k[:, before:], scale, out=to_k[:, start:end])
-            to_v[:, start:end] = made_v[:, before:]
+            made_k = torch.bmm(to_scores.transpose(1, 2), bucket.queries(q, groups))
+            bucket.put(torch.bmm(to_scores, all_k), to_q, scale)
+            prefix = 0 if bucket.memory is None else memory[2 * bucket.memory].shape[1]
+            before = made_k.shape[1] - bucket.length
+            for which, (made, out, factor) in enumerate(((made_k, to_k, scale), (made_v, to_v, 1.0))):
+                bucket.put(made[:, before:] if before else made, out, factor)
+                if not before:
+                    continue
+                first = made[:, :before]
+                if bucket.count > 1:
+                    first = first.unflatten(0, (bucket.count, groups)).sum(0, dtype=torch.float32)
+                if bucket.memory is not None:
+                    to_memory[2 * bucket.memory + which].add_(first[:, :prefix], alpha=factor)
+                if before > prefix:
+                    if bucket.front not in shared:
+                        like = groups, before - prefix, width
+                        shared[bucket.front] = [t.new_zeros(like, dtype=torch.float32) for t in (k, v)]
+                    shared[bucket.front][which].add_(first[:, prefix:], alpha=factor)
         for (low, high), (sum_k, sum_v) in shared.items():
             to_k[:, low:high] += sum_k.to(k.dtype)
             to_v[:, low:high] += sum_v.to(v.dtype)
         return to_q, to_k, to_v, None, None, None, *(t.to(m.dtype) for t, m in zip(to_memory, memory, strict=True))
-
-
-def _grouped(t: Tensor, start: int, end: int, groups: int) -> Tensor:
-    """Places start to end of t [H, N, D] as [groups, H / groups * L, D]: heads that share keys side by side."""
-    part = t[:, start:end]
-    return part if t.shape[0] == groups else part.reshape(groups, -1, t.shape[2])
 
 
 def _mask_of(shares: Tensor, p: float) -> Tensor:

@@ -59,7 +59,8 @@ def add_product(y: Tensor, x: Tensor, weight: Tensor, scale: float) -> None:
 
     x and weight may be of a wider dtype than y, in which the product is then made.
     """
-    way = way_for(x, weight)
+    # x and W are narrow: in fp32 torch's own product is the faster by far
+    way = F.linear if x.dtype is torch.float32 else way_for(x, weight)
     if way is F.linear and y.dtype is x.dtype:
         y.addmm_(x, weight.t(), alpha=scale)
     else:
@@ -70,6 +71,18 @@ def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which to make products of values in `dtype`: fp32 for 16-bit ones on CPUs that multiply them slowly."""
     narrow = device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling()
     return torch.float32 if narrow and way(dtype, _FEW, transposed=True) is widened else dtype
+
+
+def frozen_ways(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Way, Way] | None:
+    """How to multiply x [..., in] by a frozen weight and a gradient by its transpose, where one kind of number will do for
+    both on this processor; None where nobody may choose (other devices, autocast, compiling, trained weights)."""
+    free = x.device.type == "cpu" and x.dtype is weight.dtype and type(weight) in (Tensor, torch.nn.Parameter)
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not free or trained or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return None
+    if x.dtype not in CHOSEN or working_dtype(x.dtype, x.device) is not x.dtype:
+        return None
+    return way_for(x, weight), way_for(x, weight, backward=True)
 
 
 # -- which way -----------------------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dropout import dropout, is_cheap, keep_mask
-from .linear import add_product, plain_product, working_dtype
+from .linear import add_product, frozen_ways, owned, plain_product, working_dtype
 from .order import first_order
+from .packed import is_kept
 
 _FEW = 150_000  # elements of input and output up to which one function costs more calls than it saves
 
@@ -43,24 +44,57 @@ class _LowRank(torch.autograd.Function):
         x, a, b, short, kept = ctx.saved_tensors
         flat = _working(x).view(-1, x.shape[-1])
         outer = gradient.reshape(-1, gradient.shape[-1]).to(short.dtype)
-        to_x, to_a, to_b = _gradients(flat, outer, a, b, short, kept, ctx.scale, ctx.needs_input_grad[1])
+        to_x = torch.zeros_like(flat) if ctx.needs_input_grad[1] else None
+        to_x, to_a, to_b = _gradients(flat, outer, a, b, short, kept, ctx.scale, to_x)
         return gradient, None if to_x is None else to_x.view(x.shape).to(x.dtype), to_a, to_b, None, None
 
 
-def _gradients(
-    x: Tensor, outer: Tensor, a: Tensor, b: Tensor, short: Tensor, kept: Tensor | None, scale: float, wants_x: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of ``scale * drop(x) A^T B^T`` to x [N, in] (if wanted), A and B, from that of its value [N, out].
+class _Adapted(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float, ways: Any
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        kept, factor = _mask(flat, p)
+        ctx.scale, ctx.back = scale * factor, ways[1]
+        y = owned(ways[0](flat, weight, bias))
+        short = plain_product(flat if kept is None else flat * kept, a.to(flat.dtype))
+        ctx.save_for_backward(x, weight, a, b, short, kept)
+        add_product(y, short, b.to(flat.dtype), ctx.scale)
+        return owned(y.view(*x.shape[:-1], -1))
 
-    Those of A and B are made as ``[r, N] [N, …]``: many columns of a product cost less than many rows of one.
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, a, b, short, kept = ctx.saved_tensors
+        flat = x.reshape(-1, x.shape[-1])
+        outer = gradient.reshape(-1, gradient.shape[-1]).contiguous()
+        to_x = ctx.back(outer, weight.t(), None) if ctx.needs_input_grad[0] else None
+        to_x, to_a, to_b = _gradients(flat, outer, a, b, short, kept, ctx.scale, to_x)
+        return None if to_x is None else to_x.view(x.shape), None, None, to_a, to_b, None, None, None
+
+
+def _gradients(
+    x: Tensor, outer: Tensor, a: Tensor, b: Tensor, short: Tensor, kept: Tensor | None, scale: float, to_x: Tensor | None
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients of ``scale * drop(x) A^T B^T`` to x [N, in], added to `to_x` (if that is wanted), to A and B, from that of
+    its value [N, out].
+
+    All are made as products ``[r, …] […, …]``: many columns of a product cost less than many rows of one.
     """
-    to_short = plain_product(outer, b.to(x.dtype).t()).mul_(scale)
-    to_b = plain_product(short.t(), outer.t()).t().to(b.dtype).contiguous().mul_(scale)
-    to_a = plain_product(to_short.t(), (x if kept is None else x * kept).t()).to(a.dtype)
-    if not wants_x:
-        return None, to_a, to_b
-    to_x = plain_product(to_short, a.to(x.dtype).t())
-    return to_x if kept is None else to_x.mul_(kept), to_a, to_b
+    to_short = _narrow(b.to(x.dtype).t(), outer.t()).mul_(scale)
+    to_b = _narrow(short.t(), outer).t().to(b.dtype).contiguous().mul_(scale)
+    to_a = _narrow(to_short, x if kept is None else x * kept).to(a.dtype)
+    if to_x is not None and kept is None:
+        add_product(to_x, to_short.t(), a.to(x.dtype).t(), 1.0)
+    elif to_x is not None:
+        to_x.add_(_narrow(to_short.t(), a.to(x.dtype)).mul_(kept))
+    return to_x, to_a, to_b
+
+
+def _narrow(x: Tensor, y: Tensor) -> Tensor:
+    """``x y`` of which an axis is of r: in fp32 by torch's own product, the faster for so few."""
+    return torch.mm(x, y) if x.dtype is torch.float32 else plain_product(x, y.t())
 
 
 def _working(x: Tensor) -> Tensor:
@@ -89,6 +123,22 @@ def low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float 
             short = F.linear(dropout(x.to(a.dtype), p) if p else x.to(a.dtype), a)
             return y + F.linear((short * scale).to(b.dtype), b).to(y.dtype)
         return _LowRank.apply(y, x.to(y.dtype), a, b, scale, p)
+
+
+def adapted_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float = 0.0
+) -> Tensor | None:
+    """``x W^T + b + scale * dropout(x) A^T B^T`` in one function, or None where the two are to be made apart.
+
+    Args:
+        x: [..., in].
+        weight, bias: [out, in] and [out], frozen.
+        a, b, scale, p: as in `low_rank`.
+    """
+    few = x.dtype is not torch.float32 and x.numel() + x.numel() // x.shape[-1] * weight.shape[0] <= _FEW
+    if few or is_kept(weight) or (ways := frozen_ways(x, weight, bias)) is None:
+        return None
+    return _Adapted.apply(x, weight, bias, a, b, scale, p, ways)
 
 
 class Update(NamedTuple):
@@ -221,8 +271,11 @@ class _GroupedLowRank(torch.autograd.Function):
             short, mask = kept[2 * i : 2 * i + 2]
             flat = _working(x[index]).view(-1, x.shape[-1])
             outer = gradient[index].reshape(-1, gradient.shape[-1]).to(short.dtype)
-            back, *both = _gradients(flat, outer, a, b, short, mask, scale, to_x is not None)
+            part = None if to_x is None else to_x[index]
+            into = part is not None and part._is_view() and part.dtype is flat.dtype
+            start = None if part is None else part.view(flat.shape) if into else torch.zeros_like(flat)
+            back, *both = _gradients(flat, outer, a, b, short, mask, scale, start)
             made += both
-            if to_x is not None and back is not None:
-                to_x[index] += back.view(to_x[index].shape).to(x.dtype)
+            if to_x is not None and not into:
+                to_x[index] = part + back.view(part.shape).to(x.dtype)  # type: ignore[union-attr]
         return gradient, to_x, None, *made
