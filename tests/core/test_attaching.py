@@ -25,7 +25,7 @@ def batch() -> dict[str, Tensor]:
 def runs(model: Any, **inputs: Any) -> int:
     """How often one pass runs the base's body."""
     count: list[int] = []
-    handle = model.base.model.register_forward_pre_hook(lambda *_: count.append(1))
+    handle = model.base.base_model.register_forward_pre_hook(lambda *_: count.append(1))
     try:
         model(**(inputs or batch()))
     finally:
@@ -94,6 +94,20 @@ def test_another_head_is_tried_out(other: str) -> None:
     model.add_adapter("other", config(other, "llama"))
     assert runs(model) > 1
     assert runs(model) == 1
+    lean = model(**batch()).loss
+    model.lean = False
+    close(lean, model(**batch()).loss)
+
+
+def test_modules_of_an_adapters_own_are_tried_out() -> None:
+    """A trained copy of an attention module may not go the way that the base's own goes."""
+    model: Any = attach("gpt2", "lora_default", base=still("gpt2")).train()
+    model(**batch())
+    settings = graftlm.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_fc"], modules_to_save=["attn"])
+    model.add_adapter("other", settings)
+    model.set_adapter("other")
+    randomise(model)
+    assert runs(model) > 1
     lean = model(**batch()).loss
     model.lean = False
     close(lean, model(**batch()).loss)

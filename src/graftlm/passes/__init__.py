@@ -10,7 +10,8 @@
 | `shortcuts.py`, `trial.py` | which short cuts a training pass takes, tried out on the model itself |
 | `padded.py`, `seq2seq.py`, `packed.py` | the three layouts of a batch; parts: `prefix.py`, `row.py`, `refusals.py` |
 | `loss.py`, `output.py` | the loss from hidden states; outputs whose logits are made when they are read |
-| `run.py` | one call: its plan, its passes, what they end with |
+| `run.py` | one call: its plan, its pass, what that ends with |
+| `served.py` | steps of a server over keys and values that it keeps |
 
 Shapes: B rows, T tokens a row as given, P virtual tokens, K prefix entries, N tokens of a packed row, H hidden size.
 """

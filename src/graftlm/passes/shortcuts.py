@@ -136,7 +136,7 @@ class Shortcuts:
         """The same for one composition of adapters; it depends on their kinds, not on which they are."""
         kind = self.host.adapter_device.type
         auto = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        kinds = frozenset(type(self.host.methods[name]) for name in group)
+        kinds = frozenset(self.kind(name) for name in group)
         key = kinds, getattr(self.host.base, "loss_function", None), kind, auto
         forms = self.trials.forms
         if key not in forms:
@@ -148,6 +148,11 @@ class Shortcuts:
                 log.info("%s is trained without short cuts: %s", type(self.host.base).__name__, error)
                 forms[key] = None
         return forms[key]
+
+    def kind(self, name: str) -> tuple:
+        """What short cuts can depend on of an adapter: its method, and modules of its own in place of the base's."""
+        method = self.host.methods[name]
+        return type(method), frozenset(getattr(method.config, "modules_to_save", None) or ())
 
     def training_form(self, plan: Plan) -> Form | None:
         """The short cuts of training passes that ask for nothing but the loss; None for none."""
