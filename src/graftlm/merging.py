@@ -73,9 +73,17 @@ def others_lifted(host: PeftModel) -> Iterator[None]:
         layer.unmerge()
     try:
         yield
-    finally:
-        for layer, names in merged:
-            layer.merge(names, requantize=layer.frozen.requantize)
+    except Exception:
+        merge_again(merged)
+        host._follow(merged)
+        raise
+    merge_again(merged)
+
+
+def merge_again(layers: list[tuple[Adapted, list[str]]]) -> None:
+    """Adapters that were lifted out of layers are put in again."""
+    for layer, names in layers:
+        layer.merge(names, requantize=layer.frozen.requantize)
 
 
 def put_saved(host: PeftModel, names: list[str]) -> None:

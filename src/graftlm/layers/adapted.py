@@ -18,7 +18,7 @@ from ..architectures import base_modules
 from ..kernels import Update, grouped_low_rank
 from ..routing import Routes, Switch, active_adapters, active_routes, planned_adapters
 from .change import Change, Held, LowRank, add
-from .frozen import Frozen, frozen_of
+from .frozen import Frozen, Owner, frozen_of
 
 
 class Adapted(nn.Module):
@@ -144,7 +144,7 @@ class Adapted(nn.Module):
         if len(left) < len(folds):
             self.refold(left)
 
-    def refold(self, parts: Sequence[tuple[Adapted, str]]) -> None:
+    def refold(self, parts: Sequence[tuple[Owner, str]]) -> None:
         """`Frozen.refold`, and the layer that it makes in its place."""
         self.frozen.refold(parts)
         inner: Adapted = self

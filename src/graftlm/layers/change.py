@@ -10,16 +10,14 @@ Several changes of one layer nest: they enter from the last to the first, leave 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import Update, dropout, grouped_low_rank, low_rank
-
-if TYPE_CHECKING:
-    from .frozen import Frozen
+from .frozen import Frozen
 
 
 class LowRank(NamedTuple):

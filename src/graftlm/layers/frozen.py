@@ -8,8 +8,8 @@ layer as it was, beside which the adapters that act are computed as ever.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,25 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..quantization import dequantize, dequantized, quantized_kind, requantized
-from ..routing import active_routes
+from ..routing import Switch, active_routes
 
-if TYPE_CHECKING:
-    from .adapted import Adapted
+
+class Owner(Protocol):
+    """The module that holds adapters' tensors, as this file knows it (`Adapted`)."""
+
+    switch: Switch
+    changes: dict[str, Any]
+    biases: dict[str, Tensor]
+    training: bool
+
+    @property
+    def active_adapters(self) -> list[str]: ...
+
+    def held(self, name: str) -> Any: ...
+
+    def parts(self, name: str) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def turn(self, name: str) -> int: ...
 
 
 class Fold:
@@ -31,7 +46,7 @@ class Fold:
         name: the adapter's.
     """
 
-    def __init__(self, owner: Adapted, name: str) -> None:
+    def __init__(self, owner: Owner, name: str) -> None:
         self.owner = owner
         self.name = name
         self.note()
@@ -71,7 +86,7 @@ class Frozen:
         self.layer: Any = layer  # as it stands in the base: a merge puts a copy in a quantised one's place
         self.before: Any = None  # as it was, while adapters are folded in
         self.folds: list[Fold] = []
-        self.over: list[Adapted] = []  # the modules around it, one a wrapper, from the inside to the outside
+        self.over: list[Owner] = []  # the modules around it, one a wrapper, from the inside to the outside
         self.rebiased = False  # whether the folds change the bias
         self.requantize = False
 
@@ -136,7 +151,7 @@ class Frozen:
         """Whether all that is folded in still has the values that are in the weight."""
         return all(fold.fresh for fold in self.folds)
 
-    def named(self, owner: Adapted) -> list[str]:
+    def named(self, owner: Owner) -> list[str]:
         """The adapters of one module that are folded in."""
         return [fold.name for fold in self.folds if fold.owner is owner]
 
@@ -171,7 +186,7 @@ class Frozen:
             return False
         return self.fresh and not any(owner.changes[name].drops(owner.held(name)) for owner, name in folded)
 
-    def folded(self, parts: Iterable[tuple[Adapted, str]]) -> tuple[Tensor, Tensor | None]:
+    def folded(self, parts: Iterable[tuple[Owner, str]]) -> tuple[Tensor, Tensor | None]:
         """The weight [out, in], in at least fp32, and the bias [out] with adapters in them, one after the other."""
         weight, bias = self.weight(), self.bias
         with torch.no_grad():
@@ -180,7 +195,7 @@ class Frozen:
                 weight, bias = change.fold(t, weight, self), change.bias(t, bias)
         return weight, bias
 
-    def refold(self, parts: Sequence[tuple[Adapted, str]]) -> None:
+    def refold(self, parts: Sequence[tuple[Owner, str]]) -> None:
         """Put exactly these adapters into the weight; for none it is, bit for bit, what it was.
 
         A quantised layer is replaced by a bf16 copy, or with `requantize` by a quantised one: `layer` is then another
