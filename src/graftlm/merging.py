@@ -114,9 +114,17 @@ def others_lifted(host: AdapterSet) -> Iterator[None]:
         layer.unmerge()
     try:
         yield
-    finally:
-        for layer, names in merged:
-            layer.merge(names, requantize=layer.frozen.requantize)
+    except Exception:
+        merge_again(merged)
+        follow(host)
+        raise
+    merge_again(merged)
+
+
+def merge_again(layers: list[tuple[Adapted, list[str]]]) -> None:
+    """Adapters that were lifted out of layers are put in again."""
+    for layer, names in layers:
+        layer.merge(names, requantize=layer.frozen.requantize)
 
 
 def put_saved(host: AdapterSet, names: list[str]) -> None:

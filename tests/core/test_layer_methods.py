@@ -327,7 +327,7 @@ def test_what_cannot_be_meant() -> None:
         graftlm.IA3Config(target_modules=["embed_tokens"]),
         graftlm.LoHaConfig(target_modules=["embed_tokens"]),
     ):
-        with pytest.raises(UnsupportedError, match="has no form for 'model.embed_tokens', a embedding; it takes linear"):
+        with pytest.raises(UnsupportedError, match="has no form for 'model.embed_tokens', a Embedding; it takes linear"):
             graftlm.get_peft_model(fresh("llama"), settings)
     unknown = fresh("llama")
     unknown.config.model_type = "unknown"

@@ -8,7 +8,7 @@ layer as it was, beside which the adapters that act are computed as ever.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +21,7 @@ from ..routing import Switch, active_routes
 
 
 class Owner(Protocol):
-    """What holds adapters of a layer: `Adapted`, one a wrapper."""
+    """The module that holds adapters' tensors, as this file knows it (`Adapted`)."""
 
     switch: Switch
     changes: dict[str, Any]
@@ -30,8 +30,11 @@ class Owner(Protocol):
 
     @property
     def active_adapters(self) -> list[str]: ...
+
     def held(self, name: str) -> Any: ...
-    def parts(self, name: str) -> Iterable[tuple[str, nn.Parameter]]: ...
+
+    def parts(self, name: str) -> Iterator[tuple[str, nn.Parameter]]: ...
+
     def turn(self, name: str) -> int: ...
 
 

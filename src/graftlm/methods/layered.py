@@ -72,9 +72,11 @@ class LayerMethod(Method):
         try:
             targets = find_targets(host.base, config, skip=(Adapted, *host.container_types))
             self._refuse_shared(host, targets)
-            layers = {path: self._layer(host, path, module) for path, module in targets.items()}
-            for path, layer in layers.items():
-                if host.base.get_submodule(path) is not layer:
+            self._refuse_kinds(targets)
+            for path, module in targets.items():
+                own = isinstance(module, Adapted) and module.switch is host.switch
+                layer: Any = module if own else Adapted(module, host.switch)
+                if not own:
                     replace_module(host.base, path, layer)
                 change = self.change(host, clean_path(path), layer.frozen)
                 layer.add(self.name, change, host.adapter_dtype(layer.frozen.layer), initialise=not for_loading)
@@ -82,19 +84,15 @@ class LayerMethod(Method):
             self.detach(host)
             raise
 
-    def _layer(self, host: Site, path: str, module: Any) -> Adapted:
-        """The module that holds this wrapper's adapters of a layer."""
-        if isinstance(module, Adapted) and module.switch is host.switch:
-            return module
-        made = Adapted(module, host.switch)
-        if made.frozen.kind not in self.kinds:
-            kind = made.frozen.kind
-            made.leave_place()
-            raise UnsupportedError(
-                f"{self.title} has no form for {path!r}, a {kind}; it takes {self.takes}. Name other modules in "
-                "target_modules."
-            )
-        return made
+    def _refuse_kinds(self, targets: dict[str, Any]) -> None:
+        """UnsupportedError for a layer that this method has no change for."""
+        for path, module in targets.items():
+            frozen = module.frozen if isinstance(module, Adapted) else Frozen(module)
+            if frozen.kind not in self.kinds:
+                raise UnsupportedError(
+                    f"{self.title} has no form for {path!r}, a {type(frozen.layer).__name__}; it takes {self.takes}. Name "
+                    "other modules in target_modules."
+                )
 
     def _refuse_shared(self, host: Site, targets: dict[str, nn.Module]) -> None:
         """T5 and BART keep a module that only holds the embeddings' weight and never runs: an update there is lost."""
