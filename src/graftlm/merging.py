@@ -116,7 +116,8 @@ def others_lifted(host: AdapterSet) -> Iterator[None]:
         yield
     except Exception:
         merge_again(merged)
-        follow(host)
+        if merged:
+            follow(host)
         raise
     merge_again(merged)
 

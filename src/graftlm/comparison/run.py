@@ -74,23 +74,18 @@ def compare(
     Raises:
         GraftError: what concerns all methods: the base, the data, an unknown method, no seeds.
     """
-    from ..training import TrainingInterrupted
     from ..training.bases import scheme_name
 
     specs = parse_all(methods)
     check_seeds(seeds)
     check_output(Path(output_dir), overwrite)
-    unknown = set(overrides or ()) - {s.method for s in specs} - {s.label for s in specs}
-    if unknown:
-        raise ConfigError(f"overrides for {sorted(unknown)}, which are not compared; compared: {[s.label for s in specs]}.")
     if budget is not None and not budget > 0:
         raise ConfigError(f"budget={budget!r}: expected seconds above 0, or None for no search.")
     source = data if isinstance(data, str) else str(data.get("source"))
     result = ComparisonResult(base=base, data=source, output_dir=Path(output_dir), command=command)
     result.runs = [planned(spec, seed, len(seeds) > 1) for seed in seeds for spec in specs]
     common = merged({"base": base, "data": {"source": data} if isinstance(data, str) else data}, settings)
-    layers = {s.label: merged(common, *[(overrides or {}).get(n) for n in (s.method, s.label)], s.overrides) for s in specs}
-    same_data(common, layers)
+    layers = layers_of(specs, common, overrides or {})
     schemes = {s.label: scheme_name(layers[s.label].get("quantization")) for s in specs}
     bases = Bases(base, common.get("dtype", "auto"), model, tokenizer)
     bases.main = None if bases.given or None in schemes.values() else schemes[specs[0].label]
@@ -100,28 +95,9 @@ def compare(
     result.general = texts.source if texts is not None else None
     result.save()
     with Shown(quiet, console, len(result.runs)) as shown:
-        if budget is not None:
-            try:
-                result.search = search(specs, layers, seeds, bases, budget, shown)
-            except (KeyboardInterrupt, TrainingInterrupted):
-                result.runs[0].status, result.runs[0].error = (
-                    INTERRUPTED,
-                    "stopped by Ctrl-C, in the search of learning rates",
-                )
-                result.save()
-                return result
-            for label, trials in result.search.items():
-                rate = next(t["learning_rate"] for t in trials if t["status"] == "chosen")
-                layers[label] = merged(layers[label], {"training": {"learning_rate": rate}})
-        recipes: dict[int, Recipe] = {}
-        for number, run in enumerate(result.runs):
-            spec = next(s for s in specs if s.label == run.label)
-            try:
-                recipe = recipes[number] = recipe_for(result, run, spec, layers[run.label])
-                run.recipe, run.quantization = recipe.to_yaml(), recipe.quantization
-            except (GraftError, ValueError, TypeError) as error:
-                run.status, run.error = FAILED, f"{type(error).__name__}: {error}"
-                shown.ended(run)
+        if budget is not None and not searched(result, specs, layers, bases, budget, shown):
+            return result
+        recipes = recipes_of(result, specs, layers, shown)
         field = Field(result, bases, texts, at_once, shown)
         field.plan(recipes)
         groups = grouped(recipes)
@@ -132,6 +108,58 @@ def compare(
         result.seconds = shown.seconds
     result.save()
     return result
+
+
+def layers_of(
+    specs: Sequence[MethodSpec], common: Mapping[str, Any], overrides: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The parts of a recipe for each row, by its label.
+
+    Raises:
+        ConfigError: overrides for a row that is not compared; rows on different data.
+    """
+    unknown = set(overrides) - {s.method for s in specs} - {s.label for s in specs}
+    if unknown:
+        raise ConfigError(f"overrides for {sorted(unknown)}, which are not compared; compared: {[s.label for s in specs]}.")
+    layers = {s.label: merged(common, *[overrides.get(n) for n in (s.method, s.label)], s.overrides) for s in specs}
+    same_data(common, layers)
+    return layers
+
+
+def searched(
+    result: ComparisonResult, specs: list[MethodSpec], layers: dict[str, dict[str, Any]], bases: Bases, budget: float,
+    shown: Shown,
+) -> bool:  # fmt: skip
+    """Search the learning rates and put them into `layers`; False after Ctrl-C, which the result notes."""
+    from ..training import TrainingInterrupted
+
+    try:
+        result.search = search(specs, layers, list(dict.fromkeys(run.seed for run in result.runs)), bases, budget, shown)
+    except (KeyboardInterrupt, TrainingInterrupted):
+        first = result.runs[0]
+        first.status, first.error = INTERRUPTED, "stopped by Ctrl-C, in the search of learning rates"
+        result.save()
+        return False
+    for label, trials in result.search.items():
+        rate = next(t["learning_rate"] for t in trials if t["status"] == "chosen")
+        layers[label] = merged(layers[label], {"training": {"learning_rate": rate}})
+    return True
+
+
+def recipes_of(
+    result: ComparisonResult, specs: Sequence[MethodSpec], layers: Mapping[str, dict[str, Any]], shown: Shown
+) -> dict[int, Recipe]:
+    """The recipes of the runs by their numbers, without those whose recipe is wrong: their rows say why."""
+    recipes = {}
+    for number, run in enumerate(result.runs):
+        spec = next(s for s in specs if s.label == run.label)
+        try:
+            recipe = recipes[number] = recipe_for(result, run, spec, layers[run.label])
+            run.recipe, run.quantization = recipe.to_yaml(), recipe.quantization
+        except (GraftError, ValueError, TypeError) as error:
+            run.status, run.error = FAILED, f"{type(error).__name__}: {error}"
+            shown.ended(run)
+    return recipes
 
 
 def grouped(recipes: dict[int, Recipe]) -> list[list[int]]:
