@@ -3,7 +3,8 @@
 ``v = f(E)``, E [P, H]; f is a three-layer MLP ``W3 relu(W2 relu(W1 e))``, or a bidirectional LSTM followed by
 ``W2 relu(W1 h)``. Only v [P, H] is kept for use; E and f are kept in the training-state file.
 
-HF PEFT stores one draw of the LSTM's dropout when saved in training mode and loses E and f; here neither happens.
+What differs from HF PEFT: besides the random start there is one from the base's vocabulary, as Prompt Tuning has it. HF PEFT
+stores one draw of the LSTM's dropout when saved in training mode and loses E and f; here neither happens.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from __future__ import annotations
 import enum
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError
 from .base import PeftType, PromptLearningConfig, as_enum, register
 from .fields import Count, Probability, also_takes
-from .soft_prompt import SoftPrompt
+from .soft_prompt import SoftPrompt, sampled_embeddings
 
 if TYPE_CHECKING:
     from .. import model as wrapper
@@ -41,12 +43,16 @@ class PromptEncoderConfig(PromptLearningConfig):
         encoder_hidden_size: width of the network; token_dim when None.
         encoder_num_layers: layers of the LSTM (the MLP always has three linear layers).
         encoder_dropout: between the LSTM's layers.
+        init_weights: None (random, HF PEFT's), or "vocab": the virtual tokens start at the embeddings of random tokens.
     """
 
     encoder_reparameterization_type: PromptEncoderReparameterizationType | str = PromptEncoderReparameterizationType.MLP
     encoder_hidden_size: Count | None = None
     encoder_num_layers: Count = 2
     encoder_dropout: Probability = 0.0
+    init_weights: str | None = None
+
+    own_fields: ClassVar[frozenset[str]] = frozenset({"init_weights"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,6 +60,8 @@ class PromptEncoderConfig(PromptLearningConfig):
         self.encoder_reparameterization_type = as_enum(
             PromptEncoderReparameterizationType, self.encoder_reparameterization_type, "encoder_reparameterization_type"
         )
+        if self.init_weights not in (None, "vocab"):
+            raise ConfigError(f"init_weights={self.init_weights!r}: expected None (random) or 'vocab'.")
         is_mlp = self.encoder_reparameterization_type is PromptEncoderReparameterizationType.MLP
         if is_mlp and self.encoder_num_layers != 2:
             warnings.warn("encoder_num_layers is for the LSTM; the MLP always has three linear layers.", stacklevel=4)
@@ -81,12 +89,30 @@ class PromptEncoder(nn.Module):
             layers += [nn.Linear(a, b, **options), nn.ReLU()]
         self.mlp_head = nn.Sequential(*layers[:-1])
 
-    def forward(self) -> Tensor:
-        """Virtual tokens [rows, width]."""
+    def features(self) -> Tensor:
+        """What the last layer gets: [rows, hidden]."""
         x = self.embedding.weight[None]
         if self.lstm_head is not None:
             x = self.lstm_head(x)[0]
-        return self.mlp_head(x)[0]
+        return self.mlp_head[:-1](x)[0]
+
+    def forward(self) -> Tensor:
+        """Virtual tokens [rows, width]."""
+        return self.mlp_head[-1](self.features())
+
+    @torch.no_grad()
+    def start_at(self, tokens: Tensor) -> None:
+        """Set the last layer so that the virtual tokens are these [rows, width], or as near as it can make them.
+
+        Of all weights that do, the least squares take the smallest, which are below the usual start values.
+        """
+        training, last = self.training, self.mlp_head[-1]
+        x = self.eval().features()
+        inputs = torch.cat([x, x.new_ones(len(x), 1)], dim=1).double().cpu()  # the ones are the bias's
+        found = torch.linalg.pinv(inputs) @ tokens.double().cpu()
+        last.weight.copy_(found[:-1].T)
+        last.bias.copy_(found[-1])
+        self.train(training)
 
 
 class PTuning(SoftPrompt):
@@ -99,7 +125,11 @@ class PTuning(SoftPrompt):
         self.config.encoder_hidden_size = self.config.encoder_hidden_size or self.config.token_dim  # type: ignore[attr-defined]
 
     def build(self, host: wrapper.PeftModel, for_loading: bool) -> Any:
-        return PromptEncoder(*self.table_shape, self.config, host.adapter_device, host.adapter_dtype())  # type: ignore[arg-type]
+        config: PromptEncoderConfig = self.config  # type: ignore[assignment]
+        encoder = PromptEncoder(*self.table_shape, config, host.adapter_device, host.adapter_dtype())
+        if config.init_weights == "vocab" and not for_loading:
+            encoder.start_at(sampled_embeddings(host, self.table_shape[0]))
+        return encoder
 
 
 register(PeftType.P_TUNING, PromptEncoderConfig, PTuning)

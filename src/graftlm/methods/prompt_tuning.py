@@ -19,7 +19,7 @@ from ..architectures import backbone_embeddings
 from ..errors import ConfigError
 from .base import PeftType, PromptLearningConfig, as_enum, register
 from .fields import also_takes
-from .soft_prompt import SoftPrompt
+from .soft_prompt import SoftPrompt, sampled_embeddings
 
 if TYPE_CHECKING:
     from .. import model as wrapper
@@ -74,14 +74,14 @@ class PromptTuning(SoftPrompt):
         module = self.table(host)
         if for_loading or config.prompt_tuning_init is PromptTuningInit.RANDOM:
             return module
-        embeddings = backbone_embeddings(host.base)
         rows = module.embedding.num_embeddings
-        if config.prompt_tuning_init is PromptTuningInit.TEXT:
-            ids = text_ids(config, rows)
-        else:
-            ids = torch.randint(0, embeddings.weight.shape[0], (rows,))
         with torch.no_grad():
-            module.embedding.weight.copy_(embeddings(ids.to(embeddings.weight.device)))
+            if config.prompt_tuning_init is PromptTuningInit.TEXT:
+                embeddings = backbone_embeddings(host.base)
+                start = embeddings(text_ids(config, rows).to(embeddings.weight.device))
+            else:
+                start = sampled_embeddings(host, rows)
+            module.embedding.weight.copy_(start)
         return module
 
 

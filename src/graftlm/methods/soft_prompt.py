@@ -119,3 +119,10 @@ class SoftPrompt(Method):
         if isinstance(self.encoder(host), PromptEmbedding) and set(tensors) != {"embedding.weight"}:
             host.prompt_encoder[self.name] = self.build(host, for_loading=True)
         self.encoder(host).load_state_dict(tensors)
+
+
+@torch.no_grad()
+def sampled_embeddings(host: wrapper.PeftModel, count: int) -> Tensor:
+    """The base's embeddings of random tokens: [count, H]."""
+    embeddings = backbone_embeddings(host.base)
+    return embeddings(torch.randint(0, embeddings.weight.shape[0], (count,)).to(embeddings.weight.device))
