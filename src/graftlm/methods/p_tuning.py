@@ -108,10 +108,10 @@ class PromptEncoder(nn.Module):
         """
         training, last = self.training, self.mlp_head[-1]
         x = self.eval().features()
-        inputs = torch.cat([x, x.new_ones(len(x), 1)], dim=1).double().cpu()  # the ones are the bias's
-        found = torch.linalg.pinv(inputs) @ tokens.double().cpu()
-        last.weight.copy_(found[:-1].T)
-        last.bias.copy_(found[-1])
+        x, wanted = x.double().cpu(), tokens.double().cpu()
+        weight = torch.linalg.pinv(x - x.mean(0)) @ (wanted - wanted.mean(0))  # the bias makes the mean
+        last.weight.copy_(weight.T)
+        last.bias.copy_(wanted.mean(0) - x.mean(0) @ weight)
         self.train(training)
 
 

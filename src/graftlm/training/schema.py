@@ -27,9 +27,9 @@ from .defaults import HIDDEN_FIELDS, QUANTIZED, batch_size_for, config_type, def
 
 
 def seconds_of(value: Any) -> Any:
-    """Seconds of "90s", "10m" or "1.5h"; anything else as it is."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh])\s*", value) if isinstance(value, str) else None
-    return value if found is None else float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+    """Seconds of "90s", "10m", "1.5h" or "90"; anything else as it is."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", value) if isinstance(value, str) else None
+    return value if found is None else float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 Cut = Literal["end", "prompt"]

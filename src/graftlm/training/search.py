@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from .. import processes
 from ..architectures import model_dims
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from .evaluation import is_encoder_decoder, loss_metrics
 from .trainer import TrainingInterrupted
 
@@ -157,7 +158,14 @@ def with_best_rate(recipe: Recipe, model: Any, tokenizer: Any, data: RunData, sa
 
     Raises:
         ConfigError: too few rows, or no rate gave a finite loss.
+        UnsupportedError: several processes.
     """
+    if processes.count() > 1:
+        raise UnsupportedError(
+            f"a search of the learning rate (--budget, training.learning_rate: search) runs in one process, and "
+            f"{processes.count()} were started (torchrun, accelerate launch). Search in one process first, then name "
+            "training.learning_rate."
+        )
     start = recipe.replace(training=recipe.training.model_dump() | {"learning_rate": None})
     say(f"Searching the learning rate for {recipe.training.budget:g} seconds.")
     try:
