@@ -130,8 +130,7 @@ class Results:
 
 def grid_around(rate: float, found: dict[float, float]) -> list[float]:
     """Rates to measure: the default's neighbours on the grid, and further ones while the best is the outermost."""
-    near = min(range(len(GRID)), key=lambda i: abs(math.log(GRID[i] / rate)))
-    wanted = {rate, *GRID[near - 1 : near + 2]}
+    wanted = {max(g for g in GRID if g < 0.7 * rate), rate, min(g for g in GRID if g > 1.4 * rate)}
     if wanted <= found.keys():
         best = min(found, key=lambda r: found[r])
         if best == min(found):

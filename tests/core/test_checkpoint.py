@@ -37,7 +37,9 @@ from torch import nn
 
 import graftlm
 from graftlm import fingerprint
+from graftlm.bundled import base_path
 from graftlm.errors import AdapterError, BaseMismatchError, CheckpointError, ConfigError, GraftError
+from graftlm.training import resolve_base
 
 WEIGHTS = "adapter_model.safetensors"
 TRAINING = "training_state.safetensors"
@@ -540,12 +542,27 @@ def test_p_tuning_starts_at_embeddings_and_trains_its_network(kind: str, tmp_pat
     assert {k for k, p in encoder.named_parameters() if p.requires_grad} == set(encoder.state_dict())
     train(model, 2)
     model.eval().save_pretrained(tmp_path)
-    assert "init_weights" not in json.loads((tmp_path / CONFIG).read_text())
+    assert not {"init_weights", "init_text"} & json.loads((tmp_path / CONFIG).read_text()).keys()
     again = load("llama", tmp_path, is_trainable=True)
     assert again.peft_config["default"].init_weights == "vocab"
     assert torch.equal(again.prompt_encoder["default"].eval()(), encoder.eval()())
     theirs = peft.PeftModel.from_pretrained(fresh("llama"), tmp_path).eval()
     close(logits_of(theirs, **batch("llama")), logits_of(model, **batch("llama")), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["MLP", "LSTM"])
+def test_p_tuning_starts_as_the_prompt_of_a_text(kind: str) -> None:
+    """The untrained adapter is Prompt Tuning's with the same text: the text repeated in front of every row."""
+    base, _ = resolve_base("graftlm-base", dtype="fp32")
+    text = {"num_virtual_tokens": 7, "task_type": "CAUSAL_LM", "tokenizer_name_or_path": base_path()}
+    row = {"input_ids": torch.tensor([[5, 6, 7]])}
+    settings = graftlm.PromptTuningConfig(prompt_tuning_init="TEXT", prompt_tuning_init_text="good or bad?", **text)
+    wanted = logits_of(graftlm.get_peft_model(base, settings).eval(), **row)
+    settings = graftlm.PromptEncoderConfig(
+        init_weights="text", init_text="good or bad?", encoder_reparameterization_type=kind, encoder_hidden_size=16, **text
+    )
+    model = graftlm.get_peft_model(base, settings)
+    close(logits_of(model.eval(), **row), wanted, 1e-3)
 
 
 def test_p_tuning_with_a_narrow_network_starts_as_near_as_it_can() -> None:

@@ -3,7 +3,7 @@
 ``v = f(E)``, E [P, H]; f is a three-layer MLP ``W3 relu(W2 relu(W1 e))``, or a bidirectional LSTM followed by
 ``W2 relu(W1 h)``. Only v [P, H] is kept for use; E and f are kept in the training-state file.
 
-What differs from HF PEFT: besides the random start there is one from the base's vocabulary, as Prompt Tuning has it. HF PEFT
+What differs from HF PEFT: besides the random start there are Prompt Tuning's, from the base's embeddings. HF PEFT
 stores one draw of the LSTM's dropout when saved in training mode and loses E and f; here neither happens.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from .base import PeftType, PromptLearningConfig, as_enum, register
 from .fields import Count, Probability, also_takes
-from .soft_prompt import SoftPrompt, sampled_embeddings
+from .soft_prompt import SoftPrompt, start_embeddings, text_ids
 
 if TYPE_CHECKING:
     from .. import model as wrapper
@@ -43,7 +43,10 @@ class PromptEncoderConfig(PromptLearningConfig):
         encoder_hidden_size: width of the network; token_dim when None.
         encoder_num_layers: layers of the LSTM (the MLP always has three linear layers).
         encoder_dropout: between the LSTM's layers.
-        init_weights: None (random, HF PEFT's), or "vocab": the virtual tokens start at the embeddings of random tokens.
+        init_weights: None (random, HF PEFT's), or where the virtual tokens start: "vocab" (embeddings of random tokens) or
+            "text" (of `init_text`, repeated or cut to their number; needs tokenizer_name_or_path, too).
+        init_text: the text for "text".
+        tokenizer_name_or_path: whose tokens `init_text` is.
     """
 
     encoder_reparameterization_type: PromptEncoderReparameterizationType | str = PromptEncoderReparameterizationType.MLP
@@ -51,8 +54,10 @@ class PromptEncoderConfig(PromptLearningConfig):
     encoder_num_layers: Count = 2
     encoder_dropout: Probability = 0.0
     init_weights: str | None = None
+    init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
 
-    own_fields: ClassVar[frozenset[str]] = frozenset({"init_weights"})
+    own_fields: ClassVar[frozenset[str]] = frozenset({"init_weights", "init_text", "tokenizer_name_or_path"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,8 +65,10 @@ class PromptEncoderConfig(PromptLearningConfig):
         self.encoder_reparameterization_type = as_enum(
             PromptEncoderReparameterizationType, self.encoder_reparameterization_type, "encoder_reparameterization_type"
         )
-        if self.init_weights not in (None, "vocab"):
-            raise ConfigError(f"init_weights={self.init_weights!r}: expected None (random) or 'vocab'.")
+        if self.init_weights not in (None, "vocab", "text"):
+            raise ConfigError(f"init_weights={self.init_weights!r}: expected None (random), 'vocab' or 'text'.")
+        if self.init_weights == "text" and not (self.init_text and self.tokenizer_name_or_path):
+            raise ConfigError("init_weights='text' needs init_text and tokenizer_name_or_path.")
         is_mlp = self.encoder_reparameterization_type is PromptEncoderReparameterizationType.MLP
         if is_mlp and self.encoder_num_layers != 2:
             warnings.warn("encoder_num_layers is for the LSTM; the MLP always has three linear layers.", stacklevel=4)
@@ -127,8 +134,11 @@ class PTuning(SoftPrompt):
     def build(self, host: wrapper.PeftModel, for_loading: bool) -> Any:
         config: PromptEncoderConfig = self.config  # type: ignore[assignment]
         encoder = PromptEncoder(*self.table_shape, config, host.adapter_device, host.adapter_dtype())
-        if config.init_weights == "vocab" and not for_loading:
-            encoder.start_at(sampled_embeddings(host, self.table_shape[0]))
+        if config.init_weights is not None and not for_loading:
+            ids = None
+            if config.init_weights == "text":
+                ids = text_ids(config.init_text, config.tokenizer_name_or_path, "init_text")  # type: ignore[arg-type]
+            encoder.start_at(start_embeddings(host, self.table_shape[0], ids))
         return encoder
 
 

@@ -22,7 +22,7 @@ from ..architectures import encoder_kv_shapes, is_encoder_decoder, kv_shapes, mo
 from ..errors import ConfigError, UnsupportedError
 from .base import PeftType, PromptLearningConfig, register
 from .fields import Count, also_takes
-from .soft_prompt import SoftPrompt
+from .soft_prompt import SoftPrompt, repeated, text_ids
 
 if TYPE_CHECKING:
     from .. import model as wrapper
@@ -140,16 +140,11 @@ class PrefixTuning(SoftPrompt):
 
     def _from_text(self, host: wrapper.PeftModel) -> Tensor:
         """The base's own keys and values of `init_text`: [P, width]."""
-        from transformers import AutoTokenizer
-
         config: PrefixTuningConfig = self.config  # type: ignore[assignment]
         if is_encoder_decoder(host.base) or not getattr(host.base, "can_generate", lambda: False)():
             raise UnsupportedError("init_weights='text' is for decoder-only language models; use None or 'zero' here.")
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path)
-        ids = tokenizer(config.init_text)["input_ids"]
-        if not ids:
-            raise ConfigError(f"init_text={config.init_text!r} has no tokens.")
-        ids = (ids * (config.num_virtual_tokens // len(ids) + 1))[: config.num_virtual_tokens]
+        ids = text_ids(config.init_text, config.tokenizer_name_or_path, "init_text")  # type: ignore[arg-type]
+        ids = repeated(ids, config.num_virtual_tokens)
         cache, base, training = DynamicCache(), host.base, host.base.training
         device = next(base.parameters()).device
         with host.without_adapters():

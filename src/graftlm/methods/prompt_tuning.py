@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from ..architectures import backbone_embeddings
 from ..errors import ConfigError
 from .base import PeftType, PromptLearningConfig, as_enum, register
 from .fields import also_takes
-from .soft_prompt import SoftPrompt, sampled_embeddings
+from .soft_prompt import SoftPrompt, start_embeddings, text_ids
 
 if TYPE_CHECKING:
     from .. import model as wrapper
@@ -74,28 +72,13 @@ class PromptTuning(SoftPrompt):
         module = self.table(host)
         if for_loading or config.prompt_tuning_init is PromptTuningInit.RANDOM:
             return module
-        rows = module.embedding.num_embeddings
+        ids = None
+        if config.prompt_tuning_init is PromptTuningInit.TEXT:
+            text, path = config.prompt_tuning_init_text, config.tokenizer_name_or_path
+            ids = text_ids(text, path, "prompt_tuning_init_text", **(config.tokenizer_kwargs or {}))  # type: ignore[arg-type]
         with torch.no_grad():
-            if config.prompt_tuning_init is PromptTuningInit.TEXT:
-                embeddings = backbone_embeddings(host.base)
-                start = embeddings(text_ids(config, rows).to(embeddings.weight.device))
-            else:
-                start = sampled_embeddings(host, rows)
-            module.embedding.weight.copy_(start)
+            module.embedding.weight.copy_(start_embeddings(host, module.embedding.num_embeddings, ids))
         return module
-
-
-def text_ids(config: PromptTuningConfig, count: int) -> Tensor:
-    """Token ids [count] of the start text, repeated or cut."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        config.tokenizer_name_or_path, **{**(config.tokenizer_kwargs or {}), "trust_remote_code": False}
-    )
-    ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
-    if not ids:
-        raise ConfigError(f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens.")
-    return torch.tensor((ids * (count // len(ids) + 1))[:count])
 
 
 register(PeftType.PROMPT_TUNING, PromptTuningConfig, PromptTuning)
