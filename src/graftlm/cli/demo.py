@@ -41,7 +41,7 @@ PLANS = {
         methods=("lora", "qlora", "prompt-tuning", "p-tuning", "prefix-tuning", "bottleneck"),
         training={"epochs": 4, "batch_size": 4, "eval_batch_size": 50, "eval_strategy": "no"},
         held_out=100,
-        overrides={"p-tuning": {"training": {"epochs": 5}}},
+        overrides={name: {"training": {"batch_size": 2}} for name in ("prompt-tuning", "p-tuning")},
         options={"general": None},
     ),
 }
