@@ -115,8 +115,8 @@ class PromptEncoder(nn.Module):
         """Make the virtual tokens these [rows, width], or as near to them as the last layer can come (least squares).
 
         Before that the last hidden units are set to answer to a sixth of the tokens each. As PyTorch starts them half answer
-        to any token, so that a step of AdamW moves all tokens by nearly the same vector, and they learn little each. And they
-        are made as large whatever the network's width and kind, so that one learning rate suits all.
+        to any token, so that a step of AdamW moves all tokens by nearly the same vector, and they learn little each. They are
+        made as large whatever the network's width and kind, so that one learning rate suits all.
         """
         training, last, before = self.training, self.mlp_head[-1], self.mlp_head[-3]
         inputs = self.eval().inputs()
