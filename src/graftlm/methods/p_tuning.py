@@ -115,16 +115,14 @@ class PromptEncoder(nn.Module):
         """Make the virtual tokens these [rows, width], or as near to them as the last layer can come (least squares).
 
         Before that the last hidden units are set to answer to a sixth of the tokens each. As PyTorch starts them half answer
-        to any token, so that a step of AdamW moves all tokens by nearly the same vector, and they learn little each. They are
-        made as large whatever the network's width and kind, so that one learning rate suits all.
+        to any token, so that a step of AdamW moves all tokens by nearly the same vector, which teaches little. They are made
+        as large whatever the network's width and kind, so that one learning rate suits all.
         """
         training, last, before = self.training, self.mlp_head[-1], self.mlp_head[-3]
         inputs = self.eval().inputs()
         if len(tokens) > 1:
             before.bias -= self.mlp_head[:-2](inputs).float().quantile(1 - ACTIVE, dim=0)
-        if (
-            size := self.mlp_head[:-1](inputs).sum(1).mean()
-        ) > 0:
+        if (size := self.mlp_head[:-1](inputs).sum(1).mean()) > 0:
             for parameter in (before.weight, before.bias):
                 parameter *= SIZE / size
         x, wanted = self.mlp_head[:-1](inputs).double().cpu(), tokens.double().cpu()
