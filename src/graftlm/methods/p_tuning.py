@@ -118,7 +118,9 @@ class PromptEncoder(nn.Module):
         to any token, so that a step of AdamW moves all tokens by nearly the same vector, which teaches little. They are made
         as large whatever the network's width and kind, so that one learning rate suits all.
         """
-        training, last, before = self.training, self.mlp_head[-1], self.mlp_head[-3]
+        last: Any = self.mlp_head[-1]
+        before: Any = self.mlp_head[-3]
+        training = self.training
         inputs = self.eval().inputs()
         if len(tokens) > 1:
             before.bias -= self.mlp_head[:-2](inputs).float().quantile(1 - ACTIVE, dim=0)
