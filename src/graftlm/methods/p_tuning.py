@@ -35,7 +35,7 @@ class PromptEncoderReparameterizationType(str, enum.Enum):
 
 # At a start from embeddings: the share of the tokens that a hidden unit answers to, and the sum of a token's hidden units,
 # by which a step of AdamW at rate 1 moves it.
-ACTIVE, SIZE = 1 / 6, 10.0
+ACTIVE, SIZE = 1 / 6, 100.0
 
 
 @also_takes({"peft_version": ...})
@@ -116,7 +116,8 @@ class PromptEncoder(nn.Module):
 
         Before that the last hidden units are set to answer to a sixth of the tokens each. As PyTorch starts them half answer
         to any token, so that a step of AdamW moves all tokens by nearly the same vector, which teaches little. They are made
-        as large whatever the network's width and kind, so that one learning rate suits all.
+        large, and as large whatever the network's width and kind: then small steps of the last layer are enough, the layers
+        before it hardly change, and one learning rate suits all.
         """
         last: Any = self.mlp_head[-1]
         before: Any = self.mlp_head[-3]
