@@ -33,11 +33,6 @@ class PromptEncoderReparameterizationType(str, enum.Enum):
     LSTM = "LSTM"
 
 
-# At a start from embeddings: the share of the tokens that a hidden unit answers to, and the sum of a token's hidden units,
-# by which a step of AdamW at rate 1 moves it.
-ACTIVE, SIZE = 1 / 6, 100.0
-
-
 @also_takes({"peft_version": ...})
 @dataclass(kw_only=True)
 class PromptEncoderConfig(PromptLearningConfig):
@@ -101,34 +96,24 @@ class PromptEncoder(nn.Module):
             layers += [nn.Linear(a, b, **options), nn.ReLU()]
         self.mlp_head = nn.Sequential(*layers[:-1])
 
-    def inputs(self) -> Tensor:
-        """What `mlp_head` gets: [rows, its width]."""
+    def features(self) -> Tensor:
+        """What the last layer gets: [rows, its width]."""
         table = self.embedding.weight
-        return table if self.lstm_head is None else self.lstm_head(table[None])[0][0]
+        return self.mlp_head[:-1](table if self.lstm_head is None else self.lstm_head(table[None])[0][0])
 
     def forward(self) -> Tensor:
         """Virtual tokens [rows, width]."""
-        return self.mlp_head(self.inputs())
+        return self.mlp_head[-1](self.features())
 
     @torch.no_grad()
     def start_at(self, tokens: Tensor) -> None:
-        """Make the virtual tokens these [rows, width], or as near to them as the last layer can come (least squares).
+        """Set the last layer so that the virtual tokens are these [rows, width], or as near to them as it can come.
 
-        Before that the last hidden units are set to answer to a sixth of the tokens each. As PyTorch starts them half answer
-        to any token, so that a step of AdamW moves all tokens by nearly the same vector, which teaches little. They are made
-        large, and as large whatever the network's width and kind: then small steps of the last layer are enough, the layers
-        before it hardly change, and one learning rate suits all.
+        Of all weights that do, the least squares take the smallest, which are below the usual start values.
         """
         last: Any = self.mlp_head[-1]
-        before: Any = self.mlp_head[-3]
         training = self.training
-        inputs = self.eval().inputs()
-        if len(tokens) > 1:
-            before.bias -= self.mlp_head[:-2](inputs).float().quantile(1 - ACTIVE, dim=0)
-        if (size := self.mlp_head[:-1](inputs).sum(1).mean()) > 0:
-            for parameter in (before.weight, before.bias):
-                parameter *= SIZE / size
-        x, wanted = self.mlp_head[:-1](inputs).double().cpu(), tokens.double().cpu()
+        x, wanted = self.eval().features().double().cpu(), tokens.double().cpu()
         weight = torch.linalg.pinv(x - x.mean(0)) @ (wanted - wanted.mean(0))  # the bias makes the mean
         last.weight.copy_(weight.T)
         last.bias.copy_(wanted.mean(0) - x.mean(0) @ weight)
