@@ -209,16 +209,17 @@ def default_rate(method: str, model: Any) -> float:
     from graftlm.architectures import model_dims
     from graftlm.training.defaults import defaults_of
 
-    return defaults_of(method).rate(model_dims(model).hidden)
+    dims = model_dims(model)
+    return defaults_of(method).rate(dims.hidden, dims.layers)
 
 
-def table(results: Results, widths: dict[str, int]) -> None:
+def table(results: Results, shapes: dict[str, tuple[int, int]]) -> None:
     """Held-out loss of the default and of the best rate, by base, data and method: means over the seeds that both have."""
     from graftlm.training.defaults import defaults_of
 
     print("| base | data | method | default | best | loss | of the best | more by |\n|---|---|---|--:|--:|--:|--:|--:|")
     for like in dict.fromkeys(k._replace(rate=0.0, seed=0) for k in results.losses):
-        default = defaults_of(like.method).rate(widths[like.base])
+        default = defaults_of(like.method).rate(*shapes[like.base])
         first = results.of(like)
         if default not in first:
             continue
@@ -254,7 +255,8 @@ def main() -> None:
         from graftlm.bundled import resolve
 
         results = Results(args.json)
-        table(results, {b: AutoConfig.from_pretrained(resolve(b)).hidden_size for b in {k.base for k in results.losses}})
+        configs = {b: AutoConfig.from_pretrained(resolve(b)) for b in {k.base for k in results.losses}}
+        table(results, {b: (c.hidden_size, c.num_hidden_layers) for b, c in configs.items()})
         return
     from graftlm.training import resolve_base
 

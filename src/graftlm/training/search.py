@@ -128,7 +128,8 @@ def searched(
     together, found = Together(model, tokenizer, quiet=True), {}
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, recipe) in enumerate(recipes):
-            own = recipe.filled(model_dims(model).hidden, len(data.train_rows))
+            dims = model_dims(model)
+            own = recipe.filled(dims.hidden, len(data.train_rows), dims.layers)
             default = float(own.training.learning_rate or 0.0)
             method = found[name] = Method([default * f for f in FACTORS], until, data.held_out_rows, tokenizer)
             for candidate in method.candidates:
