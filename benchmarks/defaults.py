@@ -1,11 +1,14 @@
 """How far recipes' defaults end from the best that a search of settings finds: held-out loss by method, base and data.
 
-    python benchmarks/defaults.py --base smollm2 --data tweets --methods lora prefix-tuning --rates 3e-4 1e-3 3e-3
-    python benchmarks/defaults.py --base graftlm-base --data docs --set training.epochs=3 --json out.jsonl
+    python benchmarks/defaults.py --base graftlm-base --data tweets20 tweets chat --json out.jsonl     # goes on where it was
+    python benchmarks/defaults.py --base smollm2 --data tweets --methods lora --rates 3e-4 1e-3 --json out.jsonl
+    python benchmarks/defaults.py --table --json out.jsonl
 
-Without `--rates` the recipe's own default is measured. Every rate of every method trains over one base, together. Data sets:
-the bundled ones, and three made here of what is installed everywhere: `tweets20` (20 labelled rows), `docs` (2,000 names of
-the standard library's functions with the first line of their documentation) and `chat` (200 of them as conversations).
+For each base, data set and method the default rate and those beside it on a grid of half powers of ten are measured, and
+further ones while the best is the outermost; then, where the default is more than 5 % worse than the best, both with two
+more seeds. `--rates` measures these only. Every rate of every method trains over one base, together. Data sets: the bundled
+ones, and three made here of what is installed everywhere: `tweets20` (20 labelled rows), `docs` (2,000 names of the standard
+library's functions with the first line of their documentation) and `chat` (200 of them as conversations).
 """
 
 from __future__ import annotations
@@ -14,14 +17,20 @@ import argparse
 import importlib
 import inspect
 import json
+import math
 import pkgutil
+import statistics
 import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 MADE = ("tweets20", "docs", "chat")
+GRID = [float(f"{m}e{e}") for e in range(-6, 2) for m in (1, 3)]
+SEEDS = (0, 1, 2)
+GOAL = 0.05  # how much worse than the best a default may be
+EVALUATED = 60  # held-out rows
 METHODS = ("lora", "prompt-tuning", "p-tuning", "prefix-tuning", "bottleneck")
 # of the standard library: those that do something when they are imported, and those that document nothing
 LEFT_OUT = {"antigravity", "this", "idlelib", "lib2to3", "test", "tkinter", "turtledemo"}
@@ -86,65 +95,185 @@ def made_data(name: str, folder: Path) -> str:
     return str(place)
 
 
+class Key(NamedTuple):
+    """One run."""
+
+    base: str
+    data: str
+    set: tuple[str, ...]
+    method: str
+    rate: float
+    seed: int
+
+
+class Results:
+    """Held-out losses by run, kept in a file of JSON lines."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file, self.losses = file, dict[Key, float]()
+        for line in file.read_text().splitlines() if file is not None and file.is_file() else ():
+            row = json.loads(line)
+            key = Key(*(tuple(row[k]) if k == "set" else row[k] for k in Key._fields))
+            self.losses[key] = math.inf if row.get("loss") is None else row["loss"]
+
+    def add(self, key: Key, row: dict[str, Any]) -> None:
+        self.losses[key] = row.get("loss", math.inf)
+        line = json.dumps(key._asdict() | row)
+        print(line, flush=True)
+        if self.file is not None:
+            with self.file.open("a") as file:
+                file.write(line + "\n")
+
+    def of(self, like: Key) -> dict[float, float]:
+        """Loss by rate, of runs that are like this one."""
+        return {k.rate: loss for k, loss in self.losses.items() if k._replace(rate=like.rate) == like}
+
+
+def grid_around(rate: float, found: dict[float, float]) -> list[float]:
+    """Rates to measure: the default's neighbours on the grid, and further ones while the best is the outermost."""
+    wanted = {max(g for g in GRID if g < 0.7 * rate), rate, min(g for g in GRID if g > 1.4 * rate)}
+    if wanted <= found.keys():
+        best = min(found, key=lambda r: found[r])
+        if best == min(found):
+            wanted.add(max(g for g in GRID if g < best))
+        if best == max(found):
+            wanted.add(min(g for g in GRID if g > best))
+    return sorted(wanted - found.keys())
+
+
+class Bench:
+    """One base with one data set."""
+
+    def __init__(self, args: argparse.Namespace, data: str, source: str, model: Any, tokenizer: Any, folder: Path) -> None:
+        from graftlm.training import Recipe, measure
+        from graftlm.training.setup import load_data_of
+
+        self.args, self.model, self.tokenizer, self.folder = args, model, tokenizer, folder
+        self.results = Results(args.json)
+        self.like = Key(args.base, data, tuple(args.set), "", 0.0, 0)
+        self.common: dict[str, Any] = {
+            "base": args.base, "data": {"source": source, "max_eval_examples": EVALUATED},
+            "training": {"eval_strategy": "no", "save_strategy": "no", "load_best": False},
+        }  # fmt: skip
+        first = Recipe.from_dict(self.common, args.set)
+        self.rows = load_data_of(first, tokenizer, False)
+        self.baseline = measure(first, model, tokenizer, self.rows)
+
+    def train(self, keys: list[Key]) -> None:
+        """Train the runs that are not in the file yet, together."""
+        from graftlm.training import Recipe, Together
+
+        together = Together(self.model, self.tokenizer, at_once=self.args.at_once, quiet=True)
+        for number, key in enumerate(k for k in dict.fromkeys(keys) if k not in self.results.losses):
+            own = [f"method={key.method}", f"training.seed={key.seed}", f"training.learning_rate={key.rate!r}"]
+            place = self.folder / f"{key.data}-{key.seed}-{number}"
+            recipe = Recipe.from_dict(self.common, [*self.args.set, *own, f"output_dir={place}", "overwrite=true"])
+            together.add(recipe, baseline=self.baseline, data=self.rows, done=Note(self.results, key))
+        together.run()
+
+    def search(self) -> None:
+        """Every method's grid with the first seed, then default and best with the others."""
+        methods = [self.like._replace(method=m, rate=default_rate(m, self.model)) for m in self.args.methods]
+        while wanted := [m._replace(rate=r) for m in methods for r in grid_around(m.rate, self.results.of(m))]:
+            self.train(wanted)
+        both = []
+        for m in methods:
+            found = self.results.of(m)
+            best = min(found, key=lambda r: found[r])
+            if found[best] < (1 - GOAL) * found[m.rate]:
+                both += [m._replace(rate=r, seed=s) for s in SEEDS for r in (m.rate, best)]
+        self.train(both)
+
+
+class Note:
+    """Keeps how a run ended."""
+
+    def __init__(self, results: Results, key: Key) -> None:
+        self.results, self.key = results, key
+
+    def __call__(self, outcome: Any) -> None:
+        if outcome.error is not None:
+            self.results.add(self.key, {"error": str(outcome.error)[:200]})
+            return
+        import yaml
+
+        found = outcome.result
+        used = yaml.safe_load((found.output_dir / "recipe.yaml").read_text())["training"]
+        row: dict[str, Any] = {k: used[k] for k in ("epochs", "batch_size")}
+        row |= {k: found.metrics[k] for k in ("loss_before", "loss", "accuracy", "seconds")}
+        row["train"] = next((e["train_loss"] for e in reversed(found.history) if "train_loss" in e), None)
+        self.results.add(self.key, row)
+
+
+def default_rate(method: str, model: Any) -> float:
+    from graftlm.architectures import model_dims
+    from graftlm.training.defaults import defaults_of
+
+    dims = model_dims(model)
+    return defaults_of(method).rate(dims.hidden, dims.layers)
+
+
+def table(results: Results, shapes: dict[str, tuple[int, int]]) -> None:
+    """Held-out loss of the default and of the best rate, by base, data and method: means over the seeds that both have."""
+    from graftlm.training.defaults import defaults_of
+
+    print("| base | data | method | default | best | loss | of the best | more by |\n|---|---|---|--:|--:|--:|--:|--:|")
+    for like in dict.fromkeys(k._replace(rate=0.0, seed=0) for k in results.losses):
+        default = defaults_of(like.method).rate(*shapes[like.base])
+        first = results.of(like)
+        if default not in first:
+            continue
+        best = min(first, key=lambda r: (first[r], r != default))
+        pairs = [
+            (found[default], found[best])
+            for s in SEEDS
+            if {default, best} <= (found := results.of(like._replace(seed=s))).keys()
+        ]
+        ours, theirs = (statistics.fmean(column) for column in zip(*pairs, strict=True))
+        names = f"{like.base.rpartition('/')[2]} | {' '.join((like.data, *like.set))} | {like.method}"
+        print(f"| {names} | {default:g} | {best:g} | {ours:.3f} | {theirs:.3f} | {ours / theirs - 1:+.0%} ({len(pairs)}) |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="graftlm-base")
     parser.add_argument("--data", nargs="+", default=["tweets"], help=f"bundled names, paths, {', '.join(MADE)}")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--rates", nargs="+", type=float, default=[None])
+    parser.add_argument("--rates", nargs="+", type=float, default=None, help="these only, with --seeds; no search")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other parts of the recipe")
-    parser.add_argument("--at-once", type=int, default=4)
-    parser.add_argument("--json", type=Path, default=None, help="a file to which every run adds a line")
+    parser.add_argument("--at-once", type=int, default=5)
+    parser.add_argument(
+        "--json", type=Path, default=None, help="a file to which every run adds a line; its runs are not repeated"
+    )
+    parser.add_argument("--table", action="store_true", help="print what the file holds")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    from graftlm.training import Recipe, Together, measure, resolve_base
-    from graftlm.training.setup import load_data_of
+    if args.table:
+        from transformers import AutoConfig
+
+        from graftlm.bundled import resolve
+
+        results = Results(args.json)
+        configs = {b: AutoConfig.from_pretrained(resolve(b)) for b in {k.base for k in results.losses}}
+        table(results, {b: (c.hidden_size, c.num_hidden_layers) for b, c in configs.items()})
+        return
+    from graftlm.training import resolve_base
 
     model, tokenizer = resolve_base(args.base, dtype="fp32")
     with tempfile.TemporaryDirectory() as name:
         for data in args.data:
-            source = made_data(data, Path(name))
-            together = Together(model, tokenizer, at_once=args.at_once, quiet=True)
-            common: dict[str, Any] = {
-                "base": args.base, "data": {"source": source, "max_eval_examples": 60},
-                "training": {"eval_strategy": "no", "save_strategy": "no", "load_best": False},
-            }  # fmt: skip
-            first = Recipe.from_dict(common, args.set)
-            rows = load_data_of(first, tokenizer, False)
-            baseline = measure(first, model, tokenizer, rows)
-            runs = [(m, r, s) for m in args.methods for r in args.rates for s in args.seeds]
-            for number, (method, rate, seed) in enumerate(runs):
-                own = [f"method={method}", f"training.seed={seed}", f"output_dir={name}/{data.replace('/', '-')}-{number}"]
-                recipe = Recipe.from_dict(common, [*args.set, *own, *([f"training.learning_rate={rate!r}"] if rate else [])])
-                note = Note(args, data, recipe)
-                together.add(recipe, baseline=baseline, data=rows, done=note)
-            together.run()
-
-
-class Note:
-    """Prints a run's end and keeps it."""
-
-    def __init__(self, args: Any, data: str, recipe: Any) -> None:
-        self.args, self.data, self.recipe = args, data, recipe
-
-    def __call__(self, outcome: Any) -> None:
-        row: dict[str, Any] = {"base": self.args.base, "data": self.data, "method": self.recipe.method}
-        row |= {"seed": self.recipe.training.seed, "set": self.args.set}
-        if outcome.error is not None:
-            row |= {"rate": self.recipe.training.learning_rate, "error": str(outcome.error)[:200]}
-        else:
-            import yaml
-
-            found = outcome.result
-            used = yaml.safe_load((found.output_dir / "recipe.yaml").read_text())["training"]
-            row |= {"rate": used["learning_rate"], "epochs": used["epochs"], "batch_size": used["batch_size"]}
-            row |= {k: found.metrics[k] for k in ("loss_before", "loss", "accuracy", "seconds")}
-            row["train"] = next((e["train_loss"] for e in reversed(found.history) if "train_loss" in e), None)
-        print(json.dumps(row), flush=True)
-        if self.args.json:
-            with self.args.json.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            bench = Bench(args, data, made_data(data, Path(name)), model, tokenizer, Path(name) / "runs")
+            if args.rates is None:
+                bench.search()
+            else:
+                runs = [
+                    bench.like._replace(method=m, rate=r, seed=s)
+                    for m in args.methods
+                    for r in args.rates
+                    for s in args.seeds
+                ]
+                bench.train(runs)
 
 
 if __name__ == "__main__":

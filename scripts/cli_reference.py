@@ -34,7 +34,7 @@ INTRODUCTION = """\
 `graftlm --version` prints the version. `--debug`, anywhere on the line, or `GRAFTLM_DEBUG=1` shows tracebacks.
 Exit codes: 0 done, 1 a negative answer (an adapter that does not fit, a comparison in which every method failed), 2 a
 mistake on the command line or in the input, 130 interrupted by Ctrl-C."""
-WIDTHS = (256, 576, 2048, 4096)  # of bases, for the table of learning rates
+SHAPES = ((256, 8), (576, 30), (2048, 24), (4096, 32))  # widths and layers of bases, for the table of learning rates
 MARK = re.compile(r"(<!-- (begin) (\S+) -->\n).*?(<!-- end \3 -->)", re.DOTALL)
 
 
@@ -205,12 +205,12 @@ def word(annotation: Any) -> str:
 
 def method_table() -> str:
     """What a recipe takes where it names no learning rate or start values."""
-    titles = " | ".join(f"width {width:,}" for width in WIDTHS)
-    rows = [f"| method | learning rate: {titles} | other defaults |", "|---" + "|---:" * len(WIDTHS) + "|---|"]
+    titles = " | ".join(f"width {width:,}, {layers} layers" for width, layers in SHAPES)
+    rows = [f"| method | learning rate: {titles} | other defaults |", "|---" + "|---:" * len(SHAPES) + "|---|"]
     for name, peft_type in sorted(method_names().items()):
         own = DEFAULTS[peft_type]
         options = own.options | own.text_init
-        rates = " | ".join(f"{own.rate(width):g}" for width in WIDTHS)
+        rates = " | ".join(f"{own.rate(*shape):g}" for shape in SHAPES)
         rows.append(f"| `{name}` | {rates} | {', '.join(f'`{k}: {v}`' for k, v in options.items())} |")
     return "\n".join(rows)
 

@@ -46,6 +46,8 @@ GPT2_RULE = frozenset({"gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais"})
 UNNAMED = (None, "default")  # of older files
 END_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
+asked_by: dict[str, str] = {}  # name or file by which this process asked last for an entry: copies of a file share theirs
+
 
 def cache_directory() -> Path:
     """Where unpacked bases are kept."""
@@ -69,6 +71,7 @@ def unpacked(path: str | os.PathLike, name: str | None = None) -> str:
     """
     file = checked(path)
     folder = cache_directory() / "bases" / key_of(file) / (name or file.stem)
+    asked_by[str(folder)] = name or str(file)
     if is_whole(folder):
         return str(folder)
     if find_spec("gguf") is None:
@@ -134,9 +137,9 @@ def manifest(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether an entry has all its files in their sizes."""
+    """Whether an entry has all its files in their sizes; others beside them change nothing."""
     wanted = manifest(folder).get("files")
-    return bool(wanted) and wanted == sizes(folder)
+    return isinstance(wanted, dict) and bool(wanted) and wanted.items() <= sizes(folder).items()
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -146,7 +149,7 @@ def sizes(folder: Path) -> dict[str, int]:
 
 def source_of(folder: str | os.PathLike) -> str | None:
     """The name or the GGUF file that an entry of the cache was made of; None for any other directory."""
-    found = manifest(folder).get("source")
+    found = asked_by.get(os.fspath(folder)) or manifest(folder).get("source")
     return found if isinstance(found, str) else None
 
 
@@ -199,6 +202,11 @@ def read(file: Path, empty: Path) -> tuple[Any, Any]:
         tokenizer = t.AutoTokenizer.from_pretrained(empty, gguf_file=str(file))
     except BaseModelError:
         raise
+    except ImportError as error:
+        raise BaseModelError(
+            f"{file} cannot be read with the installed transformers {t.__version__} ({error}): pip install -U transformers "
+            "gguf"
+        ) from error
     except Exception as error:  # a broken file fails anywhere in the readers, with errors of any type
         text = (str(error).strip().splitlines() or [""])[0]
         raise BaseModelError(

@@ -226,6 +226,21 @@ def test_the_worse_half_stops():
     assert method.chosen() is method.candidates[3]
 
 
+def test_a_rate_that_fails_keeps_no_others_waiting():
+    """The others were measured and wait for its measure; its failure decides."""
+    from graftlm.training import Outcome, Recipe
+    from graftlm.training.search import Method, Noted
+
+    method = Method([1e-3, 3e-3, 1e-2, 3e-2, 1e-1], [1.0, 2.0, 3.0], None, None)
+    for candidate, loss in zip(method.candidates, (5.0, 3.0, 1.0, 2.0), strict=False):
+        candidate.losses.append(loss)
+        method.decide(0)
+    Noted(method, method.candidates[4])(Outcome(Recipe()))  # one that ended well decides nothing
+    assert all(c.status == "running" for c in method.candidates)
+    Noted(method, method.candidates[4])(Outcome(Recipe(), error=RuntimeError("diverged")))
+    assert [c.status for c in method.candidates] == ["dropped", "dropped", "running", "running", "failed"]
+
+
 @pytest.mark.parametrize(("budget", "message"), [(0, "budget=0"), (-1, "budget=-1")])
 def test_bad_budgets(base, tmp_path, budget, message):
     with pytest.raises(ConfigError, match=message):

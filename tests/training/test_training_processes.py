@@ -18,6 +18,7 @@ from graftlm import processes
 from graftlm.errors import UnsupportedError
 from graftlm.training import Recipe, run, train_together
 from graftlm.training.recipes import only_the_first_speaks
+from graftlm.training.search import with_best_rate
 from graftlm.training.trainer import log
 
 
@@ -54,6 +55,11 @@ def test_only_the_first_speaks(second: None, capsys: pytest.CaptureFixture, capl
 def test_runs_that_train_together_are_one_process(second: None) -> None:
     with pytest.raises(UnsupportedError, match="2 processes were started.*one recipe"):
         train_together([Recipe()])
+
+
+def test_a_search_is_one_process(second: None) -> None:
+    with pytest.raises(UnsupportedError, match="--budget.*one process, and 2 were started"):
+        with_best_rate(Recipe.from_dict({"training": {"learning_rate": "search"}}), None, None, None, print)
 
 
 def test_other_commands_are_one_process(second: None, monkeypatch: pytest.MonkeyPatch) -> None:

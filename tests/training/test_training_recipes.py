@@ -161,7 +161,8 @@ def test_every_method_has_a_name_and_a_default() -> None:
     assert method_type("Prefix_Tuning") is method_type("p-tuning-v2")
     for name in method_names():
         config_type(name)(**DEFAULTS[method_type(name)].options)
-        wide, narrow = (Recipe(method=name).filled(width, 50).training.learning_rate for width in (2048, 256))
+        shapes = ((2048, 40), (256, 8))  # bases that are wider are deeper, too
+        wide, narrow = (Recipe(method=name).filled(w, 50, layers).training.learning_rate for w, layers in shapes)
         assert wide < DEFAULTS[method_type(name)].rate(REFERENCE) == DEFAULTS[method_type(name)].learning_rate < narrow
 
 

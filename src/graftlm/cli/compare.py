@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -65,21 +64,17 @@ def compare(
         result = comparison.compare(
             base=base, data={k: v for k, v in given.items() if v is not None}, methods=method or comparison.METHODS,
             output_dir=output, overwrite=overwrite, seeds=seed or [0], settings=settings, quiet=quiet,
-            command=shlex.join(["graftlm", *sys.argv[1:]]), budget=seconds_of(budget),
+            command=shlex.join(["graftlm", *sys.argv[1:]]), budget=None if budget is None else time_of(budget),
             general=None if general == "none" else general, at_once=at_once,
         )  # fmt: skip
     finish(result)
 
 
-def seconds_of(text: str | None) -> float | None:
-    """Seconds of "90s", "10m", "1.5h" or "90". ConfigError for anything else."""
-    from ..training.schema import seconds_of as read
+def time_of(text: str) -> float:
+    """Seconds of `--budget`. ConfigError for what is no time above 0."""
+    from ..training.schema import seconds_of
 
-    if text is None:
-        return None
-    found = read(text)
-    if isinstance(found, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*", found):
-        found = float(found)
+    found = seconds_of(text)
     if not isinstance(found, float) or not found:
         raise ConfigError(f"--budget {text!r}: expected a time above 0, as in 90s, 10m or 1.5h.")
     return found

@@ -3,7 +3,8 @@
 ``v = f(E)``, E [P, H]; f is a three-layer MLP ``W3 relu(W2 relu(W1 e))``, or a bidirectional LSTM followed by
 ``W2 relu(W1 h)``. Only v [P, H] is kept for use; E and f are kept in the training-state file.
 
-HF PEFT stores one draw of the LSTM's dropout when saved in training mode and loses E and f; here neither happens.
+What differs from HF PEFT: besides the random start there are Prompt Tuning's, from the base's embeddings. HF PEFT
+stores one draw of the LSTM's dropout when saved in training mode and loses E and f; here neither happens.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from __future__ import annotations
 import enum
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import ConfigError
+from ..modes import evaluating
 from .base import PeftType, PromptLearningConfig, Site, as_enum, register
 from .fields import Count, Probability, also_takes
-from .soft_prompt import SoftPrompt
+from .soft_prompt import SoftPrompt, start_embeddings, text_ids
 
 
 class PromptEncoderReparameterizationType(str, enum.Enum):
@@ -38,12 +41,21 @@ class PromptEncoderConfig(PromptLearningConfig):
         encoder_hidden_size: width of the network; token_dim when None.
         encoder_num_layers: layers of the LSTM (the MLP always has three linear layers).
         encoder_dropout: between the LSTM's layers.
+        init_weights: None (random, HF PEFT's), or where the virtual tokens start: "vocab" (embeddings of random tokens) or
+            "text" (of `init_text`, repeated or cut to their number; needs tokenizer_name_or_path, too).
+        init_text: the text for "text".
+        tokenizer_name_or_path: whose tokens `init_text` is.
     """
 
     encoder_reparameterization_type: PromptEncoderReparameterizationType | str = PromptEncoderReparameterizationType.MLP
     encoder_hidden_size: Count | None = None
     encoder_num_layers: Count = 2
     encoder_dropout: Probability = 0.0
+    init_weights: str | None = None
+    init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
+
+    own_fields: ClassVar[frozenset[str]] = frozenset({"init_weights", "init_text", "tokenizer_name_or_path"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +63,10 @@ class PromptEncoderConfig(PromptLearningConfig):
         self.encoder_reparameterization_type = as_enum(
             PromptEncoderReparameterizationType, self.encoder_reparameterization_type, "encoder_reparameterization_type"
         )
+        if self.init_weights not in (None, "vocab", "text"):
+            raise ConfigError(f"init_weights={self.init_weights!r}: expected None (random), 'vocab' or 'text'.")
+        if self.init_weights == "text" and not (self.init_text and self.tokenizer_name_or_path):
+            raise ConfigError("init_weights='text' needs init_text and tokenizer_name_or_path.")
         is_mlp = self.encoder_reparameterization_type is PromptEncoderReparameterizationType.MLP
         if is_mlp and self.encoder_num_layers != 2:
             warnings.warn("encoder_num_layers is for the LSTM; the MLP always has three linear layers.", stacklevel=4)
@@ -78,12 +94,27 @@ class PromptEncoder(nn.Module):
             layers += [nn.Linear(a, b, **options), nn.ReLU()]
         self.mlp_head = nn.Sequential(*layers[:-1])
 
+    def features(self) -> Tensor:
+        """What the last layer gets: [rows, its width]."""
+        table = self.embedding.weight
+        return self.mlp_head[:-1](table if self.lstm_head is None else self.lstm_head(table[None])[0][0])
+
     def forward(self) -> Tensor:
         """Virtual tokens [rows, width]."""
-        x = self.embedding.weight[None]
-        if self.lstm_head is not None:
-            x = self.lstm_head(x)[0]
-        return self.mlp_head(x)[0]
+        return self.mlp_head[-1](self.features())
+
+    @torch.no_grad()
+    def start_at(self, tokens: Tensor) -> None:
+        """Set the last layer so that the virtual tokens are these [rows, width], or as near to them as it can come.
+
+        Of all weights that do, the least squares take the smallest, which are below the usual start values.
+        """
+        last: Any = self.mlp_head[-1]
+        with evaluating(self):
+            x, wanted = self.features().double().cpu(), tokens.double().cpu()
+        weight = torch.linalg.pinv(x - x.mean(0)) @ (wanted - wanted.mean(0))  # the bias makes the mean
+        last.weight.copy_(weight.T)
+        last.bias.copy_(wanted.mean(0) - x.mean(0) @ weight)
 
 
 class PTuning(SoftPrompt):
@@ -96,7 +127,14 @@ class PTuning(SoftPrompt):
         self.config.encoder_hidden_size = self.config.encoder_hidden_size or self.config.token_dim  # type: ignore[attr-defined]
 
     def build(self, host: Site, for_loading: bool) -> Any:
-        return PromptEncoder(*self.table_shape, self.config, host.adapter_device, host.adapter_dtype())  # type: ignore[arg-type]
+        config: PromptEncoderConfig = self.config  # type: ignore[assignment]
+        encoder = PromptEncoder(*self.table_shape, config, host.adapter_device, host.adapter_dtype())
+        if config.init_weights is not None and not for_loading:
+            ids = None
+            if config.init_weights == "text":
+                ids = text_ids(config.init_text, config.tokenizer_name_or_path, "init_text")  # type: ignore[arg-type]
+            encoder.start_at(start_embeddings(host, self.table_shape[0], ids))
+        return encoder
 
 
 register(PeftType.P_TUNING, PromptEncoderConfig, PTuning)

@@ -23,7 +23,7 @@ from ..errors import ConfigError, UnsupportedError
 from ..modes import evaluating
 from .base import PeftType, PromptLearningConfig, Site, register
 from .fields import Count, also_takes
-from .soft_prompt import SoftPrompt
+from .soft_prompt import SoftPrompt, repeated, text_ids
 
 Memory = list[tuple[Tensor, Tensor]]
 
@@ -138,16 +138,11 @@ class PrefixTuning(SoftPrompt):
 
     def _from_text(self, host: Site) -> Tensor:
         """The base's own keys and values of `init_text`: [P, width]."""
-        from transformers import AutoTokenizer
-
         config: PrefixTuningConfig = self.config  # type: ignore[assignment]
         if is_encoder_decoder(host.base) or not getattr(host.base, "can_generate", lambda: False)():
             raise UnsupportedError("init_weights='text' is for decoder-only language models; use None or 'zero' here.")
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path)
-        ids = tokenizer(config.init_text)["input_ids"]
-        if not ids:
-            raise ConfigError(f"init_text={config.init_text!r} has no tokens.")
-        ids = (ids * (config.num_virtual_tokens // len(ids) + 1))[: config.num_virtual_tokens]
+        ids = text_ids(config.init_text, config.tokenizer_name_or_path, "init_text")  # type: ignore[arg-type]
+        ids = repeated(ids, config.num_virtual_tokens)
         cache, base = DynamicCache(), host.base
         device = next(base.parameters()).device
         with host.without_adapters(), evaluating(base):

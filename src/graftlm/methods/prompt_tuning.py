@@ -13,13 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..architectures import backbone_embeddings
 from ..errors import ConfigError
 from .base import PeftType, PromptLearningConfig, Site, as_enum, register
 from .fields import also_takes
-from .soft_prompt import SoftPrompt
+from .soft_prompt import SoftPrompt, start_embeddings, text_ids
 
 
 class PromptTuningInit(str, enum.Enum):
@@ -71,28 +69,13 @@ class PromptTuning(SoftPrompt):
         module = self.table(host)
         if for_loading or config.prompt_tuning_init is PromptTuningInit.RANDOM:
             return module
-        embeddings = backbone_embeddings(host.base)
-        rows = module.embedding.num_embeddings
+        ids = None
         if config.prompt_tuning_init is PromptTuningInit.TEXT:
-            ids = text_ids(config, rows)
-        else:
-            ids = torch.randint(0, embeddings.weight.shape[0], (rows,))
+            text, path = config.prompt_tuning_init_text, config.tokenizer_name_or_path
+            ids = text_ids(text, path, "prompt_tuning_init_text", **(config.tokenizer_kwargs or {}))  # type: ignore[arg-type]
         with torch.no_grad():
-            module.embedding.weight.copy_(embeddings(ids.to(embeddings.weight.device)))
+            module.embedding.weight.copy_(start_embeddings(host, module.embedding.num_embeddings, ids))
         return module
-
-
-def text_ids(config: PromptTuningConfig, count: int) -> Tensor:
-    """Token ids [count] of the start text, repeated or cut."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(
-        config.tokenizer_name_or_path, **{**(config.tokenizer_kwargs or {}), "trust_remote_code": False}
-    )
-    ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
-    if not ids:
-        raise ConfigError(f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens.")
-    return torch.tensor((ids * (count // len(ids) + 1))[:count])
 
 
 register(PeftType.PROMPT_TUNING, PromptTuningConfig, PromptTuning)

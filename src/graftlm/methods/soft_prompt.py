@@ -112,3 +112,29 @@ class SoftPrompt(Method):
         if isinstance(self.encoder(host), PromptEmbedding) and set(tensors) != {"embedding.weight"}:
             host.prompt_encoder[self.name] = self.build(host, for_loading=True)
         self.encoder(host).load_state_dict(tensors)
+
+
+@torch.no_grad()
+def start_embeddings(host: Site, count: int, ids: list[int] | None = None) -> Tensor:
+    """The base's embeddings of tokens, repeated or cut to their number, or of random ones: [count, H]."""
+    embeddings = backbone_embeddings(host.base)
+    if ids is None:
+        chosen = torch.randint(0, embeddings.weight.shape[0], (count,))
+    else:
+        chosen = torch.tensor(repeated(ids, count))
+    return embeddings(chosen.to(embeddings.weight.device))
+
+
+def text_ids(text: str, tokenizer_name_or_path: str, field: str, **options: Any) -> list[int]:
+    """Token ids of a start text. ConfigError, which names the text's field, where it has none."""
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(tokenizer_name_or_path, **{**options, "trust_remote_code": False})(text)["input_ids"]
+    if not ids:
+        raise ConfigError(f"{field}={text!r} has no tokens.")
+    return ids
+
+
+def repeated(ids: list[int], count: int) -> list[int]:
+    """The ids again and again, up to a number of them."""
+    return (ids * (count // len(ids) + 1))[:count]

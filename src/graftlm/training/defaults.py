@@ -1,9 +1,12 @@
 """What a recipe takes where it says nothing: learning rate, epochs and batch size by rule, and better start values.
 
-Learning rates follow the width of the base: ``rate = learning_rate * (REFERENCE / width) ** power``, REFERENCE being
-SmolLM2-135M's width. Both numbers of each method are measured (`benchmarks/defaults.py`, docs/dev-log.md), and
-docs/recipes.md says how. Start values: soft prompts that start at random learn slowly and end lower, so recipes start them
-from the base model. LoRA goes on all linear layers, which learns more than attention alone.
+Learning rates follow the shape of the base, REFERENCE and LAYERS being SmolLM2-135M's::
+
+    rate = learning_rate * (REFERENCE / width) ** power * (LAYERS / layers) ** depth        at most HIGHEST
+
+What of it is measured is in docs/dev-log.md (`benchmarks/defaults.py`), and docs/recipes.md says how. Start values: soft
+prompts that start at random learn slowly and end lower, so recipes start them from the base model. LoRA goes on all linear
+layers, which learns more than attention alone.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from typing import Any
 from ..errors import ConfigError, nearest
 from ..methods import METHODS, PeftConfig, PeftType
 
-REFERENCE = 576  # width for which learning rates are written down
+REFERENCE, LAYERS = 576, 30  # width and depth for which learning rates are written down
+HIGHEST = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,28 +27,32 @@ class MethodDefaults:
     """Defaults of one method.
 
     Attributes:
-        learning_rate: for AdamW, on a base of width `REFERENCE`.
-        power: how fast it falls with the width.
+        learning_rate: for AdamW, on a base of width `REFERENCE` and `LAYERS` layers.
+        power, depth: how fast it falls with the width and with the layers.
         options: configuration fields that differ from the library's defaults in recipes.
         text_init: fields that start the adapter from a text; used where the recipe names no other start.
     """
 
     learning_rate: float
     power: float
+    depth: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
     text_init: dict[str, Any] = field(default_factory=dict)
 
-    def rate(self, width: int) -> float:
-        """The learning rate on a base of a width, to two digits."""
-        value = self.learning_rate * (REFERENCE / width) ** self.power
-        return float(f"{value:.1e}")
+    def rate(self, width: int, layers: int = LAYERS) -> float:
+        """The learning rate on a base of a shape, to two digits."""
+        value = self.learning_rate * (REFERENCE / width) ** self.power * (LAYERS / layers) ** self.depth
+        return float(f"{min(value, HIGHEST):.1e}")
 
 
 DEFAULTS: dict[PeftType, MethodDefaults] = {
     PeftType.LORA: MethodDefaults(learning_rate=1e-3, power=0.8, options={"target_modules": "all-linear"}),
     PeftType.PROMPT_TUNING: MethodDefaults(learning_rate=3e-2, power=1.0, options={"prompt_tuning_init": "SAMPLE_VOCAB"}),
-    PeftType.P_TUNING: MethodDefaults(learning_rate=1e-2, power=0.8),
-    PeftType.PREFIX_TUNING: MethodDefaults(learning_rate=1e-2, power=1.0, text_init={"init_weights": "text"}),
+    PeftType.P_TUNING: MethodDefaults(
+        learning_rate=1e-3, power=1.0, options={"init_weights": "vocab"}, text_init={"init_weights": "text"}
+    ),
+    # every layer has a prefix of its own, so what a step changes goes with their number and not with the width
+    PeftType.PREFIX_TUNING: MethodDefaults(learning_rate=1e-2, power=0.0, depth=2.0, text_init={"init_weights": "text"}),
     PeftType.BOTTLENECK: MethodDefaults(learning_rate=1e-3, power=0.8),
     PeftType.IA3: MethodDefaults(learning_rate=1e-2, power=0.8),
     PeftType.LOHA: MethodDefaults(learning_rate=2e-3, power=0.8, options={"target_modules": "all-linear"}),

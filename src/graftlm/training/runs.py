@@ -71,7 +71,8 @@ def run(
         data = data or load_data_of(recipe, tokenizer, is_encoder_decoder(model))
         with running(Plan(Switch(), ())):  # the base may carry the adapters of other runs
             before = baseline if baseline is not None else measure(recipe, model, tokenizer, data)
-        recipe = recipe.filled(model_dims(model).hidden, len(data.train_rows))
+        dims = model_dims(model)
+        recipe = recipe.filled(dims.hidden, len(data.train_rows), dims.layers)
         if recipe.training.learning_rate == "search" and recipe.resume:
             recipe = with_earlier_rate(recipe, output)
         if recipe.training.learning_rate == "search" and search is not None:

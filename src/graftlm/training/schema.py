@@ -23,13 +23,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ..errors import ConfigError, RecipeError, nearest
 from ..files import read_text
 from .bases import scheme_name
-from .defaults import HIDDEN_FIELDS, QUANTIZED, batch_size_for, config_type, defaults_of, epochs_for, plain_name
+from .defaults import HIDDEN_FIELDS, LAYERS, QUANTIZED, batch_size_for, config_type, defaults_of, epochs_for, plain_name
 
 
 def seconds_of(value: Any) -> Any:
-    """Seconds of "90s", "10m" or "1.5h"; anything else as it is."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh])\s*", value) if isinstance(value, str) else None
-    return value if found is None else float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+    """Seconds of "90s", "10m", "1.5h" or "90"; anything else as it is."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh]?)\s*", value) if isinstance(value, str) else None
+    return value if found is None else float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 Cut = Literal["end", "prompt"]
@@ -123,18 +123,19 @@ class Recipe(Section):
     overwrite: bool = Field(default=False, description="replace an earlier run in output_dir")
     resume: bool = Field(default=False, description="go on from the last complete checkpoint in output_dir")
 
-    def filled(self, width: int, rows: int) -> Recipe:
+    def filled(self, width: int, rows: int, layers: int = LAYERS) -> Recipe:
         """The recipe with learning rate, epochs and batch size in numbers, where it leaves them out.
 
         Args:
             width: hidden size of the base.
             rows: to train on.
+            layers: of the base.
         """
         t = self.training
         batch = t.batch_size or batch_size_for(rows)
         filled: dict[str, Any] = {"batch_size": batch, "epochs": t.epochs or epochs_for(rows, batch * t.accumulation)}
         if t.learning_rate is None:
-            filled["learning_rate"] = defaults_of(self.method).rate(width)
+            filled["learning_rate"] = defaults_of(self.method).rate(width, layers)
         return self.model_copy(update={"training": t.model_copy(update=filled)})
 
     @classmethod

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from .. import processes
 from ..architectures import model_dims
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedError
 from .evaluation import is_encoder_decoder, loss_metrics
 from .trainer import TrainingInterrupted
 
@@ -127,7 +128,8 @@ def searched(
     together, found = Together(model, tokenizer, quiet=True), {}
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, recipe) in enumerate(recipes):
-            own = recipe.filled(model_dims(model).hidden, len(data.train_rows))
+            dims = model_dims(model)
+            own = recipe.filled(dims.hidden, len(data.train_rows), dims.layers)
             default = float(own.training.learning_rate or 0.0)
             method = found[name] = Method([default * f for f in FACTORS], until, data.held_out_rows, tokenizer)
             for candidate in method.candidates:
@@ -157,7 +159,14 @@ def with_best_rate(recipe: Recipe, model: Any, tokenizer: Any, data: RunData, sa
 
     Raises:
         ConfigError: too few rows, or no rate gave a finite loss.
+        UnsupportedError: several processes.
     """
+    if processes.count() > 1:
+        raise UnsupportedError(
+            f"a search of the learning rate (--budget, training.learning_rate: search) runs in one process, and "
+            f"{processes.count()} were started (torchrun, accelerate launch). Search in one process first, then name "
+            "training.learning_rate."
+        )
     start = recipe.replace(training=recipe.training.model_dump() | {"learning_rate": None})
     say(f"Searching the learning rate for {recipe.training.budget:g} seconds.")
     try:
