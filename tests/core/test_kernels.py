@@ -303,6 +303,14 @@ def test_a_layer_and_its_update_in_one_function(
     torch.autograd.grad(got.sum(), x)
 
 
+def test_a_layer_and_its_update_of_no_tokens() -> None:
+    """A head that gets no labelled place."""
+    x, weight, a, b = (normal(*shape, dtype=torch.float32) for shape in ((1, 0, 8), (6, 8), (2, 8), (6, 2)))
+    got: Any = kernels.adapted_linear(x.requires_grad_(), weight, None, a.requires_grad_(), b.requires_grad_(), 1.0)
+    assert got.shape == (1, 0, 6)
+    assert all(not bool(t.any()) for t in torch.autograd.grad(got.sum(), (a, b)))
+
+
 def test_a_layer_and_its_update_are_made_apart_where_the_layer_is_trained() -> None:
     x, weight, a, b = (normal(*shape, dtype=torch.float32) for shape in ((4, 8), (6, 8), (2, 8), (6, 2)))
     assert kernels.adapted_linear(x, weight, None, a, b, 1.0) is not None

@@ -106,7 +106,7 @@ def test_a_prefix_from_text_that_fails_leaves_the_modes(monkeypatch: pytest.Monk
         def __call__(self, text: str) -> dict[str, list[int]]:
             return {"input_ids": [1, 2]}
 
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda name: Tokenizer())
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda name, **options: Tokenizer())
     settings = graftlm.PrefixTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=3, init_weights="text", init_text="a", tokenizer_name_or_path="none"
     )

@@ -41,10 +41,7 @@ PLANS = {
         methods=("lora", "qlora", "prompt-tuning", "p-tuning", "prefix-tuning", "bottleneck"),
         training={"epochs": 4, "batch_size": 4, "eval_batch_size": 50, "eval_strategy": "no"},
         held_out=100,
-        overrides={
-            "prompt-tuning": {"training": {"batch_size": 2}},
-            "p-tuning": {"training": {"batch_size": 2, "epochs": 5}},
-        },
+        overrides={"p-tuning": {"training": {"batch_size": 2, "epochs": 5}}},
         options={"general": None},
     ),
 }

@@ -37,7 +37,9 @@ def train(
     data_format: Annotated[str | None, typer.Option("--format", help="How an example becomes text.")] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="lora, prompt-tuning, p-tuning, prefix-tuning, bottleneck; lora-int8, qlora: over int8, nf4."),
+        typer.Option(
+            help="lora, prompt-tuning, p-tuning, prefix-tuning, bottleneck, ia3, loha; lora-int8, qlora: over int8, nf4."
+        ),
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of epochs.")] = None,

@@ -61,7 +61,7 @@ class _Adapted(torch.autograd.Function):
         short = plain_product(flat if kept is None else flat * kept, a.to(flat.dtype))
         ctx.save_for_backward(x, weight, a, b, short, kept)
         add_product(y, short, b.to(flat.dtype), ctx.scale)
-        return owned(y.view(*x.shape[:-1], -1))
+        return owned(y.view(*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
     @first_order

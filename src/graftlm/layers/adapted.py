@@ -67,6 +67,11 @@ class Adapted(nn.Module):
         return [name for name in active_adapters(self.switch) if name in self.changes]
 
     @property
+    def acts(self) -> bool:
+        """Whether an adapter may act here now."""
+        return active_routes(self.switch) is not None or bool(self.active_adapters)
+
+    @property
     def merged_adapters(self) -> list[str]:
         return self.frozen.named(self)
 
@@ -189,7 +194,7 @@ class Adapted(nn.Module):
             return layer(x, *args, **kwargs)  # type: ignore[misc]
         parts = [(self.changes[name], Held(self, name)) for name in names]
         if len(parts) == 1 and (low := parts[0][0].low_rank(parts[0][1])) is not None:  # plain LoRA: the shortest way
-            made = None if args or kwargs or merged else self._at_once(layer, x, low)
+            made = None if args or kwargs or frozen.folds else self._at_once(layer, x, low)
             if made is not None:
                 return made
             y = layer(x, *args, **kwargs)  # type: ignore[misc]
@@ -200,8 +205,12 @@ class Adapted(nn.Module):
 
     def _at_once(self, layer: Any, x: Tensor, low: LowRank) -> Tensor | None:
         """The layer's own product and one update in one function, in training; None where they are to be made apart."""
+        if not torch.is_grad_enabled():
+            return None
+        while isinstance(layer, Adapted) and untouched(layer) and not layer.acts:  # another wrapper's
+            layer = layer.base_layer
         kind = getattr(type(layer), "plain_class", type(layer))
-        if not torch.is_grad_enabled() or kind not in (nn.Linear, Conv1D) or not untouched(layer):
+        if kind not in (nn.Linear, Conv1D) or not untouched(layer):
             return None
         return adapted_linear(x, self.frozen.rows(layer.weight), layer.bias, *low)
 
