@@ -38,7 +38,7 @@ def train(
     method: Annotated[
         str | None,
         typer.Option(
-            help="lora, prompt-tuning, p-tuning, prefix-tuning, bottleneck, ia3, loha; lora-int8, qlora: over int8, nf4."
+            help="lora, prompt-tuning, prefix-tuning, … (docs/recipes.md has all); lora-int8, qlora: over int8, nf4."
         ),
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,

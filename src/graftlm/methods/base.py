@@ -36,7 +36,7 @@ CONFIG_NAME = "adapter_config.json"
 
 
 class PeftType(str, enum.Enum):
-    """Names of the methods, as they stand in `adapter_config.json`."""
+    """Names of methods, as they stand in `adapter_config.json`; those that are here are registered in `METHODS`."""
 
     LORA = "LORA"
     PROMPT_TUNING = "PROMPT_TUNING"
@@ -45,6 +45,20 @@ class PeftType(str, enum.Enum):
     BOTTLENECK = "BOTTLENECK"
     IA3 = "IA3"
     LOHA = "LOHA"
+    ADALORA = "ADALORA"
+    VERA = "VERA"
+    LOKR = "LOKR"
+    OFT = "OFT"
+    BOFT = "BOFT"
+    MISS = "MISS"
+    LN_TUNING = "LN_TUNING"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    RANDLORA = "RANDLORA"
+    FOURIERFT = "FOURIERFT"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    CPT = "CPT"
+    CARTRIDGE = "CARTRIDGE"
 
 
 class TaskType(str, enum.Enum):

@@ -88,6 +88,11 @@ ALIASES = {"p-tuning-v2": "prefix-tuning", "adapters": "bottleneck"}
 QUANTIZED = {"lora-int8": ("lora", "int8"), "qlora": ("lora", "nf4")}
 
 
+def methods_in_words() -> str:
+    """What a recipe's `method` may be, for help texts."""
+    return f"{', '.join(method_names())}; lora-int8, qlora: LoRA over int8, nf4"
+
+
 def plain_name(name: object) -> str:
     """A method's name as the tables here spell it."""
     return str(name).lower().replace("_", "-").replace(" ", "-")

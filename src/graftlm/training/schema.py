@@ -2,7 +2,7 @@
 
 base: graftlm-base            # the bundled model, a local path or a hub id
 quantization: nf4             # int8, nf4, fp4; left out: not quantised
-method: lora                  # prompt-tuning, p-tuning, prefix-tuning, bottleneck, ia3, loha
+method: lora                  # prompt-tuning, prefix-tuning, bottleneck, … (see `defaults`)
 method_options: {r: 8}        # fields of the method's configuration
 data: {source: tweets}
 training: {epochs: 10}
@@ -23,7 +23,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ..errors import ConfigError, RecipeError, nearest
 from ..files import read_text
 from .bases import scheme_name
-from .defaults import HIDDEN_FIELDS, LAYERS, QUANTIZED, batch_size_for, config_type, defaults_of, epochs_for, plain_name
+from .defaults import (
+    HIDDEN_FIELDS,
+    LAYERS,
+    QUANTIZED,
+    batch_size_for,
+    config_type,
+    defaults_of,
+    epochs_for,
+    methods_in_words,
+    plain_name,
+)
 
 
 def seconds_of(value: Any) -> Any:
@@ -110,7 +120,7 @@ class Recipe(Section):
     task: Literal["auto", "causal-lm", "seq2seq"] = Field(default="auto", description="kind of model; by its configuration")
     method: str = Field(
         default="lora",
-        description="prompt-tuning, p-tuning, prefix-tuning, bottleneck, ia3, loha, lora; lora-int8, qlora: over int8, nf4",
+        description=methods_in_words(),
     )
     method_options: dict[str, Any] = Field(default_factory=dict, description="fields of the method's configuration")
     init_from: str | None = Field(default=None, description="adapter directory to train further")
