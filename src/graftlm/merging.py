@@ -56,6 +56,7 @@ def check_mergeable(host: AdapterSet, names: list[str]) -> None:
                 f"Adapter {name!r} is {getattr(kind, 'value', kind)}: it is no change of weights, so it cannot be "
                 "merged. Keep it attached."
             )
+        host.methods[name].refuse_merge(host)
 
 
 def unmerge(host: AdapterSet, *names: str) -> None:

@@ -291,6 +291,9 @@ class Method:
         """Remove every tensor and module of this adapter from the host."""
         raise NotImplementedError
 
+    def refuse_merge(self, host: Site) -> None:
+        """UnsupportedError where this adapter, of a method that can be merged, cannot."""
+
     def connect(self, host: Site) -> list[Any]:
         """Register forward hooks (block outputs). Called again whenever modules were replaced. Returns the handles."""
         return []

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,7 +34,7 @@ from .layered import LayerConfig, LayerMethod
 from .lora_change import EmbeddingChange, LoraChange
 from .targets import pattern_value
 
-INITS = ("gaussian", "pissa", "olora", "loftq")
+INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq")
 # On a quantised base LoftQ's adapter is like any other; HF PEFT, told of the start, would quantise the base anew to load it.
 LOFTQ_FIELDS = frozenset({"init_lora_weights", "loftq_config"})
 
@@ -51,7 +52,7 @@ ELSEWHERE = {
     "peft_version": ..., "megatron_config": None, "megatron_core": ..., "trainable_token_indices": None, "eva_config": None,
     "corda_config": None, "lora_ga_config": None, "velora_config": None, "alora_invocation_tokens": None,
     "use_qalora": False, "qalora_group_size": ..., "monteclora_config": None, "layer_replication": None,
-    "runtime_config": None, "lora_bias": False, "target_parameters": None, "use_bdlora": None, "arrow_config": None,
+    "runtime_config": None, "target_parameters": None, "use_bdlora": None, "arrow_config": None,
     "kasa_config": None, "ensure_weight_tying": False,
 }  # fmt: skip
 
@@ -72,11 +73,13 @@ class LoraConfig(LayerConfig):
         bias: "none", "all" or "lora_only": which biases are trained along.
         use_rslora: scale by lora_alpha / sqrt(r).
         modules_to_save: modules that are trained in full and saved along.
-        init_lora_weights: True (B = 0), False (both random), "gaussian", "pissa", "pissa_niter_<n>", "olora", "loftq".
+        init_lora_weights: True (B = 0), False (both random), "gaussian", "orthogonal", "pissa", "pissa_niter_<n>", "olora",
+            "loftq".
         loftq_config: a `LoftQConfig` or its fields, for "loftq".
         layers_to_transform, layers_pattern: only layers with these numbers (in a module list of that name).
         rank_pattern, alpha_pattern: other ranks and alphas for modules that match a name or regular expression.
         use_dora: train the length of every output row apart from its direction.
+        lora_bias: give B a bias of its own.
     """
 
     r: Count = 8
@@ -92,6 +95,7 @@ class LoraConfig(LayerConfig):
     rank_pattern: dict[str, Count] = field(default_factory=dict)
     alpha_pattern: dict[str, Number] = field(default_factory=dict)
     use_dora: bool = False
+    lora_bias: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,6 +110,9 @@ class LoraConfig(LayerConfig):
                     f"init_lora_weights={init!r}: expected True, False, {', '.join(map(repr, INITS))} or "
                     f"'pissa_niter_<n>'{nearest(init, INITS)}"
                 )
+        if self.lora_bias and (self.use_dora or isinstance(init, str)):
+            other = "use_dora=True" if self.use_dora else f"init_lora_weights={init!r}"
+            raise ConfigError(f"lora_bias=True does not go with {other}: it is for plain LoRA, started by True or False.")
         self.loftq_config = loftq_fields(self.loftq_config, init)
         for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ():
             check_expressions("layers_pattern", pattern)
@@ -152,6 +159,8 @@ class Lora(LayerMethod):
         if self.config.bias != "none":  # type: ignore[attr-defined]
             self._one_bias(host)
         super().attach(host, for_loading=for_loading)
+        if self.config.lora_bias and (without := self._without_bias(host)):  # type: ignore[attr-defined]
+            warnings.warn(f"lora_bias=True: {without} has no bias, so this adapter cannot be merged.", stacklevel=2)
         if self.config.bias != "none":  # type: ignore[attr-defined]
             try:
                 host.adapter_biases[self.name] = nn.ParameterDict(
@@ -173,6 +182,18 @@ class Lora(LayerMethod):
             config.__dict__["own_fields"] = LOFTQ_FIELDS
             original = partial(self._original, host, config, path, frozen)
         return (EmbeddingChange if frozen.kind == "embedding" else LoraChange)(config, r, alpha, original)
+
+    def refuse_merge(self, host: Site) -> None:
+        if self.config.lora_bias and (without := self._without_bias(host)):  # type: ignore[attr-defined]
+            raise UnsupportedError(
+                f"Adapter {self.name!r} has lora_bias=True, but {without} has no bias that it could be merged into. Keep it "
+                "attached."
+            )
+
+    def _without_bias(self, host: Site) -> str:
+        """The first of this adapter's layers without a bias, and how many more; "" for none."""
+        paths = [path for path, layer in self.layers(host) if layer.frozen.bias is None]
+        return f"{paths[0]!r}" + (f" (and {len(paths) - 1} more)" if len(paths) > 1 else "") if paths else ""
 
     def _original(self, host: Site, config: LoraConfig, path: str, frozen: Frozen) -> Tensor:
         """For LoftQ: the weight [out, in] that a quantised layer was made from, out of the base's checkpoint."""
