@@ -7,10 +7,12 @@ methods alike.
 from .adapted import Adapted, adapted_layers
 from .change import Change, Held, LowRank
 from .frozen import Frozen, as_it_was, both_forms, frozen_of
+from .parameter import AdaptedParameter, module_of, parameters_of
 from .saved import ModulesToSaveWrapper, find_modules, save_modules, saved_modules, unsave_modules
 
 __all__ = [
     "Adapted",
+    "AdaptedParameter",
     "Change",
     "Frozen",
     "Held",
@@ -21,6 +23,8 @@ __all__ = [
     "both_forms",
     "find_modules",
     "frozen_of",
+    "module_of",
+    "parameters_of",
     "save_modules",
     "saved_modules",
     "unsave_modules",

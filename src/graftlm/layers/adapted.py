@@ -36,10 +36,13 @@ class Adapted(nn.Module):
         self.switch = switch
         self.changes: dict[str, Change] = {}
         self.biases: dict[str, Tensor] = {}  # a trained one by its adapter (of a wrapper's, one can), which a hook adds
-        inner = isinstance(base_layer, Adapted)
-        self.frozen: Frozen = base_layer.frozen if inner else frozen_of(base_layer) or Frozen(base_layer)  # type: ignore[assignment,union-attr]
+        self.frozen: Frozen = self._frozen(base_layer)
         self.frozen.over.append(self)
         self.train(base_layer.training)
+
+    def _frozen(self, base_layer: nn.Module) -> Frozen:
+        """What is changed here, as all wrappers over it share it."""
+        return base_layer.frozen if isinstance(base_layer, Adapted) else frozen_of(base_layer) or Frozen(base_layer)
 
     # -- what others ask -------------------------------------------------------------------------------------------------
     @property
@@ -169,7 +172,7 @@ class Adapted(nn.Module):
         own = [fold for fold in self.frozen.folds if fold.owner is self]
         fresh = [fold for fold in own if fold.fresh]
         super()._apply(fn, recurse)
-        if self.frozen.before is not None and not isinstance(self.base_layer, Adapted):
+        if self.frozen.before is not None and self.frozen.over[0] is self:
             self.frozen.before._apply(fn)
         for fold in own:
             fold.parameters = [parameter for _, parameter in self.parts(fold.name)]

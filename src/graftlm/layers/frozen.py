@@ -252,11 +252,11 @@ def as_it_was(layer: Any) -> Any:
     return layer if frozen is None else frozen.plain
 
 
-def with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
-    """`layer` (hooks, bias and all) with another weight."""
+def with_weight(layer: nn.Module, weight: Tensor, name: str = "weight") -> nn.Module:
+    """`layer` (hooks, bias and all) with another weight, or another parameter of that name."""
     made = object.__new__(type(layer))
     made.__dict__.update(layer.__dict__)
-    made.__dict__["_parameters"] = layer._parameters | {"weight": weight}
+    made.__dict__["_parameters"] = layer._parameters | {name: weight}
     if "forward" in layer.__dict__:  # bound to the layer itself: accelerate's hooks
         made.__dict__["forward"] = functools.partial(_holding, layer, made)
     return made

@@ -66,23 +66,27 @@ class LayerMethod(Method):
 
     # -- attaching -------------------------------------------------------------------------------------------------------
     def attach(self, host: Site, *, for_loading: bool = False) -> None:
-        config: Any = self.config
-        if config.target_modules is None:
-            config.target_modules = default_targets(host.base, self.families, type(config).__name__)
         try:
-            targets = find_targets(host.base, config, skip=(Adapted, *host.container_types))
-            self._refuse_shared(host, targets)
-            self._refuse_kinds(targets)
-            for path, module in targets.items():
-                own = isinstance(module, Adapted) and module.switch is host.switch
-                layer: Any = module if own else Adapted(module, host.switch)
-                if not own:
-                    replace_module(host.base, path, layer)
-                change = self.change(host, clean_path(path), layer.frozen)
-                layer.add(self.name, change, host.adapter_dtype(layer.frozen.layer), initialise=not for_loading)
+            self.attach_layers(host, for_loading=for_loading)
         except Exception:
             self.detach(host)
             raise
+
+    def attach_layers(self, host: Site, *, for_loading: bool) -> None:
+        """Put this adapter's changes into the layers that the configuration names."""
+        config: Any = self.config
+        if config.target_modules is None:
+            config.target_modules = default_targets(host.base, self.families, type(config).__name__)
+        targets = find_targets(host.base, config, skip=(Adapted, *host.container_types))
+        self._refuse_shared(host, targets)
+        self._refuse_kinds(targets)
+        for path, module in targets.items():
+            own = isinstance(module, Adapted) and module.switch is host.switch
+            layer: Any = module if own else Adapted(module, host.switch)
+            if not own:
+                replace_module(host.base, path, layer)
+            change = self.change(host, clean_path(path), layer.frozen)
+            layer.add(self.name, change, host.adapter_dtype(layer.frozen.layer), initialise=not for_loading)
 
     def _refuse_kinds(self, targets: dict[str, Any]) -> None:
         """UnsupportedError for a layer that this method has no change for."""
@@ -109,7 +113,7 @@ class LayerMethod(Method):
                 )
 
     def detach(self, host: Site) -> None:
-        for path, layer in list(adapted_layers(host.base, host.switch)):
+        for path, layer in reversed(list(adapted_layers(host.base, host.switch))):  # what stands inside first
             if self.name in layer.changes:
                 layer.remove(self.name)
             if not layer.changes:

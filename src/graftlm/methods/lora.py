@@ -17,12 +17,13 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import base_modules, clean_path
+from ..architectures import base_modules, clean_path, model_type
 from ..errors import ConfigError, UnsupportedError, nearest
 from ..files import checkpoint_weight
 from ..layers import Adapted, Change, Frozen, as_it_was, both_forms
@@ -32,7 +33,8 @@ from .base import PeftType, Site, register
 from .fields import Count, Number, Probability, also_takes, check_expressions
 from .layered import LayerConfig, LayerMethod
 from .lora_change import EmbeddingChange, LoraChange
-from .targets import pattern_value
+from .lora_experts import ExpertsChange, adapted_parameter, check_settings, find_parameters
+from .targets import pattern_value, unused_patterns
 
 INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq")
 # On a quantised base LoftQ's adapter is like any other; HF PEFT, told of the start, would quantise the base anew to load it.
@@ -52,7 +54,7 @@ ELSEWHERE = {
     "peft_version": ..., "megatron_config": None, "megatron_core": ..., "trainable_token_indices": None, "eva_config": None,
     "corda_config": None, "lora_ga_config": None, "velora_config": None, "alora_invocation_tokens": None,
     "use_qalora": False, "qalora_group_size": ..., "monteclora_config": None, "layer_replication": None,
-    "runtime_config": None, "target_parameters": None, "use_bdlora": None, "arrow_config": None,
+    "runtime_config": None, "use_bdlora": None, "arrow_config": None,
     "kasa_config": None, "ensure_weight_tying": False,
 }  # fmt: skip
 
@@ -80,6 +82,8 @@ class LoraConfig(LayerConfig):
         rank_pattern, alpha_pattern: other ranks and alphas for modules that match a name or regular expression.
         use_dora: train the length of every output row apart from its direction.
         lora_bias: give B a bias of its own.
+        target_parameters: parameters (endings of their dotted names) that are changed beside the layers of `target_modules`,
+            stacked experts above all: see `lora_experts`.
     """
 
     r: Count = 8
@@ -96,6 +100,7 @@ class LoraConfig(LayerConfig):
     alpha_pattern: dict[str, Number] = field(default_factory=dict)
     use_dora: bool = False
     lora_bias: bool = False
+    target_parameters: list[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,6 +118,7 @@ class LoraConfig(LayerConfig):
         if self.lora_bias and (self.use_dora or isinstance(init, str)):
             other = "use_dora=True" if self.use_dora else f"init_lora_weights={init!r}"
             raise ConfigError(f"lora_bias=True does not go with {other}: it is for plain LoRA, started by True or False.")
+        check_settings(self)
         self.loftq_config = loftq_fields(self.loftq_config, init)
         for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ():
             check_expressions("layers_pattern", pattern)
@@ -173,15 +179,50 @@ class Lora(LayerMethod):
                 self.detach(host)
                 raise
 
+    def attach_layers(self, host: Site, *, for_loading: bool) -> None:
+        config: LoraConfig = self.config  # type: ignore[assignment]
+        if not config.target_parameters:
+            super().attach_layers(host, for_loading=for_loading)
+            return
+        if config.target_modules is None:
+            config.target_modules = list(self.families.get(model_type(host.base), []))
+        if config.target_modules:
+            super().attach_layers(host, for_loading=for_loading)
+        names = [path for path, _ in super().layers(host)]
+        for full, path, name in find_parameters(host.base, config):
+            names.append(full)
+            layer = adapted_parameter(host, path, name)
+            dtype = host.adapter_dtype(SimpleNamespace(weight=layer.frozen.original))
+            layer.add(self.name, ExpertsChange(config, *self._rank(full)), dtype, initialise=not for_loading)
+        if unused := unused_patterns(config, names, sorted({name.rpartition(".")[2] for name in names})):
+            warnings.warn(f"These entries select none of the targets and have no effect: {', '.join(unused)}", stacklevel=2)
+
+    def layers(self, host: Site) -> Iterator[tuple[str, Adapted]]:
+        """This adapter's layers with their dotted names in the bare base; of several parameters of one module, as in HF
+        PEFT's files, the last by that name and each earlier one as the `base_layer` of the next."""
+        grouped: dict[str, list[Adapted]] = {}
+        for path, layer in super().layers(host):
+            grouped.setdefault(path, []).append(layer)
+        for path, layers in grouped.items():
+            if len(layers) > 1:
+                layers.sort(key=lambda layer: -layer.place)
+            for depth, layer in enumerate(layers):
+                yield path + ".base_layer" * depth, layer
+
+    def _rank(self, path: str) -> tuple[int, float]:
+        """Rank and alpha of a layer."""
+        config: LoraConfig = self.config  # type: ignore[assignment]
+        return pattern_value(config.rank_pattern, path, config.r), pattern_value(
+            config.alpha_pattern, path, config.lora_alpha
+        )
+
     def change(self, host: Site, path: str, frozen: Frozen) -> Change:
         config: LoraConfig = self.config  # type: ignore[assignment]
-        r = pattern_value(config.rank_pattern, path, config.r)
-        alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
         original = None
         if config.init_lora_weights == "loftq" and frozen.quantized:
             config.__dict__["own_fields"] = LOFTQ_FIELDS
             original = partial(self._original, host, config, path, frozen)
-        return (EmbeddingChange if frozen.kind == "embedding" else LoraChange)(config, r, alpha, original)
+        return (EmbeddingChange if frozen.kind == "embedding" else LoraChange)(config, *self._rank(path), original)
 
     def refuse_merge(self, host: Site) -> None:
         if self.config.lora_bias and (without := self._without_bias(host)):  # type: ignore[attr-defined]

@@ -161,14 +161,22 @@ def report_unused(config: Any, chosen: list[str], found: list[str]) -> None:
     for entry in () if isinstance(exclusions, str) else exclusions or ():
         if not any(matches([entry], n) for n in chosen):
             unused.append(f"exclude_modules: {entry!r}{nearest(entry, leaves, cutoff=0.4)}")
-    for title in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, title, None) or {}:
-            if not any(pattern_value({key: True}, name, False) for name in found):
-                unused.append(f"{title}: {key!r}{nearest(key, leaves, cutoff=0.4) if key not in leaves else ''}")
+    if not getattr(config, "target_parameters", None):  # else patterns may be of parameters, which are looked for later
+        unused += unused_patterns(config, found, leaves)
     if unused:
         warnings.warn(
             "These entries select none of the target modules and have no effect: " + ", ".join(unused), stacklevel=2
         )
+
+
+def unused_patterns(config: Any, found: list[str], leaves: list[str]) -> list[str]:
+    """Keys of rank and alpha patterns that match none of the names found, each with those of `leaves` that are near."""
+    return [
+        f"{title}: {key!r}{nearest(key, leaves, cutoff=0.4) if key not in leaves else ''}"
+        for title in ("rank_pattern", "alpha_pattern")
+        for key in getattr(config, title, None) or {}
+        if not any(pattern_value({key: True}, name, False) for name in found)
+    ]
 
 
 def as_list(expression: str, names: Iterable[str]) -> str:
