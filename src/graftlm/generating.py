@@ -13,6 +13,7 @@ from .errors import UnsupportedError
 from .mixing import plan_of
 from .modes import evaluating
 from .passes.inputs import batch_size
+from .passes.invoked import waits
 from .passes.refusals import check_encoded
 from .passes.state import Run
 from .routing import Plan, running
@@ -35,6 +36,8 @@ def generate(host: AdapterSet, args: tuple, kwargs: dict[str, Any]) -> Any:
 def resume(host: AdapterSet, plan: Plan, options: dict[str, Any]) -> Run:
     """Check what a `generate` goes on from: a cache with virtual tokens or a prefix in it, outputs of the encoder."""
     call = Run()
+    if waits(host, plan):
+        call.prompt = options.get("input_ids")
     cache, mask, encoded = (options.get(n) for n in ("past_key_values", "attention_mask", "encoder_outputs"))
     count = host.fronts(plan, batch_size(options))[0]
     if encoded is not None and count:  # a mask of ones alone does not come to the model

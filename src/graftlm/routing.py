@@ -26,11 +26,12 @@ class Switch:
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
         self.enabled: bool = True
+        self.waiting: set[str] = set()  # adapters that act from a token on, which calls of the wrapper alone know
 
 
 BASE_NAME = "__base__"  # a row without adapters, and no adapter's name
 
-Index = slice | Tensor | tuple[slice, slice | Tensor]
+Index = slice | Tensor | tuple[slice | Tensor, ...]
 Group = tuple[str, ...]
 
 
@@ -39,7 +40,7 @@ class Routes:
 
     Args:
         groups: the batch's different compositions of adapters; () is the bare base.
-        of: the group of each row (of each token) [R].
+        of: the group of each row (of each token) [R]; or of each row's tokens [B, T].
         packed: whether it is of tokens, in a packed row.
         switches: of each group's wrapper, where adapters of several over one base run together; None: the plan's.
         draws: what random numbers of each group come from (see `Draws`); None: torch's generator, for all.
@@ -73,6 +74,8 @@ class Routes:
         Raises:
             UnsupportedError: another shape, in which rows cannot be told apart.
         """
+        if self.of.dim() == 2:
+            return self._token_parts(x)
         second = self.packed and x.dim() > 1 and x.shape[0] == 1
         count = x.shape[1] if second else x.shape[0]
         key = second, count, x.device
@@ -85,6 +88,30 @@ class Routes:
             of = self.of.repeat_interleave(count // len(self.of))
             found = [(group, _places(of == i, x.device)) for i, group in enumerate(self.groups)]
             self._found[key] = [(g, (slice(None), at) if second else at) for g, at in found]
+        return self._found[key]
+
+    def _token_parts(self, x: Tensor) -> list[tuple[Group, Index]]:
+        """The same where `of` is of each row's tokens: x [n, t, ...] with t the last of them, or [n T, H]."""
+        rows, length = self.of.shape
+        flat = x.dim() == 2 and x.is_floating_point()
+        key = x.shape[: 1 if flat else 2], x.device
+        if key not in self._found:
+            count, width = (
+                (x.shape[0] // length, length) if flat else (x.shape[0], x.shape[1] if x.dim() > 1 else length + 1)
+            )
+            if count % rows or width > length or (flat and x.shape[0] % (rows * length)):
+                raise UnsupportedError(
+                    f"A layer with adapters gets an input of shape {tuple(x.shape)} in a batch of {rows} rows of {length} "
+                    "tokens that go through different adapters; its tokens cannot be told apart. Run one adapter a batch, "
+                    "without alora_invocation_tokens."
+                )
+            of = self.of.repeat_interleave(count // rows, 0)[:, length - width :]
+            of = of.flatten() if flat else of
+            chosen = [(group, of == i) for i, group in enumerate(self.groups)]
+            self._found[key] = [
+                (g, slice(None) if bool(m.all()) else tuple(places.to(x.device) for places in m.nonzero(as_tuple=True)))
+                for g, m in chosen
+            ]
         return self._found[key]
 
     def over(self, of: Tensor) -> Routes:
@@ -228,7 +255,8 @@ def running(plan: Plan | None) -> Iterator[Plan | None]:
 def active_adapters(switch: Switch) -> tuple[str, ...]:
     """Names of the adapters that a layer of the wrapper `switch` belongs to applies now."""
     if _scope.get() is None:
-        return switch.active if switch.enabled else ()
+        active = switch.active if switch.enabled else ()
+        return tuple(n for n in active if n not in switch.waiting) if switch.waiting else active
     return planned_adapters(switch)
 
 

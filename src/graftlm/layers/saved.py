@@ -69,8 +69,9 @@ class ModulesToSaveWrapper(nn.Module):
             )
         dtype = functools.reduce(torch.promote_types, (part.dtype for _, part in made))
         index, part = made[0]
-        axes = 2 if isinstance(index, tuple) else 1
-        result = part.new_zeros(*x.shape[:axes], *part.shape[axes:], dtype=dtype)
+        axes = len(index) if isinstance(index, tuple) else 1
+        scattered = isinstance(index, tuple) and isinstance(index[0], torch.Tensor)
+        result = part.new_zeros(*x.shape[:axes], *part.shape[1 if scattered else axes :], dtype=dtype)
         for index, part in made:
             result[index] = part.to(dtype)
         return result

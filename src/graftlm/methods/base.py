@@ -279,6 +279,11 @@ class Method:
         """Whether some of it acts in passes through the wrapper only, not in direct calls of modules of the base."""
         return True
 
+    @property
+    def invocation(self) -> list[int] | None:
+        """Token ids from whose last occurrence in a row on the adapter acts; None: on all of it."""
+        return None
+
     def __init__(self, config: PeftConfig, name: str) -> None:
         self.config = config
         self.name = name

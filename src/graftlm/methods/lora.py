@@ -23,13 +23,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import base_modules, clean_path, model_type
+from ..architectures import base_modules, clean_path, is_encoder_decoder, model_type
 from ..errors import ConfigError, UnsupportedError, nearest
 from ..files import checkpoint_weight
 from ..layers import Adapted, Change, Frozen, as_it_was, both_forms
 from ..quantization import source_class
 from ..routing import by_group
-from .base import PeftType, Site, register
+from .base import PeftType, Site, TaskType, register
 from .fields import Count, Number, Probability, also_takes, check_expressions
 from .layered import LayerConfig, LayerMethod
 from .lora_change import EmbeddingChange, LoraChange
@@ -52,7 +52,7 @@ class LoftQConfig:
 # Fields of HF PEFT's LoraConfig that are not here, with their neutral values.
 ELSEWHERE = {
     "peft_version": ..., "megatron_config": None, "megatron_core": ..., "trainable_token_indices": None, "eva_config": None,
-    "corda_config": None, "lora_ga_config": None, "velora_config": None, "alora_invocation_tokens": None,
+    "corda_config": None, "lora_ga_config": None, "velora_config": None,
     "use_qalora": False, "qalora_group_size": ..., "monteclora_config": None, "layer_replication": None,
     "runtime_config": None, "use_bdlora": None, "arrow_config": None,
     "kasa_config": None, "ensure_weight_tying": False,
@@ -84,6 +84,7 @@ class LoraConfig(LayerConfig):
         lora_bias: give B a bias of its own.
         target_parameters: parameters (endings of their dotted names) that are changed beside the layers of `target_modules`,
             stacked experts above all: see `lora_experts`.
+        alora_invocation_tokens: token ids; in each row the adapter acts from their last occurrence on (aLoRA).
     """
 
     r: Count = 8
@@ -101,6 +102,7 @@ class LoraConfig(LayerConfig):
     use_dora: bool = False
     lora_bias: bool = False
     target_parameters: list[str] | None = None
+    alora_invocation_tokens: list[int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,6 +121,7 @@ class LoraConfig(LayerConfig):
             other = "use_dora=True" if self.use_dora else f"init_lora_weights={init!r}"
             raise ConfigError(f"lora_bias=True does not go with {other}: it is for plain LoRA, started by True or False.")
         check_settings(self)
+        check_invocation(self)
         self.loftq_config = loftq_fields(self.loftq_config, init)
         for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ():
             check_expressions("layers_pattern", pattern)
@@ -126,6 +129,27 @@ class LoraConfig(LayerConfig):
             raise ConfigError("layers_pattern is given without layers_to_transform; name the layers' numbers there.")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ConfigError("layers_to_transform needs target_modules as a list; write the layers into the expression.")
+
+
+def check_invocation(config: LoraConfig) -> None:
+    """ConfigError for `alora_invocation_tokens` that cannot be looked for, and what does not go with them."""
+    tokens = config.alora_invocation_tokens
+    if tokens is None:
+        return
+    if not tokens or min(tokens) < 0:
+        raise ConfigError(
+            f"alora_invocation_tokens={tokens!r}: expected the token ids of a sequence, at least one, none below 0 "
+            "(tokenizer(text, add_special_tokens=False).input_ids)."
+        )
+    refused = {
+        "use_dora=True": config.use_dora,
+        f"bias={config.bias!r}": config.bias != "none",
+        f"modules_to_save={config.modules_to_save!r}": config.modules_to_save,
+    }
+    for text in (text for text, on in refused.items() if on):
+        raise ConfigError(f"alora_invocation_tokens does not go with {text}: what is before them is the plain base's.")
+    if config.task_type is not TaskType.CAUSAL_LM:
+        warnings.warn("alora_invocation_tokens is meant for task_type='CAUSAL_LM'.", stacklevel=4)
 
 
 def loftq_fields(given: Any, init: Any) -> dict[str, Any]:
@@ -159,12 +183,17 @@ class Lora(LayerMethod):
 
     @property
     def bound(self) -> bool:
-        return self.config.bias != "none"  # type: ignore[attr-defined]
+        return self.config.bias != "none" or self.invocation is not None  # type: ignore[attr-defined]
 
     def attach(self, host: Site, *, for_loading: bool = False) -> None:
         if self.config.bias != "none":  # type: ignore[attr-defined]
             self._one_bias(host)
+        if self.invocation and is_encoder_decoder(host.base):
+            raise UnsupportedError(
+                "alora_invocation_tokens is for decoder-only models, which read a row from left to right."
+            )
         super().attach(host, for_loading=for_loading)
+        host.switch.waiting |= {self.name} if self.invocation else set()
         if self.config.lora_bias and (without := self._without_bias(host)):  # type: ignore[attr-defined]
             warnings.warn(f"lora_bias=True: {without} has no bias, so this adapter cannot be merged.", stacklevel=2)
         if self.config.bias != "none":  # type: ignore[attr-defined]
@@ -224,7 +253,16 @@ class Lora(LayerMethod):
             original = partial(self._original, host, config, path, frozen)
         return (EmbeddingChange if frozen.kind == "embedding" else LoraChange)(config, *self._rank(path), original)
 
+    @property
+    def invocation(self) -> list[int] | None:
+        return self.config.alora_invocation_tokens  # type: ignore[attr-defined]
+
     def refuse_merge(self, host: Site) -> None:
+        if self.invocation:
+            raise UnsupportedError(
+                f"Adapter {self.name!r} acts from its alora_invocation_tokens on, not on every token, so it cannot be "
+                "merged. Keep it attached."
+            )
         if self.config.lora_bias and (without := self._without_bias(host)):  # type: ignore[attr-defined]
             raise UnsupportedError(
                 f"Adapter {self.name!r} has lora_bias=True, but {without} has no bias that it could be merged into. Keep it "
@@ -270,6 +308,7 @@ class Lora(LayerMethod):
     def detach(self, host: Site) -> None:
         if self.name in host.adapter_biases:
             del host.adapter_biases[self.name]
+        host.switch.waiting.discard(self.name)
         super().detach(host)
 
     def connect(self, host: Site) -> list[Any]:

@@ -201,6 +201,8 @@ class EmbeddingChange(LoraChange):
     tables = ("lora_dropout", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
     def make(self, t: Held, frozen: Frozen, dtype: torch.dtype) -> None:
+        if self.config.alora_invocation_tokens:
+            raise ConfigError("alora_invocation_tokens is for linear layers; leave embeddings out of target_modules.")
         if self.biased:
             raise ConfigError("lora_bias=True is not supported for Embedding; leave embeddings out of target_modules.")
         out, size = frozen.shape

@@ -27,6 +27,7 @@ from ..errors import UnsupportedError
 from ..kernels import HeadForm
 from ..routing import Attention, Group, Plan, Routes, Scope, running
 from .facts import decoder_config
+from .invoked import waits
 from .refusals import check_room
 from .run import run
 from .state import Call, Memory, Pass, Probe, Run, Step
@@ -81,6 +82,8 @@ class Served:
         """
         self.host._known(*group)
         self.refuse()
+        if waits(self.host, Plan(self.host.switch, group)):
+            raise UnsupportedError("Adapters with alora_invocation_tokens are served through generate, in batches.")
         kind = kind_of(self.host, group)
         if kind not in self.tried:
             self.form = Steps(self, group).run()
