@@ -12,8 +12,49 @@ from .registering import register_on_demand
 from .version import __version__
 
 if TYPE_CHECKING:
+    from . import as_peft
     from .architectures.prepacked import prepacked
     from .checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+    from .compat.encoders import (
+        PrefixEncoder,
+        PromptEmbedding,
+        PromptEncoder,
+    )
+    from .compat.helpers import (
+        cast_mixed_precision_params,
+        get_base_model_state_dict,
+        get_layer_status,
+        get_model_status,
+        set_base_model_state_dict,
+        shift_tokens_right,
+    )
+    from .compat.mappings import (
+        MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+        PEFT_TYPE_TO_CONFIG_MAPPING,
+        PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+        PEFT_TYPE_TO_TUNER_MAPPING,
+    )
+    from .compat.tasks import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+        PeftMixedModel,
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+    )
+    from .compat.tuners import (
+        IA3Model,
+        LoHaModel,
+        LoraModel,
+    )
     from .methods import (
         BottleneckConfig,
         BottleneckPlacement,
@@ -35,18 +76,50 @@ if TYPE_CHECKING:
     from .model import PeftModel, get_peft_model
     from .preparation import prepare_model_for_kbit_training
     from .training import Trainer, train_together
+    from .utils import (
+        NoMatchingPeftModuleError,
+        PeftError,
+        PeftWarning,
+    )
 
 _HOME = {
+    "AutoPeftModel": ".compat.tasks",
+    "AutoPeftModelForCausalLM": ".compat.tasks",
+    "AutoPeftModelForFeatureExtraction": ".compat.tasks",
+    "AutoPeftModelForQuestionAnswering": ".compat.tasks",
+    "AutoPeftModelForSeq2SeqLM": ".compat.tasks",
+    "AutoPeftModelForSequenceClassification": ".compat.tasks",
+    "AutoPeftModelForTokenClassification": ".compat.tasks",
     "BottleneckConfig": ".methods",
     "BottleneckPlacement": ".methods",
     "IA3Config": ".methods",
+    "IA3Model": ".compat.tuners",
     "LoHaConfig": ".methods",
+    "LoHaModel": ".compat.tuners",
     "LoftQConfig": ".methods",
     "LoraConfig": ".methods",
+    "LoraModel": ".compat.tuners",
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": ".compat.mappings",
+    "NoMatchingPeftModuleError": ".utils",
+    "PEFT_TYPE_TO_CONFIG_MAPPING": ".compat.mappings",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": ".compat.mappings",
+    "PEFT_TYPE_TO_TUNER_MAPPING": ".compat.mappings",
     "PeftConfig": ".methods",
+    "PeftError": ".utils",
+    "PeftMixedModel": ".compat.tasks",
     "PeftModel": ".model",
+    "PeftModelForCausalLM": ".compat.tasks",
+    "PeftModelForFeatureExtraction": ".compat.tasks",
+    "PeftModelForQuestionAnswering": ".compat.tasks",
+    "PeftModelForSeq2SeqLM": ".compat.tasks",
+    "PeftModelForSequenceClassification": ".compat.tasks",
+    "PeftModelForTokenClassification": ".compat.tasks",
     "PeftType": ".methods",
+    "PeftWarning": ".utils",
+    "PrefixEncoder": ".compat.encoders",
     "PrefixTuningConfig": ".methods",
+    "PromptEmbedding": ".compat.encoders",
+    "PromptEncoder": ".compat.encoders",
     "PromptEncoderConfig": ".methods",
     "PromptEncoderReparameterizationType": ".methods",
     "PromptLearningConfig": ".methods",
@@ -54,27 +127,60 @@ _HOME = {
     "PromptTuningInit": ".methods",
     "TaskType": ".methods",
     "Trainer": ".training",
+    "cast_mixed_precision_params": ".compat.helpers",
+    "get_base_model_state_dict": ".compat.helpers",
+    "get_layer_status": ".compat.helpers",
+    "get_model_status": ".compat.helpers",
     "get_peft_config": ".methods",
     "get_peft_model": ".model",
     "get_peft_model_state_dict": ".checkpoint",
     "load_peft_weights": ".checkpoint",
     "prepacked": ".architectures.prepacked",
     "prepare_model_for_kbit_training": ".preparation",
+    "set_base_model_state_dict": ".compat.helpers",
     "set_peft_model_state_dict": ".checkpoint",
+    "shift_tokens_right": ".compat.helpers",
     "train_together": ".training",
 }
 
 __all__ = [
+    "AutoPeftModel",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BottleneckConfig",
     "BottleneckPlacement",
     "IA3Config",
+    "IA3Model",
     "LoHaConfig",
+    "LoHaModel",
     "LoftQConfig",
     "LoraConfig",
+    "LoraModel",
+    "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "NoMatchingPeftModuleError",
+    "PEFT_TYPE_TO_CONFIG_MAPPING",
+    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
+    "PEFT_TYPE_TO_TUNER_MAPPING",
     "PeftConfig",
+    "PeftError",
+    "PeftMixedModel",
     "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
     "PeftType",
+    "PeftWarning",
+    "PrefixEncoder",
     "PrefixTuningConfig",
+    "PromptEmbedding",
+    "PromptEncoder",
     "PromptEncoderConfig",
     "PromptEncoderReparameterizationType",
     "PromptLearningConfig",
@@ -83,20 +189,27 @@ __all__ = [
     "TaskType",
     "Trainer",
     "__version__",
+    "as_peft",
+    "cast_mixed_precision_params",
+    "get_base_model_state_dict",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "load_peft_weights",
     "prepacked",
     "prepare_model_for_kbit_training",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    "shift_tokens_right",
     "train_together",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "utils":  # `graftlm.utils.…` after a plain `import graftlm`, as with HF PEFT
-        return import_module(".utils", __name__)
+    if name in ("utils", "as_peft"):  # `graftlm.utils.…` after a plain `import graftlm`, as with HF PEFT
+        return import_module(f".{name}", __name__)
     if name in _HOME:
         import_module(".architectures", __name__)  # makes the architectures that are ours known to transformers
         return getattr(import_module(_HOME[name], __name__), name)
