@@ -21,7 +21,7 @@ from .attached import _SETS, Attached
 from .bundled import known_as
 from .checkpointing import checkpointed_modules, keep_passes
 from .errors import AdapterError, nearest
-from .layers import save_modules, saved_modules, unsave_modules
+from .layers import save_modules, saved_modules, unfuse, unsave_modules
 from .methods import Method, PeftConfig, method_for
 from .methods.base import TASK_HEADS
 from .preparation import freeze_base
@@ -121,7 +121,7 @@ class AdapterSet(Attached):
         self._disconnect()
         self.layout = layout
         speed_up(self)
-        self.handles[None] = self._enter()
+        self.handles[None] = [*unfuse(self.base), *self._enter()]
         _SETS.setdefault(self.base, WeakSet()).add(self)
         for name, method in self.methods.items():
             self.handles[name] = method.connect(self)

@@ -91,7 +91,7 @@ def merge_and_unload(host: AdapterSet, safe: bool, names: list[str] | None, requ
         untie(host, names)
         merge(host, names, safe=safe, keep=False, requantize=requantize)
         put_saved(host, names)
-        for path, layer in list(adapted_layers(host.base, host.switch)):
+        for path, layer in reversed(list(adapted_layers(host.base, host.switch))):  # those inside of others first
             inner = in_source_form(layer.leave_place())
             if not isinstance(inner, Adapted):
                 layer.frozen.layer = inner
