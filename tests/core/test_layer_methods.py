@@ -121,20 +121,21 @@ def test_every_method_of_layers_is_tried_here() -> None:
 def test_a_change_is_its_fold(change: str, kind: str) -> None:
     """Computed beside the layer, by the weight, merged, and with the delta that merging adds: the same."""
     layer, x = adapted(kind, change)
+    rounded = 3e-5 if kind.startswith("conv_") else 1e-5  # sums of hundreds
     plain, before = layer.base_layer(x), state_of(layer)
     wanted = by_weight(layer, x, (change,))
     assert (wanted - plain).abs().max() > 1e-2
     for gradients in (False, True):
         with torch.set_grad_enabled(gradients):
-            close(layer(x), wanted)
+            close(layer(x), wanted, rounded)
     layer.requires_grad_(False)
     delta = layer.get_delta_weight(change)
     assert delta.shape == layer.weight.shape
     close(layer.weight + delta, layer.frozen.rows(layer.frozen.folded([(layer, change)])[0]))
     layer.merge([change])
     assert layer.merged_adapters == [change]
-    close(layer(x), wanted)
-    close(layer.base_layer(x), wanted)
+    close(layer(x), wanted, rounded)
+    close(layer.base_layer(x), wanted, rounded)
     layer.switch.enabled = False
     assert torch.equal(layer(x), plain)
     layer.unmerge()

@@ -5,7 +5,7 @@ methods alike.
 """
 
 from .adapted import Adapted, adapted_layers
-from .attention import AdaptedAttention, adapted, unfuse
+from .attention import AdaptedAttention, around, unfuse
 from .change import Change, Held, LowRank
 from .frozen import KINDS, Frozen, as_it_was, both_forms, frozen_of
 from .saved import ModulesToSaveWrapper, find_modules, save_modules, saved_modules, unsave_modules
@@ -19,7 +19,7 @@ __all__ = [
     "Held",
     "LowRank",
     "ModulesToSaveWrapper",
-    "adapted",
+    "around",
     "adapted_layers",
     "as_it_was",
     "both_forms",

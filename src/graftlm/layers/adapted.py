@@ -139,6 +139,14 @@ class Adapted(nn.Module):
             added = change.update(t, weight.dtype) if change.additive else change.fold(t, weight, frozen) - weight
         return frozen.rows(added)
 
+    def check_merge(self, names: Sequence[str]) -> None:
+        """UnsupportedError where one of these adapters cannot be folded into this layer."""
+        own = [name for name in names if name in self.changes]
+        if own:
+            self.frozen.check_merge()
+        for name in own:
+            self.changes[name].check_merge(self.held(name), self.frozen)
+
     def merge(self, names: Sequence[str], *, requantize: bool = False) -> None:
         """Fold adapters into the base weight beside what is in it; those that have changed since they were merged, anew.
 
@@ -232,8 +240,8 @@ class Adapted(nn.Module):
             return layer(x, *args, **kwargs)
         if self.frozen.kind == "conv" and x.dim() < self.weight.dim():
             raise UnsupportedError(
-                f"A {type(self.frozen.layer).__name__} with adapters gets an input of shape {tuple(x.shape)}, without rows, in "
-                "a batch of rows of different adapters. Run one adapter a batch on this model."
+                f"A {type(self.frozen.layer).__name__} with adapters gets an input of shape {tuple(x.shape)}, without rows, "
+                "in a batch of rows of different adapters. Run one adapter a batch on this model."
             )
         inputs: dict[int, list[Tensor]] = {}
         given = x

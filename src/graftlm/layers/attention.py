@@ -56,14 +56,14 @@ def as_they_act(frozen: Frozen) -> dict[str, Tensor | None]:
     return {name: frozen.rows(weight).to(own), bias_name: None if bias is None else bias.to(own)}
 
 
-def adapted(module: nn.Module, switch: Any) -> Adapted:
+def around(module: nn.Module, switch: Any) -> Adapted:
     """A module of the base with room for adapters."""
     inner = module.frozen if isinstance(module, Adapted) else Frozen(module)
     return (AdaptedAttention if inner.kind == "attention" else Adapted)(module, switch)
 
 
 def unfuse(base: nn.Module) -> list[Any]:
-    """Hooks that keep torch's encoders from their fused kernel, which would leave out the adapters in them; their handles."""
+    """Handles of hooks that keep torch's encoders from their fused kernel, which would leave out the adapters in them."""
     fused = [m for _, m in base_modules(base) if isinstance(m, FUSED) and any(isinstance(p, Adapted) for p in m.modules())]
     return [h for m in fused for h in (m.register_forward_pre_hook(_slow), m.register_forward_hook(_fast, always_call=True))]
 

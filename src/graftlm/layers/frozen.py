@@ -239,7 +239,6 @@ class Frozen:
         order = {id(owner): place for place, owner in enumerate(self.over)}
         parts = sorted(parts, key=lambda part: (order[id(part[0])], part[0].turn(part[1])))
         name, bias_name = self.names
-        self._refuse_computed(name)
         weight, bias = self.folded(parts)
         plain, own = self.plain, self.bias
         if self.quantized:
@@ -255,9 +254,9 @@ class Frozen:
         self.folds = [Fold(owner, name) for owner, name in parts]
         vars(self.layer)["folded"] = self
 
-    def _refuse_computed(self, name: str) -> None:
+    def check_merge(self) -> None:
         """UnsupportedError where the weight is computed from others at each pass (weight norm, a parametrisation)."""
-        if name not in self.layer._parameters:
+        if self.names[0] not in self.layer._parameters:
             raise UnsupportedError(
                 f"A {type(self.layer).__name__} with adapters computes its weight at each pass (weight norm, or another "
                 "parametrisation), so nothing can be merged into it. Remove the parametrisation first "

@@ -19,7 +19,7 @@ from ..architectures import (
     token_embeddings,
 )
 from ..errors import TargetError, UnsupportedError
-from ..layers import Adapted, Change, Frozen, adapted, adapted_layers
+from ..layers import Adapted, Change, Frozen, adapted_layers, around
 from .base import Method, PeftConfig, Site
 from .fields import check_expressions
 from .targets import find_targets, is_uncalled
@@ -86,7 +86,7 @@ class LayerMethod(Method):
     def _place(self, host: Site, root: nn.Module, path: str, module: Any, name: str, initialise: bool) -> Frozen:
         """Put this adapter's change of a layer in; `path` is the layer's place below `root`, `name` what it is called."""
         own = isinstance(module, Adapted) and module.switch is host.switch
-        layer: Any = module if own else adapted(module, host.switch)
+        layer: Any = module if own else around(module, host.switch)
         if not own:
             replace_module(root, path, layer)
         layer.add(
@@ -99,10 +99,11 @@ class LayerMethod(Method):
         for path, module in targets.items():
             frozen = module.frozen if isinstance(module, Adapted) else Frozen(module)
             if is_uncalled(module):
+                attention, _, name = clean_path(path).rpartition(".")
                 raise TargetError(
-                    f"target_modules selects {clean_path(path)!r}, whose weight torch's MultiheadAttention reads without calling "
-                    f"it: an adapter of it would never act. Name {clean_path(path).rpartition('.')[0]!r} instead, with which "
-                    "this projection is changed as well."
+                    f"target_modules selects {name!r} of {attention!r}, a MultiheadAttention of torch's, which reads its "
+                    f"weight without calling it: an adapter of it would never act. Name {attention!r} instead, which "
+                    "brings this projection along."
                 )
             if frozen.kind == "attention" and not frozen.layer._qkv_same_embed_dim:
                 raise UnsupportedError(

@@ -3,8 +3,8 @@
 ``y = W x + b + scale * ((A1 B1) * (A2 B2)) x``, A1, A2 [out, r], B1, B2 [r, in], scale = alpha / r: of rank up to r squared.
 B2 starts at zero, so an untrained adapter changes nothing. Of a convolution `in` is the input channels of a group times the
 kernel's size; with `use_effective_conv2d` each product is a Tucker decomposition of the kernel instead, ``T [r, r, kernel]``
-with A [r, out] and B [r, in channels] (FedPara, proposition 3). Field names, defaults, maths and files are HF PEFT's; what it
-lacks are GPT-2's Conv1D, 4-bit layers and Conv3d.
+with A [r, out] and B [r, in channels] (FedPara, proposition 3). Field names, defaults, maths and files are HF PEFT's; what
+it lacks are GPT-2's Conv1D, 4-bit layers and Conv3d.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by 
 
 
 class ConvChange(LoraChange):
-    """Of a convolution. DoRA's magnitude is [1, out, 1, …], of rows of the kernel as a matrix [out, in / groups * kernel]."""
+    """Of a convolution. DoRA's magnitude is [1, out, 1, …], of the kernel's rows [out, in / groups * kernel]."""
 
     groups = 1
 
@@ -56,8 +56,8 @@ class ConvChange(LoraChange):
         return None
 
     def update(self, t: Held, dtype: torch.dtype) -> Tensor:
-        """``scale * BA`` [out, in / groups * kernel]. HF PEFT takes DoRA's norm by these rows whatever the groups are, and so
-        must we for its files: it is what the trained magnitude stands against."""
+        """``scale * BA`` [out, in / groups * kernel]. HF PEFT takes DoRA's norm by these rows whatever the groups are, and
+        so must we for its files: it is what the trained magnitude stands against."""
         a, b = (factor.to(dtype) for factor in self.factors(t))
         made = b.reshape(-1, self.r) @ a.reshape(self.r, -1)
         return made.reshape(b.shape[0], -1) * self.scaling
@@ -79,12 +79,15 @@ class ConvChange(LoraChange):
             added = (ratio - 1) * plain + ratio * added
         return y + added.to(y.dtype)
 
-    def fold(self, t: Held, weight: Tensor, frozen: Frozen) -> Tensor:
+    def check_merge(self, t: Held, frozen: Frozen) -> None:
         if self.groups > 1:
             raise UnsupportedError(
-                f"A {type(frozen.layer).__name__} of {self.groups} groups cannot take LoRA's update into its weight, because the "
-                "update reads the channels of all groups. Keep the adapter attached, or leave such layers out of it."
+                f"A {type(frozen.layer).__name__} of {self.groups} groups cannot take LoRA's update into its weight: "
+                "the update reads the channels of all groups. Keep the adapter attached, or leave such layers out of it."
             )
+
+    def fold(self, t: Held, weight: Tensor, frozen: Frozen) -> Tensor:
+        self.check_merge(t, frozen)
         weight = weight + self.update(t, weight.dtype)
         if not self.dora:
             return weight
@@ -93,7 +96,7 @@ class ConvChange(LoraChange):
 
 
 def check_dropout(config: Any, path: str) -> None:
-    """torch's MultiheadAttention computes by its weights, where there is no input to drop from: said, not left out silently."""
+    """A warning for dropout in torch's MultiheadAttention, which computes by its weights: there is no input to drop from."""
     if config.lora_dropout > 0:
         warnings.warn(
             f"lora_dropout={config.lora_dropout} has no effect in {path!r}: torch's MultiheadAttention computes by its "
