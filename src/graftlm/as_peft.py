@@ -180,7 +180,7 @@ def importers() -> list[ModuleType]:
 
 
 def import_again(module: ModuleType) -> None:
-    """Let a module's imports from `peft` at its top (or under a condition there) take effect anew; what is not found stays."""
+    """Let a module's imports from `peft` at its top (or under a condition) take effect anew; what is not found stays."""
     forget_answers(module)
     for statement in imports_at_top(ast.parse(Path(str(module.__file__)).read_bytes())):
         for alias in statement.names:

@@ -6,13 +6,20 @@ import inspect
 from collections.abc import Container
 from typing import Any
 
-_CLASSES: dict[tuple[Any, Any], Any] = {}
+from torch import nn
+from transformers import PreTrainedModel
+
+_CLASSES: dict[tuple[Any, Any, bool], Any] = {}
 
 
-def class_over(cls: Any, base: Any) -> Any:
-    """The wrapper class `cls` with the base's own forward signature, which a Trainer reads to keep a data set's columns."""
-    if (cls, base) in _CLASSES:
-        return _CLASSES[cls, base]
+def class_over(cls: Any, base: Any, plain: bool = False) -> Any:
+    """The wrapper class `cls` with the base's own forward signature, which a Trainer reads to keep a data set's columns.
+
+    Over a `plain` base, any torch module, it is moved, cast and switched to training as torch does it: transformers looks
+    for what its own models have.
+    """
+    if (cls, base, plain) in _CLASSES:
+        return _CLASSES[cls, base, plain]
     signature = inspect.signature(base.forward)
     names = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     rest = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
@@ -23,8 +30,9 @@ def class_over(cls: Any, base: Any) -> Any:
         return self._run(*args, **kwargs)
 
     forward.__signature__ = signature.replace(parameters=[*names, mixed, *rest])  # type: ignore[attr-defined]
-    made = type("PeftModel", (cls,), {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__})
-    return _CLASSES.setdefault((cls, base), made)
+    own = {n: f for n, f in vars(nn.Module).items() if getattr(cls, n) is vars(PreTrainedModel).get(n)} if plain else {}
+    body = own | {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return _CLASSES.setdefault((cls, base, plain), type("PeftModel", (cls,), body))
 
 
 def answer_by_base(wrapper: Any, kind: type, taken: Container[str]) -> None:
