@@ -34,10 +34,10 @@ FLOORS: list[set[str]] = [
 ]
 APART = [("training", "inference"), ("inference", "training")]
 # What a method's file may take from another: shared modules, not other methods.
-SHARED = {"base", "soft_prompt", "layered", "lora_change", "lora_init", "lora_combine", "targets"}
+SHARED = {"base", "soft_prompt", "layered", "lora_change", "lora_init", "lora_combine", "targets", "tokens"}
 METHOD_IMPORTS = {
     "layered": {"targets"},
-    "lora": {"layered", "lora_change", "targets"},
+    "lora": {"layered", "lora_change", "targets", "tokens"},
     "lora_change": {"lora_init"},
     "lora_combine": {"lora_change"},
     "bottleneck": {"targets"},
@@ -46,6 +46,8 @@ METHOD_IMPORTS = {
     "p_tuning": {"soft_prompt"},
     "prompt_tuning": {"soft_prompt"},
     "prefix_tuning": {"soft_prompt"},
+    "tokens": {"layered", "targets"},
+    "trainable_tokens": {"layered", "targets", "tokens"},
 }
 
 
@@ -237,6 +239,7 @@ PUBLIC = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "TaskType",
+    "TrainableTokensConfig",
     "Trainer",
     "__version__",
     "get_peft_config",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         PromptTuningConfig,
         PromptTuningInit,
         TaskType,
+        TrainableTokensConfig,
         get_peft_config,
     )
     from .model import PeftModel, get_peft_model
@@ -53,6 +54,7 @@ _HOME = {
     "PromptTuningConfig": ".methods",
     "PromptTuningInit": ".methods",
     "TaskType": ".methods",
+    "TrainableTokensConfig": ".methods",
     "Trainer": ".training",
     "get_peft_config": ".methods",
     "get_peft_model": ".model",
@@ -81,6 +83,7 @@ __all__ = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "TaskType",
+    "TrainableTokensConfig",
     "Trainer",
     "__version__",
     "get_peft_config",

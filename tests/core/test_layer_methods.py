@@ -42,8 +42,9 @@ CHANGES: dict[str, Any] = {
     "ia3": lambda: graftlm.IA3Config(feedforward_modules=[]),
     "ia3_input": lambda: graftlm.IA3Config(feedforward_modules=["layer"]),
     "loha": lambda: graftlm.LoHaConfig(r=3, alpha=5),
+    "tokens": lambda: graftlm.TrainableTokensConfig(token_indices=[7, 1, 4]),
 }
-EMBEDDING = ("lora", "rslora", "dora")
+EMBEDDING = ("lora", "rslora", "dora", "tokens")
 LAYERS: dict[str, Any] = {
     "linear": lambda: nn.Linear(12, 9),
     "without_bias": lambda: nn.Linear(12, 9, bias=False),

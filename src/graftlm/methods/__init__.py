@@ -18,6 +18,7 @@ from .lora import LoftQConfig, LoraConfig
 from .p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from .prefix_tuning import PrefixTuningConfig
 from .prompt_tuning import PromptTuningConfig, PromptTuningInit
+from .trainable_tokens import TrainableTokensConfig
 
 __all__ = [
     "METHODS",
@@ -37,6 +38,7 @@ __all__ = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "TaskType",
+    "TrainableTokensConfig",
     "config_class",
     "get_peft_config",
     "method_for",

@@ -74,10 +74,7 @@ class LayerMethod(Method):
             self._refuse_shared(host, targets)
             self._refuse_kinds(targets)
             for path, module in targets.items():
-                own = isinstance(module, Adapted) and module.switch is host.switch
-                layer: Any = module if own else Adapted(module, host.switch)
-                if not own:
-                    replace_module(host.base, path, layer)
+                layer = adapted_at(host, path, module)
                 change = self.change(host, clean_path(path), layer.frozen)
                 layer.add(self.name, change, host.adapter_dtype(layer.frozen.layer), initialise=not for_loading)
         except Exception:
@@ -121,6 +118,11 @@ class LayerMethod(Method):
             if self.name in layer.changes:
                 yield clean_path(path), layer
 
+    def refuse_beside(self, host: Site, other: Method) -> None:
+        for _, layer in self.layers(host) if isinstance(other, LayerMethod) else ():
+            if other.name in layer.changes:
+                layer.changes[self.name].refuse_beside(layer.changes[other.name])
+
     # -- tensors ---------------------------------------------------------------------------------------------------------
     def named_parameters(self, host: Site) -> Iterator[tuple[str, nn.Parameter]]:
         for path, layer in adapted_layers(host.base, host.switch):
@@ -132,7 +134,8 @@ class LayerMethod(Method):
         for path, layer in self.layers(host):
             change = layer.changes[self.name]
             for table, key, parameter in change.parts(layer.held(self.name)):
-                short = f"{table}.{key}" if key and table not in change.bare else table
+                known = change.files.get(table, table)
+                short = f"{known}.{key}" if key and table not in change.bare else known
                 yield f"{self.file_prefix}{path}.{short}", parameter
 
     def tensors(self, host: Site) -> dict[str, Tensor]:
@@ -142,3 +145,12 @@ class LayerMethod(Method):
         with torch.no_grad():
             for key, parameter in self.file_parameters(host):
                 parameter.copy_(tensors[key])
+
+
+def adapted_at(host: Site, path: str, module: nn.Module) -> Adapted:
+    """The module of this host's adapters at a dotted path, where `module` stands now; put there if there is none."""
+    if isinstance(module, Adapted) and module.switch is host.switch:
+        return module
+    layer = Adapted(module, host.switch)
+    replace_module(host.base, path, layer)
+    return layer

@@ -32,6 +32,7 @@ from .fields import Count, Number, Probability, also_takes, check_expressions
 from .layered import LayerConfig, LayerMethod
 from .lora_change import EmbeddingChange, LoraChange
 from .targets import pattern_value
+from .tokens import lora_tokens, repeated_tokens
 
 INITS = ("gaussian", "pissa", "olora", "loftq")
 # On a quantised base LoftQ's adapter is like any other; HF PEFT, told of the start, would quantise the base anew to load it.
@@ -48,7 +49,7 @@ class LoftQConfig:
 
 # Fields of HF PEFT's LoraConfig that are not here, with their neutral values.
 ELSEWHERE = {
-    "peft_version": ..., "megatron_config": None, "megatron_core": ..., "trainable_token_indices": None, "eva_config": None,
+    "peft_version": ..., "megatron_config": None, "megatron_core": ..., "eva_config": None,
     "corda_config": None, "lora_ga_config": None, "velora_config": None, "alora_invocation_tokens": None,
     "use_qalora": False, "qalora_group_size": ..., "monteclora_config": None, "layer_replication": None,
     "runtime_config": None, "lora_bias": False, "target_parameters": None, "use_bdlora": None, "arrow_config": None,
@@ -77,6 +78,8 @@ class LoraConfig(LayerConfig):
         layers_to_transform, layers_pattern: only layers with these numbers (in a module list of that name).
         rank_pattern, alpha_pattern: other ranks and alphas for modules that match a name or regular expression.
         use_dora: train the length of every output row apart from its direction.
+        trainable_token_indices: tokens whose rows are trained along (see `tokens`): of the input embeddings and what is tied
+            to them, or by names of modules.
     """
 
     r: Count = 8
@@ -92,6 +95,7 @@ class LoraConfig(LayerConfig):
     rank_pattern: dict[str, Count] = field(default_factory=dict)
     alpha_pattern: dict[str, Number] = field(default_factory=dict)
     use_dora: bool = False
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,6 +156,7 @@ class Lora(LayerMethod):
         if self.config.bias != "none":  # type: ignore[attr-defined]
             self._one_bias(host)
         super().attach(host, for_loading=for_loading)
+        lora_tokens(self, host, initialise=not for_loading)
         if self.config.bias != "none":  # type: ignore[attr-defined]
             try:
                 host.adapter_biases[self.name] = nn.ParameterDict(
@@ -163,6 +168,9 @@ class Lora(LayerMethod):
             except Exception:
                 self.detach(host)
                 raise
+
+    def repeated_keys(self, host: Site) -> dict[str, str]:
+        return repeated_tokens(self, host)
 
     def change(self, host: Site, path: str, frozen: Frozen) -> Change:
         config: LoraConfig = self.config  # type: ignore[assignment]
