@@ -223,6 +223,7 @@ def test_public_names() -> None:
 
 
 PUBLIC = [
+    "AdaptionPromptConfig",
     "BottleneckConfig",
     "BottleneckPlacement",
     "IA3Config",

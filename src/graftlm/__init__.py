@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .architectures.prepacked import prepacked
     from .checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
     from .methods import (
+        AdaptionPromptConfig,
         BottleneckConfig,
         BottleneckPlacement,
         IA3Config,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .training import Trainer, train_together
 
 _HOME = {
+    "AdaptionPromptConfig": ".methods",
     "BottleneckConfig": ".methods",
     "BottleneckPlacement": ".methods",
     "IA3Config": ".methods",
@@ -67,6 +69,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AdaptionPromptConfig",
     "BottleneckConfig",
     "BottleneckPlacement",
     "IA3Config",

@@ -176,7 +176,7 @@ class AdapterSet(Attached):
         self._known(adapter_name)
         method = self.methods.pop(adapter_name)
         method.detach(self)
-        self._disconnect(adapter_name)
+        self._disconnect(*([] if self.handles.get(adapter_name) else [adapter_name]))  # others may share its hooks
         self.mixed = {m for m in self.mixed if method not in m}
         unsave_modules(self.base, self.switch, adapter_name)
         self._connect()

@@ -1,5 +1,6 @@
 """The registry of methods: importing a file here makes its method known. A new method is its file and a line below."""
 
+from .adaption_prompt import AdaptionPromptConfig
 from .base import (
     METHODS,
     Method,
@@ -22,6 +23,7 @@ from .trainable_tokens import TrainableTokensConfig
 
 __all__ = [
     "METHODS",
+    "AdaptionPromptConfig",
     "BottleneckConfig",
     "BottleneckPlacement",
     "IA3Config",

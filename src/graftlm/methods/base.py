@@ -115,7 +115,7 @@ class PeftConfig:
 
     @property
     def is_adaption_prompt(self) -> bool:
-        """HF PEFT asks this of every config; none of our methods is one."""
+        """Whether the method is LLaMA-Adapter; HF PEFT asks this of every configuration."""
         return False
 
     def to_dict(self) -> dict[str, Any]:
