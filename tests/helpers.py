@@ -85,6 +85,9 @@ CONFIGS: dict[str, Any] = {
     "gaussian": lambda lib, n: _lora(lib, n, init_lora_weights="gaussian"),
     "ia3": lambda lib, n: lib.IA3Config(task_type=task(n), **IA3.get(n, {})),
     "loha": lambda lib, n: lib.LoHaConfig(task_type=task(n), r=4, alpha=8, target_modules="all-linear"),
+    "tokens": lambda lib, n: lib.TrainableTokensConfig(task_type=task(n), token_indices=[5, 90, 17]),
+    "lora_tokens": lambda lib, n: _lora(lib, n, trainable_token_indices=[5, 90, 17]),
+    "adaption": lambda lib, n: lib.AdaptionPromptConfig(task_type=task(n), adapter_len=3, adapter_layers=2),
     "prompt": lambda lib, n: lib.PromptTuningConfig(task_type=task(n), num_virtual_tokens=3),
     "p_tuning_mlp": lambda lib, n: lib.PromptEncoderConfig(task_type=task(n), num_virtual_tokens=3, encoder_hidden_size=12),
     "p_tuning_lstm": lambda lib, n: lib.PromptEncoderConfig(

@@ -35,19 +35,12 @@ FLOORS: list[set[str]] = [
 APART = [("training", "inference"), ("inference", "training")]
 # What a method's file may take from another: shared modules, not other methods.
 SHARED = {
-    "base",
-    "soft_prompt",
-    "layered",
-    "lora_change",
-    "lora_conv",
-    "lora_init",
-    "lora_experts",
-    "lora_combine",
-    "targets",
-}
+    "base", "soft_prompt", "layered", "lora_change", "lora_conv", "lora_init", "lora_experts", "lora_combine", "targets",
+    "tokens",
+}  # fmt: skip
 METHOD_IMPORTS = {
     "layered": {"targets"},
-    "lora": {"layered", "lora_change", "lora_conv", "lora_experts", "targets"},
+    "lora": {"layered", "lora_change", "lora_conv", "lora_experts", "targets", "tokens"},
     "lora_conv": {"lora_change"},
     "lora_change": {"lora_init"},
     "lora_experts": {"lora_change"},
@@ -58,6 +51,8 @@ METHOD_IMPORTS = {
     "p_tuning": {"soft_prompt"},
     "prompt_tuning": {"soft_prompt"},
     "prefix_tuning": {"soft_prompt"},
+    "tokens": {"layered", "targets"},
+    "trainable_tokens": {"layered", "targets", "tokens"},
 }
 
 
@@ -233,6 +228,7 @@ def test_public_names() -> None:
 
 
 PUBLIC = [
+    "AdaptionPromptConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -276,6 +272,7 @@ PUBLIC = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "TaskType",
+    "TrainableTokensConfig",
     "Trainer",
     "__version__",
     "as_peft",

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         LoraModel,
     )
     from .methods import (
+        AdaptionPromptConfig,
         BottleneckConfig,
         BottleneckPlacement,
         IA3Config,
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
         PromptTuningConfig,
         PromptTuningInit,
         TaskType,
+        TrainableTokensConfig,
         get_peft_config,
     )
     from .model import PeftModel, get_peft_model
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
+    "AdaptionPromptConfig": ".methods",
     "AutoPeftModel": ".compat.tasks",
     "AutoPeftModelForCausalLM": ".compat.tasks",
     "AutoPeftModelForFeatureExtraction": ".compat.tasks",
@@ -126,6 +129,7 @@ _HOME = {
     "PromptTuningConfig": ".methods",
     "PromptTuningInit": ".methods",
     "TaskType": ".methods",
+    "TrainableTokensConfig": ".methods",
     "Trainer": ".training",
     "cast_mixed_precision_params": ".compat.helpers",
     "get_base_model_state_dict": ".compat.helpers",
@@ -144,6 +148,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AdaptionPromptConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
@@ -187,6 +192,7 @@ __all__ = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "TaskType",
+    "TrainableTokensConfig",
     "Trainer",
     "__version__",
     "as_peft",

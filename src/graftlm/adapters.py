@@ -6,6 +6,7 @@ call, in HF PEFT's words.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -105,6 +106,8 @@ class AdapterSet(Attached):
             half = self._float_dtype() in (torch.float16, torch.bfloat16)
             dtype = torch.float32 if half and self.autocast_adapter_dtype else None
             heads = TASK_HEADS.get(config.task_type, ())  # type: ignore[call-overload]
+            if for_loading and "modules_to_save" in config.own_fields and not config.modules_to_save:  # type: ignore[attr-defined]
+                heads = ()  # a file of HF PEFT's, whose configuration of this method has none
             save_modules(self.base, self.switch, name, config, dtype, heads)
             method.attach(self, for_loading=for_loading)
         except Exception:
@@ -181,7 +184,7 @@ class AdapterSet(Attached):
         self._known(adapter_name)
         method = self.methods.pop(adapter_name)
         method.detach(self)
-        self._disconnect(adapter_name)
+        self._disconnect(*([] if self.handles.get(adapter_name) else [adapter_name]))  # others may share its hooks
         self.mixed = {m for m in self.mixed if method not in m}
         unsave_modules(self.base, self.switch, adapter_name)
         self._connect()
@@ -217,13 +220,20 @@ class AdapterSet(Attached):
 
         Raises:
             AdapterError: an unknown name, or the same name twice.
+            CompositionError: adapters that cannot be active together.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         if not isinstance(names, (list, tuple)) or len(set(map(str, names))) != len(names) or not names:
             raise AdapterError(f"set_adapter({adapter_name!r}): expected one or more different names.")
         self._known(*names)
+        self._refuse_together(names)
         before, self.switch.active = self.switch.active, tuple(names)
         self._update_requires_grad({*before, *names}, frozen=inference_mode)
+
+    def _refuse_together(self, names: Iterable[str]) -> None:
+        """CompositionError for adapters that cannot be active together."""
+        for one, other in itertools.combinations(names, 2):
+            self.methods[one].refuse_beside(self, self.methods[other])
 
     def _update_requires_grad(self, names: Iterable[str] | None = None, frozen: bool = False) -> None:
         """Active adapters train, the others do not; only `names` are looked at (all), so that switching stays fast."""

@@ -86,6 +86,7 @@ def _group(host: AdapterSet, entry: Any, row: int) -> Group:
         raise AdapterError(f"adapter_names, row {row}: {error}") from None
     if len(set(group)) != len(group):
         raise AdapterError(f"adapter_names, row {row}: {entry!r} names an adapter twice.")
+    host._refuse_together(group)
     for _, module in base_modules(host.base) if len(group) > 1 else ():
         if not isinstance(module, ModulesToSaveWrapper) or module.switch is not host.switch or module.is_head:
             continue

@@ -43,9 +43,10 @@ CHANGES: dict[str, Any] = {
     "ia3_input": lambda: graftlm.IA3Config(feedforward_modules=["layer"]),
     "loha": lambda: graftlm.LoHaConfig(r=3, alpha=5),
     "loha_effective": lambda: graftlm.LoHaConfig(r=3, alpha=5, use_effective_conv2d=True),
+    "tokens": lambda: graftlm.TrainableTokensConfig(token_indices=[7, 1, 4]),
 }
-EMBEDDING = ("lora", "rslora", "dora")
-CONV = (*EMBEDDING, "ia3", "ia3_input", "loha", "loha_effective")
+EMBEDDING = ("lora", "rslora", "dora", "tokens")
+CONV = ("lora", "rslora", "dora", "ia3", "ia3_input", "loha", "loha_effective")
 LAYERS: dict[str, Any] = {
     "linear": lambda: nn.Linear(12, 9),
     "without_bias": lambda: nn.Linear(12, 9, bias=False),

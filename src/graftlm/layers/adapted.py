@@ -193,7 +193,7 @@ class Adapted(nn.Module):
         if self.frozen.before is not None and self.frozen.over[0] is self:
             self.frozen.before._apply(fn)
         for fold in own:
-            fold.parameters = [parameter for _, parameter in self.parts(fold.name)]
+            fold.find()
         for fold in fresh:
             fold.note()
         return self

@@ -63,8 +63,12 @@ class Fold:
     def note(self) -> None:
         """The weight has the values that the adapter has now."""
         self.trained = False  # a fused optimizer's steps leave no trace in a parameter's version
-        self.parameters = [parameter for _, parameter in self.owner.parts(self.name)]
+        self.find()
         self.stamps = _stamps(self.parameters)
+
+    def find(self) -> None:
+        """The adapter's parameters as they are now: torch exchanges them when a model is moved."""
+        self.parameters = self.owner.changes[self.name].values(self.owner.held(self.name))
 
     @property
     def fresh(self) -> bool:

@@ -1,5 +1,6 @@
 """The registry of methods: importing a file here makes its method known. A new method is its file and a line below."""
 
+from .adaption_prompt import AdaptionPromptConfig
 from .base import (
     METHODS,
     Method,
@@ -18,9 +19,11 @@ from .lora import LoftQConfig, LoraConfig
 from .p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from .prefix_tuning import PrefixTuningConfig
 from .prompt_tuning import PromptTuningConfig, PromptTuningInit
+from .trainable_tokens import TrainableTokensConfig
 
 __all__ = [
     "METHODS",
+    "AdaptionPromptConfig",
     "BottleneckConfig",
     "BottleneckPlacement",
     "IA3Config",
@@ -37,6 +40,7 @@ __all__ = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "TaskType",
+    "TrainableTokensConfig",
     "config_class",
     "get_peft_config",
     "method_for",

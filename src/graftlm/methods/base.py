@@ -115,7 +115,7 @@ class PeftConfig:
 
     @property
     def is_adaption_prompt(self) -> bool:
-        """HF PEFT asks this of every config; none of our methods is one."""
+        """Whether the method is LLaMA-Adapter; HF PEFT asks this of every configuration."""
         return False
 
     def to_dict(self) -> dict[str, Any]:
@@ -269,8 +269,6 @@ class Method:
 
     #: how base-model paths start in this method's files (HF PEFT has no `.model` level under prompt learning)
     file_prefix: ClassVar[str] = "base_model.model."
-    #: False where two adapters of this method cannot be active together
-    stackable: ClassVar[bool] = True
     #: whether `merge` can fold the adapter into the base weights
     mergeable: ClassVar[bool] = False
 
@@ -319,6 +317,9 @@ class Method:
         """The same for the encoder's self-attention, or None."""
         return None
 
+    def refuse_beside(self, host: Site, other: Method) -> None:
+        """CompositionError where this adapter and another one cannot be active together."""
+
     def tensors(self, host: Site) -> dict[str, Tensor]:
         """What `adapter_model.safetensors` holds, under HF PEFT's keys."""
         raise NotImplementedError
@@ -334,6 +335,10 @@ class Method:
     def load_training(self, host: Site, tensors: dict[str, Tensor]) -> None:
         """Fill the attached adapter from `training_tensors`."""
         raise AdapterError(f"{type(self).__name__} has no training state of its own.")
+
+    def repeated_keys(self, host: Site) -> dict[str, str]:
+        """Keys under which HF PEFT's files hold a tensor a second time, and its key here."""
+        return {}
 
     def expected_shapes(self, host: Site) -> dict[str, torch.Size]:
         """File keys and shapes that `load` needs."""

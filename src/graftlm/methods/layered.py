@@ -89,10 +89,7 @@ class LayerMethod(Method):
 
     def _place(self, host: Site, root: nn.Module, path: str, module: Any, name: str, initialise: bool) -> Frozen:
         """Put this adapter's change of a layer in; `path` is the layer's place below `root`, `name` what it is called."""
-        own = isinstance(module, Adapted) and module.switch is host.switch
-        layer: Any = module if own else around(module, host.switch)
-        if not own:
-            replace_module(root, path, layer)
+        layer = adapted_at(host, path, module, root)
         layer.add(
             self.name, self.change(host, name, layer.frozen), host.adapter_dtype(layer.frozen.layer), initialise=initialise
         )
@@ -147,6 +144,11 @@ class LayerMethod(Method):
             if self.name in layer.changes:
                 yield clean_path(path), layer
 
+    def refuse_beside(self, host: Site, other: Method) -> None:
+        for _, layer in self.layers(host) if isinstance(other, LayerMethod) else ():
+            if other.name in layer.changes:
+                layer.changes[self.name].refuse_beside(layer.changes[other.name])
+
     # -- tensors ---------------------------------------------------------------------------------------------------------
     def named_parameters(self, host: Site) -> Iterator[tuple[str, nn.Parameter]]:
         for path, layer in adapted_layers(host.base, host.switch):
@@ -160,7 +162,8 @@ class LayerMethod(Method):
                 path = re.sub(r"(^|\.)(\w+)$", r"\1base_layer.\2", path)
             change = layer.changes[self.name]
             for table, key, parameter in change.parts(layer.held(self.name)):
-                short = f"{table}.{key}" if key and table not in change.bare else table
+                known = change.files.get(table, table)
+                short = f"{known}.{key}" if key and table not in change.bare else known
                 yield f"{self.file_prefix}{path}.{short}", parameter
 
     def tensors(self, host: Site) -> dict[str, Tensor]:
@@ -170,3 +173,13 @@ class LayerMethod(Method):
         with torch.no_grad():
             for key, parameter in self.file_parameters(host):
                 parameter.copy_(tensors[key])
+
+
+def adapted_at(host: Site, path: str, module: nn.Module, root: nn.Module | None = None) -> Adapted:
+    """The module of this host's adapters at a dotted path below `root` (the base), where `module` stands now; put there if
+    there is none."""
+    if isinstance(module, Adapted) and module.switch is host.switch:
+        return module
+    layer = around(module, host.switch)
+    replace_module(host.base if root is None else root, path, layer)
+    return layer

@@ -36,6 +36,7 @@ from .lora_change import EmbeddingChange, LoraChange
 from .lora_conv import ConvChange, check_dropout
 from .lora_experts import ExpertsChange, adapted_parameter, check_settings, find_parameters
 from .targets import pattern_value, unused_patterns
+from .tokens import lora_tokens, repeated_tokens
 
 INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq")
 # On a quantised base LoftQ's adapter is like any other; HF PEFT, told of the start, would quantise the base anew to load it.
@@ -52,7 +53,7 @@ class LoftQConfig:
 
 # Fields of HF PEFT's LoraConfig that are not here, with their neutral values.
 ELSEWHERE = {
-    "peft_version": ..., "megatron_config": None, "megatron_core": ..., "trainable_token_indices": None, "eva_config": None,
+    "peft_version": ..., "megatron_config": None, "megatron_core": ..., "eva_config": None,
     "corda_config": None, "lora_ga_config": None, "velora_config": None,
     "use_qalora": False, "qalora_group_size": ..., "monteclora_config": None, "layer_replication": None,
     "runtime_config": None, "use_bdlora": None, "arrow_config": None,
@@ -86,6 +87,8 @@ class LoraConfig(LayerConfig):
         target_parameters: parameters (endings of their dotted names) that are changed beside the layers of `target_modules`,
             stacked experts above all: see `lora_experts`.
         alora_invocation_tokens: token ids; in each row the adapter acts from their last occurrence on (aLoRA).
+        trainable_token_indices: tokens whose rows are trained along (see `tokens`): of the input embeddings and what is tied
+            to them, or by names of modules.
     """
 
     r: Count = 8
@@ -104,6 +107,7 @@ class LoraConfig(LayerConfig):
     lora_bias: bool = False
     target_parameters: list[str] | None = None
     alora_invocation_tokens: list[int] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -197,6 +201,7 @@ class Lora(LayerMethod):
                 "alora_invocation_tokens is for decoder-only models, which read a row from left to right."
             )
         super().attach(host, for_loading=for_loading)
+        lora_tokens(self, host, initialise=not for_loading)
         host.switch.waiting |= {self.name} if self.invocation else set()
         if self.config.lora_bias and (without := self._without_bias(host)):  # type: ignore[attr-defined]
             warnings.warn(f"lora_bias=True: {without} has no bias, so this adapter cannot be merged.", stacklevel=2)
@@ -248,6 +253,9 @@ class Lora(LayerMethod):
         return pattern_value(config.rank_pattern, path, config.r), pattern_value(
             config.alpha_pattern, path, config.lora_alpha
         )
+
+    def repeated_keys(self, host: Site) -> dict[str, str]:
+        return repeated_tokens(self, host)
 
     def change(self, host: Site, path: str, frozen: Frozen) -> Change:
         config: LoraConfig = self.config  # type: ignore[assignment]

@@ -55,6 +55,8 @@ DEFAULTS: dict[PeftType, MethodDefaults] = {
     PeftType.PREFIX_TUNING: MethodDefaults(learning_rate=1e-2, power=0.0, depth=2.0, text_init={"init_weights": "text"}),
     PeftType.BOTTLENECK: MethodDefaults(learning_rate=1e-3, power=0.8),
     PeftType.IA3: MethodDefaults(learning_rate=1e-2, power=0.8),
+    PeftType.ADAPTION_PROMPT: MethodDefaults(learning_rate=1e-2, power=0.8),  # a guess
+    PeftType.TRAINABLE_TOKENS: MethodDefaults(learning_rate=1e-3, power=0.8),  # a guess
     PeftType.LOHA: MethodDefaults(learning_rate=2e-3, power=0.8, options={"target_modules": "all-linear"}),
 }
 OTHER = MethodDefaults(learning_rate=1e-3, power=0.8)
