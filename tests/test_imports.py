@@ -33,8 +33,8 @@ FLOORS: list[set[str]] = [
     {"comparison", "serving", "studio", "cli", "utils", "registering", "__init__", "__main__"},
 ]
 APART = [("training", "inference"), ("inference", "training")]
-# What a method's file may take from another: shared modules, not other methods.
-SHARED = {"base", "soft_prompt", "layered", "lora_change", "lora_init", "lora_combine", "targets", "tokens"}
+# What a method's file may take from another: shared modules, not other methods, but those that it is a variant of.
+SHARED = {"prompt_tuning", "base", "soft_prompt", "layered", "lora_change", "lora_init", "lora_combine", "targets", "tokens"}
 METHOD_IMPORTS = {
     "layered": {"targets"},
     "lora": {"layered", "lora_change", "targets", "tokens"},
@@ -46,6 +46,7 @@ METHOD_IMPORTS = {
     "p_tuning": {"soft_prompt"},
     "prompt_tuning": {"soft_prompt"},
     "prefix_tuning": {"soft_prompt"},
+    "multitask_prompt_tuning": {"prompt_tuning"},
     "tokens": {"layered", "targets"},
     "trainable_tokens": {"layered", "targets", "tokens"},
 }
@@ -230,6 +231,8 @@ PUBLIC = [
     "LoHaConfig",
     "LoftQConfig",
     "LoraConfig",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
     "PeftConfig",
     "PeftModel",
     "PeftType",

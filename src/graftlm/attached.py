@@ -19,7 +19,7 @@ from .layers import ModulesToSaveWrapper, saved_modules
 from .methods import Method, PeftConfig
 from .placing import Front
 from .quantization import quantized_kind
-from .routing import Group, Plan, Routes, Switch, active_routes, planned_adapters, running
+from .routing import Group, Plan, Routes, Switch, active_routes, asking_for, planned_adapters, running
 
 Memory = list[tuple[Tensor, Tensor]]
 
@@ -149,6 +149,10 @@ class Attached(nn.Module):
     def has_memory(self) -> bool:
         return any(type(m).memory is not Method.memory for m in self.methods.values())
 
+    @property
+    def has_tasks(self) -> bool:
+        return any(m.tasks for m in self.methods.values())
+
     def counts(self, group: Group) -> tuple[int, int]:
         """Number of virtual tokens and of prefix entries of a composition of adapters."""
         count = prefix = 0
@@ -178,7 +182,11 @@ class Attached(nn.Module):
         """Of the adapters of each row (one entry where all rows have the same) those with virtual tokens or a prefix."""
         if not any(any(self.counts(group)) for group in plan.groups if plan.routes is None or plan.routes.switches is None):
             return [()]
-        return [tuple(n for n in group if any(self.counts((n,)))) for group in plan.by_row]
+        found = []
+        for group, task in zip(plan.by_row, plan.tasks_by_row, strict=True):
+            names = [n for n in group if any(self.counts((n,)))]
+            found.append(tuple(f"{n} (task {task})" if task is not None and self.methods[n].tasks else n for n in names))
+        return found
 
     def virtual_tokens(self, group: Group) -> Tensor | None:
         """A composition's virtual tokens, side by side [P, H]; None for none."""
@@ -198,7 +206,8 @@ class Attached(nn.Module):
         """The answers of all who take part, each under its own random numbers."""
         found = []
         for i, (host, group) in enumerate(self.owners(plan)):
-            with nullcontext() if plan.routes is None else plan.routes.drawing(i):
+            task = plan.tasks[i] if plan.tasks else None
+            with asking_for(task), nullcontext() if plan.routes is None else plan.routes.drawing(i):
                 found.append(question(host, group))
         return found
 

@@ -16,13 +16,13 @@ def class_over(cls: Any, base: Any) -> Any:
     signature = inspect.signature(base.forward)
     names = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     rest = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
-    mixed = inspect.Parameter("adapter_names", inspect.Parameter.KEYWORD_ONLY, default=None)
+    by_row = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in ("adapter_names", "task_ids")]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward with the active adapters; `adapter_names` chooses others for this call."""
         return self._run(*args, **kwargs)
 
-    forward.__signature__ = signature.replace(parameters=[*names, mixed, *rest])  # type: ignore[attr-defined]
+    forward.__signature__ = signature.replace(parameters=[*names, *by_row, *rest])  # type: ignore[attr-defined]
     made = type("PeftModel", (cls,), {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__})
     return _CLASSES.setdefault((cls, base), made)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .adapters import AdapterSet
 from .architectures import base_modules, is_encoder_decoder, token_embeddings
-from .errors import AdapterError, CompositionError, GraftError, UnsupportedError
+from .errors import AdapterError, CompositionError, ConfigError, GraftError, UnsupportedError
 from .layers import ModulesToSaveWrapper
 from .passes.run import run
 from .passes.trial import Trial, kind_of
@@ -65,6 +65,40 @@ def mixed_plan(host: AdapterSet, names: AdapterNames, batch: int | None = None) 
     adapters = tuple(dict.fromkeys(n for row in rows for n in row))
     _try_mixed(host, routes.groups)
     return Plan(host.switch, adapters, routes=routes)
+
+
+def with_tasks(host: AdapterSet, plan: Plan, tasks: Any, batch: int) -> Plan:
+    """A plan whose rows have tasks, for adapters that know several: rows of different ones are to it as of different adapters.
+
+    Args:
+        tasks: `task_ids`, one of each of `batch` rows; without meaning where no such adapter takes part.
+
+    Raises:
+        ConfigError: no task, or one that an adapter does not have.
+    """
+    known = {n: host.methods[n].tasks for n in plan.adapters if host.methods[n].tasks}
+    if not known or (tasks is None and max(known.values()) == 1):
+        return plan
+    name = max(known, key=lambda n: known[n])
+    ids = tasks.tolist() if isinstance(tasks, Tensor) else list(tasks) if isinstance(tasks, Sequence) else tasks
+    if not isinstance(ids, list) or len(ids) != batch or not all(type(i) is int for i in ids):
+        raise ConfigError(
+            f"task_ids={ids!r}: adapter {name!r} has {known[name]} tasks, so a call needs the number of each row's, one a row "
+            f"of {batch}."
+        )
+    rows = []
+    for row, (group, task) in enumerate(zip(plan.by_row * (batch if plan.routes is None else 1), ids, strict=True)):
+        own = [n for n in group if n in known]
+        for name in own:
+            if not 0 <= task < known[name]:
+                raise ConfigError(f"task_ids, row {row}: {task}; adapter {name!r} has tasks 0 to {known[name] - 1}.")
+        rows.append((group, task if own else None))
+    different = list(dict.fromkeys(rows))
+    if len(different) == 1:
+        return Plan(host.switch, plan.adapters, tasks=(different[0][1],))
+    routes = Routes([group for group, _ in different], torch.tensor([different.index(row) for row in rows]))
+    _try_mixed(host, list(dict.fromkeys(routes.groups)))
+    return Plan(host.switch, plan.adapters, routes=routes, tasks=tuple(task for _, task in different))
 
 
 def _group(host: AdapterSet, entry: Any, row: int) -> Group:

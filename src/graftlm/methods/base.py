@@ -277,6 +277,11 @@ class Method:
         """Whether some of it acts in passes through the wrapper only, not in direct calls of modules of the base."""
         return True
 
+    @property
+    def tasks(self) -> int:
+        """How many tasks rows can be of, by `task_ids` (see `routing.current_task`); 0 where there is no such thing."""
+        return 0
+
     def __init__(self, config: PeftConfig, name: str) -> None:
         self.config = config
         self.name = name

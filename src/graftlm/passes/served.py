@@ -81,6 +81,9 @@ class Served:
         """
         self.host._known(*group)
         self.refuse()
+        for name in group:
+            if self.host.methods[name].tasks > 1:
+                raise UnsupportedError(f"Adapter {name!r} has several tasks, which steps do not tell apart: use generate.")
         kind = kind_of(self.host, group)
         if kind not in self.tried:
             self.form = Steps(self, group).run()
