@@ -193,6 +193,19 @@ class Attached(nn.Module):
         parts = [t for n in group if (t := self.methods[n].virtual_tokens(self)) is not None]
         return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else None
 
+    def decoder_front(self, plan: Plan, batch: int) -> Front:
+        """How many virtual tokens stand in front of the decoder's part of each of `batch` rows."""
+        counts = [sum(host.methods[n].decoder_count for n in group) for host, group in self.owners(plan)]
+        return Front.of(counts, None if plan.routes is None else plan.routes.each(batch, self.adapter_device))
+
+    def decoder_rows(self, plan: Plan, batch: int) -> Tensor:
+        """These tokens [B, P, H], as `virtual_rows`."""
+        return by_row(plan, batch, self.asked(plan, lambda host, group: host.decoder_tokens(group)))
+
+    def decoder_tokens(self, group: Group) -> Tensor | None:
+        parts = [t for n in group if (t := self.methods[n].decoder_tokens(self)) is not None]
+        return torch.cat(parts) if parts else None
+
     def memory(self, group: Group) -> Memory | None:
         """A composition's prefixes, side by side: per layer (K, V) [kv_heads, K, head_dim] in the compute dtype."""
         found = [m for n in group if (m := self.methods[n].memory(self))]

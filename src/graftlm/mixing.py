@@ -68,7 +68,7 @@ def mixed_plan(host: AdapterSet, names: AdapterNames, batch: int | None = None) 
 
 
 def with_tasks(host: AdapterSet, plan: Plan, tasks: Any, batch: int) -> Plan:
-    """A plan whose rows have tasks, for adapters that know several: rows of different ones are to it as of different adapters.
+    """A plan whose rows have tasks, for adapters that know several: rows of different ones are in groups of their own.
 
     Args:
         tasks: `task_ids`, one of each of `batch` rows; without meaning where no such adapter takes part.
@@ -83,8 +83,8 @@ def with_tasks(host: AdapterSet, plan: Plan, tasks: Any, batch: int) -> Plan:
     ids = tasks.tolist() if isinstance(tasks, Tensor) else list(tasks) if isinstance(tasks, Sequence) else tasks
     if not isinstance(ids, list) or len(ids) != batch or not all(type(i) is int for i in ids):
         raise ConfigError(
-            f"task_ids={ids!r}: adapter {name!r} has {known[name]} tasks, so a call needs the number of each row's, one a row "
-            f"of {batch}."
+            f"task_ids={ids!r}: adapter {name!r} has {known[name]} tasks, so a call needs the number of each row's, one a "
+            f"row of {batch}."
         )
     rows = []
     for row, (group, task) in enumerate(zip(plan.by_row * (batch if plan.routes is None else 1), ids, strict=True)):
@@ -224,6 +224,8 @@ class _Rows(Trial):
         if name is None:
             raise ValueError(f"no output of {', '.join(output)} to compare")
         found = output[name].float()
+        if is_encoder_decoder(base) and found.dim() == 3:  # virtual tokens of the decoder come first
+            found = found[:, -inputs["decoder_input_ids"].shape[1] :]
         per_token = not is_encoder_decoder(base) and found.dim() > 1 and found.shape[1] >= length
         extra = found.shape[1] - length if per_token else 0
         return [row[extra:][own] if per_token else row for row, own in zip(found, places, strict=True)]

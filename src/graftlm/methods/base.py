@@ -306,6 +306,15 @@ class Method:
         """Virtual tokens [P, H] for the input embeddings, or None."""
         return None
 
+    @property
+    def decoder_count(self) -> int:
+        """How many virtual tokens enter the decoder of an encoder-decoder model, beside those of its encoder."""
+        return 0
+
+    def decoder_tokens(self, host: Site) -> Tensor | None:
+        """These tokens [`decoder_count`, H], or None."""
+        return None
+
     def memory(self, host: Site) -> list[tuple[Tensor, Tensor]] | None:
         """Keys and values per decoder layer, each [kv_heads, P, head_dim], or None."""
         return None

@@ -1,10 +1,12 @@
-"""Multitask Prompt Tuning: virtual tokens that tasks share, scaled by a low-rank matrix of each task's own (arXiv:2303.02861).
+"""Multitask Prompt Tuning: virtual tokens that tasks share, scaled by a low-rank matrix of each task (arXiv:2303.02861).
 
-``P_k = E * (C_k R_k)`` for task k: E [P, H], C_k [P, r], R_k [r, H] (twice P on encoder-decoder models, as in Prompt Tuning).
-Each row of a batch has its task: `task_ids` [B]. Rows of different tasks are to the passes what rows of different adapters are.
+``P_k = E * (C_k R_k)`` for task k: E [P, H], C_k [P, r], R_k [r, H]. On encoder-decoder models E and C have twice as many
+rows: the second half enters the decoder (with `num_transformer_submodules=1` only the encoder's are there). Each row of a batch
+has its task: `task_ids` [B]. Rows of different tasks are to the passes what rows of different adapters are.
 
 Field names, defaults, maths and files are HF PEFT's (its `MultitaskPromptTuningConfig`); what differs from it:
 * start values are read from safetensors only, and not again when a saved adapter is attached;
+* on encoder-decoder models `generate` has the decoder's virtual tokens that were trained (HF PEFT leaves them out there);
 * with one task `task_ids` may be left out; in mixed batches each row has its adapter and its task.
 """
 
@@ -50,8 +52,8 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     """Configuration of Multitask Prompt Tuning; `PromptTuningConfig`'s fields, and
 
     Args:
-        prompt_tuning_init: RANDOM, TEXT, or from a trained adapter's file: AVERAGE_SOURCE_TASKS (E, and the mean of its tasks' C
-            and R), EXACT_SOURCE_TASK (E, and one task's), ONLY_SOURCE_SHARED (E alone).
+        prompt_tuning_init: RANDOM, TEXT, or from a trained adapter's file: AVERAGE_SOURCE_TASKS (E, and the mean of its tasks'
+            C and R), EXACT_SOURCE_TASK (E, and one task's), ONLY_SOURCE_SHARED (E alone).
         prompt_tuning_init_state_dict_path: that file, `adapter_model.safetensors`.
         prompt_tuning_init_task: which task, for EXACT_SOURCE_TASK.
         num_ranks: rank r of the tasks' matrices.
@@ -75,8 +77,8 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
             return
         if path is None or not path.endswith(".safetensors"):
             raise ConfigError(
-                f"prompt_tuning_init={init.value} needs prompt_tuning_init_state_dict_path, the adapter_model.safetensors of "  # type: ignore[union-attr]
-                f"an adapter that was trained on the source tasks; got {path!r} (a pickle is not read)."
+                f"prompt_tuning_init={init.value} needs prompt_tuning_init_state_dict_path, the adapter_model.safetensors "  # type: ignore[union-attr]
+                f"of an adapter that was trained on the source tasks; got {path!r} (a pickle is not read)."
             )
         if init is not MultitaskPromptTuningInit.ONLY_SOURCE_SHARED and self.num_tasks != 1:
             raise ConfigError(
@@ -164,6 +166,15 @@ class MultitaskPromptTuning(PromptTuning):
 
     def virtual_tokens(self, host: Site) -> Tensor | None:
         return self.encoder(host)(current_task() or 0)[: self.config.num_virtual_tokens]  # type: ignore[attr-defined]
+
+    @property
+    def decoder_count(self) -> int:
+        config: MultitaskPromptTuningConfig = self.config  # type: ignore[assignment]
+        return config.num_virtual_tokens if config.num_transformer_submodules == 2 else 0
+
+    def decoder_tokens(self, host: Site) -> Tensor | None:
+        count = self.decoder_count
+        return self.encoder(host)(current_task() or 0)[count:] if count else None
 
     # -- tensors ---------------------------------------------------------------------------------------------------------
     def tensors(self, host: Site) -> dict[str, Tensor]:
