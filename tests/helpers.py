@@ -89,6 +89,9 @@ CONFIGS: dict[str, Any] = {
     "lora_tokens": lambda lib, n: _lora(lib, n, trainable_token_indices=[5, 90, 17]),
     "adaption": lambda lib, n: lib.AdaptionPromptConfig(task_type=task(n), adapter_len=3, adapter_layers=2),
     "prompt": lambda lib, n: lib.PromptTuningConfig(task_type=task(n), num_virtual_tokens=3),
+    "multitask": lambda lib, n: lib.MultitaskPromptTuningConfig(
+        task_type=task(n), num_virtual_tokens=3, num_tasks=3, num_ranks=2
+    ),
     "p_tuning_mlp": lambda lib, n: lib.PromptEncoderConfig(task_type=task(n), num_virtual_tokens=3, encoder_hidden_size=12),
     "p_tuning_lstm": lambda lib, n: lib.PromptEncoderConfig(
         task_type=task(n), num_virtual_tokens=3, encoder_hidden_size=12, encoder_reparameterization_type="LSTM"

@@ -33,10 +33,10 @@ FLOORS: list[set[str]] = [
     {"comparison", "serving", "studio", "cli", "utils", "compat", "as_peft", "registering", "__init__", "__main__"},
 ]
 APART = [("training", "inference"), ("inference", "training")]
-# What a method's file may take from another: shared modules, not other methods.
+# What a method's file may take from another: shared modules, not other methods, but those that it is a variant of.
 SHARED = {
     "base", "soft_prompt", "layered", "lora_change", "lora_conv", "lora_init", "lora_experts", "lora_combine", "targets",
-    "tokens",
+    "tokens", "prompt_tuning",
 }  # fmt: skip
 METHOD_IMPORTS = {
     "layered": {"targets"},
@@ -51,6 +51,7 @@ METHOD_IMPORTS = {
     "p_tuning": {"soft_prompt"},
     "prompt_tuning": {"soft_prompt"},
     "prefix_tuning": {"soft_prompt"},
+    "multitask_prompt_tuning": {"prompt_tuning"},
     "tokens": {"layered", "targets"},
     "trainable_tokens": {"layered", "targets", "tokens"},
 }
@@ -250,6 +251,8 @@ PUBLIC = [
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
     "PeftConfig",
     "PeftError",
     "PeftMixedModel",

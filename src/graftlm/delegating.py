@@ -23,13 +23,13 @@ def class_over(cls: Any, base: Any, plain: bool = False) -> Any:
     signature = inspect.signature(base.forward)
     names = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     rest = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
-    mixed = inspect.Parameter("adapter_names", inspect.Parameter.KEYWORD_ONLY, default=None)
+    by_row = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in ("adapter_names", "task_ids")]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward with the active adapters; `adapter_names` chooses others for this call."""
         return self._run(*args, **kwargs)
 
-    forward.__signature__ = signature.replace(parameters=[*names, mixed, *rest])  # type: ignore[attr-defined]
+    forward.__signature__ = signature.replace(parameters=[*names, *by_row, *rest])  # type: ignore[attr-defined]
     own = {n: f for n, f in vars(nn.Module).items() if getattr(cls, n) is vars(PreTrainedModel).get(n)} if plain else {}
     body = own | {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
     return _CLASSES.setdefault((cls, base, plain), type("PeftModel", (cls,), body))

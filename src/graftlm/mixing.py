@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .adapters import AdapterSet
 from .architectures import base_modules, is_encoder_decoder, token_embeddings
-from .errors import AdapterError, CompositionError, GraftError, UnsupportedError
+from .errors import AdapterError, CompositionError, ConfigError, GraftError, UnsupportedError
 from .layers import ModulesToSaveWrapper
 from .passes.inputs import chosen_rows, tensors_in
 from .passes.run import run
@@ -72,6 +72,40 @@ def mixed_plan(
     plan = Plan(host.switch, adapters, routes=routes)
     _try_mixed(host, routes.groups, plan, call)
     return plan
+
+
+def with_tasks(host: AdapterSet, plan: Plan, tasks: Any, batch: int) -> Plan:
+    """A plan whose rows have tasks, for adapters that know several: rows of different ones are in groups of their own.
+
+    Args:
+        tasks: `task_ids`, one of each of `batch` rows; without meaning where no such adapter takes part.
+
+    Raises:
+        ConfigError: no task, or one that an adapter does not have.
+    """
+    known = {n: host.methods[n].tasks for n in plan.adapters if host.methods[n].tasks}
+    if not known or (tasks is None and max(known.values()) == 1):
+        return plan
+    name = max(known, key=lambda n: known[n])
+    ids = tasks.tolist() if isinstance(tasks, Tensor) else list(tasks) if isinstance(tasks, Sequence) else tasks
+    if not isinstance(ids, list) or len(ids) != batch or not all(type(i) is int for i in ids):
+        raise ConfigError(
+            f"task_ids={ids!r}: adapter {name!r} has {known[name]} tasks, so a call needs the number of each row's, one a "
+            f"row of {batch}."
+        )
+    rows = []
+    for row, (group, task) in enumerate(zip(plan.by_row * (batch if plan.routes is None else 1), ids, strict=True)):
+        own = [n for n in group if n in known]
+        for name in own:
+            if not 0 <= task < known[name]:
+                raise ConfigError(f"task_ids, row {row}: {task}; adapter {name!r} has tasks 0 to {known[name] - 1}.")
+        rows.append((group, task if own else None))
+    different = list(dict.fromkeys(rows))
+    if len(different) == 1:
+        return Plan(host.switch, plan.adapters, tasks=(different[0][1],))
+    routes = Routes([group for group, _ in different], torch.tensor([different.index(row) for row in rows]))
+    _try_mixed(host, list(dict.fromkeys(routes.groups)))
+    return Plan(host.switch, plan.adapters, routes=routes, tasks=tuple(task for _, task in different))
 
 
 def _group(host: AdapterSet, entry: Any, row: int) -> Group:
@@ -243,6 +277,8 @@ class _Rows(Trial):
         if name is None:
             raise ValueError(f"no output of {', '.join(output)} to compare")
         found = output[name].float()
+        if is_encoder_decoder(base) and found.dim() == 3:  # virtual tokens of the decoder come first
+            found = found[:, -inputs["decoder_input_ids"].shape[1] :]
         per_token = not is_encoder_decoder(base) and found.dim() > 1 and found.shape[1] >= length
         extra = found.shape[1] - length if per_token else 0
         return [row[extra:][own] if per_token else row for row, own in zip(found, places, strict=True)]

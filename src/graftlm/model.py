@@ -22,7 +22,7 @@ from .errors import AdapterError, ConfigError
 from .generating import refuse_half_on_cpu
 from .layers import unsave_modules
 from .methods import PeftConfig
-from .mixing import plan_of, try_out
+from .mixing import plan_of, try_out, with_tasks
 from .passes.hooks import Hooks
 from .passes.inputs import batch_size, rows_of
 from .passes.run import run
@@ -148,10 +148,14 @@ class PeftModel(AdapterSet, PreTrainedModel):
                 return self.base_model(*args, **kwargs)
         if self.entry.stale():
             self._connect()
+        tasks = kwargs.pop("task_ids", None)
         smoothing = kwargs.pop("label_smoothing", None) or 0.0
         if not 0 <= smoothing < 1:
             raise ConfigError(f"label_smoothing={smoothing}: expected a share of at least 0 and below 1.")
-        plan = plan_of(self, names, None if names is None else batch_size(self.entry.named(args, kwargs)), (args, kwargs))
+        rows = batch_size(self.entry.named(args, kwargs)) if names is not None or self.has_tasks else None
+        plan = plan_of(self, names, None if names is None else rows, (args, kwargs))
+        if self.has_tasks:
+            plan = with_tasks(self, plan, tasks, rows)  # type: ignore[arg-type]
         return run(self, plan, kwargs, *args, smoothing=smoothing)[1]
 
     def can_pack(self) -> bool:
@@ -169,7 +173,7 @@ class PeftModel(AdapterSet, PreTrainedModel):
         It is tried out once, on a small random batch.
         """
         if inputs is not None and not self.plain:
-            inputs = {k: v for k, v in inputs.items() if k not in ("adapter_names", "label_smoothing")}
+            inputs = {k: v for k, v in inputs.items() if k not in ("adapter_names", "task_ids", "label_smoothing")}
             if self.entry.shortcuts.way(plan_of(self), inputs) == "plain":
                 return False
         return self._training_form() is not None
@@ -197,7 +201,7 @@ class PeftModel(AdapterSet, PreTrainedModel):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the base model in evaluation mode, with the active adapters. Takes all that it takes, and
-        `adapter_names`, one a row (see `mixing`)."""
+        `adapter_names` and `task_ids`, one a row (see `mixing`)."""
         return generating.generate(self, args, kwargs)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:

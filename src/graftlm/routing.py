@@ -175,12 +175,13 @@ def _places(chosen: Tensor, device: torch.device) -> slice | Tensor:
 class Plan:
     """Who goes through what, for one call, one whole `generate` or one serving step: a wrapper's switch and the adapters
     that every token goes through. In a mixed batch `routes` says who goes through which, and `adapters` names all that take
-    part.
+    part. `tasks`: of each of the groups, where rows have one (see `current_task`); () where none has.
     """
 
     switch: Switch
     adapters: tuple[str, ...]
     routes: Routes | None = None
+    tasks: tuple[int | None, ...] = ()
 
     @property
     def groups(self) -> list[Group]:
@@ -191,6 +192,12 @@ class Plan:
     def by_row(self) -> list[Group]:
         """The composition of each row of a mixed batch, or the one of all."""
         return [self.adapters] if self.routes is None else [self.routes.groups[i] for i in self.routes.of.tolist()]
+
+    @property
+    def tasks_by_row(self) -> list[int | None]:
+        """The task of each row of a mixed batch, or the one of all."""
+        tasks = self.tasks or (None,) * len(self.groups)
+        return list(tasks) if self.routes is None else [tasks[i] for i in self.routes.of.tolist()]
 
 
 class Attention(Protocol):
@@ -240,6 +247,24 @@ def within(scope: Scope | None) -> Iterator[Scope | None]:
             yield scope
     finally:
         _scope.reset(token)
+
+
+_task: ContextVar[int | None] = ContextVar("graftlm_task", default=None)
+
+
+def current_task() -> int | None:
+    """The task of the rows whose virtual tokens are asked for; None where they have none."""
+    return _task.get()
+
+
+@contextmanager
+def asking_for(task: int | None) -> Iterator[None]:
+    """Within the block adapters answer for rows of a task."""
+    token = _task.set(task)
+    try:
+        yield
+    finally:
+        _task.reset(token)
 
 
 @contextmanager

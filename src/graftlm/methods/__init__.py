@@ -16,6 +16,7 @@ from .bottleneck import BottleneckConfig, BottleneckPlacement
 from .ia3 import IA3Config
 from .loha import LoHaConfig
 from .lora import LoftQConfig, LoraConfig
+from .multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from .p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from .prefix_tuning import PrefixTuningConfig
 from .prompt_tuning import PromptTuningConfig, PromptTuningInit
@@ -31,6 +32,8 @@ __all__ = [
     "LoftQConfig",
     "LoraConfig",
     "Method",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
     "PeftConfig",
     "PeftType",
     "PrefixTuningConfig",

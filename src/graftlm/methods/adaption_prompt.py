@@ -1,8 +1,8 @@
 """LLaMA-Adapter: trained prompts that the top layers' attention reads beside its own keys, behind a gate that starts at zero
 (arXiv:2303.16199, section 3.2).
 
-``y = attention(x) + W_o (g * softmax(q k_p^T / sqrt(d)) v_p)``, q the layer's own queries, k_p and v_p its frozen projections
-of the prompt [L, H], g one number a layer.
+``y = attention(x) + W_o (g * softmax(q k_p^T / sqrt(d)) v_p)``, q the layer's own queries, k_p and v_p its frozen
+projections of the prompt [L, H], g one number a layer.
 
 Field names, defaults, maths and files are HF PEFT's (its `AdaptionPromptConfig`; GPT-2 has no W_o there, as with it). What
 differs from it:

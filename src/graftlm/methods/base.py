@@ -282,6 +282,11 @@ class Method:
         """Token ids from whose last occurrence in a row on the adapter acts; None: on all of it."""
         return None
 
+    @property
+    def tasks(self) -> int:
+        """How many tasks rows can be of, by `task_ids` (see `routing.current_task`); 0 where there is no such thing."""
+        return 0
+
     def __init__(self, config: PeftConfig, name: str) -> None:
         self.config = config
         self.name = name
@@ -307,6 +312,15 @@ class Method:
 
     def virtual_tokens(self, host: Site) -> Tensor | None:
         """Virtual tokens [P, H] for the input embeddings, or None."""
+        return None
+
+    @property
+    def decoder_count(self) -> int:
+        """How many virtual tokens enter the decoder of an encoder-decoder model, beside those of its encoder."""
+        return 0
+
+    def decoder_tokens(self, host: Site) -> Tensor | None:
+        """These tokens [`decoder_count`, H], or None."""
         return None
 
     def memory(self, host: Site) -> list[tuple[Tensor, Tensor]] | None:

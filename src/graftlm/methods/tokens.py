@@ -180,8 +180,8 @@ def _put(method: LayerMethod, host: Site, path: str, module: Any, change: TokenC
         full != path and method.name in host.base.get_submodule(full).modules_to_save
     ):
         raise UnsupportedError(
-            f"Rows of {clean_path(path)!r}, a {type(module).__name__}, cannot be trained: only embeddings and linear layers have a row "
-            "a token (and none that is trained in full, modules_to_save)."
+            f"Rows of {clean_path(path)!r}, a {type(module).__name__}, cannot be trained: only embeddings and linear layers "
+            "have a row a token (and none that is trained in full, modules_to_save)."
         )
     layer = adapted_at(host, path, module)
     if method.name in layer.changes:

@@ -84,6 +84,9 @@ class Served:
         self.refuse()
         if waits(self.host, Plan(self.host.switch, group)):
             raise UnsupportedError("Adapters with alora_invocation_tokens are served through generate, in batches.")
+        for name in group:
+            if self.host.methods[name].tasks > 1:
+                raise UnsupportedError(f"Adapter {name!r} has several tasks, which steps do not tell apart: use generate.")
         kind = kind_of(self.host, group)
         if kind not in self.tried:
             self.form = Steps(self, group).run()

@@ -48,6 +48,7 @@ class MethodDefaults:
 DEFAULTS: dict[PeftType, MethodDefaults] = {
     PeftType.LORA: MethodDefaults(learning_rate=1e-3, power=0.8, options={"target_modules": "all-linear"}),
     PeftType.PROMPT_TUNING: MethodDefaults(learning_rate=3e-2, power=1.0, options={"prompt_tuning_init": "SAMPLE_VOCAB"}),
+    PeftType.MULTITASK_PROMPT_TUNING: MethodDefaults(learning_rate=3e-2, power=1.0),  # a guess
     PeftType.P_TUNING: MethodDefaults(
         learning_rate=1e-3, power=1.0, options={"init_weights": "vocab"}, text_init={"init_weights": "text"}
     ),
