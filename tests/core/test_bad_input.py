@@ -548,7 +548,7 @@ def test_wrapping_twice() -> None:
         graftlm.get_peft_model(model, config("prompt", "llama"))
 
 
-@pytest.mark.parametrize("wrong", [nn.Linear(2, 2), "llama", None, dict])
+@pytest.mark.parametrize("wrong", ["llama", None, dict])
 def test_no_model(wrong: Any) -> None:
     with pytest.raises(AdapterError, match="Expected a transformers model as the base"):
         graftlm.get_peft_model(wrong, config("lora", "llama"))
