@@ -26,11 +26,11 @@ FLOORS: list[set[str]] = [
     {"methods", "fingerprint"},
     {"attached", "adapters"},
     {"passes"},
-    {"mixing", "joint", "merging", "checkpoint", "card", "generating"},
+    {"mixing", "joint", "merging", "checkpoint", "card", "generating", "injecting"},
     {"model", "delegating"},
     {"data", "planning"},
     {"training", "inference"},
-    {"comparison", "serving", "studio", "cli", "utils", "registering", "__init__", "__main__"},
+    {"comparison", "serving", "studio", "cli", "utils", "functional", "registering", "__init__", "__main__"},
 ]
 APART = [("training", "inference"), ("inference", "training")]
 # What a method's file may take from another: shared modules, not other methods.
@@ -243,6 +243,7 @@ PUBLIC = [
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "inject_adapter_in_model",
     "load_peft_weights",
     "prepacked",
     "prepare_model_for_kbit_training",

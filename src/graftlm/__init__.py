@@ -14,6 +14,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .architectures.prepacked import prepacked
     from .checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+    from .injecting import inject_adapter_in_model
     from .methods import (
         BottleneckConfig,
         BottleneckPlacement,
@@ -57,6 +58,7 @@ _HOME = {
     "get_peft_config": ".methods",
     "get_peft_model": ".model",
     "get_peft_model_state_dict": ".checkpoint",
+    "inject_adapter_in_model": ".injecting",
     "load_peft_weights": ".checkpoint",
     "prepacked": ".architectures.prepacked",
     "prepare_model_for_kbit_training": ".preparation",
@@ -86,6 +88,7 @@ __all__ = [
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "inject_adapter_in_model",
     "load_peft_weights",
     "prepacked",
     "prepare_model_for_kbit_training",

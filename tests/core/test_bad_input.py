@@ -14,7 +14,6 @@ import pytest
 import torch
 from families import batch
 from helpers import attach, config, fresh, logits_of, state_of
-from torch import nn
 from transformers import DynamicCache, StaticCache
 
 import graftlm
