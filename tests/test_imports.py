@@ -26,12 +26,15 @@ FLOORS: list[set[str]] = [
     {"methods", "fingerprint"},
     {"attached", "adapters"},
     {"passes"},
-    {"mixing", "joint", "merging", "checkpoint", "card", "generating"},
+    {"mixing", "joint", "merging", "checkpoint", "card", "generating", "injecting"},
     {"model", "delegating"},
     {"data", "planning"},
     {"training", "inference"},
-    {"comparison", "serving", "studio", "cli", "utils", "compat", "as_peft", "registering", "__init__", "__main__"},
-]
+    {
+        "comparison", "serving", "studio", "cli", "utils", "compat", "as_peft", "functional", "registering", "__init__",
+        "__main__",
+    },
+]  # fmt: skip
 APART = [("training", "inference"), ("inference", "training")]
 # What a method's file may take from another: shared modules, not other methods, but those that it is a variant of.
 SHARED = {
@@ -286,6 +289,7 @@ PUBLIC = [
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "inject_adapter_in_model",
     "load_peft_weights",
     "prepacked",
     "prepare_model_for_kbit_training",

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import clean_path
+from ..architectures import clean_path, innermost
 from ..errors import TargetError, nearest
 from .base import TaskType
 
@@ -120,10 +120,10 @@ def module_names(base: nn.Module, skip: tuple[type, ...]) -> dict[str, nn.Module
 def linear_names(base: Any, names: dict[str, nn.Module], config: Any) -> list[str]:
     """Every linear layer's full name, without the output embeddings and without heads that are trained in full; of torch's
     MultiheadAttention without `out_proj`, which is never called."""
-    head = getattr(base, "get_output_embeddings", lambda: None)()
+    head = innermost(getattr(base, "get_output_embeddings", lambda: None)())
     found = []
     for name, module in names.items():
-        is_head = module is head or getattr(module, "base_layer", None) is head and head is not None
+        is_head = innermost(module) is head
         classifies = config.task_type == TaskType.SEQ_CLS and name.rpartition(".")[2] in SEQ_CLS_HEADS
         classifies = classifies or is_reserved(name, config)
         if is_linear(module) and not is_head and not classifies and not is_uncalled(module):
