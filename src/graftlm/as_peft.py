@@ -13,6 +13,7 @@ and that import from `peft` at their top (transformers' trainer, TRL) do so agai
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.metadata
 import re
@@ -142,14 +143,23 @@ def undo() -> None:
     sys.meta_path.remove(FINDER)
     for name in [n for n in sys.modules if n.partition(".")[0] == NAME]:
         del sys.modules[name]
-    for module in importers():  # those that came meanwhile import from HF PEFT now, where it is installed
-        import_again(module)
+    told = {id(names) for names, _, _ in _before}
+    restore()
+    for module in importers():
+        forget_answers(module)
+        if id(vars(module)) not in told:  # it came meanwhile: it imports from HF PEFT now, where that is installed
+            import_again(module)
+    _before.clear()
+
+
+def restore() -> None:
+    """Give the names back what they were."""
     while _before:
         names, name, value = _before.pop()
-        if value is not MISSING:
-            names[name] = value
-        elif names is not sys.modules:
+        if value is MISSING:
             names.pop(name, None)
+        else:
+            names[name] = value
 
 
 def replace(names: Any, name: str, value: Any) -> None:
@@ -166,21 +176,26 @@ def importers() -> list[ModuleType]:
     """Loaded modules of other programs whose source imports from `peft`."""
     found = []
     for name, module in list(sys.modules.items()):
-        path = getattr(module, "__file__", None) or ""
-        root = name.partition(".")[0]
+        path, root = vars(module).get("__file__") or "", name.partition(".")[0]
         if root in (NAME, ROOT, "__main__", "torch") or root in sys.stdlib_module_names or not path.endswith(".py"):
             continue
-        try:
-            source = Path(path).read_bytes()
-        except OSError:
-            continue
-        if IMPORTS.search(source) or b"is_peft_available" in source:
+        if asks_for_peft(path):
             found.append(module)
     return found
 
 
+@functools.cache
+def asks_for_peft(path: str) -> bool:
+    """Whether a source file imports from `peft`, or asks whether it is there."""
+    try:
+        source = Path(path).read_bytes()
+    except OSError:
+        return False
+    return b"is_peft_available" in source or IMPORTS.search(source) is not None
+
+
 def import_again(module: ModuleType) -> None:
-    """Let a module's imports from `peft` at its top (or under a condition) take effect anew; what is not found stays."""
+    """Let imports from `peft` at a module's top (or under a condition there) take effect anew; what is not found stays."""
     forget_answers(module)
     for statement in imports_at_top(ast.parse(Path(str(module.__file__)).read_bytes())):
         for alias in statement.names:

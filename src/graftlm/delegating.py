@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Container
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -50,3 +51,21 @@ def _answered_by_base(name: str) -> property:
         setattr(self.base, name, value)
 
     return property(get, put)
+
+
+def reads_backbone(forward: Any) -> bool:
+    """Whether this is what TRL's trainers put in the place of a model's forward: it calls `self.base_model`, which it takes
+    for the backbone, and multiplies by the head itself."""
+    made = getattr(forward, "__func__", None)
+    return isinstance(made, FunctionType) and str(made.__globals__.get("__name__")).startswith("trl.")
+
+
+def moved_to_base(wrapper: Any, forward: Any) -> MethodType:
+    """Such a forward as the base's, where `self.base_model` is the backbone, with adapters in it; the wrapper then runs it as
+    it runs any base. What it calls as the wrapper's own forward becomes the base's."""
+    made, base = forward.__func__, wrapper.base
+    cells = [CellType(base.forward) if c.cell_contents == wrapper.forward else c for c in made.__closure__ or ()]
+    moved = FunctionType(made.__code__, made.__globals__, made.__name__, made.__defaults__, tuple(cells))
+    moved.__kwdefaults__ = made.__kwdefaults__
+    moved.__wrapped__ = type(base).forward  # type: ignore[attr-defined]
+    return MethodType(moved, base)

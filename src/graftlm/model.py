@@ -17,7 +17,7 @@ from .adapters import AdapterSet
 from .architectures import is_plain
 from .attached import _SETS
 from .checkpointing import enable_checkpointing
-from .delegating import answer_by_base, class_over
+from .delegating import answer_by_base, class_over, moved_to_base, reads_backbone
 from .errors import AdapterError, ConfigError
 from .generating import refuse_half_on_cpu
 from .layers import unsave_modules
@@ -103,6 +103,9 @@ class PeftModel(AdapterSet, PreTrainedModel):
     def __setattr__(self, name: str, value: Any) -> None:
         """What the base has and the wrapper has not is set on the base (`model.generation_config = …`)."""
         base = self.__dict__.get("_modules", {}).get("base_model")
+        if name == "forward" and reads_backbone(value):
+            base.model.forward = moved_to_base(self, value)
+            return
         known = name in self.__dict__ or hasattr(type(self), name) or isinstance(value, (nn.Module, nn.Parameter))
         if base is not None and not known and name != "entry" and hasattr(base.model, name):
             setattr(base.model, name, value)

@@ -1,7 +1,7 @@
 """Which names of HF PEFT there are here, where they live, and why others are not here.
 
 Every public name of HF PEFT's (`peft.__all__`, `peft.utils.__all__`) is a name of `graftlm` or `graftlm.utils`, or stands
-in `ABSENT` with the reason; tests/test_names.py holds it, and docs/migration.md is made from it (scripts/cli_reference.py).
+in `ABSENT` with the reason; `tests/test_names.py` holds it, and docs/migration.md is made from it.
 `MODULES` says what `graftlm.as_peft` puts under the names of HF PEFT's modules.
 """
 

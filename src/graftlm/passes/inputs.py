@@ -10,8 +10,11 @@ from torch import Tensor
 
 
 def by_name(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict:
-    """The arguments of a call by name, those for `**kwargs` among them."""
-    named = dict(signature.bind_partial(*args, **kwargs).arguments)
+    """The arguments of a call by name, those for `**kwargs` among them, and those that only a forward takes which a program
+    (TRL) has put in the place of the model's."""
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
+    others = {} if takes_all else {k: v for k, v in kwargs.items() if k not in signature.parameters}
+    named = dict(signature.bind_partial(*args, **{k: v for k, v in kwargs.items() if k not in others}).arguments) | others
     for name, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             named |= named.pop(name, {})
