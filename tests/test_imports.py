@@ -34,10 +34,22 @@ FLOORS: list[set[str]] = [
 ]
 APART = [("training", "inference"), ("inference", "training")]
 # What a method's file may take from another: shared modules, not other methods.
-SHARED = {"base", "soft_prompt", "layered", "lora_change", "lora_init", "lora_experts", "lora_combine", "targets"}
+SHARED = {
+    "base",
+    "soft_prompt",
+    "layered",
+    "lora_change",
+    "lora_init",
+    "lora_experts",
+    "lora_replicated",
+    "lora_tied",
+    "lora_combine",
+    "targets",
+}
 METHOD_IMPORTS = {
     "layered": {"targets"},
-    "lora": {"layered", "lora_change", "lora_experts", "targets"},
+    "lora": {"layered", "lora_change", "lora_experts", "lora_replicated", "lora_tied", "targets"},
+    "lora_tied": {"lora_change", "targets"},
     "lora_change": {"lora_init"},
     "lora_experts": {"lora_change"},
     "lora_combine": {"lora_change"},

@@ -98,6 +98,8 @@ def merge_and_unload(host: AdapterSet, safe: bool, names: list[str] | None, requ
                 layer.frozen.layer = inner
             replace_module(host.base, path, inner)
         describe_quantization(host.base, host._float_dtype())
+        if any(getattr(host.peft_config[n], "ensure_weight_tying", False) for n in names):
+            host.base.tie_weights()  # the two halves were merged alike
     for part in (host.prompt_encoder, host.bottleneck, host.adapter_biases):
         part.clear()
     host.methods.clear()
@@ -219,11 +221,22 @@ def untie(host: AdapterSet, names: list[str]) -> None:
             groups.setdefault(id(module._parameters["weight"]), []).append(module)
     changed = {id(innermost(m)) for m in base.modules() if changes(host, m, names)}
     for modules in groups.values():
-        if len(modules) > 1 and any(id(m) in changed for m in modules):
+        if len(modules) > 1 and any(id(m) in changed for m in modules) and not tied_alike(host, modules, names):
             for module in modules[1:]:
                 module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)  # type: ignore[operator, union-attr]
             for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
                 config.tie_word_embeddings = False
+
+
+def tied_alike(host: AdapterSet, modules: list[nn.Module], names: list[str]) -> bool:
+    """Whether adapters change modules of one weight all alike, so that they can share it afterwards."""
+    own = {id(m) for m in modules}
+    around = [m for m in host.base.modules() if id(innermost(m)) in own]
+    return all(
+        getattr(host.peft_config[name], "ensure_weight_tying", False)
+        for name in names
+        if any(changes(host, module, [name]) for module in around)
+    )
 
 
 def changes(host: AdapterSet, module: nn.Module, names: list[str]) -> bool:

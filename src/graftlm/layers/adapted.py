@@ -94,6 +94,10 @@ class Adapted(nn.Module):
         for table, key, parameter in self.changes[name].parts(self.held(name)) if name in self.changes else ():
             yield f"{table}.{name}.{key}" if key else f"{table}.{name}", parameter
 
+    def read(self, name: str) -> list[nn.Parameter]:
+        """The parameters that one adapter's change depends on."""
+        return self.changes[name].read(self.held(name))
+
     def turn(self, name: str) -> int:
         """An adapter's place in the order in which adapters act."""
         active = self.switch.active
@@ -175,7 +179,7 @@ class Adapted(nn.Module):
         if self.frozen.before is not None and self.frozen.over[0] is self:
             self.frozen.before._apply(fn)
         for fold in own:
-            fold.parameters = [parameter for _, parameter in self.parts(fold.name)]
+            fold.parameters = self.read(fold.name)
         for fold in fresh:
             fold.note()
         return self

@@ -130,6 +130,10 @@ class Change:
             else:
                 yield from ((table, key, parameter) for key, parameter in held.named_parameters())
 
+    def read(self, t: Held) -> list[nn.Parameter]:
+        """The parameters that it depends on."""
+        return [parameter for _, _, parameter in self.parts(t)]
+
     def dtype(self, t: Held) -> torch.dtype:
         """That of its tensors."""
         return next(parameter.dtype for _, _, parameter in self.parts(t))

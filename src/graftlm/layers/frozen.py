@@ -8,7 +8,7 @@ layer as it was, beside which the adapters that act are computed as ever.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -33,7 +33,7 @@ class Owner(Protocol):
 
     def held(self, name: str) -> Any: ...
 
-    def parts(self, name: str) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def read(self, name: str) -> list[nn.Parameter]: ...
 
     def turn(self, name: str) -> int: ...
 
@@ -54,7 +54,7 @@ class Fold:
     def note(self) -> None:
         """The weight has the values that the adapter has now."""
         self.trained = False  # a fused optimizer's steps leave no trace in a parameter's version
-        self.parameters = [parameter for _, parameter in self.owner.parts(self.name)]
+        self.parameters = self.owner.read(self.name)
         self.stamps = _stamps(self.parameters)
 
     @property
