@@ -26,11 +26,11 @@ FLOORS: list[set[str]] = [
     {"methods", "fingerprint"},
     {"attached", "adapters"},
     {"passes"},
-    {"mixing", "joint", "merging", "checkpoint", "card", "generating"},
+    {"mixing", "joint", "merging", "checkpoint", "card", "generating", "hotswap"},
     {"model", "delegating"},
     {"data", "planning"},
     {"training", "inference"},
-    {"comparison", "serving", "studio", "cli", "utils", "registering", "__init__", "__main__"},
+    {"comparison", "serving", "studio", "cli", "utils", "registering", "helpers", "__init__", "__main__"},
 ]
 APART = [("training", "inference"), ("inference", "training")]
 # What a method's file may take from another: shared modules, not other methods.

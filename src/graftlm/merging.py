@@ -263,10 +263,11 @@ def add_weighted_adapter(
     Args:
         adapters, weights: the sources and their weights (negative ones subtract).
         adapter_name: name of the new adapter; it is not activated.
-        combination_type: "linear", "cat" (exact, ranks add up), "svd", "ties", "dare_linear", "dare_ties". All but "cat" and
-            "svd" need sources of one rank in each layer that they share.
-        svd_rank, svd_clamp: rank of the result, and the quantile that values are clamped to, for "svd".
-        density: share of values that is kept, for ties and dare.
+        combination_type: "linear", "cat" (exact, ranks add up), "svd", "ties", "dare_linear", "dare_ties",
+            "magnitude_prune", and these four with "_svd". All but "cat" and those with "svd" need sources of one rank in
+            each layer that they share.
+        svd_rank, svd_clamp: rank of the result, and the quantile that values are clamped to, for those with "svd".
+        density: share of values that is kept, for ties, dare and magnitude_prune.
         majority_sign_method: "total" or "frequency", for ties.
 
     Raises:
