@@ -26,25 +26,26 @@ FLOORS: list[set[str]] = [
     {"methods", "fingerprint"},
     {"attached", "adapters"},
     {"passes"},
-    {"mixing", "joint", "merging", "checkpoint", "card", "generating", "injecting"},
+    {"mixing", "joint", "merging", "checkpoint", "card", "generating", "injecting", "hotswap"},
     {"model", "delegating"},
     {"data", "planning"},
     {"training", "inference"},
     {
-        "comparison", "serving", "studio", "cli", "utils", "compat", "as_peft", "functional", "registering", "__init__",
-        "__main__",
+        "comparison", "serving", "studio", "cli", "utils", "compat", "as_peft", "functional", "registering", "helpers",
+        "__init__", "__main__",
     },
 ]  # fmt: skip
 APART = [("training", "inference"), ("inference", "training")]
 # What a method's file may take from another: shared modules, not other methods, but those that it is a variant of.
 SHARED = {
     "base", "soft_prompt", "layered", "lora_change", "lora_conv", "lora_init", "lora_experts", "lora_combine", "targets",
-    "tokens", "prompt_tuning",
+    "lora_replicated", "lora_tied", "tokens", "prompt_tuning",
 }  # fmt: skip
 METHOD_IMPORTS = {
     "layered": {"targets"},
-    "lora": {"layered", "lora_change", "lora_conv", "lora_experts", "targets", "tokens"},
+    "lora": {"layered", "lora_change", "lora_conv", "lora_experts", "lora_replicated", "lora_tied", "targets", "tokens"},
     "lora_conv": {"lora_change"},
+    "lora_tied": {"lora_change", "targets"},
     "lora_change": {"lora_init"},
     "lora_experts": {"lora_change"},
     "lora_combine": {"lora_change"},

@@ -102,6 +102,8 @@ def merge_and_unload(host: AdapterSet, safe: bool, names: list[str] | None, requ
             replace_module(host.base, path, inner)
         tie_equal(host, tied)
         describe_quantization(host.base, host._float_dtype())
+        if any(getattr(host.peft_config[n], "ensure_weight_tying", False) for n in names):
+            host.base.tie_weights()  # the two halves were merged alike
     for part in (host.prompt_encoder, host.bottleneck, host.adapter_biases):
         part.clear()
     host.methods.clear()
@@ -224,7 +226,11 @@ def untie(host: AdapterSet, names: list[str]) -> list[list[str]]:
         if module._parameters.get("weight") is not None:
             groups.setdefault(id(module._parameters["weight"]), {})[clean_path(path)] = module
     changed = {id(innermost(m)) for m in base.modules() if changes(host, m, names)}
-    split = [g for g in groups.values() if len(g) > 1 and any(id(m) in changed for m in g.values())]
+    split = [
+        g
+        for g in groups.values()
+        if len(g) > 1 and any(id(m) in changed for m in g.values()) and not tied_alike(host, list(g.values()), names)
+    ]
     for modules in split:
         for module in list(modules.values())[1:]:
             module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)  # type: ignore[operator, union-attr]
@@ -242,6 +248,17 @@ def tie_equal(host: AdapterSet, groups: list[list[str]]) -> None:
                 continue
             for config in {id(c): c for c in own}.values():
                 config.tie_word_embeddings = False
+
+
+def tied_alike(host: AdapterSet, modules: list[nn.Module], names: list[str]) -> bool:
+    """Whether adapters change modules of one weight all alike, so that they can share it afterwards."""
+    own = {id(m) for m in modules}
+    around = [m for m in host.base.modules() if id(innermost(m)) in own]
+    return all(
+        getattr(host.peft_config[name], "ensure_weight_tying", False)
+        for name in names
+        if any(changes(host, module, [name]) for module in around)
+    )
 
 
 def changes(host: AdapterSet, module: nn.Module, names: list[str]) -> bool:
@@ -268,10 +285,11 @@ def add_weighted_adapter(
     Args:
         adapters, weights: the sources and their weights (negative ones subtract).
         adapter_name: name of the new adapter; it is not activated.
-        combination_type: "linear", "cat" (exact, ranks add up), "svd", "ties", "dare_linear", "dare_ties". All but "cat" and
-            "svd" need sources of one rank in each layer that they share.
-        svd_rank, svd_clamp: rank of the result, and the quantile that values are clamped to, for "svd".
-        density: share of values that is kept, for ties and dare.
+        combination_type: "linear", "cat" (exact, ranks add up), "svd", "ties", "dare_linear", "dare_ties",
+            "magnitude_prune", and these four with "_svd". All but "cat" and those with "svd" need sources of one rank in
+            each layer that they share.
+        svd_rank, svd_clamp: rank of the result, and the quantile that values are clamped to, for those with "svd".
+        density: share of values that is kept, for ties, dare and magnitude_prune.
         majority_sign_method: "total" or "frequency", for ties.
 
     Raises:

@@ -109,6 +109,33 @@ class Adapted(nn.Module):
         active = self.switch.active
         return active.index(name) if name in active else len(active) + list(self.changes).index(name)
 
+    # -- scales ----------------------------------------------------------------------------------------------------------
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Let an adapter act with `scale` times the scale that its rank and alpha give; nothing where it is not here."""
+        if adapter in self.changes and "scaling" in self.changes[adapter].numbers:
+            change: Any = self.changes[adapter]
+            self._scaled(change, scale * change.initial_scaling(change.config))
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of all active adapters."""
+        for change in self._scales():
+            self._scaled(change, change.scaling * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of all active adapters; None takes it back to what rank and alpha give."""
+        for change in self._scales():
+            self._scaled(change, change.initial_scaling(change.config) if scale is None else change.scaling / scale)
+
+    def _scales(self) -> list[Any]:
+        return [self.changes[n] for n in self.active_adapters if "scaling" in self.changes[n].numbers]
+
+    def _scaled(self, change: Any, scaling: Any) -> None:
+        if isinstance(change.scaling, Tensor):
+            change.scaling.fill_(scaling)
+        else:
+            change.scaling = scaling
+        self.frozen.stale()  # what is merged has the old scale
+
     # -- adapters come and go --------------------------------------------------------------------------------------------
     def add(self, name: str, change: Change, dtype: torch.dtype, *, initialise: bool = True) -> None:
         """Put an adapter in; its tensors are of `dtype`."""

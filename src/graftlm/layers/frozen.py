@@ -8,7 +8,7 @@ layer as it was, beside which the adapters that act are computed as ever.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -41,8 +41,6 @@ class Owner(Protocol):
     def active_adapters(self) -> list[str]: ...
 
     def held(self, name: str) -> Any: ...
-
-    def parts(self, name: str) -> Iterator[tuple[str, nn.Parameter]]: ...
 
     def turn(self, name: str) -> int: ...
 

@@ -35,6 +35,8 @@ from .layered import LayerConfig, LayerMethod
 from .lora_change import EmbeddingChange, LoraChange
 from .lora_conv import ConvChange, check_dropout
 from .lora_experts import ExpertsChange, adapted_parameter, check_settings, find_parameters
+from .lora_replicated import release, replicate
+from .lora_tied import TiedChange, tie_head, tie_targets
 from .targets import pattern_value, unused_patterns
 from .tokens import lora_tokens, repeated_tokens
 
@@ -55,9 +57,9 @@ class LoftQConfig:
 ELSEWHERE = {
     "peft_version": ..., "megatron_config": None, "megatron_core": ..., "eva_config": None,
     "corda_config": None, "lora_ga_config": None, "velora_config": None,
-    "use_qalora": False, "qalora_group_size": ..., "monteclora_config": None, "layer_replication": None,
+    "use_qalora": False, "qalora_group_size": ..., "monteclora_config": None,
     "runtime_config": None, "use_bdlora": None, "arrow_config": None,
-    "kasa_config": None, "ensure_weight_tying": False,
+    "kasa_config": None,
 }  # fmt: skip
 
 
@@ -86,6 +88,8 @@ class LoraConfig(LayerConfig):
         lora_bias: give B a bias of its own.
         target_parameters: parameters (endings of their dotted names) that are changed beside the layers of `target_modules`,
             stacked experts above all: see `lora_experts`.
+        layer_replication: pairs [from, up to]: the base's blocks in another order and number (see `lora_replicated`).
+        ensure_weight_tying: keep an adapter of tied embeddings and head tied (see `lora_tied`).
         alora_invocation_tokens: token ids; in each row the adapter acts from their last occurrence on (aLoRA).
         trainable_token_indices: tokens whose rows are trained along (see `tokens`): of the input embeddings and what is tied
             to them, or by names of modules.
@@ -107,11 +111,17 @@ class LoraConfig(LayerConfig):
     lora_bias: bool = False
     target_parameters: list[str] | None = None
     alora_invocation_tokens: list[int] | None = None
+    layer_replication: list[list[int]] | None = None
+    ensure_weight_tying: bool = False
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.layer_replication, (list, tuple)):
+            self.layer_replication = [list(p) if isinstance(p, tuple) else p for p in self.layer_replication]
         super().__post_init__()
         self.peft_type = PeftType.LORA
+        if self.layer_replication is not None and not all(len(pair) == 2 for pair in self.layer_replication):
+            raise ConfigError(f"layer_replication={self.layer_replication!r}: expected pairs [from, up to] of blocks.")
         if self.bias not in ("none", "all", "lora_only"):
             raise ConfigError(f"bias={self.bias!r}: expected 'none', 'all' or 'lora_only'.")
         init = self.init_lora_weights
@@ -219,13 +229,23 @@ class Lora(LayerMethod):
 
     def attach_layers(self, host: Site, *, for_loading: bool) -> None:
         config: LoraConfig = self.config  # type: ignore[assignment]
+        if config.layer_replication:
+            replicate(host, self, config.layer_replication)
+        if config.target_modules is None and config.target_parameters:
+            config.target_modules = list(self.families.get(model_type(host.base), []))
+        pair = tie_targets(host, self.name, config)
         if not config.target_parameters:
             super().attach_layers(host, for_loading=for_loading)
-            return
-        if config.target_modules is None:
-            config.target_modules = list(self.families.get(model_type(host.base), []))
+        else:
+            self._attach_parameters(host, for_loading)
+        if pair is not None:
+            tie_head(host, self.name, config, pair, self._rank(pair[0]), host.adapter_dtype())
+
+    def _attach_parameters(self, host: Site, for_loading: bool) -> None:
+        """With `target_parameters`: those, and the layers that are named beside them."""
+        config: LoraConfig = self.config  # type: ignore[assignment]
         if config.target_modules:
-            super().attach_layers(host, for_loading=for_loading)
+            LayerMethod.attach_layers(self, host, for_loading=for_loading)
         names = [path for path, _ in super().layers(host)]
         for full, path, name in find_parameters(host.base, config):
             names.append(full)
@@ -277,6 +297,11 @@ class Lora(LayerMethod):
                 f"Adapter {self.name!r} acts from its alora_invocation_tokens on, not on every token, so it cannot be "
                 "merged. Keep it attached."
             )
+        if self.config.layer_replication:  # type: ignore[attr-defined]
+            raise UnsupportedError(
+                f"Adapter {self.name!r} has layer_replication: blocks share their weights, which can hold one update only. "
+                "Keep it attached."
+            )
         if self.config.lora_bias and (without := self._without_bias(host)):  # type: ignore[attr-defined]
             raise UnsupportedError(
                 f"Adapter {self.name!r} has lora_bias=True, but {without} has no bias that it could be merged into. Keep it "
@@ -326,6 +351,7 @@ class Lora(LayerMethod):
             del host.adapter_biases[self.name]
         host.switch.waiting.discard(self.name)
         super().detach(host)
+        release(host, self)
 
     def connect(self, host: Site) -> list[Any]:
         """Add the trained biases, as differences to the base's, to the outputs of their modules."""
@@ -358,8 +384,12 @@ class Lora(LayerMethod):
             for key, parameter in host.adapter_biases[self.name].items():
                 yield f"adapter_biases.{self.name}.{key}", parameter
 
-    def file_parameters(self, host: Site) -> Iterator[tuple[str, nn.Parameter]]:
+    def file_parameters(self, host: Site) -> Iterator[tuple[str, Any]]:
         yield from super().file_parameters(host)
+        for path, layer in self.layers(host):
+            if isinstance(change := layer.changes[self.name], TiedChange):
+                for key, factor in zip(change.keys, change.factors(layer.held(self.name)), strict=True):
+                    yield f"{self.file_prefix}{path}.{key}", factor
         if self.name in host.adapter_biases:
             own = {path for path, _ in self.layers(host)}
             for key, parameter in host.adapter_biases[self.name].items():

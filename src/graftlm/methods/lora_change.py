@@ -65,12 +65,25 @@ class LoraChange(Change):
     def __init__(self, config: Any, r: int, alpha: float, original: Callable[[], Tensor] | None = None) -> None:
         self.r = r
         self.lora_alpha = alpha
-        self.scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        self.scaling: Any = self.initial_scaling(config)
         self.dora = config.use_dora
         self.biased = config.lora_bias
         self.started = False
         self.config = config
         self.original = original
+
+    def initial_scaling(self, config: Any) -> float:
+        """lora_alpha / r, or lora_alpha / sqrt(r)."""
+        return self.lora_alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
+
+    def rescale(self, r: int, scaling: Any) -> None:
+        """Another rank and scale; a scale that is a tensor (in a compiled model) stays one."""
+        self.r, rslora = r, self.config.use_rslora
+        self.lora_alpha = float(scaling) * (math.sqrt(r) if rslora else r)
+        if isinstance(self.scaling, Tensor) and not isinstance(scaling, Tensor):
+            self.scaling.fill_(scaling)
+        else:
+            self.scaling = scaling
 
     # -- tensors ---------------------------------------------------------------------------------------------------------
     def create(self, t: Held, frozen: Frozen, dtype: torch.dtype, initialise: bool) -> None:
@@ -129,7 +142,7 @@ class LoraChange(Change):
         return drop.p if drop.training and isinstance(drop, nn.Dropout) else 0.0
 
     def low_rank(self, t: Held) -> LowRank | None:
-        if self.dora or self.started or self.biased:
+        if self.dora or self.started or self.biased or isinstance(self.scaling, Tensor):
             return None
         return LowRank(*self.factors(t), self.scaling, self.dropped(t))
 
