@@ -34,15 +34,21 @@ FLOORS: list[set[str]] = [
 ]
 APART = [("training", "inference"), ("inference", "training")]
 # What a method's file may take from another: shared modules, not other methods.
-SHARED = {"base", "soft_prompt", "layered", "lora_change", "lora_init", "lora_combine", "targets"}
+SHARED = {"base", "soft_prompt", "layered", "lora_change", "lora_init", "lora_combine", "projected", "targets"}
 METHOD_IMPORTS = {
     "layered": {"targets"},
     "lora": {"layered", "lora_change", "targets"},
     "lora_change": {"lora_init"},
     "lora_combine": {"lora_change"},
     "bottleneck": {"targets"},
+    "fourierft": {"layered", "targets"},
     "ia3": {"layered"},
+    "ln_tuning": {"layered", "targets"},
     "loha": {"layered", "targets"},
+    "lokr": {"layered", "targets"},
+    "projected": {"layered"},
+    "randlora": {"projected"},
+    "vera": {"projected"},
     "p_tuning": {"soft_prompt"},
     "prompt_tuning": {"soft_prompt"},
     "prefix_tuning": {"soft_prompt"},
@@ -223,8 +229,11 @@ def test_public_names() -> None:
 PUBLIC = [
     "BottleneckConfig",
     "BottleneckPlacement",
+    "FourierFTConfig",
     "IA3Config",
+    "LNTuningConfig",
     "LoHaConfig",
+    "LoKrConfig",
     "LoftQConfig",
     "LoraConfig",
     "PeftConfig",
@@ -236,8 +245,10 @@ PUBLIC = [
     "PromptLearningConfig",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "RandLoraConfig",
     "TaskType",
     "Trainer",
+    "VeraConfig",
     "__version__",
     "get_peft_config",
     "get_peft_model",

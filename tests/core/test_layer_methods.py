@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -26,7 +27,7 @@ from graftlm.quantization import dequantize, quantized_kind
 from graftlm.routing import Switch
 
 INPUTS = batch("llama")
-NEW = ("ia3", "loha")
+NEW = ("ia3", "loha", "vera", "lokr", "randlora", "fourierft", "ln_tuning")
 
 
 # -- a change is its fold ----------------------------------------------------------------------------------------------
@@ -42,6 +43,13 @@ CHANGES: dict[str, Any] = {
     "ia3": lambda: graftlm.IA3Config(feedforward_modules=[]),
     "ia3_input": lambda: graftlm.IA3Config(feedforward_modules=["layer"]),
     "loha": lambda: graftlm.LoHaConfig(r=3, alpha=5),
+    "vera": lambda: graftlm.VeraConfig(r=7),
+    "lokr": lambda: graftlm.LoKrConfig(r=1, alpha=5),
+    "lokr_whole": lambda: graftlm.LoKrConfig(r=4, alpha=5, init_weights="lycoris"),
+    "lokr_both": lambda: graftlm.LoKrConfig(r=1, decompose_both=True, decompose_factor=3, init_weights=False),
+    "randlora": lambda: graftlm.RandLoraConfig(r=4, randlora_alpha=4),
+    "randlora_sparse": lambda: graftlm.RandLoraConfig(r=4, randlora_alpha=4, sparse=True),
+    "fourierft": lambda: graftlm.FourierFTConfig(n_frequency=20),
 }
 EMBEDDING = ("lora", "rslora", "dora")
 LAYERS: dict[str, Any] = {
@@ -74,7 +82,9 @@ def adapted(kind: str, *changes: str, seed: int = 0) -> tuple[Adapted, torch.Ten
         settings = CHANGES[name]()
         cls = next(method for own, method in METHODS.values() if own is type(settings))
         assert issubclass(cls, LayerMethod)
-        made.add(name, cls(settings, name).change(Any, "layer", made.frozen), torch.float32)
+        method, host = cls(settings, name), SimpleNamespace(base_model=nn.Module(), adapter_dtype=lambda _: torch.float32)
+        method.prepare(host, [made.frozen])
+        made.add(name, method.change(host, "layer", made.frozen), torch.float32)
         with torch.no_grad():
             for _, parameter in made.parts(name):
                 parameter.add_(torch.randn(parameter.shape) * 0.3)
@@ -164,11 +174,13 @@ def test_merged_inputs_scale_and_trained_biases() -> None:
 
 
 # -- beside HF PEFT ----------------------------------------------------------------------------------------------------
-WITHOUT = {"chatglm", "gpt2"}  # LoHa on Conv1D is ours alone
+WITHOUT = {"chatglm", "gpt2"}  # LoHa and LoKr on Conv1D are ours alone
 FILES = cases(ALL, NEW, lambda n, m: n in ("bloom", "gpt2", "llama", "t5", "bert"))
 
 
-@pytest.mark.parametrize(("name", "method"), [c for c in FILES if c.values not in [(n, "loha") for n in WITHOUT]])
+@pytest.mark.parametrize(
+    ("name", "method"), [c for c in FILES if c.values not in [(n, m) for n in WITHOUT for m in ("loha", "lokr")]]
+)
 def test_files_both_ways(name: str, method: str, tmp_path: Path) -> None:
     both_ways(lambda: fresh(name), lambda lib: config(method, name, lib), batch(name), tmp_path)
 

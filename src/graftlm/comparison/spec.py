@@ -9,8 +9,8 @@
 
 Values with `|` between them make a row each (of a grid: every combination); inside brackets or quotes `|` is itself.
 A key without a dot is an option of the method; one with a dot is a path in the recipe, and so is `quantization`. Values
-are read as YAML. `lora-int8` and `qlora` are LoRA over an int8 and over an NF4 base. Names are those of recipes, their aliases
-too; `all` stands for the usual ones (METHODS), `every` for all that need no options, and options behind them are of each.
+are read as YAML. `lora-int8` and `qlora` are LoRA over an int8 and an NF4 base. Names are those of recipes, aliases too;
+`all` stands for the usual ones (METHODS), `every` for all that need no options; options behind them are of each.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ class ModulesToSaveWrapper(nn.Module):
         self.switch = switch
         self.modules_to_save = nn.ModuleDict()
         self.is_head = False
+        self.keeps_dtype = False  # whether copies in fp32 give what they make in the precision that came in
 
     def add(self, name: str, dtype: torch.dtype | None) -> None:
         """A trainable copy for adapter `name`; 16-bit floats become `dtype`."""
@@ -75,12 +76,12 @@ class ModulesToSaveWrapper(nn.Module):
             result[index] = part.to(dtype)
         return result
 
-    @staticmethod
-    def call(module: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self, module: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
         weight = next((p for p in module.parameters() if p.is_floating_point()), None)
         if weight is None or not torch.is_tensor(x) or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
             return module(x, *args, **kwargs)
-        return module(x.to(weight.dtype), *args, **kwargs)
+        made = module(x.to(weight.dtype), *args, **kwargs)
+        return made.to(x.dtype) if self.keeps_dtype and torch.is_tensor(made) else made
 
     def __getattr__(self, name: str) -> Any:
         try:

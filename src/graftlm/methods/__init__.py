@@ -12,19 +12,27 @@ from .base import (
     method_for,
 )
 from .bottleneck import BottleneckConfig, BottleneckPlacement
+from .fourierft import FourierFTConfig
 from .ia3 import IA3Config
+from .ln_tuning import LNTuningConfig
 from .loha import LoHaConfig
+from .lokr import LoKrConfig
 from .lora import LoftQConfig, LoraConfig
 from .p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from .prefix_tuning import PrefixTuningConfig
 from .prompt_tuning import PromptTuningConfig, PromptTuningInit
+from .randlora import RandLoraConfig
+from .vera import VeraConfig
 
 __all__ = [
     "METHODS",
     "BottleneckConfig",
     "BottleneckPlacement",
+    "FourierFTConfig",
     "IA3Config",
+    "LNTuningConfig",
     "LoHaConfig",
+    "LoKrConfig",
     "LoftQConfig",
     "LoraConfig",
     "Method",
@@ -36,7 +44,9 @@ __all__ = [
     "PromptLearningConfig",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "RandLoraConfig",
     "TaskType",
+    "VeraConfig",
     "config_class",
     "get_peft_config",
     "method_for",

@@ -64,6 +64,9 @@ class LayerMethod(Method):
         """What this adapter does to the layer at a dotted path of the bare base."""
         raise NotImplementedError
 
+    def prepare(self, host: Site, layers: list[Frozen]) -> None:
+        """Make what the changes of all these layers share. `detach` takes it away."""
+
     # -- attaching -------------------------------------------------------------------------------------------------------
     def attach(self, host: Site, *, for_loading: bool = False) -> None:
         config: Any = self.config
@@ -72,7 +75,7 @@ class LayerMethod(Method):
         try:
             targets = find_targets(host.base, config, skip=(Adapted, *host.container_types))
             self._refuse_shared(host, targets)
-            self._refuse_kinds(targets)
+            self.prepare(host, self._taken(targets))
             for path, module in targets.items():
                 own = isinstance(module, Adapted) and module.switch is host.switch
                 layer: Any = module if own else Adapted(module, host.switch)
@@ -84,15 +87,18 @@ class LayerMethod(Method):
             self.detach(host)
             raise
 
-    def _refuse_kinds(self, targets: dict[str, Any]) -> None:
-        """UnsupportedError for a layer that this method has no change for."""
+    def _taken(self, targets: dict[str, Any]) -> list[Frozen]:
+        """The layers; UnsupportedError for one that this method has no change for."""
+        layers = []
         for path, module in targets.items():
             frozen = module.frozen if isinstance(module, Adapted) else Frozen(module)
+            layers.append(frozen)
             if frozen.kind not in self.kinds:
                 raise UnsupportedError(
                     f"{self.title} has no form for {path!r}, a {type(frozen.layer).__name__}; it takes {self.takes}. Name "
                     "other modules in target_modules."
                 )
+        return layers
 
     def _refuse_shared(self, host: Site, targets: dict[str, nn.Module]) -> None:
         """T5 and BART keep a module that only holds the embeddings' weight and never runs: an update there is lost."""
