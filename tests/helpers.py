@@ -94,8 +94,10 @@ CONFIGS: dict[str, Any] = {
     "loha": lambda lib, n: lib.LoHaConfig(task_type=task(n), r=4, alpha=8, target_modules="all-linear"),
     "vera": lambda lib, n: lib.VeraConfig(task_type=task(n), r=12, d_initial=0.5, target_modules="all-linear"),
     "lokr": lambda lib, n: lib.LoKrConfig(task_type=task(n), r=2, alpha=4, target_modules="all-linear"),
-    "randlora": lambda lib, n: lib.RandLoraConfig(task_type=task(n), r=6, target_modules="all-linear"),
-    "fourierft": lambda lib, n: lib.FourierFTConfig(task_type=task(n), n_frequency=60, target_modules="all-linear"),
+    "randlora": lambda lib, n: lib.RandLoraConfig(task_type=task(n), r=6, randlora_alpha=12, target_modules="all-linear"),
+    "fourierft": lambda lib, n: lib.FourierFTConfig(
+        task_type=task(n), n_frequency=60, scaling=50.0, target_modules="all-linear"
+    ),
     "ln_tuning": lambda lib, n: lib.LNTuningConfig(task_type=task(n), **(LN.get(n, {}) if lib is not graftlm else {})),
     "prompt": lambda lib, n: lib.PromptTuningConfig(task_type=task(n), num_virtual_tokens=3),
     "p_tuning_mlp": lambda lib, n: lib.PromptEncoderConfig(task_type=task(n), num_virtual_tokens=3, encoder_hidden_size=12),

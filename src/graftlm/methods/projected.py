@@ -84,7 +84,7 @@ class ProjectedChange(Change):
 
     def shared(self, t: Held) -> tuple[Tensor, Tensor]:
         """The adapter's projections, where and as its own tensors are."""
-        like = next(parameter for _, _, parameter in self.parts(t))
+        like = t[self.tables[0]]
         return self.pair[0][t.name].to(like), self.pair[1][t.name].to(like)
 
     def dropped(self, t: Held) -> float:
