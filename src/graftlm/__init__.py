@@ -14,6 +14,7 @@ from .version import __version__
 if TYPE_CHECKING:
     from .architectures.prepacked import prepacked
     from .checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+    from .converting import convert_to_lora, save_as_lora
     from .methods import (
         BottleneckConfig,
         BottleneckPlacement,
@@ -64,12 +65,14 @@ _HOME = {
     "TaskType": ".methods",
     "Trainer": ".training",
     "VeraConfig": ".methods",
+    "convert_to_lora": ".converting",
     "get_peft_config": ".methods",
     "get_peft_model": ".model",
     "get_peft_model_state_dict": ".checkpoint",
     "load_peft_weights": ".checkpoint",
     "prepacked": ".architectures.prepacked",
     "prepare_model_for_kbit_training": ".preparation",
+    "save_as_lora": ".converting",
     "set_peft_model_state_dict": ".checkpoint",
     "train_together": ".training",
 }
@@ -98,12 +101,14 @@ __all__ = [
     "Trainer",
     "VeraConfig",
     "__version__",
+    "convert_to_lora",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "load_peft_weights",
     "prepacked",
     "prepare_model_for_kbit_training",
+    "save_as_lora",
     "set_peft_model_state_dict",
     "train_together",
 ]
