@@ -149,7 +149,7 @@ class AdapterSet(Attached):
                 yield container[method.name]
         for path in dict.fromkeys(key.rpartition(".")[0] for key, _ in method.named_parameters(self)):
             yield self.get_submodule(path)
-        if getattr(method.config, "modules_to_save", None):
+        if getattr(method.config, "modules_to_save", None) or method.saves:
             yield from (module for _, module in saved_modules(self.base, self.switch, method.name))
 
     def _reconnect_others(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import checkpoint, generating, merging
+from . import checkpoint, converting, generating, merging
 from .adapters import AdapterSet
 from .architectures import is_plain
 from .attached import _SETS
@@ -235,6 +235,11 @@ class PeftModel(AdapterSet, PreTrainedModel):
             yield
         finally:
             self.switch.enabled = enabled
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `convert_to_lora` takes an adapter."""
+        self._known(adapter_name)
+        return converting.hindrance(self, adapter_name) is None
 
     def merge_adapter(
         self, adapter_names: str | list[str] | None = None, safe_merge: bool = False, requantize: bool = False

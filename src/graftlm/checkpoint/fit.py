@@ -20,7 +20,8 @@ def expected(host: AdapterSet, name: str) -> dict[str, torch.Size]:
     method = host.methods[name]
     shapes = dict(method.expected_shapes(host))
     for path, module in saved_modules(host.base, host.switch, name):
-        shapes |= {f"{method.file_prefix}{path}.{k}": v.shape for k, v in module.state_dict().items()}
+        start = method.file_prefix + method.saved_place(path)
+        shapes |= {f"{start}.{k}": v.shape for k, v in module.state_dict().items()}
     return shapes
 
 
@@ -42,7 +43,7 @@ def checked(host: AdapterSet, name: str, tensors: dict[str, Tensor], where: str)
     """
     wanted = expected(host, name)
     prefix = host.methods[name].file_prefix
-    found = {normalise(k, name, wanted, prefix): v for k, v in tensors.items()}
+    found = {normalise(k, name, wanted, prefix): v for k, v in host.methods[name].as_written(tensors).items()}
     extra = base_tensors(host, {k: v for k, v in found.items() if k not in wanted})
     extra |= doubled(found, wanted) | repeated(host, name, found)
     missing = sorted(set(wanted) - set(found))

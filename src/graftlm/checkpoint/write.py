@@ -107,7 +107,7 @@ def adapter_tensors(host: AdapterSet, name: str) -> dict[str, Tensor]:
     tensors = dict(method.tensors(host))
     for path, module in saved_modules(host.base, host.switch, name):
         for key, value in module.state_dict().items():
-            tensors[f"{method.file_prefix}{path}.{key}"] = value
+            tensors[f"{method.file_prefix}{method.saved_place(path)}.{key}"] = value
     return tensors
 
 

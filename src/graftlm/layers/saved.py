@@ -31,6 +31,7 @@ class ModulesToSaveWrapper(nn.Module):
         self.switch = switch
         self.modules_to_save = nn.ModuleDict()
         self.is_head = False
+        self.keeps_dtype = False  # whether copies in fp32 give what they make in the precision that came in
 
     def add(self, name: str, dtype: torch.dtype | None) -> None:
         """A trainable copy for adapter `name`; 16-bit floats become `dtype`."""
@@ -93,16 +94,17 @@ class ModulesToSaveWrapper(nn.Module):
             result[index] = part.to(dtype)
         return result
 
-    @staticmethod
-    def call(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def call(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The module's output; its first input in its own dtype."""
         weight = next((p for p in module.parameters() if p.is_floating_point()), None)
         key, x = next(((k, v) for k, v in [*enumerate(args), *kwargs.items()] if torch.is_tensor(v)), (None, None))
         if weight is None or x is None or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
             return module(*args, **kwargs)
         if isinstance(key, int):
-            return module(*args[:key], x.to(weight.dtype), *args[key + 1 :], **kwargs)
-        return module(*args, **kwargs | {key: x.to(weight.dtype)})  # type: ignore[operator]
+            made = module(*args[:key], x.to(weight.dtype), *args[key + 1 :], **kwargs)
+        else:
+            made = module(*args, **kwargs | {key: x.to(weight.dtype)})  # type: ignore[operator]
+        return made.to(x.dtype) if self.keeps_dtype and torch.is_tensor(made) else made
 
     def __getattr__(self, name: str) -> Any:
         try:

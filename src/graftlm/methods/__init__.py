@@ -13,24 +13,32 @@ from .base import (
     method_for,
 )
 from .bottleneck import BottleneckConfig, BottleneckPlacement
+from .fourierft import FourierFTConfig
 from .ia3 import IA3Config
+from .ln_tuning import LNTuningConfig
 from .loha import LoHaConfig
+from .lokr import LoKrConfig
 from .lora import LoftQConfig, LoraConfig
 from .multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from .p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from .prefix_tuning import PrefixTuningConfig
 from .prompt_tuning import PromptTuningConfig, PromptTuningInit
+from .randlora import RandLoraConfig
 from .trainable_tokens import TrainableTokensConfig
+from .vera import VeraConfig
 
 __all__ = [
-    "METHODS",
     "AdaptionPromptConfig",
     "BottleneckConfig",
     "BottleneckPlacement",
+    "FourierFTConfig",
     "IA3Config",
+    "LNTuningConfig",
     "LoHaConfig",
+    "LoKrConfig",
     "LoftQConfig",
     "LoraConfig",
+    "METHODS",
     "Method",
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
@@ -42,8 +50,10 @@ __all__ = [
     "PromptLearningConfig",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "RandLoraConfig",
     "TaskType",
     "TrainableTokensConfig",
+    "VeraConfig",
     "config_class",
     "get_peft_config",
     "method_for",

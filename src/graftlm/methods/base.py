@@ -223,6 +223,7 @@ class Site(Protocol):
         base: the base model.
         switch: which adapters are active; layers that carry some of them ask it.
         methods: the attached adapters by name.
+        base_model: the level above the base; what an adapter's layers share stands there.
         prompt_encoder, bottleneck, adapter_biases: modules of adapters that stand beside the base, by adapter name.
         word_embeddings: the module that makes the base's input embeddings.
         container_types: modules whose inside belongs to adapters.
@@ -237,6 +238,9 @@ class Site(Protocol):
 
     @property
     def base(self) -> Any: ...
+
+    @property
+    def base_model(self) -> Any: ...
 
     @property
     def word_embeddings(self) -> nn.Module: ...
@@ -271,6 +275,8 @@ class Method:
     file_prefix: ClassVar[str] = "base_model.model."
     #: whether `merge` can fold the adapter into the base weights
     mergeable: ClassVar[bool] = False
+    #: whether it trains copies of modules itself, beside those of `modules_to_save`
+    saves: ClassVar[bool] = False
 
     @property
     def bound(self) -> bool:
@@ -341,6 +347,14 @@ class Method:
     def load(self, host: Site, tensors: dict[str, Tensor]) -> None:
         """Fill the attached adapter from such a file's tensors (already checked against `expected_shapes`)."""
         raise NotImplementedError
+
+    def as_written(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A file's tensors without what HF PEFT writes twice."""
+        return tensors
+
+    def saved_place(self, path: str) -> str:
+        """How files name a module of the base that this adapter has a trained copy of, by its dotted path."""
+        return path
 
     def training_tensors(self, host: Site) -> dict[str, Tensor]:
         """What further training needs beyond `tensors`; empty where the file says it all."""

@@ -65,6 +65,9 @@ class LayerMethod(Method):
         """What this adapter does to the layer at a dotted path of the bare base."""
         raise NotImplementedError
 
+    def prepare(self, host: Site, layers: list[Frozen]) -> None:
+        """Make what the changes of all these layers share. `detach` takes it away."""
+
     # -- attaching -------------------------------------------------------------------------------------------------------
     def attach(self, host: Site, *, for_loading: bool = False) -> None:
         try:
@@ -81,7 +84,7 @@ class LayerMethod(Method):
         found = find_targets(host.base, config, skip=(Adapted, *host.container_types))
         targets = {p: m for p, m in found.items() if not is_uncalled(m) or p.rpartition(".")[0] not in found}
         self._refuse_shared(host, targets)
-        self._refuse_kinds(targets)
+        self.prepare(host, self._taken(targets))
         for path, module in targets.items():
             frozen = self._place(host, host.base, path, module, clean_path(path), not for_loading)
             if frozen.kind == "attention":  # its projection of the output is changed along
@@ -95,10 +98,12 @@ class LayerMethod(Method):
         )
         return layer.frozen
 
-    def _refuse_kinds(self, targets: dict[str, Any]) -> None:
-        """UnsupportedError for a layer that this method has no change for, TargetError for one that never runs."""
+    def _taken(self, targets: dict[str, Any]) -> list[Frozen]:
+        """The layers; UnsupportedError for one that this method has no change for, TargetError for one that never runs."""
+        layers = []
         for path, module in targets.items():
             frozen = module.frozen if isinstance(module, Adapted) else Frozen(module)
+            layers.append(frozen)
             if is_uncalled(module):
                 attention, _, name = clean_path(path).rpartition(".")
                 raise TargetError(
@@ -116,6 +121,7 @@ class LayerMethod(Method):
                     f"{self.title} has no form for {path!r}, a {type(frozen.layer).__name__}; it takes {self.takes}. Name "
                     "other modules in target_modules."
                 )
+        return layers
 
     def _refuse_shared(self, host: Site, targets: dict[str, nn.Module]) -> None:
         """T5 and BART keep a module that only holds the embeddings' weight and never runs: an update there is lost."""

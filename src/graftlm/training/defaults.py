@@ -31,6 +31,8 @@ class MethodDefaults:
         power, depth: how fast it falls with the width and with the layers.
         options: configuration fields that differ from the library's defaults in recipes.
         text_init: fields that start the adapter from a text; used where the recipe names no other start.
+        needs: a field that a recipe must give, as there is no default for it ("" for none): `compare` leaves the method out
+            of `every`.
     """
 
     learning_rate: float
@@ -38,6 +40,7 @@ class MethodDefaults:
     depth: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
     text_init: dict[str, Any] = field(default_factory=dict)
+    needs: str = ""
 
     def rate(self, width: int, layers: int = LAYERS) -> float:
         """The learning rate on a base of a shape, to two digits."""
