@@ -34,12 +34,17 @@ FLOORS: list[set[str]] = [
 ]
 APART = [("training", "inference"), ("inference", "training")]
 # What a method's file may take from another: shared modules, not other methods.
-SHARED = {"base", "soft_prompt", "layered", "lora_change", "lora_init", "lora_combine", "targets"}
+SHARED = {"base", "soft_prompt", "layered", "lora_change", "lora_init", "lora_combine", "targets", "biased", "orthogonal"}
 METHOD_IMPORTS = {
     "layered": {"targets"},
     "lora": {"layered", "lora_change", "targets"},
     "lora_change": {"lora_init"},
     "lora_combine": {"lora_change"},
+    "biased": {"layered", "lora"},
+    "adalora": {"lora"},
+    "boft": {"biased", "orthogonal"},
+    "miss": {"biased"},
+    "oft": {"biased", "orthogonal"},
     "bottleneck": {"targets"},
     "ia3": {"layered"},
     "loha": {"layered", "targets"},
@@ -221,12 +226,16 @@ def test_public_names() -> None:
 
 
 PUBLIC = [
+    "AdaLoraConfig",
+    "BOFTConfig",
     "BottleneckConfig",
     "BottleneckPlacement",
     "IA3Config",
     "LoHaConfig",
     "LoftQConfig",
     "LoraConfig",
+    "MissConfig",
+    "OFTConfig",
     "PeftConfig",
     "PeftModel",
     "PeftType",
@@ -236,6 +245,7 @@ PUBLIC = [
     "PromptLearningConfig",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "RankSchedule",
     "TaskType",
     "Trainer",
     "__version__",

@@ -15,12 +15,16 @@ if TYPE_CHECKING:
     from .architectures.prepacked import prepacked
     from .checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
     from .methods import (
+        AdaLoraConfig,
+        BOFTConfig,
         BottleneckConfig,
         BottleneckPlacement,
         IA3Config,
         LoftQConfig,
         LoHaConfig,
         LoraConfig,
+        MissConfig,
+        OFTConfig,
         PeftConfig,
         PeftType,
         PrefixTuningConfig,
@@ -34,15 +38,19 @@ if TYPE_CHECKING:
     )
     from .model import PeftModel, get_peft_model
     from .preparation import prepare_model_for_kbit_training
-    from .training import Trainer, train_together
+    from .training import RankSchedule, Trainer, train_together
 
 _HOME = {
+    "AdaLoraConfig": ".methods",
+    "BOFTConfig": ".methods",
     "BottleneckConfig": ".methods",
     "BottleneckPlacement": ".methods",
     "IA3Config": ".methods",
     "LoHaConfig": ".methods",
     "LoftQConfig": ".methods",
     "LoraConfig": ".methods",
+    "MissConfig": ".methods",
+    "OFTConfig": ".methods",
     "PeftConfig": ".methods",
     "PeftModel": ".model",
     "PeftType": ".methods",
@@ -52,6 +60,7 @@ _HOME = {
     "PromptLearningConfig": ".methods",
     "PromptTuningConfig": ".methods",
     "PromptTuningInit": ".methods",
+    "RankSchedule": ".training",
     "TaskType": ".methods",
     "Trainer": ".training",
     "get_peft_config": ".methods",
@@ -65,12 +74,16 @@ _HOME = {
 }
 
 __all__ = [
+    "AdaLoraConfig",
+    "BOFTConfig",
     "BottleneckConfig",
     "BottleneckPlacement",
     "IA3Config",
     "LoHaConfig",
     "LoftQConfig",
     "LoraConfig",
+    "MissConfig",
+    "OFTConfig",
     "PeftConfig",
     "PeftModel",
     "PeftType",
@@ -80,6 +93,7 @@ __all__ = [
     "PromptLearningConfig",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "RankSchedule",
     "TaskType",
     "Trainer",
     "__version__",

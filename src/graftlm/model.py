@@ -24,6 +24,7 @@ from .methods import PeftConfig
 from .mixing import plan_of, try_out
 from .passes.hooks import Hooks
 from .passes.inputs import batch_size
+from .passes.output import add_to_loss
 from .passes.run import run
 from .quantization import settle
 
@@ -140,7 +141,10 @@ class PeftModel(AdapterSet, PreTrainedModel):
         if not 0 <= smoothing < 1:
             raise ConfigError(f"label_smoothing={smoothing}: expected a share of at least 0 and below 1.")
         plan = plan_of(self, names, None if names is None else batch_size(self.entry.named(args, kwargs)))
-        return run(self, plan, kwargs, *args, smoothing=smoothing)[1]
+        output = run(self, plan, kwargs, *args, smoothing=smoothing)[1]
+        if self.training and getattr(output, "loss", None) is not None:
+            add_to_loss(output, self.penalty(plan.adapters))
+        return output
 
     def can_pack(self) -> bool:
         """Whether training rows may hold several sequences (`position_ids` that start again) under the active adapters.

@@ -26,7 +26,7 @@ from graftlm.quantization import dequantize, quantized_kind
 from graftlm.routing import Switch
 
 INPUTS = batch("llama")
-NEW = ("ia3", "loha")
+NEW = ("ia3", "loha", "miss", "miss_mini", "bat", "oft", "oft_exact", "boft", "adalora")
 
 
 # -- a change is its fold ----------------------------------------------------------------------------------------------
@@ -42,8 +42,17 @@ CHANGES: dict[str, Any] = {
     "ia3": lambda: graftlm.IA3Config(feedforward_modules=[]),
     "ia3_input": lambda: graftlm.IA3Config(feedforward_modules=["layer"]),
     "loha": lambda: graftlm.LoHaConfig(r=3, alpha=5),
+    "miss": lambda: graftlm.MissConfig(r=5),
+    "miss_mini": lambda: graftlm.MissConfig(r=5, mini_r=3, init_weights="mini"),
+    "bat": lambda: graftlm.MissConfig(r=3, init_weights="bat"),
+    "oft": lambda: graftlm.OFTConfig(oft_block_size=3),
+    "oft_exact": lambda: graftlm.OFTConfig(oft_block_size=3, use_cayley_neumann=False),
+    "oft_shared": lambda: graftlm.OFTConfig(r=3, oft_block_size=0, block_share=True),
+    "boft": lambda: graftlm.BOFTConfig(boft_block_size=4),
+    "butterfly": lambda: graftlm.BOFTConfig(boft_block_num=6, boft_block_size=0, boft_n_butterfly_factor=2),
+    "adalora": lambda: graftlm.AdaLoraConfig(init_r=3),
 }
-EMBEDDING = ("lora", "rslora", "dora")
+EMBEDDING = ("lora", "rslora", "dora", "oft", "oft_exact", "oft_shared")
 LAYERS: dict[str, Any] = {
     "linear": lambda: nn.Linear(12, 9),
     "without_bias": lambda: nn.Linear(12, 9, bias=False),
@@ -121,7 +130,8 @@ def test_a_change_is_its_fold(change: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["linear", "conv1d"])
 @pytest.mark.parametrize(
     "names", [("ia3", "dora"), ("dora", "ia3"), ("ia3_input", "lora"), ("lora", "ia3_input"), 
-              ("loha", "ia3", "dora", "lora"), ("pissa", "ia3_input", "ia3")], ids="+".join,
+              ("loha", "ia3", "dora", "lora"), ("pissa", "ia3_input", "ia3"),
+              ("oft", "ia3", "boft", "bat"), ("butterfly", "miss", "oft_exact", "adalora")], ids="+".join,
 )  # fmt: skip
 def test_changes_nest(names: tuple[str, ...], kind: str) -> None:
     """They enter from the last to the first, leave and are folded from the first to the last; merged in part, too."""

@@ -11,16 +11,22 @@ from .base import (
     get_peft_config,
     method_for,
 )
+from .adalora import AdaLoraConfig
+from .boft import BOFTConfig
 from .bottleneck import BottleneckConfig, BottleneckPlacement
 from .ia3 import IA3Config
 from .loha import LoHaConfig
 from .lora import LoftQConfig, LoraConfig
+from .miss import MissConfig
+from .oft import OFTConfig
 from .p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from .prefix_tuning import PrefixTuningConfig
 from .prompt_tuning import PromptTuningConfig, PromptTuningInit
 
 __all__ = [
     "METHODS",
+    "AdaLoraConfig",
+    "BOFTConfig",
     "BottleneckConfig",
     "BottleneckPlacement",
     "IA3Config",
@@ -28,6 +34,8 @@ __all__ = [
     "LoftQConfig",
     "LoraConfig",
     "Method",
+    "MissConfig",
+    "OFTConfig",
     "PeftConfig",
     "PeftType",
     "PrefixTuningConfig",

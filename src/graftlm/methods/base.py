@@ -327,6 +327,22 @@ class Method:
         """Fill the attached adapter from `training_tensors`."""
         raise AdapterError(f"{type(self).__name__} has no training state of its own.")
 
+    # -- training --------------------------------------------------------------------------------------------------------
+    @property
+    def penalised(self) -> bool:
+        """Whether training adds a `penalty` to the loss."""
+        return False
+
+    def penalty(self, host: Site) -> Tensor:
+        """What is added to the loss of a training pass: a scalar with a gradient."""
+        raise NotImplementedError
+
+    def before_steps(self, host: Site, steps: int) -> None:
+        """Called before a training of so many steps in all."""
+
+    def after_step(self, host: Site, step: int) -> None:
+        """Called after each step of the optimizer, from 0, with the gradients still in place."""
+
     def expected_shapes(self, host: Site) -> dict[str, torch.Size]:
         """File keys and shapes that `load` needs."""
         return {k: v.shape for k, v in self.tensors(host).items()}

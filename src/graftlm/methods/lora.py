@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -141,6 +141,7 @@ class Lora(LayerMethod):
     """One LoRA adapter in a host."""
 
     title = "LoRA"
+    own_biases: ClassVar[str] = "lora_only"
     kinds = ("linear", "embedding")
     takes = "linear layers (torch's, bitsandbytes', Conv1D) and embeddings"
 
@@ -194,14 +195,14 @@ class Lora(LayerMethod):
         own = {id(layer.frozen.layer) for _, layer in self.layers(host)}
         for path, module in base_modules(host.base):
             bias = module._parameters.get("bias")
-            if bias is None or isinstance(module, Adapted) or (config.bias == "lora_only" and id(module) not in own):
+            if bias is None or isinstance(module, Adapted) or (config.bias != "all" and id(module) not in own):
                 continue
             if "original_module" in path.split("."):  # another copy of it is trained in full
                 continue
             if not isinstance(module, (nn.Linear, Conv1D, nn.LayerNorm)):
                 raise UnsupportedError(
                     f"bias={config.bias!r} would train the bias of {path!r}, a {type(module).__name__}, which may not "
-                    "simply be added to its output. Use bias='lora_only' or 'none'."
+                    f"simply be added to its output. Use bias={self.own_biases!r} or 'none'."
                 )
             yield clean_path(path), module
 

@@ -162,8 +162,8 @@ def report_unused(config: Any, chosen: list[str], found: list[str]) -> None:
         if not any(matches([entry], n) for n in chosen):
             unused.append(f"exclude_modules: {entry!r}{nearest(entry, leaves, cutoff=0.4)}")
     for title in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, title, None) or {}:
-            if not any(pattern_value({key: True}, name, False) for name in found):
+        for key, value in (getattr(config, title, None) or {}).items():
+            if not isinstance(value, list) and not any(pattern_value({key: True}, name, False) for name in found):
                 unused.append(f"{title}: {key!r}{nearest(key, leaves, cutoff=0.4) if key not in leaves else ''}")
     if unused:
         warnings.warn(

@@ -55,6 +55,11 @@ DEFAULTS: dict[PeftType, MethodDefaults] = {
     PeftType.PREFIX_TUNING: MethodDefaults(learning_rate=1e-2, power=0.0, depth=2.0, text_init={"init_weights": "text"}),
     PeftType.BOTTLENECK: MethodDefaults(learning_rate=1e-3, power=0.8),
     PeftType.IA3: MethodDefaults(learning_rate=1e-2, power=0.8),
+    # guesses, of the following four
+    PeftType.MISS: MethodDefaults(learning_rate=3e-4, power=0.8, options={"target_modules": "all-linear"}),
+    PeftType.OFT: MethodDefaults(learning_rate=1e-3, power=0.8, options={"target_modules": "all-linear"}),
+    PeftType.BOFT: MethodDefaults(learning_rate=5e-3, power=0.8, options={"target_modules": "all-linear"}),
+    PeftType.ADALORA: MethodDefaults(learning_rate=3e-3, power=0.8, options={"target_modules": "all-linear"}),
     PeftType.LOHA: MethodDefaults(learning_rate=2e-3, power=0.8, options={"target_modules": "all-linear"}),
 }
 OTHER = MethodDefaults(learning_rate=1e-3, power=0.8)
