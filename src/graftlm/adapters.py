@@ -255,15 +255,18 @@ class AdapterSet(Attached):
         return found
 
     def update_and_allocate(self, global_step: int) -> None:
-        """After a step of the optimizer (counted from 0), before its gradients are set to zero: AdaLoRA's ranks of the active
-        adapters (HF PEFT's name). `graftlm.Trainer` calls it by itself, `RankSchedule` in other Trainers.
+        """AdaLoRA's ranks of the active adapters, after a step of the optimizer (counted from 0) and before its gradients are
+        set to zero. `graftlm.Trainer` calls it by itself, `RankSchedule` in other Trainers.
 
         Raises:
             AdapterError: no active adapter has such a schedule.
         """
-        own = [m for name in self.switch.active if type(m := self.methods[name]).after_step is not Method.after_step]
+        active = [self.methods[name] for name in self.switch.active]
+        own = [method for method in active if type(method).after_step is not Method.after_step]
         if not own:
-            raise AdapterError(f"update_and_allocate: none of {', '.join(self.switch.active)} is AdaLoRA. Leave the call out.")
+            raise AdapterError(
+                f"update_and_allocate: none of {', '.join(self.switch.active)} is AdaLoRA. Leave the call out."
+            )
         for method in own:
             method.after_step(self, global_step)
 

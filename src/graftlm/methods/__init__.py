@@ -1,5 +1,6 @@
 """The registry of methods: importing a file here makes its method known. A new method is its file and a line below."""
 
+from .adalora import AdaLoraConfig
 from .base import (
     METHODS,
     Method,
@@ -11,7 +12,6 @@ from .base import (
     get_peft_config,
     method_for,
 )
-from .adalora import AdaLoraConfig
 from .boft import BOFTConfig
 from .bottleneck import BottleneckConfig, BottleneckPlacement
 from .ia3 import IA3Config

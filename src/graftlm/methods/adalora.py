@@ -79,7 +79,9 @@ class AdaLoraConfig(LoraConfig):
         super().__post_init__()
         self.peft_type = PeftType.ADALORA
         if self.r != 8:
-            warnings.warn("Note that `r` is not used in AdaLora and will be ignored. Give init_r and target_r.", stacklevel=3)
+            warnings.warn(
+                "Note that `r` is not used in AdaLora and will be ignored. Give init_r and target_r.", stacklevel=3
+            )
         for name, on in (
             ("use_dora", self.use_dora), ("use_rslora", self.use_rslora), ("alpha_pattern", bool(self.alpha_pattern)),
             ("init_lora_weights", isinstance(self.init_lora_weights, str)),
@@ -94,8 +96,8 @@ class AdaLoraConfig(LoraConfig):
         """ConfigError where there is no step between the first phase and the last."""
         if self.total_step is not None and self.tinit >= self.total_step - self.tfinal:
             raise ConfigError(
-                f"tinit={self.tinit}, tfinal={self.tfinal}, total_step={self.total_step}: no step is left in which ranks could "
-                "fall. Lower tinit or tfinal, or train for more steps."
+                f"tinit={self.tinit}, tfinal={self.tfinal}, total_step={self.total_step}: no step is left in which ranks "
+                "could fall. Lower tinit or tfinal, or train for more steps."
             )
 
     @property
@@ -209,9 +211,9 @@ class AdaLora(Lora):
             for table in FACTORS:
                 key, left = f"{self.file_prefix}{path}.{table}", rows[path].to(t[table].device)
                 full = torch.zeros_like(t[table]) if table == "lora_E" else t[table].detach().clone()
-                (full.T if table == "lora_B" else full)[left] = (
-                    tensors[key].T if table == "lora_B" else tensors[key]
-                ).to(full)
+                (full.T if table == "lora_B" else full)[left] = (tensors[key].T if table == "lora_B" else tensors[key]).to(
+                    full
+                )
                 whole[key] = full
         super().load(host, whole)
 
@@ -235,8 +237,8 @@ class AdaLora(Lora):
         wrong = [key for key, value in own.items() if key not in tensors or tensors[key].shape != value.shape]
         if wrong:
             raise CheckpointError(
-                f"The training state does not fit adapter {self.name!r}: {', '.join(wrong)} missing or of another shape. Was "
-                f"it trained with init_r={self.config.init_r}?"
+                f"The training state does not fit adapter {self.name!r}: {', '.join(wrong)} missing or of another shape. "
+                f"Was it trained with init_r={self.config.init_r}?"
             )
         with torch.no_grad():
             for key, value in own.items():
@@ -299,8 +301,8 @@ class AdaLora(Lora):
         own = {f"adalora.{path}.{table}": t[table] for path, t in self.held(host) for table in FACTORS}
         if all(value.grad is None for value in own.values()):
             raise AdapterError(
-                f"Adapter {self.name!r} has no gradients: call update_and_allocate after loss.backward() and optimizer.step(), "
-                "before optimizer.zero_grad()."
+                f"Adapter {self.name!r} has no gradients: call update_and_allocate after loss.backward() and "
+                "optimizer.step(), before optimizer.zero_grad()."
             )
         with torch.no_grad():
             for key, value in own.items():
@@ -319,7 +321,9 @@ class AdaLora(Lora):
     def allocate(self, host: Site, step: int) -> None:
         """Keep the best triplets, as many as the step's budget allows (eq. 7)."""
         if not self.ratings:
-            raise AdapterError(f"update_and_allocate({step}) ends a schedule whose earlier steps were not made. Call it each step.")
+            raise AdapterError(
+                f"update_and_allocate({step}) ends a schedule whose earlier steps were not made. Call it each step."
+            )
         scores = {}
         for path, _ in self.held(host):
             a, b, e = (s * u for s, u in (self.ratings[f"adalora.{path}.{table}"] for table in FACTORS))

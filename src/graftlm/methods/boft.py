@@ -6,7 +6,7 @@
 blocks that are 2^i apart; s [out]. Q starts at zero and s at one, so an untrained adapter changes nothing. Field names,
 defaults, maths and files are HF PEFT's; what differs from it:
 
-* several factors need no CUDA extension (without it HF PEFT takes `boft_n_butterfly_factor` for 1, and its file says otherwise);
+* several factors need no CUDA extension (without it HF PEFT takes `boft_n_butterfly_factor` for 1, unlike its file says);
 * x goes through the factors block by block, and no [in, in] matrix is made;
 * unmerging gives the base back bit for bit; GPT-2's Conv1D layers can be changed.
 """
@@ -58,8 +58,8 @@ class BOFTConfig(BiasedConfig):
         self.peft_type = PeftType.BOFT
         if (self.boft_block_size > 0) == (self.boft_block_num > 0):
             raise ConfigError(
-                f"boft_block_size={self.boft_block_size}, boft_block_num={self.boft_block_num}: give one of them, the other 0; "
-                "their product is a layer's input."
+                f"boft_block_size={self.boft_block_size}, boft_block_num={self.boft_block_num}: give one of them, the other "
+                "0; their product is a layer's input."
             )
 
 

@@ -142,7 +142,7 @@ class Lora(LayerMethod):
 
     title = "LoRA"
     own_biases: ClassVar[str] = "lora_only"
-    kinds = ("linear", "embedding")
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding")
     takes = "linear layers (torch's, bitsandbytes', Conv1D) and embeddings"
 
     @property

@@ -67,8 +67,8 @@ class OFTConfig(BiasedConfig):
         self.peft_type = PeftType.OFT
         if (self.r > 0) == (self.oft_block_size > 0):
             raise ConfigError(
-                f"r={self.r}, oft_block_size={self.oft_block_size}: give one of them, the other 0; their product is a layer's "
-                "input."
+                f"r={self.r}, oft_block_size={self.oft_block_size}: give one of them, the other 0; their product is a "
+                "layer's input."
             )
 
 
@@ -98,13 +98,15 @@ class OFTChange(Change):
     numbers = ("r", "oft_block_size")
     where: ClassVar[str] = "oft_R"
 
-    def __init__(self, config: OFTConfig, path: str, width: int) -> None:
+    def __init__(self, config: OFTConfig, width: int) -> None:
         self.config = config
         given = "r" if config.r else "oft_block_size"
         asked = config.r or config.oft_block_size
         taken = nearest_divisor(width, asked)
         if taken != asked:
-            warnings.warn(f"{given}={asked} does not divide {path!r}, {width}: {given}={taken} is taken there.", stacklevel=2)
+            warnings.warn(
+                f"{given}={asked} does not divide a width of {width}: {given}={taken} is taken there.", stacklevel=2
+            )
         self.r, self.oft_block_size = (taken, width // taken) if config.r else (width // taken, taken)
 
     def create(self, t: Held, frozen: Frozen, dtype: torch.dtype, initialise: bool) -> None:
@@ -183,7 +185,7 @@ class OFT(Biased):
         config: OFTConfig = self.config  # type: ignore[assignment]
         out, size = frozen.shape
         embedding = frozen.kind == "embedding"
-        return (EmbeddingChange if embedding else OFTChange)(config, path, out if embedding else size)
+        return (EmbeddingChange if embedding else OFTChange)(config, out if embedding else size)
 
 
 register(PeftType.OFT, OFTConfig, OFT)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from accelerate.utils import extract_model_from_parallel
+from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
 from .. import processes
