@@ -255,14 +255,14 @@ class AdapterSet(Attached):
         return found
 
     def update_and_allocate(self, global_step: int) -> None:
-        """AdaLoRA's ranks of the active adapters, after a step of the optimizer (counted from 0) and before its gradients are
-        set to zero. `graftlm.Trainer` calls it by itself, `RankSchedule` in other Trainers.
+        """AdaLoRA's ranks of the active adapters, after a step of the optimizer (counted from 0) and before its gradients
+        are set to zero. `graftlm.Trainer` calls it by itself, `RankSchedule` in other Trainers.
 
         Raises:
             AdapterError: no active adapter has such a schedule.
         """
         active = [self.methods[name] for name in self.switch.active]
-        own = [method for method in active if type(method).after_step is not Method.after_step]
+        own = [method for method in active if method.scheduled]
         if not own:
             raise AdapterError(
                 f"update_and_allocate: none of {', '.join(self.switch.active)} is AdaLoRA. Leave the call out."

@@ -69,7 +69,7 @@ def test_our_trainer_a_plain_one_and_a_plain_loop_are_the_same(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("cls", [t.Trainer, Trainer], ids=["plain", "own"])
-@pytest.mark.parametrize("at", [2, 4])  # among the allocations; when they are over
+@pytest.mark.parametrize("at", [2, 5])  # among the allocations; when they are over
 def test_interrupted_equals_uninterrupted(cls: type, at: int, tmp_path: Path) -> None:
     whole = trainer_of(tmp_path / "whole", cls)
     whole.train()
@@ -78,6 +78,28 @@ def test_interrupted_equals_uninterrupted(cls: type, at: int, tmp_path: Path) ->
     with pytest.raises(RuntimeError, match="killed"):
         killed.train()
     resumed = trainer_of(tmp_path / "cut", cls)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
+    assert equal(trained(resumed.model), trained(whole.model))
+    assert ranks(resumed.model) == ranks(whole.model)
+
+
+def test_beside_another_adapter_it_resumes_as_well(tmp_path: Path) -> None:
+    """Then a checkpoint's `model.safetensors` has the parameters of all, and AdaLoRA's ratings."""
+
+    def two() -> Any:
+        model = model_of()
+        model.add_adapter("other", graftlm.LoraConfig(r=2))
+        model.set_adapter(["default", "other"])
+        return model
+
+    whole = trainer_of(tmp_path / "whole", model=two())
+    whole.train()
+    killed = trainer_of(tmp_path / "cut", model=two())
+    killed.add_callback(Kill(3))
+    with pytest.raises(RuntimeError, match="killed"):
+        killed.train()
+    resumed = trainer_of(tmp_path / "cut", model=two())
     resumed.train(resume_from_checkpoint=True)
     assert losses(resumed) == losses(whole)
     assert equal(trained(resumed.model), trained(whole.model))

@@ -146,6 +146,7 @@ class AdaLora(Lora):
     kinds = ("linear",)
     takes = "linear layers (torch's, bitsandbytes', Conv1D)"
     families = TARGETS
+    scheduled = True
     config: AdaLoraConfig
 
     def __init__(self, config: PeftConfig, name: str) -> None:
@@ -194,10 +195,14 @@ class AdaLora(Lora):
             return {}
         return {path: self.kept[path] | (t["lora_E"].detach() != 0).flatten().cpu() for path, t in self.held(host)}
 
-    def tensors(self, host: Site) -> dict[str, Tensor]:
-        found, rows = super().tensors(host), self.rows(host)
+    def note(self, rows: dict[str, Tensor]) -> None:
+        """Say in the configuration which triplets there are, if they are not all."""
         if rows:
             self.config.rank_pattern = {f"{path}.lora_E": left.tolist() for path, left in rows.items()}
+
+    def tensors(self, host: Site) -> dict[str, Tensor]:
+        found, rows = super().tensors(host), self.rows(host)
+        self.note(rows)
         for path, left in rows.items():
             for table in FACTORS:
                 key, own = f"{self.file_prefix}{path}.{table}", left.to(found[f"{self.file_prefix}{path}.{table}"].device)
@@ -251,6 +256,7 @@ class AdaLora(Lora):
         }
         kept = {path: tensors.get(f"adalora.{path}.kept") for path, _ in self.held(host)}
         self.kept = {path: left.cpu() for path, left in kept.items() if left is not None}
+        self.note(self.kept)
 
     # -- training --------------------------------------------------------------------------------------------------------
     @property
@@ -332,7 +338,7 @@ class AdaLora(Lora):
         over = len(every) - self.budget(len(every), len(scores), step)
         worst = torch.kthvalue(every, over)[0] if over > 0 else every.new_tensor(-1.0)
         self.kept = {path: score > worst for path, score in scores.items()}
-        self.config.rank_pattern = {f"{path}.lora_E": left.tolist() for path, left in self.kept.items()}
+        self.note(self.kept)
         self.mask(host)
 
     def mask(self, host: Site) -> None:

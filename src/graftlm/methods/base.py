@@ -327,7 +327,9 @@ class Method:
         """Fill the attached adapter from `training_tensors`."""
         raise AdapterError(f"{type(self).__name__} has no training state of its own.")
 
-    # -- training --------------------------------------------------------------------------------------------------------
+    #: whether something happens `after_step`
+    scheduled: ClassVar[bool] = False
+
     @property
     def penalised(self) -> bool:
         """Whether training adds a `penalty` to the loss."""

@@ -17,7 +17,7 @@ def cayley(skew: Tensor) -> Tensor:
 
 
 def neumann(skew: Tensor, terms: int) -> Tensor:
-    """``(I + Q) (I - Q)^-1`` where HF PEFT ends its series: ``I + 2Q + 2Q^2 + … + Q^n``, n = terms - 1, but 3 for 3 terms."""
+    """``(I + Q) (I - Q)^-1`` where HF PEFT ends its series: ``I + 2Q + 2Q^2 + … + Q^n``, n = terms - 1 (3 for 3 terms)."""
     skew = skew.to(torch.promote_types(skew.dtype, torch.float32))
     made = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device).expand_as(skew)
     if terms > 1:
