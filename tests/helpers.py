@@ -102,6 +102,19 @@ CONFIGS: dict[str, Any] = {
         task_type=task(n), n_frequency=60, scaling=50.0, target_modules="all-linear"
     ),
     "ln_tuning": lambda lib, n: lib.LNTuningConfig(task_type=task(n), **(LN.get(n, {}) if lib is not graftlm else {})),
+    "miss": lambda lib, n: lib.MissConfig(task_type=task(n), r=6, target_modules="all-linear"),
+    "miss_mini": lambda lib, n: lib.MissConfig(
+        task_type=task(n), r=5, mini_r=4, init_weights="mini", target_modules="all-linear"
+    ),
+    "bat": lambda lib, n: lib.MissConfig(task_type=task(n), r=8, init_weights="bat", target_modules="all-linear"),
+    "oft": lambda lib, n: lib.OFTConfig(task_type=task(n), oft_block_size=8, target_modules="all-linear"),
+    "oft_exact": lambda lib, n: lib.OFTConfig(
+        task_type=task(n), r=4, oft_block_size=0, use_cayley_neumann=False, target_modules="all-linear"
+    ),
+    "boft": lambda lib, n: lib.BOFTConfig(task_type=task(n), boft_block_size=8, target_modules="all-linear"),
+    "adalora": lambda lib, n: lib.AdaLoraConfig(
+        task_type=task(n), init_r=6, target_r=3, lora_alpha=8, total_step=12, tinit=2, tfinal=3, target_modules="all-linear"
+    ),
     "prompt": lambda lib, n: lib.PromptTuningConfig(task_type=task(n), num_virtual_tokens=3),
     "multitask": lambda lib, n: lib.MultitaskPromptTuningConfig(
         task_type=task(n), num_virtual_tokens=3, num_tasks=3, num_ranks=2

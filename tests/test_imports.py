@@ -39,7 +39,7 @@ APART = [("training", "inference"), ("inference", "training")]
 # What a method's file may take from another: shared modules, not other methods, but those that it is a variant of.
 SHARED = {
     "base", "soft_prompt", "layered", "lora_change", "lora_conv", "lora_init", "lora_experts", "lora_combine", "targets",
-    "lora_replicated", "lora_tied", "tokens", "prompt_tuning", "projected",
+    "lora_replicated", "lora_tied", "tokens", "prompt_tuning", "projected", "biased", "orthogonal",
 }  # fmt: skip
 METHOD_IMPORTS = {
     "layered": {"targets"},
@@ -49,6 +49,11 @@ METHOD_IMPORTS = {
     "lora_change": {"lora_init"},
     "lora_experts": {"lora_change"},
     "lora_combine": {"lora_change"},
+    "biased": {"layered", "lora"},
+    "adalora": {"lora"},
+    "boft": {"biased", "orthogonal"},
+    "miss": {"biased"},
+    "oft": {"biased", "orthogonal"},
     "bottleneck": {"targets"},
     "fourierft": {"layered", "targets"},
     "ia3": {"layered"},
@@ -239,6 +244,7 @@ def test_public_names() -> None:
 
 
 PUBLIC = [
+    "AdaLoraConfig",
     "AdaptionPromptConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
@@ -247,6 +253,7 @@ PUBLIC = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "BOFTConfig",
     "BottleneckConfig",
     "BottleneckPlacement",
     "FourierFTConfig",
@@ -260,9 +267,11 @@ PUBLIC = [
     "LoraConfig",
     "LoraModel",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "MissConfig",
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
     "NoMatchingPeftModuleError",
+    "OFTConfig",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
@@ -288,6 +297,7 @@ PUBLIC = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "RandLoraConfig",
+    "RankSchedule",
     "TaskType",
     "TrainableTokensConfig",
     "Trainer",

@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     from .injecting import inject_adapter_in_model
     from .methods import (
         AdaptionPromptConfig,
+        AdaLoraConfig,
+        BOFTConfig,
         BottleneckConfig,
         BottleneckPlacement,
         FourierFTConfig,
@@ -70,6 +72,8 @@ if TYPE_CHECKING:
         LoraConfig,
         MultitaskPromptTuningConfig,
         MultitaskPromptTuningInit,
+        MissConfig,
+        OFTConfig,
         PeftConfig,
         PeftType,
         PrefixTuningConfig,
@@ -94,6 +98,7 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
+    "AdaLoraConfig": ".methods",
     "AdaptionPromptConfig": ".methods",
     "AutoPeftModel": ".compat.tasks",
     "AutoPeftModelForCausalLM": ".compat.tasks",
@@ -102,6 +107,7 @@ _HOME = {
     "AutoPeftModelForSeq2SeqLM": ".compat.tasks",
     "AutoPeftModelForSequenceClassification": ".compat.tasks",
     "AutoPeftModelForTokenClassification": ".compat.tasks",
+    "BOFTConfig": ".methods",
     "BottleneckConfig": ".methods",
     "BottleneckPlacement": ".methods",
     "FourierFTConfig": ".methods",
@@ -115,9 +121,11 @@ _HOME = {
     "LoraConfig": ".methods",
     "LoraModel": ".compat.tuners",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING": ".compat.mappings",
+    "MissConfig": ".methods",
     "MultitaskPromptTuningConfig": ".methods",
     "MultitaskPromptTuningInit": ".methods",
     "NoMatchingPeftModuleError": ".utils",
+    "OFTConfig": ".methods",
     "PEFT_TYPE_TO_CONFIG_MAPPING": ".compat.mappings",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": ".compat.mappings",
     "PEFT_TYPE_TO_TUNER_MAPPING": ".compat.mappings",
@@ -143,6 +151,7 @@ _HOME = {
     "PromptTuningConfig": ".methods",
     "PromptTuningInit": ".methods",
     "RandLoraConfig": ".methods",
+    "RankSchedule": ".training",
     "TaskType": ".methods",
     "TrainableTokensConfig": ".methods",
     "Trainer": ".training",
@@ -164,9 +173,12 @@ _HOME = {
     "set_peft_model_state_dict": ".checkpoint",
     "shift_tokens_right": ".compat.helpers",
     "train_together": ".training",
+    from .training import RankSchedule, Trainer, train_together
+_HOME = {
 }
 
 __all__ = [
+    "AdaLoraConfig",
     "AdaptionPromptConfig",
     "AutoPeftModel",
     "AutoPeftModelForCausalLM",
@@ -175,6 +187,7 @@ __all__ = [
     "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
+    "BOFTConfig",
     "BottleneckConfig",
     "BottleneckPlacement",
     "FourierFTConfig",
@@ -188,9 +201,11 @@ __all__ = [
     "LoraConfig",
     "LoraModel",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+    "MissConfig",
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
     "NoMatchingPeftModuleError",
+    "OFTConfig",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
     "PEFT_TYPE_TO_TUNER_MAPPING",
@@ -216,6 +231,7 @@ __all__ = [
     "PromptTuningConfig",
     "PromptTuningInit",
     "RandLoraConfig",
+    "RankSchedule",
     "TaskType",
     "TrainableTokensConfig",
     "Trainer",

@@ -14,7 +14,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .architectures import base_modules
 from .architectures.fast import slow_down, speed_up
@@ -256,6 +256,37 @@ class AdapterSet(Attached):
         foreign = self.foreign
         found = super().named_parameters(prefix, recurse, remove_duplicate)
         return ((name, p) for name, p in found if id(p) not in foreign)
+
+    @property
+    def penalised(self) -> bool:
+        """Whether training adds something to the active adapters' loss."""
+        return any(self.methods[name].penalised for name in self.switch.active)
+
+    def penalty(self, names: Iterable[str]) -> Tensor | None:
+        """What adapters that are trained add to the loss of a training pass; None for nothing."""
+        found = None
+        for name in names:
+            method = self.methods[name]
+            if method.penalised and any(p.requires_grad for _, p in method.named_parameters(self)):
+                own = method.penalty(self)
+                found = own if found is None else found + own
+        return found
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """AdaLoRA's ranks of the active adapters, after a step of the optimizer (counted from 0) and before its gradients
+        are set to zero. `graftlm.Trainer` calls it by itself, `RankSchedule` in other Trainers.
+
+        Raises:
+            AdapterError: no active adapter has such a schedule.
+        """
+        active = [self.methods[name] for name in self.switch.active]
+        own = [method for method in active if method.scheduled]
+        if not own:
+            raise AdapterError(
+                f"update_and_allocate: none of {', '.join(self.switch.active)} is AdaLoRA. Leave the call out."
+            )
+        for method in own:
+            method.after_step(self, global_step)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Trainable and all parameters, in elements (packed 4-bit weights count twice their bytes)."""

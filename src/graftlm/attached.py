@@ -34,6 +34,12 @@ class AdapterHost(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
+    def update_and_allocate(self, global_step: int) -> None:
+        """`PeftModel.update_and_allocate`, where HF PEFT has it."""
+        for owner in _SETS.get(self.model, ()):
+            if owner.base_model is self:
+                owner.update_and_allocate(global_step)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

@@ -305,7 +305,7 @@ def add_weighted_adapter(
     if len(adapters) != len(weights) or not adapters:
         raise AdapterError(f"{len(adapters)} adapters and {len(weights)} weights: expected one weight an adapter.")
     for name, config in zip(adapters, configs, strict=True):
-        if not isinstance(config, LoraConfig):
+        if type(config) is not LoraConfig:
             raise AdapterError(f"Adapter {name!r} is {config.peft_type.value}; only LoRA adapters can be combined.")  # type: ignore[union-attr]
         if any(saved_modules(host.base, host.switch, name)) or config.bias != "none":
             raise AdapterError(f"Adapter {name!r} trains whole modules or biases, which cannot be combined.")

@@ -25,6 +25,7 @@ from .methods import PeftConfig
 from .mixing import plan_of, try_out, with_tasks
 from .passes.hooks import Hooks
 from .passes.inputs import batch_size, rows_of
+from .passes.output import add_to_loss
 from .passes.run import run
 from .quantization import settle
 from .routing import running
@@ -159,7 +160,10 @@ class PeftModel(AdapterSet, PreTrainedModel):
         plan = plan_of(self, names, None if names is None else rows, (args, kwargs))
         if self.has_tasks:
             plan = with_tasks(self, plan, tasks, rows)  # type: ignore[arg-type]
-        return run(self, plan, kwargs, *args, smoothing=smoothing)[1]
+        output = run(self, plan, kwargs, *args, smoothing=smoothing)[1]
+        if self.training and getattr(output, "loss", None) is not None:
+            add_to_loss(output, self.penalty(plan.adapters))
+        return output
 
     def can_pack(self) -> bool:
         """Whether training rows may hold several sequences (`position_ids` that start again) under the active adapters.

@@ -32,6 +32,8 @@ def load_state(host: AdapterSet, state: dict[str, Tensor], plain: Callable, stri
     `model.safetensors`) is checked like a file and read into the adapters; the base is left as it is.
     """
     parameters = {k: p for name in host.methods for k, p in host.adapter_parameters(name)}
+    schedules = {k: v for k, v in state.items() if "/" in k}  # of several adapters' checkpoint
+    state = {k: v for k, v in state.items() if k not in schedules} if schedules else state
     if any(k.startswith("base_model.") and k not in parameters for k in state) and set(parameters) <= set(state):
         unmerge(host)
         return plain(state, strict, assign_)
@@ -45,6 +47,9 @@ def load_state(host: AdapterSet, state: dict[str, Tensor], plain: Callable, stri
         with torch.no_grad():
             for key, value in state.items():
                 parameters[key].copy_(value)
+        for name, method in host.methods.items():
+            if own_state := {k.removeprefix(f"{name}/"): v for k, v in schedules.items() if k.startswith(f"{name}/")}:
+                method.load_training(host, own_state)
         return nothing_missing()
     name = host.active_adapter
     method = host.methods[name]

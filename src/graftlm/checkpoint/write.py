@@ -185,6 +185,9 @@ def write_trainer_file(host: AdapterSet, folder: Path) -> None:
     target.unlink(missing_ok=True)
     if len(host.methods) > 1:
         named: dict[str, Tensor] = {k: p for name in host.methods for k, p in host.adapter_parameters(name)}
+        for name, method in host.methods.items():
+            if method.scheduled:
+                named |= {f"{name}/{k}": v for k, v in method.training_tensors(host).items()}
         write_tensors(target, named, {"format": FORMAT})
         return
     name = next(iter(host.methods))

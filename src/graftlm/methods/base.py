@@ -368,6 +368,24 @@ class Method:
         """Keys under which HF PEFT's files hold a tensor a second time, and its key here."""
         return {}
 
+    #: whether something happens `after_step`
+    scheduled: ClassVar[bool] = False
+
+    @property
+    def penalised(self) -> bool:
+        """Whether training adds a `penalty` to the loss."""
+        return False
+
+    def penalty(self, host: Site) -> Tensor:
+        """What is added to the loss of a training pass: a scalar with a gradient."""
+        raise NotImplementedError
+
+    def before_steps(self, host: Site, steps: int) -> None:
+        """Called before a training of so many steps in all."""
+
+    def after_step(self, host: Site, step: int) -> None:
+        """Called after each step of the optimizer, from 0, with the gradients still in place."""
+
     def expected_shapes(self, host: Site) -> dict[str, torch.Size]:
         """File keys and shapes that `load` needs."""
         return {k: v.shape for k, v in self.tensors(host).items()}

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -196,7 +196,8 @@ class Lora(LayerMethod):
     """One LoRA adapter in a host."""
 
     title = "LoRA"
-    kinds = ("linear", "embedding", "conv", "attention")
+    own_biases: ClassVar[str] = "lora_only"
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding", "conv", "attention")
     takes = "linear layers (torch's, bitsandbytes', Conv1D), embeddings, convolutions and torch's MultiheadAttention"
 
     @property
@@ -332,7 +333,7 @@ class Lora(LayerMethod):
         config: LoraConfig = self.config  # type: ignore[assignment]
         own = {id(layer.frozen.layer) for _, layer in self.layers(host)}
         for path, module in base_modules(host.base):
-            if config.bias == "lora_only" and id(module) not in own:
+            if config.bias != "all" and id(module) not in own:
                 continue
             attention = isinstance(module, nn.MultiheadAttention)  # it has biases, and adds them within
             if isinstance(module, Adapted) or (module._parameters.get("bias") is None and not attention):
@@ -342,7 +343,7 @@ class Lora(LayerMethod):
             if attention or not isinstance(module, (nn.Linear, Conv1D, nn.LayerNorm, *KINDS["conv"])):
                 raise UnsupportedError(
                     f"bias={config.bias!r} would train the bias of {path!r}, a {type(module).__name__}, which may not "
-                    "simply be added to its output. Use bias='lora_only' or 'none'."
+                    f"simply be added to its output. Use bias={self.own_biases!r} or 'none'."
                 )
             yield clean_path(path), module
 

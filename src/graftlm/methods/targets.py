@@ -183,8 +183,9 @@ def unused_patterns(config: Any, found: list[str], leaves: list[str]) -> list[st
     return [
         f"{title}: {key!r}{nearest(key, leaves, cutoff=0.4) if key not in leaves else ''}"
         for title in ("rank_pattern", "alpha_pattern")
-        for key in getattr(config, title, None) or {}
-        if not any(pattern_value({key: True}, name, False) for name in found)
+        for key, value in (getattr(config, title, None) or {}).items()
+        if not isinstance(value, list)  # AdaLoRA's: which ranks are left
+        and not any(pattern_value({key: True}, name, False) for name in found)
     ]
 
 

@@ -61,6 +61,11 @@ DEFAULTS: dict[PeftType, MethodDefaults] = {
     PeftType.IA3: MethodDefaults(learning_rate=1e-2, power=0.8),
     PeftType.ADAPTION_PROMPT: MethodDefaults(learning_rate=1e-2, power=0.8),  # a guess
     PeftType.TRAINABLE_TOKENS: MethodDefaults(learning_rate=1e-3, power=0.8),  # a guess
+    # guesses, of the following four
+    PeftType.MISS: MethodDefaults(learning_rate=3e-4, power=0.8, options={"target_modules": "all-linear"}),
+    PeftType.OFT: MethodDefaults(learning_rate=1e-3, power=0.8, options={"target_modules": "all-linear"}),
+    PeftType.BOFT: MethodDefaults(learning_rate=5e-3, power=0.8, options={"target_modules": "all-linear"}),
+    PeftType.ADALORA: MethodDefaults(learning_rate=3e-3, power=0.8, options={"target_modules": "all-linear"}),
     PeftType.LOHA: MethodDefaults(learning_rate=2e-3, power=0.8, options={"target_modules": "all-linear"}),
 }
 OTHER = MethodDefaults(learning_rate=1e-3, power=0.8)
