@@ -58,8 +58,8 @@ if TYPE_CHECKING:
     from .converting import convert_to_lora, save_as_lora
     from .injecting import inject_adapter_in_model
     from .methods import (
-        AdaptionPromptConfig,
         AdaLoraConfig,
+        AdaptionPromptConfig,
         BOFTConfig,
         BottleneckConfig,
         BottleneckPlacement,
@@ -70,9 +70,9 @@ if TYPE_CHECKING:
         LoHaConfig,
         LoKrConfig,
         LoraConfig,
+        MissConfig,
         MultitaskPromptTuningConfig,
         MultitaskPromptTuningInit,
-        MissConfig,
         OFTConfig,
         PeftConfig,
         PeftType,
@@ -90,7 +90,7 @@ if TYPE_CHECKING:
     )
     from .model import PeftModel, get_peft_model
     from .preparation import prepare_model_for_kbit_training
-    from .training import Trainer, train_together
+    from .training import RankSchedule, Trainer, train_together
     from .utils import (
         NoMatchingPeftModuleError,
         PeftError,
@@ -173,8 +173,6 @@ _HOME = {
     "set_peft_model_state_dict": ".checkpoint",
     "shift_tokens_right": ".compat.helpers",
     "train_together": ".training",
-    from .training import RankSchedule, Trainer, train_together
-_HOME = {
 }
 
 __all__ = [
