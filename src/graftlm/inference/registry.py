@@ -108,10 +108,12 @@ class Registry:
         with self.lock:
             if name in self.names and self.names[name].path is None:
                 raise AdapterError(f"{name!r} was attached to the model itself and cannot be replaced; choose another name.")
-            version = self._version(name, path, pinned)
+            version, before = self._version(name, path, pinned), self.coming.get(name)
             version.loaded.append(done)
             self.coming[name] = version
             self._read(version)
+        for future in before.loaded if before is not None else ():
+            future.set_exception(AdapterError(f"{name!r} was loaded from {path} before {before.path} was there."))  # type: ignore[union-attr]
         return done
 
     def unload(self, name: str) -> None:
@@ -151,6 +153,7 @@ class Registry:
         return self.names[name]
 
     def close(self) -> None:
+        """Read no more."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         with self.lock:
             left = list(self.coming.values())

@@ -32,7 +32,7 @@ class Sequence:
         prompt: how many tokens are the prompt's.
         number: its place in the order of arrival.
         done: tokens whose keys and values are in the cache.
-        cached: of the prompt's tokens those that were there before anything was computed.
+        cached: of the prompt's tokens those that were there before anything was computed; -1 until it joins.
         extent: its places in the cache; None while it waits.
         filling: there is more than its next token to be computed.
     """
@@ -44,7 +44,7 @@ class Sequence:
     prompt: int = field(init=False)
     number: int = field(init=False, default=-1)
     done: int = field(init=False, default=0)
-    cached: int = field(init=False, default=0)
+    cached: int = field(init=False, default=-1)
     extent: Extent | None = field(init=False, default=None)
     filling: bool = field(init=False, default=False)
 
@@ -265,7 +265,8 @@ class Scheduler:
             return False
         sequence.extent = extent
         sequence.done = min(self.known(sequence), len(sequence.tokens) - 1)
-        sequence.cached = max(sequence.cached, min(sequence.done, sequence.prompt))
+        if sequence.cached < 0:
+            sequence.cached = sequence.done
         self.rows.append(sequence)
         step.joined.append(sequence)
         return True
