@@ -77,7 +77,7 @@ def alone(model: Any, request: Request, index: int = 0) -> list[int]:
     p = request.params
     options: dict[str, Any] = {
         "max_new_tokens": p.max_new_tokens, "do_sample": p.temperature > 0, "repetition_penalty": p.repetition_penalty,
-        "pad_token_id": 0, "eos_token_id": -1 if p.ignore_end else [2, 0],
+        "pad_token_id": 0, "eos_token_id": VOCAB + 1 if p.ignore_end else [2, 0],
     }  # fmt: skip
     if p.temperature > 0:
         options |= {"temperature": p.temperature, "top_p": p.top_p, "top_k": p.top_k, "min_p": p.min_p or None}

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..architectures import is_encoder_decoder, model_dims
 from ..architectures.fast import alibi_slopes, attention_configs, packed_attention
-from ..errors import UnsupportedError
+from ..errors import AdapterError, UnsupportedError
 from ..kernels import HeadForm
 from ..routing import Attention, Group, Plan, Routes, Scope, running
 from .facts import decoder_config
@@ -89,7 +89,7 @@ class Served:
 
         Raises:
             UnsupportedError: on this base steps do not give what passes give.
-            AdapterError: an unknown name.
+            AdapterError: an unknown name, or values that are no finite numbers.
         """
         self.host._known(*group)
         self.forget(*group)
@@ -302,6 +302,9 @@ class Steps(Trial):
         advice = "Serve it through generate, in batches."
         with self.quiet(), torch.no_grad(), self.disturbed(self.groups):
             wanted, form = self.alone()
+            if not bool(torch.isfinite(wanted).all()):
+                names = "+".join(self.groups[0]) or "no adapter"
+                raise AdapterError(f"Under {names} the logits of {name} are no finite numbers. Train it anew, or load it again.")
             if form is None:
                 raise UnsupportedError(f"{name} makes its logits in an unknown way. {advice}")
             before, self.served.form = self.served.form, form
