@@ -163,6 +163,7 @@ def test_nothing_of_a_plan_is_made_anew_while_the_rows_stay() -> None:
         return served.step(rows, cache.over([(i, 1) for i in range(len(rows))]))
 
     before = step()
+
     def factors() -> set[int]:
         return {id(layer["a"]) for routes in served._sets.values() for layer in routes._kept.values() if layer}
 

@@ -59,7 +59,9 @@ def test_rows_equal_the_reference(kind: str, seed: int) -> None:
         if steps < 120 and rng.random() < 0.4:
             group = rng.randrange(3)
             sequence = Sequence(tokens=[1] * rng.randint(1, 60), group=group, front=fronts[group].length)
-            kv[sequence] = [[torch.randn(served.groups, 160, SIZE, generator=generator) for _ in "kv"] for _ in range(LAYERS)]
+            kv[sequence] = [
+                [torch.randn(served.groups, 160, SIZE, generator=generator) for _ in "kv"] for _ in range(LAYERS)
+            ]
             scheduler.add(sequence)
         step = scheduler.schedule()
         steps += 1
@@ -80,9 +82,7 @@ def test_rows_equal_the_reference(kind: str, seed: int) -> None:
         spans = [Span(p.sequence.extent, p.sequence.front + p.sequence.done, p.count) for p in step.pieces]
         fast, slow = cache.over(spans), plain.over([(p.sequence, p.count) for p in step.pieces])
         for layer in range(LAYERS):
-            parts = [
-                [t[:, p.sequence.done : p.sequence.done + p.count] for t in kv[p.sequence][layer]] for p in step.pieces
-            ]
+            parts = [[t[:, p.sequence.done : p.sequence.done + p.count] for t in kv[p.sequence][layer]] for p in step.pieces]
             k, v = (torch.cat(side, dim=1) for side in zip(*parts, strict=True))
             q = torch.randn(HEADS, k.shape[1], SIZE, generator=generator)
             close(fast.attend(q, k, v, layer, 0.3), slow.attend(q, k, v, layer, 0.3))

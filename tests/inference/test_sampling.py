@@ -79,7 +79,9 @@ def test_scores_and_draws_are_those_of_transformers(seed: int) -> None:
             scores = oracle(row["p"], row["prompt"], row["written"], own)
             torch.testing.assert_close(row["chooser"].scores(own), scores)
             drawn = row["p"].temperature > 0
-            wanted.append(int(torch.multinomial(scores.softmax(-1), 1, generator=row["alone"]) if drawn else scores.argmax()))
+            wanted.append(
+                int(torch.multinomial(scores.softmax(-1), 1, generator=row["alone"]) if drawn else scores.argmax())
+            )
         got = choose([row["chooser"] for row in rows], logits)
         assert got == wanted and torch.equal(logits, before)
         for row, token in zip(rows, got, strict=True):

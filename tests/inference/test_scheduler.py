@@ -99,7 +99,9 @@ def test_nothing_is_lost_or_stuck(seed: int, capacity: int) -> None:
     """Random arrivals, cancels and deadlines under every pressure on the cache."""
     rng = random.Random(seed)
     space = Space(capacity)
-    scheduler = Scheduler(space, max_rows=rng.choice([1, 4, 16]), step_tokens=rng.choice([8, 64]), quantum=rng.choice([32, 256]))
+    scheduler = Scheduler(
+        space, max_rows=rng.choice([1, 4, 16]), step_tokens=rng.choice([8, 64]), quantum=rng.choice([32, 256])
+    )
     world, cancelled, everyone = World(scheduler), [], []
     for now in range(700):
         for _ in range(rng.choice([0, 0, 1, 2]) if now < 400 else 0):

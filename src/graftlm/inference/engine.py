@@ -67,7 +67,15 @@ class EngineConfig:
     prepack: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_rows", "cache_tokens", "step_tokens", "max_waiting", "max_waiting_tokens", "max_n", "max_adapters"):
+        for name in (
+            "max_rows",
+            "cache_tokens",
+            "step_tokens",
+            "max_waiting",
+            "max_waiting_tokens",
+            "max_n",
+            "max_adapters",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected 1 or above.")
         if self.cache_tokens < 16:
@@ -105,7 +113,11 @@ class Engine:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any = None, config: EngineConfig | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        config: EngineConfig | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -233,7 +245,9 @@ class Engine:
             raise RequestError(f"n={request.n}: expected 1 to {self.config.max_n}.")
         if not request.prompt:
             raise RequestError("An empty prompt: expected one token at least.")
-        wrong = [t for t in (*request.prompt, *p.logit_bias, *p.stop_ids) if not isinstance(t, int) or not 0 <= t < vocabulary]
+        wrong = [
+            t for t in (*request.prompt, *p.logit_bias, *p.stop_ids) if not isinstance(t, int) or not 0 <= t < vocabulary
+        ]
         if wrong:
             raise RequestError(f"Token ids {wrong[:5]}: expected 0 to {vocabulary - 1}.")
         length = len(request.prompt) + p.max_new_tokens
@@ -355,4 +369,3 @@ class Engine:
             self._changed.notify_all()
         for job in jobs:
             job.handle.fail(error)
-

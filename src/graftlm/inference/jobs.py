@@ -97,9 +97,12 @@ class Writing:
             finish = "stop"
         else:
             text = self.text.add(token, self.count >= p.min_new_tokens) if self.text is not None else ""
-            if self.text is not None and self.text.stopped is not None:
-                finish = "stop"
-            elif self.chooser.constraint is not None and self.chooser.constraint.complete:
+            if (
+                self.text is not None
+                and self.text.stopped is not None
+                or self.chooser.constraint is not None
+                and self.chooser.constraint.complete
+            ):
                 finish = "stop"
             elif self.count == p.max_new_tokens:
                 finish = "length"

@@ -74,7 +74,11 @@ class Registry:
     """
 
     def __init__(
-        self, model: Any, most: int, woken: Callable[[], None] = lambda: None, gone: Callable[[Version], None] = lambda v: None
+        self,
+        model: Any,
+        most: int,
+        woken: Callable[[], None] = lambda: None,
+        gone: Callable[[Version], None] = lambda v: None,
     ) -> None:
         self.model = model
         self.most = most

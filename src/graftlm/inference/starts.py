@@ -105,7 +105,9 @@ class Starts:
     def _split(self, node: Node, count: int) -> Node:
         """Part a node in two; the first of them."""
         assert node.parent is not None
-        first = Node(node.tokens[:count], [(k[:, :count].clone(), v[:, :count].clone()) for k, v in node.memory], node.parent)
+        first = Node(
+            node.tokens[:count], [(k[:, :count].clone(), v[:, :count].clone()) for k, v in node.memory], node.parent
+        )
         first.used = node.used
         node.parent.children[first.tokens[0]] = first
         node.tokens, node.parent = node.tokens[count:], first

@@ -304,7 +304,9 @@ class Steps(Trial):
             wanted, form = self.alone()
             if not bool(torch.isfinite(wanted).all()):
                 names = "+".join(self.groups[0]) or "no adapter"
-                raise AdapterError(f"Under {names} the logits of {name} are no finite numbers. Train it anew, or load it again.")
+                raise AdapterError(
+                    f"Under {names} the logits of {name} are no finite numbers. Train it anew, or load it again."
+                )
             if form is None:
                 raise UnsupportedError(f"{name} makes its logits in an unknown way. {advice}")
             before, self.served.form = self.served.form, form
