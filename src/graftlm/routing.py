@@ -88,7 +88,8 @@ class Routes:
         return self._found[key]
 
     def over(self, of: Tensor, packed: bool = True) -> Routes:
-        """The same for the tokens of a packed row (or for other rows), given the group of each. What layers keep is shared."""
+        """The same for the tokens of a packed row (or for other rows), given the group of each. What layers keep of it is
+        shared."""
         made = Routes(self.groups, of, packed, self.switches, self.draws)
         made._kept = self._kept
         return made

@@ -107,7 +107,8 @@ def test_log_probabilities() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"top_k": -1}, "top_k=-1: expected 0"), ({"min_p": 1.5}, "min_p=1.5"), ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_k": -1}, "top_k=-1: expected 0"), ({"min_p": 1.5}, "min_p=1.5"),
+        ({"temperature": float("nan")}, "temperature=nan"),
         ({"logit_bias": {3: float("inf")}}, "logit_bias"), ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens=9"),
         ({"logprobs": 101}, "logprobs=101"), ({"response_format": {"type": "xml"}}, "expected one of"),
         ({"response_format": {"type": "regex"}}, "expected one of"), ({"response_format": "json"}, "expected one of"),

@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import pytest
+import torch
 from engine_helpers import alone, crowd, engine_of, run, some_params, some_prompt
 from families import CAUSAL, VOCAB, build
 
@@ -126,8 +127,6 @@ def test_texts_stops_and_log_probabilities() -> None:
     run(engine)
     whole = handle.result().completions[0]
     assert whole.finish == "length" and len(whole.text) == len([t for t in whole.tokens if t > 2])
-    import torch
-
     ids = torch.tensor([[5, 6, 7, *whole.tokens]])
     with torch.no_grad():
         wanted = model(input_ids=ids, attention_mask=torch.ones_like(ids), adapter_names=["lora"]).logits[0].log_softmax(-1)

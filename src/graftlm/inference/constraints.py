@@ -67,10 +67,10 @@ class Constraints:
         """
         try:
             from llguidance import LLMatcher
-        except ImportError as error:
-            raise UnsupportedError("response_format needs llguidance: pip install 'graftlm[serve]'.") from error
+        except ImportError as reason:
+            raise UnsupportedError("response_format needs llguidance: pip install 'graftlm[serve]'.") from reason
         tokens = self._tokens(ends)
-        kind = form["type"]
+        kind, error = form["type"], ""
         try:
             if kind == "regex":
                 grammar = LLMatcher.grammar_from_regex(form["pattern"])

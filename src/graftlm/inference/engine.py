@@ -3,8 +3,8 @@
     threads of callers    submit ─→ inbox        handle ←─ events
     the engine's thread   inbox → adapters made ready → scheduler → one step of the model → tokens chosen → events
 
-One thread owns the model, the cache and the scheduler; all else talks to it through the inbox. What goes wrong with one request
-(its adapter, its numbers, its form) ends that request; if the thread itself dies, every request gets an error.
+One thread owns the model, the cache and the scheduler; all else talks to it through the inbox. What goes wrong with one
+request (its adapter, its numbers, its form) ends that request; if the thread itself dies, every request gets an error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from ..architectures.prepacked import prepacked_if_free
 from ..errors import ConfigError, GraftError, QueueFullError, RequestError, ServingError, UnsupportedError
 from ..passes.facts import decoder_config
 from ..passes.served import Served
-from .constraints import Constraints
 from .handle import Handle
 from .jobs import Job
 from .registry import Registry, Version
@@ -130,9 +129,8 @@ class Engine:
         self.limit = self._limit(space)
         self.starts = Starts(space.capacity // 2 if kept is None else kept)
         self.registry = Registry(model, self.config.max_adapters, self.wake, self._gone)
-        self.constraints = Constraints(tokenizer)
         self.scheduler = Scheduler(space, self.config.max_rows, self.config.step_tokens)
-        self.stepping = Stepping(self)
+        self.stepping = Stepping(self, self.served, self.scheduler, self.starts, self.registry, tokenizer, self.limit)
         self._inbox: deque[Callable[[], None]] = deque()
         self._pending: list[Job] = []  # their adapters are not ready
         self._jobs: set[Job] = set()
@@ -253,8 +251,8 @@ class Engine:
         length = len(request.prompt) + p.max_new_tokens
         if length > self.limit:
             raise RequestError(
-                f"A prompt of {len(request.prompt)} tokens and max_new_tokens={p.max_new_tokens} are {length} together; this "
-                f"server has room for {self.limit} a request. Shorten the prompt, or ask for fewer tokens."
+                f"A prompt of {len(request.prompt)} tokens and max_new_tokens={p.max_new_tokens} are {length} together; "
+                f"this server has room for {self.limit} a request. Shorten the prompt, or ask for fewer tokens."
             )
         if self.tokenizer is None and (p.stop or p.formatted):
             raise UnsupportedError("Stop texts and response_format need the engine to have a tokenizer.")
@@ -299,7 +297,7 @@ class Engine:
             self._admit(job)
         if not self.scheduler.busy:
             return False
-        self.stepping.step()
+        self.stepping.step(self.clock())
         return True
 
     def _admit(self, job: Job) -> None:

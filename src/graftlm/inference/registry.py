@@ -3,9 +3,9 @@
     name      what requests ask for; a version is what it stood for when they came
     cold  →  reading (a thread)  →  read  →  live (attached, by the engine's thread, between steps)  →  gone
 
-A request holds the versions that it goes through. A name that is loaded anew stands for another version from the moment that
-one is live; requests on the old one finish on it, and then it goes. Of versions that nobody uses as many stay attached as there
-is room for, the ones used last; the others are attached again from their directory.
+A request holds the versions that it goes through. A name that is loaded anew stands for another version from the moment
+that one is live; requests on the old one finish on it, and then it goes. Of versions that nobody uses as many stay attached as
+there is room for, the ones used last; the others are attached again from their directory.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ class Registry:
             version.loaded.append(done)
             self.coming[name] = version
             self._read(version)
-        for future in before.loaded if before is not None else ():
-            future.set_exception(AdapterError(f"{name!r} was loaded from {path} before {before.path} was there."))  # type: ignore[union-attr]
+        for future in () if before is None else before.loaded:
+            future.set_exception(AdapterError(f"{name!r} was loaded again, from {path}, before it was there."))
         return done
 
     def unload(self, name: str) -> None:

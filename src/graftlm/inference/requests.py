@@ -29,8 +29,8 @@ class SamplingParams(Sampling):
         min_new_tokens: until then no end token is chosen, and no stop text heeded.
         logprobs: log probabilities of each token and of so many of the likeliest ones, of the model's own distribution;
             None: none.
-        response_format: {"type": "json_object"}, {"type": "json_schema", "schema": {…}}, {"type": "regex", "pattern": "…"} or
-            {"type": "grammar", "grammar": "…"} (Lark's form): what the completion must be. {"type": "text"}: anything.
+        response_format: what the completion must be: {"type": "json_object"}, {"type": "json_schema", "schema": {…}},
+            {"type": "regex", "pattern": "…"} or {"type": "grammar", "grammar": "…"} (Lark's form); {"type": "text"}: anything.
 
     Raises:
         ConfigError: a value out of its range.

@@ -3,8 +3,8 @@
     step     decoding rows, one token each  |  chunks of prompts, up to the budget
              a: y7   b: z4                  |  c: x64 … x127   d: x0 … x9
 
-A step takes the next token of every row that decodes, and fills the rest of its token budget with prompts: a long prompt comes
-in chunks and never holds decoding back by more than one of them. Whose prompts: deficit round robin (Shreedhar and
+A step takes the next token of every row that decodes, and fills the rest of its token budget with prompts: a long prompt
+comes in chunks and never holds decoding back by more than one of them. Whose prompts: deficit round robin (Shreedhar and
 Varghese, 1995) over the compositions of adapters, by tokens. Where the cache is full the request that arrived last gives its
 places up and is computed again later (preemption with recompute): the oldest one always goes on, so all come to an end.
 """

@@ -3,8 +3,8 @@
     places   |0       |16      |32              |64                              |
     extents   a (16)   free 16  b (32)           free 64
 
-A row that outgrows its extent gets the block that it is half of where the other half is free, else another extent of twice the
-size. An extent that is given back joins its buddy. No torch here: the cache carries out what is decided.
+A row that outgrows its extent gets the block that it is half of where the other half is free, else another extent of twice
+the size. An extent that is given back joins its buddy. No torch here: the cache carries out what is decided.
 """
 
 from __future__ import annotations

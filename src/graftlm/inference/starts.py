@@ -1,5 +1,5 @@
-"""Shared starts: keys and values of tokens that requests begin with (system prompts, examples, earlier turns), kept in a radix
-tree for each composition of adapters.
+"""Shared starts: keys and values of tokens that requests begin with (system prompts, examples, earlier turns), kept in a
+radix tree for each composition of adapters.
 
     digest of "style"      front (virtual tokens, prefix)
                              └─ you are a helpful assistant
@@ -7,7 +7,8 @@ tree for each composition of adapters.
                                   └─ , brief and exact
 
 A tree belongs to a content digest, never to a name: an adapter that is replaced under its name finds nothing of its
-predecessor. Its root holds the composition's front, which is computed once. Within the budget the least recently used ends go.
+predecessor. Its root holds the composition's front, which is computed once. Beyond the budget those go that were used
+least recently.
 """
 
 from __future__ import annotations

@@ -1,53 +1,77 @@
-"""The engine's work on the model: compositions made ready, steps of rows, tokens chosen. All of it in the engine's thread."""
+"""The engine's work on the model: compositions made ready, steps of rows, tokens chosen; all in the engine's thread."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..architectures import token_embeddings
 from ..errors import RequestError, ServingError
-from ..passes.served import Row
+from ..passes.served import Row, Served
 from .cache import KeyValueCache, Span
+from .constraints import Constraints
 from .detokenize import Detokenizer
 from .jobs import Composition, Job, Writing
-from .registry import Version
+from .registry import Registry, Version
 from .requests import TokenLogprob
 from .sampling import Chooser, choose, logprob
-from .scheduler import Piece, Step
+from .scheduler import Piece, Scheduler, Step
 from .scheduler import Sequence as Tokens
+from .starts import Starts
 from .text import end_tokens
-
-if TYPE_CHECKING:
-    from .engine import Engine
 
 log = logging.getLogger("graftlm.serving")
 
 
+class Owner(Protocol):
+    """Who is told of requests."""
+
+    def started(self, job: Job) -> None:
+        """It waits no more."""
+
+    def settle(self, job: Job) -> None:
+        """It is over."""
+
+    def drop(self, job: Job, error: Exception) -> None:
+        """It failed."""
+
+
 class Stepping:
     """Steps of an engine.
+
+    Args:
+        owner: the engine.
+        tokenizer: None for token ids only.
+        limit: tokens that a row may have at most.
 
     Attributes:
         vocabulary: ids that the model has rows for.
         writings: the completions on their way, by their tokens.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.served = engine.served
-        self.scheduler = engine.scheduler
-        self.starts = engine.starts
-        self.cache = KeyValueCache(engine.served, engine.scheduler.space.capacity)
+    def __init__(
+        self, owner: Owner, served: Served, scheduler: Scheduler, starts: Starts, registry: Registry, tokenizer: Any,
+        limit: int,
+    ) -> None:  # fmt: skip
+        self.owner = owner
+        self.served = served
+        self.scheduler = scheduler
+        self.starts = starts
+        self.registry = registry
+        self.tokenizer = tokenizer
+        self.limit = limit
+        self.constraints = Constraints(tokenizer)
+        self.cache = KeyValueCache(served, scheduler.space.capacity)
         self.compositions: dict[tuple[Version, ...], Composition] = {}
         self.writings: dict[Tokens, Writing] = {}
-        self.vocabulary = token_embeddings(engine.model.base).weight.shape[0]  # type: ignore[union-attr]
-        first, others = end_tokens(engine.tokenizer, engine.model)
+        self.vocabulary = token_embeddings(served.host.base).weight.shape[0]  # type: ignore[union-attr]
+        first, others = end_tokens(tokenizer, served.host)
         self.ends = [*first, *others]
-        self.scheduler.known = self._known
+        scheduler.known = self._known
 
     # -- compositions ----------------------------------------------------------------------------------------------------
     def composition(self, versions: tuple[Version, ...]) -> Composition:
@@ -82,37 +106,37 @@ class Stepping:
     # -- requests begin and end ------------------------------------------------------------------------------------------
     def begin(self, job: Job) -> None:
         """Let a request's first completion wait for its turn, the others for that one's prompt."""
-        request, engine = job.handle.request, self.engine
+        request = job.handle.request
         composition = self.composition(job.versions)
         length = composition.front.length + len(request.prompt) + request.params.max_new_tokens
-        if length > engine.limit:
+        if length > self.limit:
             raise RequestError(
-                f"A prompt of {len(request.prompt)} tokens, {composition.front.length} places of {request.adapter!r} in front of "
-                f"it and max_new_tokens={request.params.max_new_tokens} are {length} together; this server has room for "
-                f"{engine.limit} a request. Shorten the prompt, or ask for fewer tokens."
+                f"A prompt of {len(request.prompt)} tokens, {composition.front.length} places of {request.adapter!r} in front "
+                f"of it and max_new_tokens={request.params.max_new_tokens} are {length} together; this server has room for "
+                f"{self.limit} a request. Shorten the prompt, or ask for fewer tokens."
             )
         made = [self._writing(job, composition, index) for index in range(request.n)]
         job.composition = composition
-        engine.registry.take(job.versions)
+        self.registry.take(job.versions)
         job.writings, job.later = made, made[1:]
         for writing in made:
             self.writings[writing.tokens] = writing
         self.scheduler.add(made[0].tokens)
 
     def _writing(self, job: Job, composition: Composition, index: int) -> Writing:
-        request, engine = job.handle.request, self.engine
+        request = job.handle.request
         p = request.params
         ends = [*([] if p.ignore_end else self.ends), *p.stop_ids]
         constraint = None
         if p.formatted:
             assert p.response_format is not None
-            constraint = engine.constraints.of(p.response_format, ends)
+            constraint = self.constraints.of(p.response_format, ends)
         tokens = Tokens(
             tokens=list(request.prompt), group=composition.digest, front=composition.front.length, deadline=job.deadline
         )
         device = self.served.host.adapter_device
         chooser = Chooser(p, request.prompt, ends, p.seed + index, self.vocabulary, device, constraint)
-        text = None if engine.tokenizer is None else Detokenizer(engine.tokenizer, p.stop)
+        text = None if self.tokenizer is None else Detokenizer(self.tokenizer, p.stop)
         return Writing(job, index, tokens, chooser, ends, text)
 
     def end(self, writing: Writing, finish: str) -> None:
@@ -133,7 +157,7 @@ class Stepping:
 
     def _settled(self, job: Job) -> None:
         if not job.writings:
-            self.engine.settle(job)
+            self.owner.settle(job)
         elif len(job.later) == len(job.writings):  # the one that the others waited for is gone
             self._add_later(job)
 
@@ -143,9 +167,9 @@ class Stepping:
         job.later = []
 
     # -- a step ----------------------------------------------------------------------------------------------------------
-    def step(self) -> None:
-        """The next step of whoever is in the batch."""
-        step = self.scheduler.schedule(self.engine.clock())
+    def step(self, now: float) -> None:
+        """The next step of whoever is in the batch. `now`: the time, for deadlines."""
+        step = self.scheduler.schedule(now)
         for tokens in step.expired:
             self._expired(self.writings[tokens])
         self._carry_out(step)
@@ -186,7 +210,7 @@ class Stepping:
                 at = self.cache.fill(at, memory, count)
             if writing.index == 0:
                 writing.job.cached = max(writing.job.cached, tokens.cached)
-            self.engine.started(writing.job)
+            self.owner.started(writing.job)
 
     def _forward(self, pieces: list[Piece], failed: dict[Piece, Exception]) -> list[Tensor]:
         """Logits [V] behind each piece. Where a step fails its rows are tried one by one: what one of them writes to the
@@ -248,7 +272,7 @@ class Stepping:
         for other in writing.job.writings:
             if other.tokens.extent is not None:
                 self.cache.clear(other.tokens.extent)
-        self.engine.drop(writing.job, error)
+        self.owner.drop(writing.job, error)
 
     # -- shared starts ---------------------------------------------------------------------------------------------------
     def _known(self, tokens: Tokens) -> int:
