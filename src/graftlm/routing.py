@@ -114,9 +114,12 @@ class Routes:
             ]
         return self._found[key]
 
-    def over(self, of: Tensor) -> Routes:
-        """The same for the tokens of a packed row, given the group of each."""
-        return Routes(self.groups, of, True, self.switches, self.draws)
+    def over(self, of: Tensor, packed: bool = True) -> Routes:
+        """The same for the tokens of a packed row (or for other rows), given the group of each. What layers keep of it is
+        shared."""
+        made = Routes(self.groups, of, packed, self.switches, self.draws)
+        made._kept = self._kept
+        return made
 
     def of_switch(self, switch: Switch) -> Routes | None:
         """What of it concerns one of several wrappers: other wrappers' groups are the bare base to it. None for nothing."""
