@@ -14,7 +14,7 @@ from torch import nn
 from ..architectures import base_modules, clean_path, innermost, replace_module
 from ..errors import CompositionError, TargetError, UnsupportedError, nearest
 from ..quantization import dequantize, dequantized, in_source_form, quantized_kind
-from ..routing import Plan, Switch, active_adapters, active_routes, running
+from ..routing import Plan, Switch, active_adapters, active_routes, running, together
 from .frozen import as_it_was
 
 
@@ -59,10 +59,17 @@ class ModulesToSaveWrapper(nn.Module):
         routes = active_routes(self.switch)
         if routes is None:
             return self.call(self.active, x, *args, **kwargs)
-        made = []
-        for group, index in routes.parts(x):
+        made: list[tuple[Any, Any]] = []
+        chosen = [(self.of(group), group, index) for group, index in routes.parts(x)]
+        whole: Any = None
+        if together() and any(module is self.original_module for module, _, _ in chosen):
+            whole = self.call(self.original_module, x, *args, **kwargs)  # other wrappers' adapters in it keep their routes
+        for module, group, index in chosen:
+            if module is self.original_module and whole is not None:
+                made.append((index, whole[index] if isinstance(whole, torch.Tensor) else whole))
+                continue
             with running(Plan(self.switch, group)):
-                made.append((index, self.call(self.of(group), x[index], *args, **kwargs)))
+                made.append((index, self.call(module, x[index], *args, **kwargs)))
         if not all(isinstance(part, torch.Tensor) for _, part in made):
             raise UnsupportedError(
                 f"{type(self.original_module).__name__} is trained in full (modules_to_save) and gives more than one "
