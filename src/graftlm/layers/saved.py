@@ -14,7 +14,7 @@ from torch import nn
 from ..architectures import base_modules, clean_path, innermost, replace_module
 from ..errors import CompositionError, TargetError, UnsupportedError, nearest
 from ..quantization import dequantize, dequantized, in_source_form, quantized_kind
-from ..routing import Plan, Switch, active_adapters, active_routes, running
+from ..routing import Plan, Switch, active_adapters, active_routes, running, together
 from .frozen import as_it_was
 
 
@@ -76,10 +76,17 @@ class ModulesToSaveWrapper(nn.Module):
                 f"{type(self.original_module).__name__} is trained in full (modules_to_save) and reads no tensor whose rows "
                 "could be told apart in a batch of different adapters. Run one adapter a batch."
             )
-        made = []
-        for group, index in routes.parts(x):
+        made: list[tuple[Any, Any]] = []
+        chosen = [(self.of(group), group, index) for group, index in routes.parts(x)]
+        whole: Any = None
+        if together() and any(module is self.original_module for module, _, _ in chosen):
+            whole = self.call(self.original_module, args, kwargs)  # other wrappers' adapters in it keep their routes
+        for module, group, index in chosen:
+            if module is self.original_module and whole is not None:
+                made.append((index, whole[index] if isinstance(whole, torch.Tensor) else whole))
+                continue
             with running(Plan(self.switch, group)):
-                made.append((index, self.call(self.of(group), *part_of((args, kwargs), x, index))))
+                made.append((index, self.call(module, *part_of((args, kwargs), x, index))))
         if not all(isinstance(part, torch.Tensor) for _, part in made):
             raise UnsupportedError(
                 f"{type(self.original_module).__name__} is trained in full (modules_to_save) and gives more than one "
