@@ -20,18 +20,18 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import base_modules, clean_path, is_encoder_decoder, model_type
+from ..architectures import is_encoder_decoder, model_type
 from ..errors import ConfigError, UnsupportedError, nearest
 from ..files import checkpoint_weight
-from ..layers import KINDS, Adapted, Change, Frozen, as_it_was, both_forms
+from ..layers import Adapted, Change, Frozen
 from ..quantization import source_class
-from ..routing import by_group
 from .base import PeftType, Site, TaskType, register
+from .biased import Biased
 from .fields import Count, Number, Probability, also_takes, check_expressions
-from .layered import LayerConfig, LayerMethod
+from .layered import LayerConfig
 from .lora_change import EmbeddingChange, LoraChange
 from .lora_conv import ConvChange, check_dropout
 from .lora_experts import ExpertsChange, adapted_parameter, check_settings, find_parameters
@@ -115,6 +115,8 @@ class LoraConfig(LayerConfig):
     ensure_weight_tying: bool = False
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
+    own_biases: ClassVar[str] = "lora_only"
+
     def __post_init__(self) -> None:
         if isinstance(self.layer_replication, (list, tuple)):
             self.layer_replication = [list(p) if isinstance(p, tuple) else p for p in self.layer_replication]
@@ -192,21 +194,18 @@ def loftq_fields(given: Any, init: Any) -> dict[str, Any]:
 CHANGES = {"embedding": EmbeddingChange, "conv": ConvChange}  # of other kinds of layers than linear ones
 
 
-class Lora(LayerMethod):
+class Lora(Biased):
     """One LoRA adapter in a host."""
 
     title = "LoRA"
-    own_biases: ClassVar[str] = "lora_only"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding", "conv", "attention")
     takes = "linear layers (torch's, bitsandbytes', Conv1D), embeddings, convolutions and torch's MultiheadAttention"
 
     @property
     def bound(self) -> bool:
-        return self.config.bias != "none" or self.invocation is not None  # type: ignore[attr-defined]
+        return super().bound or self.invocation is not None
 
     def attach(self, host: Site, *, for_loading: bool = False) -> None:
-        if self.config.bias != "none":  # type: ignore[attr-defined]
-            self._one_bias(host)
         if self.invocation and is_encoder_decoder(host.base):
             raise UnsupportedError(
                 "alora_invocation_tokens is for decoder-only models, which read a row from left to right."
@@ -216,17 +215,6 @@ class Lora(LayerMethod):
         host.switch.waiting |= {self.name} if self.invocation else set()
         if self.config.lora_bias and (without := self._without_bias(host)):  # type: ignore[attr-defined]
             warnings.warn(f"lora_bias=True: {without} has no bias, so this adapter cannot be merged.", stacklevel=2)
-        if self.config.bias != "none":  # type: ignore[attr-defined]
-            try:
-                host.adapter_biases[self.name] = nn.ParameterDict(
-                    {
-                        path.replace(".", "/"): module.bias.detach().to(host.adapter_dtype(module), copy=True)
-                        for path, module in self._biased(host)
-                    }
-                )
-            except Exception:
-                self.detach(host)
-                raise
 
     def attach_layers(self, host: Site, *, for_loading: bool) -> None:
         config: LoraConfig = self.config  # type: ignore[assignment]
@@ -246,7 +234,7 @@ class Lora(LayerMethod):
         """With `target_parameters`: those, and the layers that are named beside them."""
         config: LoraConfig = self.config  # type: ignore[assignment]
         if config.target_modules:
-            LayerMethod.attach_layers(self, host, for_loading=for_loading)
+            super().attach_layers(host, for_loading=for_loading)
         names = [path for path, _ in super().layers(host)]
         for full, path, name in find_parameters(host.base, config):
             names.append(full)
@@ -323,67 +311,10 @@ class Lora(LayerMethod):
         weight = checkpoint_weight(host.base, f"{path}.weight", frozen.shape[::-1] if turned else frozen.shape)
         return weight.T if turned else weight
 
-    def _one_bias(self, host: Site) -> None:
-        others = [n for n, m in host.methods.items() if n != self.name and getattr(m.config, "bias", "none") != "none"]
-        if others:
-            raise ConfigError(f"bias={self.config.bias!r} beside adapter {others[0]!r}, which trains biases too: one can.")  # type: ignore[attr-defined]
-
-    def _biased(self, host: Site) -> Iterator[tuple[str, Any]]:
-        """Modules whose bias is trained: the wrapped layers' own, or every one of the base."""
-        config: LoraConfig = self.config  # type: ignore[assignment]
-        own = {id(layer.frozen.layer) for _, layer in self.layers(host)}
-        for path, module in base_modules(host.base):
-            if config.bias != "all" and id(module) not in own:
-                continue
-            attention = isinstance(module, nn.MultiheadAttention)  # it has biases, and adds them within
-            if isinstance(module, Adapted) or (module._parameters.get("bias") is None and not attention):
-                continue
-            if "original_module" in path.split(".") and id(module) not in own:  # another copy of it is trained in full
-                continue
-            if attention or not isinstance(module, (nn.Linear, Conv1D, nn.LayerNorm, *KINDS["conv"])):
-                raise UnsupportedError(
-                    f"bias={config.bias!r} would train the bias of {path!r}, a {type(module).__name__}, which may not "
-                    f"simply be added to its output. Use bias={self.own_biases!r} or 'none'."
-                )
-            yield clean_path(path), module
-
     def detach(self, host: Site) -> None:
-        if self.name in host.adapter_biases:
-            del host.adapter_biases[self.name]
         host.switch.waiting.discard(self.name)
         super().detach(host)
         release(host, self)
-
-    def connect(self, host: Site) -> list[Any]:
-        """Add the trained biases, as differences to the base's, to the outputs of their modules."""
-        if self.name not in host.adapter_biases:
-            return []
-        handles = []
-        biases: Any = host.adapter_biases[self.name]
-        owners = {id(layer.frozen.layer): layer for _, layer in self.layers(host)}
-        for path, module in self._biased(host):
-            bias = biases[path.replace(".", "/")]
-            if id(module) in owners:
-                owners[id(module)].biases[self.name] = bias
-
-            axes = module.weight.dim() - 2 if isinstance(module, KINDS["conv"]) else 0  # behind the channels
-
-            def add(module: Any, args: Any, output: Tensor, bias: Tensor = bias, axes: int = axes) -> Tensor:
-                if self.name not in host.active_now():
-                    return output
-                change = (bias - as_it_was(module).bias).to(output.dtype)[(..., *[None] * axes)]
-                if (routes := host.routes_now()) is None:
-                    return output + change
-                return by_group(routes, output, lambda group, at: output[at] + change if self.name in group else None)
-
-            handles += [form.register_forward_hook(add) for form in both_forms(module)]
-        return handles
-
-    def named_parameters(self, host: Site) -> Iterator[tuple[str, nn.Parameter]]:
-        yield from super().named_parameters(host)
-        if self.name in host.adapter_biases:
-            for key, parameter in host.adapter_biases[self.name].items():
-                yield f"adapter_biases.{self.name}.{key}", parameter
 
     def file_parameters(self, host: Site) -> Iterator[tuple[str, Any]]:
         yield from super().file_parameters(host)
@@ -391,11 +322,6 @@ class Lora(LayerMethod):
             if isinstance(change := layer.changes[self.name], TiedChange):
                 for key, factor in zip(change.keys, change.factors(layer.held(self.name)), strict=True):
                     yield f"{self.file_prefix}{path}.{key}", factor
-        if self.name in host.adapter_biases:
-            own = {path for path, _ in self.layers(host)}
-            for key, parameter in host.adapter_biases[self.name].items():
-                path = key.replace("/", ".")
-                yield f"{self.file_prefix}{path}{'.base_layer' if path in own else ''}.bias", parameter
 
 
 register(PeftType.LORA, LoraConfig, Lora)
