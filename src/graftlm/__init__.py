@@ -14,13 +14,18 @@ from .version import __version__
 if TYPE_CHECKING:
     from .architectures.prepacked import prepacked
     from .checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+    from .helpers import rescale_adapter_scale
+    from .hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
     from .methods import (
         BottleneckConfig,
         BottleneckPlacement,
+        CordaConfig,
+        EvaConfig,
         IA3Config,
         LoftQConfig,
         LoHaConfig,
         LoraConfig,
+        LoraGAConfig,
         PeftConfig,
         PeftType,
         PrefixTuningConfig,
@@ -30,7 +35,11 @@ if TYPE_CHECKING:
         PromptTuningConfig,
         PromptTuningInit,
         TaskType,
+        get_eva_state_dict,
         get_peft_config,
+        initialize_lora_eva_weights,
+        preprocess_corda,
+        preprocess_loraga,
     )
     from .model import PeftModel, get_peft_model
     from .preparation import prepare_model_for_kbit_training
@@ -39,10 +48,13 @@ if TYPE_CHECKING:
 _HOME = {
     "BottleneckConfig": ".methods",
     "BottleneckPlacement": ".methods",
+    "CordaConfig": ".methods",
+    "EvaConfig": ".methods",
     "IA3Config": ".methods",
     "LoHaConfig": ".methods",
     "LoftQConfig": ".methods",
     "LoraConfig": ".methods",
+    "LoraGAConfig": ".methods",
     "PeftConfig": ".methods",
     "PeftModel": ".model",
     "PeftType": ".methods",
@@ -54,12 +66,19 @@ _HOME = {
     "PromptTuningInit": ".methods",
     "TaskType": ".methods",
     "Trainer": ".training",
+    "get_eva_state_dict": ".methods",
     "get_peft_config": ".methods",
     "get_peft_model": ".model",
     "get_peft_model_state_dict": ".checkpoint",
+    "hotswap_adapter": ".hotswap",
+    "initialize_lora_eva_weights": ".methods",
     "load_peft_weights": ".checkpoint",
     "prepacked": ".architectures.prepacked",
+    "prepare_model_for_compiled_hotswap": ".hotswap",
     "prepare_model_for_kbit_training": ".preparation",
+    "preprocess_corda": ".methods",
+    "preprocess_loraga": ".methods",
+    "rescale_adapter_scale": ".helpers",
     "set_peft_model_state_dict": ".checkpoint",
     "train_together": ".training",
 }
@@ -67,10 +86,13 @@ _HOME = {
 __all__ = [
     "BottleneckConfig",
     "BottleneckPlacement",
+    "CordaConfig",
+    "EvaConfig",
     "IA3Config",
     "LoHaConfig",
     "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "PeftConfig",
     "PeftModel",
     "PeftType",
@@ -83,12 +105,19 @@ __all__ = [
     "TaskType",
     "Trainer",
     "__version__",
+    "get_eva_state_dict",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "hotswap_adapter",
+    "initialize_lora_eva_weights",
     "load_peft_weights",
     "prepacked",
+    "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
+    "preprocess_corda",
+    "preprocess_loraga",
+    "rescale_adapter_scale",
     "set_peft_model_state_dict",
     "train_together",
 ]

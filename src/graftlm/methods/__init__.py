@@ -15,6 +15,9 @@ from .bottleneck import BottleneckConfig, BottleneckPlacement
 from .ia3 import IA3Config
 from .loha import LoHaConfig
 from .lora import LoftQConfig, LoraConfig
+from .lora_data_config import CordaConfig, EvaConfig, LoraGAConfig
+from .lora_data_init import preprocess_corda, preprocess_loraga
+from .lora_eva import get_eva_state_dict, initialize_lora_eva_weights
 from .p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from .prefix_tuning import PrefixTuningConfig
 from .prompt_tuning import PromptTuningConfig, PromptTuningInit
@@ -23,10 +26,13 @@ __all__ = [
     "METHODS",
     "BottleneckConfig",
     "BottleneckPlacement",
+    "CordaConfig",
+    "EvaConfig",
     "IA3Config",
     "LoHaConfig",
     "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "Method",
     "PeftConfig",
     "PeftType",
@@ -38,6 +44,10 @@ __all__ = [
     "PromptTuningInit",
     "TaskType",
     "config_class",
+    "get_eva_state_dict",
     "get_peft_config",
+    "initialize_lora_eva_weights",
     "method_for",
+    "preprocess_corda",
+    "preprocess_loraga",
 ]

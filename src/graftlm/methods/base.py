@@ -327,6 +327,10 @@ class Method:
         """Fill the attached adapter from such a file's tensors (already checked against `expected_shapes`)."""
         raise NotImplementedError
 
+    def completed(self, host: Site, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A file's tensors, before they are checked, with what another library leaves out."""
+        return tensors
+
     def training_tensors(self, host: Site) -> dict[str, Tensor]:
         """What further training needs beyond `tensors`; empty where the file says it all."""
         return {}
