@@ -40,6 +40,9 @@ SHARED = {
     "layered",
     "lora_change",
     "lora_init",
+    "lora_data_config",
+    "lora_data_init",
+    "lora_invoked",
     "lora_experts",
     "lora_replicated",
     "lora_tied",
@@ -51,6 +54,7 @@ METHOD_IMPORTS = {
     "lora": {
         "layered",
         "lora_change",
+        "lora_data_config",
         "lora_data_init",
         "lora_experts",
         "lora_invoked",
