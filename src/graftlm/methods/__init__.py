@@ -21,6 +21,9 @@ from .ln_tuning import LNTuningConfig
 from .loha import LoHaConfig
 from .lokr import LoKrConfig
 from .lora import LoftQConfig, LoraConfig
+from .lora_data_config import CordaConfig, EvaConfig, LoraGAConfig
+from .lora_data_init import preprocess_corda, preprocess_loraga
+from .lora_eva import get_eva_state_dict, initialize_lora_eva_weights
 from .miss import MissConfig
 from .multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from .oft import OFTConfig
@@ -37,6 +40,8 @@ __all__ = [
     "BOFTConfig",
     "BottleneckConfig",
     "BottleneckPlacement",
+    "CordaConfig",
+    "EvaConfig",
     "FourierFTConfig",
     "IA3Config",
     "LNTuningConfig",
@@ -44,6 +49,7 @@ __all__ = [
     "LoKrConfig",
     "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "METHODS",
     "Method",
     "MissConfig",
@@ -63,6 +69,10 @@ __all__ = [
     "TrainableTokensConfig",
     "VeraConfig",
     "config_class",
+    "get_eva_state_dict",
     "get_peft_config",
+    "initialize_lora_eva_weights",
     "method_for",
+    "preprocess_corda",
+    "preprocess_loraga",
 ]

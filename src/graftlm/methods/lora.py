@@ -12,6 +12,7 @@ Decisions, and what differs from HF PEFT (whose field names, defaults, maths and
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -28,19 +29,22 @@ from ..errors import ConfigError, UnsupportedError, nearest
 from ..files import checkpoint_weight
 from ..layers import Adapted, Change, Frozen
 from ..quantization import source_class
-from .base import PeftType, Site, TaskType, register
+from .base import PeftType, Site, register
 from .biased import Biased
 from .fields import Count, Number, Probability, also_takes, check_expressions
 from .layered import LayerConfig
 from .lora_change import EmbeddingChange, LoraChange
 from .lora_conv import ConvChange, check_dropout
+from .lora_data_config import KEPT, CordaConfig, EvaConfig, LoraGAConfig, check_data_start
+from .lora_data_init import doubled, take_starts, with_starts, without_starts
 from .lora_experts import ExpertsChange, adapted_parameter, check_settings, find_parameters
+from .lora_invoked import check_invocation
 from .lora_replicated import release, replicate
 from .lora_tied import TiedChange, tie_head, tie_targets
 from .targets import pattern_value, unused_patterns
 from .tokens import lora_tokens, repeated_tokens
 
-INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq")
+INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga")
 # On a quantised base LoftQ's adapter is like any other; HF PEFT, told of the start, would quantise the base anew to load it.
 LOFTQ_FIELDS = frozenset({"init_lora_weights", "loftq_config"})
 
@@ -55,8 +59,7 @@ class LoftQConfig:
 
 # Fields of HF PEFT's LoraConfig that are not here, with their neutral values.
 ELSEWHERE = {
-    "peft_version": ..., "megatron_config": None, "megatron_core": ..., "eva_config": None,
-    "corda_config": None, "lora_ga_config": None, "velora_config": None,
+    "peft_version": ..., "megatron_config": None, "megatron_core": ..., "velora_config": None,
     "use_qalora": False, "qalora_group_size": ..., "monteclora_config": None,
     "runtime_config": None, "use_bdlora": None, "arrow_config": None,
     "kasa_config": None,
@@ -80,7 +83,7 @@ class LoraConfig(LayerConfig):
         use_rslora: scale by lora_alpha / sqrt(r).
         modules_to_save: modules that are trained in full and saved along.
         init_lora_weights: True (B = 0), False (both random), "gaussian", "orthogonal", "pissa", "pissa_niter_<n>", "olora",
-            "loftq".
+            "loftq", "eva", "corda", "lora_ga".
         loftq_config: a `LoftQConfig` or its fields, for "loftq".
         layers_to_transform, layers_pattern: only layers with these numbers (in a module list of that name).
         rank_pattern, alpha_pattern: other ranks and alphas for modules that match a name or regular expression.
@@ -88,6 +91,7 @@ class LoraConfig(LayerConfig):
         lora_bias: give B a bias of its own.
         target_parameters: parameters (endings of their dotted names) that are changed beside the layers of `target_modules`,
             stacked experts above all: see `lora_experts`.
+        eva_config, corda_config, lora_ga_config: how starts from data are made (see `lora_eva`, `lora_data_init`).
         layer_replication: pairs [from, up to]: the base's blocks in another order and number (see `lora_replicated`).
         ensure_weight_tying: keep an adapter of tied embeddings and head tied (see `lora_tied`).
         alora_invocation_tokens: token ids; in each row the adapter acts from their last occurrence on (aLoRA).
@@ -114,6 +118,9 @@ class LoraConfig(LayerConfig):
     layer_replication: list[list[int]] | None = None
     ensure_weight_tying: bool = False
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    eva_config: EvaConfig | dict[str, Any] | None = None
+    corda_config: CordaConfig | dict[str, Any] | None = None
+    lora_ga_config: LoraGAConfig | dict[str, Any] | None = None
 
     own_biases: ClassVar[str] = "lora_only"
 
@@ -139,6 +146,7 @@ class LoraConfig(LayerConfig):
             raise ConfigError(f"lora_bias=True does not go with {other}: it is for plain LoRA, started by True or False.")
         check_settings(self)
         check_invocation(self)
+        check_data_start(self)
         self.loftq_config = loftq_fields(self.loftq_config, init)
         for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ():
             check_expressions("layers_pattern", pattern)
@@ -147,26 +155,12 @@ class LoraConfig(LayerConfig):
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ConfigError("layers_to_transform needs target_modules as a list; write the layers into the expression.")
 
-
-def check_invocation(config: LoraConfig) -> None:
-    """ConfigError for `alora_invocation_tokens` that cannot be looked for, and what does not go with them."""
-    tokens = config.alora_invocation_tokens
-    if tokens is None:
-        return
-    if not tokens or min(tokens) < 0:
-        raise ConfigError(
-            f"alora_invocation_tokens={tokens!r}: expected the token ids of a sequence, at least one, none below 0 "
-            "(tokenizer(text, add_special_tokens=False).input_ids)."
-        )
-    refused = {
-        "use_dora=True": config.use_dora,
-        f"bias={config.bias!r}": config.bias != "none",
-        f"modules_to_save={config.modules_to_save!r}": config.modules_to_save,
-    }
-    for text in (text for text, on in refused.items() if on):
-        raise ConfigError(f"alora_invocation_tokens does not go with {text}: what is before them is the plain base's.")
-    if config.task_type is not TaskType.CAUSAL_LM:
-        warnings.warn("alora_invocation_tokens is meant for task_type='CAUSAL_LM'.", stacklevel=4)
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, auto_mapping_dict: dict | None = None, **overrides: Any
+    ) -> None:
+        """As ever; of an adapter whose file holds its start beside it, what the file holds."""
+        overrides = doubled(self) | overrides if self.init_lora_weights in KEPT else overrides
+        super().save_pretrained(save_directory, auto_mapping_dict, **overrides)
 
 
 def loftq_fields(given: Any, init: Any) -> dict[str, Any]:
@@ -315,6 +309,22 @@ class Lora(Biased):
         host.switch.waiting.discard(self.name)
         super().detach(host)
         release(host, self)
+
+    def tensors(self, host: Site) -> dict[str, Tensor]:
+        return with_starts(super().tensors(host), self._starts(host))
+
+    def load(self, host: Site, tensors: dict[str, Tensor]) -> None:
+        super().load(host, take_starts(tensors, self._starts(host)))
+
+    def completed(self, host: Site, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return without_starts(tensors, self._starts(host))
+
+    def _starts(self, host: Site) -> dict[str, Any]:
+        """Starts that are in the file, by the name of their layer there."""
+        if self.config.init_lora_weights not in KEPT:  # type: ignore[attr-defined]
+            return {}
+        held = {f"{self.file_prefix}{path}": layer.held(self.name) for path, layer in self.layers(host)}
+        return {path: t["lora_start"] for path, t in held.items() if "lora_start" in t}
 
     def file_parameters(self, host: Site) -> Iterator[tuple[str, Any]]:
         yield from super().file_parameters(host)
