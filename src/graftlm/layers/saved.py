@@ -109,7 +109,11 @@ class ModulesToSaveWrapper(nn.Module):
         except AttributeError:
             if name in ("original_module", "modules_to_save"):
                 raise
-            return getattr(self.active, name)
+            try:
+                active = self.active
+            except CompositionError:  # of a pass: what is only looked at may be looked at
+                active = self.original_module
+            return getattr(active, name)
 
 
 def part_of(value: Any, x: torch.Tensor, index: Any) -> Any:

@@ -31,8 +31,8 @@ from .base import PeftType, Site, register
 from .fields import Count, Number, Probability, also_takes, check_expressions
 from .layered import LayerConfig, LayerMethod
 from .lora_change import EmbeddingChange, LoraChange
-from .lora_conv import ConvChange, check_dropout
-from .targets import pattern_value
+from .lora_conv import OUT_PROJ, ConvChange, check_dropout
+from .targets import is_uncalled, pattern_value
 
 INITS = ("gaussian", "pissa", "olora", "loftq")
 # On a quantised base LoftQ's adapter is like any other; HF PEFT, told of the start, would quantise the base anew to load it.
@@ -178,7 +178,10 @@ class Lora(LayerMethod):
             original = partial(self._original, host, config, path, frozen)
         if frozen.kind == "attention":
             check_dropout(config, path)
-        return CHANGES.get(frozen.kind, LoraChange)(config, r, alpha, original)
+        made = CHANGES.get(frozen.kind, LoraChange)(config, r, alpha, original)
+        if is_uncalled(frozen.layer):
+            made.scaling *= OUT_PROJ
+        return made
 
     def _original(self, host: Site, config: LoraConfig, path: str, frozen: Frozen) -> Tensor:
         """For LoftQ: the weight [out, in] that a quantised layer was made from, out of the base's checkpoint."""

@@ -19,6 +19,9 @@ from ..errors import ConfigError, UnsupportedError
 from ..layers import Frozen, Held, LowRank
 from .lora_change import LoraChange
 
+# HF PEFT (0.21) adds the update of a MultiheadAttention's output projection to its weight twice, in passes and merged. Its
+# files mean that, so here the scale of that update is doubled. (Its gradient there is of one of the two.)
+OUT_PROJ = 2
 CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by the axes of the weight
 
 
