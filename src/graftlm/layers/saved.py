@@ -101,7 +101,7 @@ class ModulesToSaveWrapper(nn.Module):
             return module(*args, **kwargs)
         if isinstance(key, int):
             return module(*args[:key], x.to(weight.dtype), *args[key + 1 :], **kwargs)
-        return module(*args, **kwargs | {key: x.to(weight.dtype)})  # type: ignore[operator]
+        return module(*args, **kwargs | {str(key): x.to(weight.dtype)})
 
     def __getattr__(self, name: str) -> Any:
         try:
