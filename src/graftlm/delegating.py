@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from collections.abc import Container
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+
+from .quantization import settle
 
 _CLASSES: dict[tuple[Any, Any, bool], Any] = {}
 
@@ -34,6 +37,15 @@ def class_over(cls: Any, base: Any, plain: bool = False) -> Any:
     own = {n: f for n, f in vars(nn.Module).items() if getattr(cls, n) is vars(PreTrainedModel).get(n)} if plain else {}
     body = own | {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
     return _CLASSES.setdefault((cls, base, plain), type("PeftModel", (cls,), body))
+
+
+def rebuild(cls: Any, base: type, state: bytes, plain: bool) -> Any:
+    """A wrapper out of its pickle."""
+    made = object.__new__(class_over(cls, base, plain))
+    made.__dict__.update(pickle.loads(state))
+    settle(made.base)
+    made._connect()
+    return made
 
 
 def answer_by_base(wrapper: Any, kind: type, taken: Container[str]) -> None:

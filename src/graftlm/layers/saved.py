@@ -110,7 +110,7 @@ class ModulesToSaveWrapper(nn.Module):
         if isinstance(key, int):
             made = module(*args[:key], x.to(weight.dtype), *args[key + 1 :], **kwargs)
         else:
-            made = module(*args, **kwargs | {key: x.to(weight.dtype)})  # type: ignore[operator]
+            made = module(*args, **kwargs | {str(key): x.to(weight.dtype)})
         return made.to(x.dtype) if self.keeps_dtype and torch.is_tensor(made) else made
 
     def __getattr__(self, name: str) -> Any:
@@ -119,7 +119,11 @@ class ModulesToSaveWrapper(nn.Module):
         except AttributeError:
             if name in ("original_module", "modules_to_save"):
                 raise
-            return getattr(self.active, name)
+            try:
+                active = self.active
+            except CompositionError:  # of a pass: what is only looked at may be looked at
+                active = self.original_module
+            return getattr(active, name)
 
 
 def part_of(value: Any, x: torch.Tensor, index: Any) -> Any:

@@ -113,7 +113,7 @@ class Biased(LayerMethod):
             if id(module) in owners:
                 owners[id(module)].biases[self.name] = bias
 
-            axes = module.weight.dim() - 2 if isinstance(module, KINDS["conv"]) else 0  # behind the channels
+            axes = len(getattr(module, "kernel_size", ()))  # behind a convolution's channels
 
             def add(module: Any, args: Any, output: Tensor, bias: Tensor = bias, axes: int = axes) -> Tensor:
                 if self.name not in host.active_now():

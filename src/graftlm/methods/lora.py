@@ -34,14 +34,14 @@ from .biased import Biased
 from .fields import Count, Number, Probability, also_takes, check_expressions
 from .layered import LayerConfig
 from .lora_change import EmbeddingChange, LoraChange
-from .lora_conv import ConvChange, check_dropout
+from .lora_conv import OUT_PROJ, ConvChange, check_dropout
 from .lora_data_config import KEPT, CordaConfig, EvaConfig, LoraGAConfig, check_data_start
 from .lora_data_init import doubled, take_starts, with_starts, without_starts
 from .lora_experts import ExpertsChange, adapted_parameter, check_settings, find_parameters
 from .lora_invoked import check_invocation
 from .lora_replicated import release, replicate
 from .lora_tied import TiedChange, tie_head, tie_targets
-from .targets import pattern_value, unused_patterns
+from .targets import is_uncalled, pattern_value, unused_patterns
 from .tokens import lora_tokens, repeated_tokens
 
 INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga")
@@ -268,7 +268,10 @@ class Lora(Biased):
             original = partial(self._original, host, config, path, frozen)
         if frozen.kind == "attention":
             check_dropout(config, path)
-        return CHANGES.get(frozen.kind, LoraChange)(config, *self._rank(path), original)
+        made = CHANGES.get(frozen.kind, LoraChange)(config, *self._rank(path), original)
+        if is_uncalled(frozen.layer):
+            made.scaling *= OUT_PROJ
+        return made
 
     @property
     def invocation(self) -> list[int] | None:
