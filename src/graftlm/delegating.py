@@ -7,13 +7,23 @@ from collections.abc import Container
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
-_CLASSES: dict[tuple[Any, Any], Any] = {}
+_CLASSES: dict[tuple[Any, Any, str], Any] = {}
+_NAMES = {  # HF PEFT's, which transformers' pipelines know
+    "CAUSAL_LM": "PeftModelForCausalLM",
+    "FEATURE_EXTRACTION": "PeftModelForFeatureExtraction",
+    "QUESTION_ANS": "PeftModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "PeftModelForSeq2SeqLM",
+    "SEQ_CLS": "PeftModelForSequenceClassification",
+    "TOKEN_CLS": "PeftModelForTokenClassification",
+}
 
 
-def class_over(cls: Any, base: Any) -> Any:
-    """The wrapper class `cls` with the base's own forward signature, which a Trainer reads to keep a data set's columns."""
-    if (cls, base) in _CLASSES:
-        return _CLASSES[cls, base]
+def class_over(cls: Any, base: Any, task: Any = None) -> Any:
+    """The wrapper class `cls` with the base's own forward signature, which a Trainer reads to keep a data set's columns.
+    `task`, of the first adapter, gives it its name."""
+    name = _NAMES.get(task, "PeftModel")
+    if (cls, base, name) in _CLASSES:
+        return _CLASSES[cls, base, name]
     signature = inspect.signature(base.forward)
     names = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     rest = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
@@ -24,8 +34,8 @@ def class_over(cls: Any, base: Any) -> Any:
         return self._run(*args, **kwargs)
 
     forward.__signature__ = signature.replace(parameters=[*names, mixed, *rest])  # type: ignore[attr-defined]
-    made = type("PeftModel", (cls,), {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__})
-    return _CLASSES.setdefault((cls, base), made)
+    made = type(name, (cls,), {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__})
+    return _CLASSES.setdefault((cls, base, name), made)
 
 
 def answer_by_base(wrapper: Any, kind: type, taken: Container[str]) -> None:
@@ -53,7 +63,7 @@ def reads_backbone(forward: Any) -> bool:
 
 
 def moved_to_base(wrapper: Any, forward: Any) -> MethodType:
-    """Such a forward as the base's, where `self.base_model` is the backbone, with adapters in it; the wrapper then runs it as
+    """Such a forward as the base's, where `self.base_model` is the backbone, adapters in it; the wrapper then runs it as
     it runs any base. What it calls as the wrapper's own forward becomes the base's."""
     made, base = forward.__func__, wrapper.base
     cells = [CellType(base.forward) if c.cell_contents == wrapper.forward else c for c in made.__closure__ or ()]

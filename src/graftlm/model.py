@@ -41,12 +41,12 @@ class PeftModel(AdapterSet, PreTrainedModel):
         autocast_adapter_dtype: keep adapters of a 16-bit base in fp32.
     """
 
-    def __new__(cls, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> PeftModel:
+    def __new__(cls, model: nn.Module | None = None, peft_config: Any = None, *args: Any, **kwargs: Any) -> PeftModel:
         if isinstance(model, PeftModel):
             raise AdapterError("This model is wrapped already. Add another adapter with model.add_adapter(name, config).")
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise AdapterError(f"Expected a transformers model as the base, got {model if model is None else type(model)}.")
-        return object.__new__(class_over(cls, type(model)))
+        return object.__new__(class_over(cls, type(model), getattr(peft_config, "task_type", None)))
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class PeftModel(AdapterSet, PreTrainedModel):
         self._disconnect()
         try:
             state = {k: v for k, v in self.__dict__.items() if k != "entry"}
-            return _rebuild, (type(self.base), pickle.dumps(state))
+            return _rebuild, (type(self.base), pickle.dumps(state), self.task_type)
         finally:
             self._connect()
 
@@ -308,7 +308,7 @@ class PeftModel(AdapterSet, PreTrainedModel):
         """
         options = checkpoint.load_options(kwargs)
         config = checkpoint.config_for(model_id, config, is_trainable, options.hub)
-        wrapper = cls.__new__(cls, model)
+        wrapper = cls.__new__(cls, model, config)
         wrapper.__init__(model, config, adapter_name, autocast_adapter_dtype, for_loading=True)  # type: ignore[misc]
         try:
             checkpoint.fill(wrapper, model_id, adapter_name, options)
@@ -388,9 +388,9 @@ def get_peft_model(
     return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
 
-def _rebuild(base: type, state: bytes) -> PeftModel:
+def _rebuild(base: type, state: bytes, task: Any = None) -> PeftModel:
     """A wrapper out of its pickle."""
-    made = object.__new__(class_over(PeftModel, base))
+    made = object.__new__(class_over(PeftModel, base, task))
     made.__dict__.update(pickle.loads(state))
     settle(made.base)
     made._connect()
