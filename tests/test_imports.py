@@ -26,18 +26,20 @@ FLOORS: list[set[str]] = [
     {"methods", "fingerprint"},
     {"attached", "adapters"},
     {"passes"},
-    {"mixing", "joint", "merging", "checkpoint", "card", "generating"},
+    {"mixing", "joint", "merging", "checkpoint", "card", "generating", "injecting"},
     {"model", "delegating"},
     {"data", "planning"},
     {"training", "inference"},
     {"comparison", "serving", "studio", "cli", "utils", "compat", "as_peft", "registering", "__init__", "__main__"},
+    {"comparison", "serving", "studio", "cli", "utils", "functional", "registering", "__init__", "__main__"},
 ]
 APART = [("training", "inference"), ("inference", "training")]
 # What a method's file may take from another: shared modules, not other methods.
-SHARED = {"base", "soft_prompt", "layered", "lora_change", "lora_init", "lora_combine", "targets"}
+SHARED = {"base", "soft_prompt", "layered", "lora_change", "lora_conv", "lora_init", "lora_combine", "targets"}
 METHOD_IMPORTS = {
     "layered": {"targets"},
-    "lora": {"layered", "lora_change", "targets"},
+    "lora": {"layered", "lora_change", "lora_conv", "targets"},
+    "lora_conv": {"lora_change"},
     "lora_change": {"lora_init"},
     "lora_combine": {"lora_change"},
     "bottleneck": {"targets"},
@@ -274,6 +276,7 @@ PUBLIC = [
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "inject_adapter_in_model",
     "load_peft_weights",
     "prepacked",
     "prepare_model_for_kbit_training",

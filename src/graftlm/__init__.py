@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         LoHaModel,
         LoraModel,
     )
+    from .injecting import inject_adapter_in_model
     from .methods import (
         BottleneckConfig,
         BottleneckPlacement,
@@ -134,6 +135,7 @@ _HOME = {
     "get_peft_config": ".methods",
     "get_peft_model": ".model",
     "get_peft_model_state_dict": ".checkpoint",
+    "inject_adapter_in_model": ".injecting",
     "load_peft_weights": ".checkpoint",
     "prepacked": ".architectures.prepacked",
     "prepare_model_for_kbit_training": ".preparation",
@@ -197,6 +199,7 @@ __all__ = [
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "inject_adapter_in_model",
     "load_peft_weights",
     "prepacked",
     "prepare_model_for_kbit_training",

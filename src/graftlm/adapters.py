@@ -20,8 +20,8 @@ from .architectures.fast import slow_down, speed_up
 from .attached import _SETS, Attached
 from .bundled import known_as
 from .checkpointing import checkpointed_modules, keep_passes
-from .errors import AdapterError, nearest
-from .layers import save_modules, saved_modules, unsave_modules
+from .errors import AdapterError, UnsupportedError, nearest
+from .layers import save_modules, saved_modules, unfuse, unsave_modules
 from .methods import Method, PeftConfig, method_for
 from .methods.base import TASK_HEADS
 from .preparation import freeze_base
@@ -92,6 +92,13 @@ class AdapterSet(Attached):
                 "what torch calls something in its modules (such as 'half' or 'keys')."
             )
         method = method_for(config, name)
+        if self.plain and (config.is_prompt_learning or config.is_adaption_prompt):
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            raise UnsupportedError(
+                f"{kind} on {type(self.base).__name__}: virtual tokens and prefixes enter a transformers model by its "
+                "configuration (hidden size, layers, positions), and this module has none. Use a method that changes "
+                "layers, such as LoRA."
+            )
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = known_as(getattr(self.base, "name_or_path", None) or None)
         try:
@@ -114,14 +121,15 @@ class AdapterSet(Attached):
         layout = [m for _, m in base_modules(self.base)], self.has_memory
         if layout == self.layout:
             if fresh is not None:
-                for module in self._modules_of(fresh):
+                for module in self._modules_of(fresh) if not self.plain else ():
                     speed_up(module)
                 self.handles[fresh.name] = fresh.connect(self)
             return
         self._disconnect()
         self.layout = layout
-        speed_up(self)
-        self.handles[None] = self._enter()
+        if not self.plain:
+            speed_up(self)
+        self.handles[None] = [*unfuse(self.base), *self._enter()]
         _SETS.setdefault(self.base, WeakSet()).add(self)
         for name, method in self.methods.items():
             self.handles[name] = method.connect(self)
@@ -200,7 +208,7 @@ class AdapterSet(Attached):
         other: Any = next(others, None)
         if other is None:
             return ""
-        title = getattr(other.config, "name_or_path", "") or type(other).__name__
+        title = getattr(getattr(other, "config", None), "name_or_path", "") or type(other).__name__
         return f"; {name!r} is attached to another base ({title}): rows of this one cannot go through it"
 
     # -- switching ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .architectures import backbone_embeddings, token_embeddings
+from .architectures import backbone_embeddings, is_plain, token_embeddings
 from .layers import ModulesToSaveWrapper, saved_modules
 from .methods import Method, PeftConfig
 from .placing import Front
@@ -64,11 +64,16 @@ class Attached(nn.Module):
     # -- what it is made of ------------------------------------------------------------------------------------------
     @property
     def base(self) -> Any:
-        """The transformers model."""
+        """The model that adapters are attached to: transformers', or any torch module."""
         return self.base_model.model
 
+    @property
+    def plain(self) -> bool:
+        """Whether the base is no transformers model (see `is_plain`)."""
+        return is_plain(self.base)
+
     def get_base_model(self) -> Any:
-        """The transformers model."""
+        """The model that adapters are attached to."""
         return self.base
 
     @property

@@ -7,7 +7,10 @@ from collections.abc import Container
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
-_CLASSES: dict[tuple[Any, Any, str], Any] = {}
+from torch import nn
+from transformers import PreTrainedModel
+
+_CLASSES: dict[tuple[Any, Any, bool, str], Any] = {}
 _NAMES = {  # HF PEFT's, which transformers' pipelines know
     "CAUSAL_LM": "PeftModelForCausalLM",
     "FEATURE_EXTRACTION": "PeftModelForFeatureExtraction",
@@ -18,12 +21,16 @@ _NAMES = {  # HF PEFT's, which transformers' pipelines know
 }
 
 
-def class_over(cls: Any, base: Any, task: Any = None) -> Any:
+def class_over(cls: Any, base: Any, plain: bool = False, task: Any = None) -> Any:
     """The wrapper class `cls` with the base's own forward signature, which a Trainer reads to keep a data set's columns.
-    `task`, of the first adapter, gives it its name."""
+    `task`, of the first adapter, gives it its name.
+
+    Over a `plain` base, any torch module, it is moved, cast and switched to training as torch does it: transformers looks
+    for what its own models have.
+    """
     name = _NAMES.get(task, "PeftModel")
-    if (cls, base, name) in _CLASSES:
-        return _CLASSES[cls, base, name]
+    if (cls, base, plain, name) in _CLASSES:
+        return _CLASSES[cls, base, plain, name]
     signature = inspect.signature(base.forward)
     names = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     rest = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
@@ -34,8 +41,9 @@ def class_over(cls: Any, base: Any, task: Any = None) -> Any:
         return self._run(*args, **kwargs)
 
     forward.__signature__ = signature.replace(parameters=[*names, mixed, *rest])  # type: ignore[attr-defined]
-    made = type(name, (cls,), {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__})
-    return _CLASSES.setdefault((cls, base, name), made)
+    own = {n: f for n, f in vars(nn.Module).items() if getattr(cls, n) is vars(PreTrainedModel).get(n)} if plain else {}
+    body = own | {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return _CLASSES.setdefault((cls, base, plain, name), type(name, (cls,), body))
 
 
 def answer_by_base(wrapper: Any, kind: type, taken: Container[str]) -> None:

@@ -12,7 +12,7 @@ from .adapters import AdapterSet
 from .errors import UnsupportedError
 from .mixing import plan_of
 from .modes import evaluating
-from .passes.inputs import batch_size
+from .passes.inputs import batch_size, rows_of
 from .passes.refusals import check_encoded
 from .passes.state import Run
 from .routing import Plan, running
@@ -23,6 +23,10 @@ def generate(host: AdapterSet, args: tuple, kwargs: dict[str, Any]) -> Any:
     # in training mode activation checkpointing would throw the cache away, and dropout would apply
     with evaluating(host):
         names = kwargs.pop("adapter_names", None)
+        if host.plain:
+            plan = plan_of(host, names, None if names is None else rows_of((args, kwargs)), None)
+            with running(plan):
+                return host.base.generate(*args, **kwargs)
         given = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("inputs")
         refuse_chunks(host, kwargs)
         rows = None if names is None else batch_size(kwargs | {"input_ids": kwargs.get("input_ids", given)})

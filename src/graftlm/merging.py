@@ -56,6 +56,8 @@ def check_mergeable(host: AdapterSet, names: list[str]) -> None:
                 f"Adapter {name!r} is {getattr(kind, 'value', kind)}: it is no change of weights, so it cannot be "
                 "merged. Keep it attached."
             )
+    for _, layer in adapted_layers(host.base, host.switch):
+        layer.check_merge(names)
 
 
 def unmerge(host: AdapterSet, *names: str) -> None:
@@ -91,7 +93,7 @@ def merge_and_unload(host: AdapterSet, safe: bool, names: list[str] | None, requ
         untie(host, names)
         merge(host, names, safe=safe, keep=False, requantize=requantize)
         put_saved(host, names)
-        for path, layer in list(adapted_layers(host.base, host.switch)):
+        for path, layer in reversed(list(adapted_layers(host.base, host.switch))):  # those inside of others first
             inner = in_source_form(layer.leave_place())
             if not isinstance(inner, Adapted):
                 layer.frozen.layer = inner
@@ -167,6 +169,8 @@ def drift_printed(host: AdapterSet, names: list[str], requantize: bool) -> Itera
 
 def probe_logits(host: AdapterSet, names: list[str]) -> Tensor | None:
     """Logits (or last hidden states) of 32 fixed token ids under some adapters, fp32; None for a base without token ids."""
+    if host.plain:
+        return None
     config = host.base.config
     size = getattr(config.get_text_config(), "vocab_size", None)
     if size is None:
@@ -221,7 +225,8 @@ def untie(host: AdapterSet, names: list[str]) -> None:
         if len(modules) > 1 and any(id(m) in changed for m in modules):
             for module in modules[1:]:
                 module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)  # type: ignore[operator, union-attr]
-            for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
+            own = () if host.plain else (base.config, base.config.get_text_config())
+            for config in {id(c): c for c in own}.values():
                 config.tie_word_embeddings = False
 
 

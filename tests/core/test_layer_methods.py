@@ -42,15 +42,32 @@ CHANGES: dict[str, Any] = {
     "ia3": lambda: graftlm.IA3Config(feedforward_modules=[]),
     "ia3_input": lambda: graftlm.IA3Config(feedforward_modules=["layer"]),
     "loha": lambda: graftlm.LoHaConfig(r=3, alpha=5),
+    "loha_effective": lambda: graftlm.LoHaConfig(r=3, alpha=5, use_effective_conv2d=True),
 }
 EMBEDDING = ("lora", "rslora", "dora")
+CONV = (*EMBEDDING, "ia3", "ia3_input", "loha", "loha_effective")
 LAYERS: dict[str, Any] = {
     "linear": lambda: nn.Linear(12, 9),
     "without_bias": lambda: nn.Linear(12, 9, bias=False),
     "conv1d": lambda: Conv1D(9, 12),
     "embedding": lambda: nn.Embedding(12, 9),
+    "conv_1d": lambda: nn.Conv1d(12, 9, 3, stride=2, padding=1),
+    "conv_2d": lambda: nn.Conv2d(12, 9, (3, 2), padding=(1, 0), dilation=2, padding_mode="circular", bias=False),
+    "conv_3d": lambda: nn.Conv3d(12, 9, (1, 3, 3), padding="same"),
+    "conv_pointwise": lambda: nn.Conv2d(12, 9, 1),
+    "conv_groups": lambda: nn.Conv2d(12, 9, 3, groups=3, padding=1),
 }
-PLACES = [(c, n) for n in LAYERS for c in CHANGES if n != "embedding" or c in EMBEDDING]
+WITHOUT_FOLD = {("conv_groups", c) for c in EMBEDDING} | {("conv_3d", "loha_effective")}
+
+
+def goes(change: str, kind: str) -> bool:
+    """Whether a change is of such a layer, and is one of its weight."""
+    if kind == "embedding":
+        return change in EMBEDDING
+    return not kind.startswith("conv_") or (change in CONV and (kind, change) not in WITHOUT_FOLD)
+
+
+PLACES = [(c, n) for n in LAYERS for c in CHANGES if goes(c, n)]
 
 
 class Base(nn.Module):
@@ -79,12 +96,19 @@ def adapted(kind: str, *changes: str, seed: int = 0) -> tuple[Adapted, torch.Ten
             for _, parameter in made.parts(name):
                 parameter.add_(torch.randn(parameter.shape) * 0.3)
     switch.active = changes
+    if kind.startswith("conv_"):
+        return made, torch.randn(4, 12, *[7] * (layer.weight.dim() - 2))
     return made, torch.randint(12, (4, 5)) if kind == "embedding" else torch.randn(4, 5, 12)
 
 
 def by_weight(layer: Adapted, x: torch.Tensor, names: tuple[str, ...]) -> torch.Tensor:
     """The reference: one product by the weight and the bias with the changes folded in."""
     weight, bias = layer.frozen.folded([(layer, name) for name in names])
+    plain = layer.frozen.plain
+    if layer.frozen.kind == "conv":
+        return torch.func.functional_call(
+            plain, {"weight": weight.view_as(plain.weight)} | ({} if bias is None else {"bias": bias}), x
+        )
     return F.embedding(x, weight.T) if x.dtype is torch.long else F.linear(x, weight, bias)
 
 
@@ -97,20 +121,21 @@ def test_every_method_of_layers_is_tried_here() -> None:
 def test_a_change_is_its_fold(change: str, kind: str) -> None:
     """Computed beside the layer, by the weight, merged, and with the delta that merging adds: the same."""
     layer, x = adapted(kind, change)
+    rounded = 3e-5 if kind.startswith("conv_") else 1e-5  # sums of hundreds
     plain, before = layer.base_layer(x), state_of(layer)
     wanted = by_weight(layer, x, (change,))
     assert (wanted - plain).abs().max() > 1e-2
     for gradients in (False, True):
         with torch.set_grad_enabled(gradients):
-            close(layer(x), wanted)
+            close(layer(x), wanted, rounded)
     layer.requires_grad_(False)
     delta = layer.get_delta_weight(change)
     assert delta.shape == layer.weight.shape
     close(layer.weight + delta, layer.frozen.rows(layer.frozen.folded([(layer, change)])[0]))
     layer.merge([change])
     assert layer.merged_adapters == [change]
-    close(layer(x), wanted)
-    close(layer.base_layer(x), wanted)
+    close(layer(x), wanted, rounded)
+    close(layer.base_layer(x), wanted, rounded)
     layer.switch.enabled = False
     assert torch.equal(layer(x), plain)
     layer.unmerge()
@@ -118,13 +143,15 @@ def test_a_change_is_its_fold(change: str, kind: str) -> None:
     assert torch.equal(layer(x), plain)
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv_2d"])
 @pytest.mark.parametrize(
     "names", [("ia3", "dora"), ("dora", "ia3"), ("ia3_input", "lora"), ("lora", "ia3_input"), 
               ("loha", "ia3", "dora", "lora"), ("pissa", "ia3_input", "ia3")], ids="+".join,
 )  # fmt: skip
 def test_changes_nest(names: tuple[str, ...], kind: str) -> None:
     """They enter from the last to the first, leave and are folded from the first to the last; merged in part, too."""
+    if kind == "conv_2d" and "pissa" in names:
+        names = tuple(n.replace("pissa", "lora") for n in names)
     layer, x = adapted(kind, *names)
     layer.requires_grad_(False)
     wanted = by_weight(layer, x, names)
@@ -321,8 +348,8 @@ def test_merged_and_unmerged(name: str, method: str) -> None:
 def test_what_cannot_be_meant() -> None:
     with pytest.raises(ConfigError, match="feedforward_modules: 'wo' is not among target_modules"):
         graftlm.IA3Config(target_modules=["k"], feedforward_modules=["wo"])
-    with pytest.raises(UnsupportedError, match="use_effective_conv2d=True is for convolutions"):
-        graftlm.LoHaConfig(use_effective_conv2d=True)
+    with pytest.raises(UnsupportedError, match="use_effective_conv2d=True is for Conv1d and Conv2d"):
+        adapted("conv_3d", "loha_effective")
     for settings in (
         graftlm.IA3Config(target_modules=["embed_tokens"]),
         graftlm.LoHaConfig(target_modules=["embed_tokens"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +117,15 @@ def embedding_tensors(host: AdapterSet, name: str, choice: str | bool) -> dict[s
         raise AdapterError(f"save_embedding_layers={choice!r}: expected True, False or 'auto'.")
     if choice is False or (choice == "auto" and not vocabulary_resized(host.base)):
         return {}
-    tensors = {}
-    inputs, outputs = token_embeddings(host.base) and host.base.get_input_embeddings(), host.base.get_output_embeddings()
+    tensors: dict[str, Tensor] = {}
+    outputs = getattr(host.base, "get_output_embeddings", lambda: None)()
+    inputs = None if token_embeddings(host.base) is None else host.base.get_input_embeddings()
+    if inputs is None and outputs is None:
+        warnings.warn(
+            f"save_embedding_layers=True: Could not identify embedding layer(s) of {type(host.base).__name__}, which has no "
+            "get_input_embeddings(); nothing of the base was saved.",
+            stacklevel=3,
+        )
     wanted = {id(m) for m in (inputs, outputs) if m is not None}
     for path, module in host.base.named_modules(remove_duplicate=False):
         if id(module) in wanted and not hasattr(module, "original_module"):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..architectures import base_modules
+from ..errors import UnsupportedError
 from ..kernels import Update, adapted_linear, grouped_low_rank
 from ..routing import Routes, Switch, active_adapters, active_routes, planned_adapters
 from .change import Change, Held, LowRank, add
@@ -60,6 +61,15 @@ class Adapted(nn.Module):
                 raise
             found = {n: getattr(c, name) for n, c in self.__dict__.get("changes", {}).items() if name in c.numbers}
             return MappingProxyType(found) if found else getattr(self.base_layer, name)
+
+    @property
+    def in_features(self) -> int:
+        """Width of what the layer reads; a convolution's channels, an embedding's tokens."""
+        return self.frozen.features[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.frozen.features[0]
 
     @property
     def active_adapters(self) -> list[str]:
@@ -128,6 +138,14 @@ class Adapted(nn.Module):
             weight = frozen.weight()
             added = change.update(t, weight.dtype) if change.additive else change.fold(t, weight, frozen) - weight
         return frozen.rows(added)
+
+    def check_merge(self, names: Sequence[str]) -> None:
+        """UnsupportedError where one of these adapters cannot be folded into this layer."""
+        own = [name for name in names if name in self.changes]
+        if own:
+            self.frozen.check_merge()
+        for name in own:
+            self.changes[name].check_merge(self.held(name), self.frozen)
 
     def merge(self, names: Sequence[str], *, requantize: bool = False) -> None:
         """Fold adapters into the base weight beside what is in it; those that have changed since they were merged, anew.
@@ -220,6 +238,11 @@ class Adapted(nn.Module):
         groups = [[(self.changes[n], Held(self, n)) for n in group if n in self.changes] for group in routes.groups]
         if not any(groups):
             return layer(x, *args, **kwargs)
+        if self.frozen.kind == "conv" and x.dim() < self.weight.dim():
+            raise UnsupportedError(
+                f"A {type(self.frozen.layer).__name__} with adapters gets an input of shape {tuple(x.shape)}, without rows, "
+                "in a batch of rows of different adapters. Run one adapter a batch on this model."
+            )
         inputs: dict[int, list[Tensor]] = {}
         given = x
         for i, parts in enumerate(groups):

@@ -110,6 +110,9 @@ class Change:
         """The bias [out] with the change in it."""
         return bias
 
+    def check_merge(self, t: Held, frozen: Frozen) -> None:
+        """UnsupportedError where the change of this layer is none of its weight."""
+
     @property
     def enters(self) -> bool:
         """Whether it changes what the layer reads."""

@@ -24,14 +24,15 @@ from transformers.pytorch_utils import Conv1D
 from ..architectures import base_modules, clean_path
 from ..errors import ConfigError, UnsupportedError, nearest
 from ..files import checkpoint_weight
-from ..layers import Adapted, Change, Frozen, as_it_was, both_forms
+from ..layers import KINDS, Adapted, Change, Frozen, as_it_was, both_forms
 from ..quantization import source_class
 from ..routing import by_group
 from .base import PeftType, Site, register
 from .fields import Count, Number, Probability, also_takes, check_expressions
 from .layered import LayerConfig, LayerMethod
 from .lora_change import EmbeddingChange, LoraChange
-from .targets import pattern_value
+from .lora_conv import OUT_PROJ, ConvChange, check_dropout
+from .targets import is_uncalled, pattern_value
 
 INITS = ("gaussian", "pissa", "olora", "loftq")
 # On a quantised base LoftQ's adapter is like any other; HF PEFT, told of the start, would quantise the base anew to load it.
@@ -137,12 +138,15 @@ def loftq_fields(given: Any, init: Any) -> dict[str, Any]:
     return values
 
 
+CHANGES = {"embedding": EmbeddingChange, "conv": ConvChange}  # of other kinds of layers than linear ones
+
+
 class Lora(LayerMethod):
     """One LoRA adapter in a host."""
 
     title = "LoRA"
-    kinds = ("linear", "embedding")
-    takes = "linear layers (torch's, bitsandbytes', Conv1D) and embeddings"
+    kinds = ("linear", "embedding", "conv", "attention")
+    takes = "linear layers (torch's, bitsandbytes', Conv1D), embeddings, convolutions and torch's MultiheadAttention"
 
     @property
     def bound(self) -> bool:
@@ -172,7 +176,12 @@ class Lora(LayerMethod):
         if config.init_lora_weights == "loftq" and frozen.quantized:
             config.__dict__["own_fields"] = LOFTQ_FIELDS
             original = partial(self._original, host, config, path, frozen)
-        return (EmbeddingChange if frozen.kind == "embedding" else LoraChange)(config, r, alpha, original)
+        if frozen.kind == "attention":
+            check_dropout(config, path)
+        made = CHANGES.get(frozen.kind, LoraChange)(config, r, alpha, original)
+        if is_uncalled(frozen.layer):
+            made.scaling *= OUT_PROJ
+        return made
 
     def _original(self, host: Site, config: LoraConfig, path: str, frozen: Frozen) -> Tensor:
         """For LoftQ: the weight [out, in] that a quantised layer was made from, out of the base's checkpoint."""
@@ -193,12 +202,14 @@ class Lora(LayerMethod):
         config: LoraConfig = self.config  # type: ignore[assignment]
         own = {id(layer.frozen.layer) for _, layer in self.layers(host)}
         for path, module in base_modules(host.base):
-            bias = module._parameters.get("bias")
-            if bias is None or isinstance(module, Adapted) or (config.bias == "lora_only" and id(module) not in own):
+            if config.bias == "lora_only" and id(module) not in own:
                 continue
-            if "original_module" in path.split("."):  # another copy of it is trained in full
+            attention = isinstance(module, nn.MultiheadAttention)  # it has biases, and adds them within
+            if isinstance(module, Adapted) or (module._parameters.get("bias") is None and not attention):
                 continue
-            if not isinstance(module, (nn.Linear, Conv1D, nn.LayerNorm)):
+            if "original_module" in path.split(".") and id(module) not in own:  # another copy of it is trained in full
+                continue
+            if attention or not isinstance(module, (nn.Linear, Conv1D, nn.LayerNorm, *KINDS["conv"])):
                 raise UnsupportedError(
                     f"bias={config.bias!r} would train the bias of {path!r}, a {type(module).__name__}, which may not "
                     "simply be added to its output. Use bias='lora_only' or 'none'."
@@ -222,10 +233,12 @@ class Lora(LayerMethod):
             if id(module) in owners:
                 owners[id(module)].biases[self.name] = bias
 
-            def add(module: Any, args: Any, output: Tensor, bias: Tensor = bias) -> Tensor:
+            axes = module.weight.dim() - 2 if isinstance(module, KINDS["conv"]) else 0  # behind the channels
+
+            def add(module: Any, args: Any, output: Tensor, bias: Tensor = bias, axes: int = axes) -> Tensor:
                 if self.name not in host.active_now():
                     return output
-                change = (bias - as_it_was(module).bias).to(output.dtype)
+                change = (bias - as_it_was(module).bias).to(output.dtype)[(..., *[None] * axes)]
                 if (routes := host.routes_now()) is None:
                     return output + change
                 return by_group(routes, output, lambda group, at: output[at] + change if self.name in group else None)
