@@ -43,12 +43,15 @@ class PeftModel(AdapterSet, PreTrainedModel):
         autocast_adapter_dtype: keep adapters of a 16-bit base in fp32.
     """
 
-    def __new__(cls, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> PeftModel:
+    def __new__(cls, model: nn.Module | None = None, peft_config: Any = None, *args: Any, **kwargs: Any) -> PeftModel:
         if isinstance(model, PeftModel):
             raise AdapterError("This model is wrapped already. Add another adapter with model.add_adapter(name, config).")
         if not isinstance(model, nn.Module):
-            raise AdapterError(f"Expected a transformers model as the base, or another module; got {type(model)}.")
-        return object.__new__(class_over(cls, type(model), is_plain(model)))
+            raise AdapterError(
+                f"Expected a transformers model as the base, or another torch module; got "
+                f"{model if model is None else type(model)}."
+            )
+        return object.__new__(class_over(cls, type(model), is_plain(model), getattr(peft_config, "task_type", None)))
 
     def __init__(
         self,
@@ -112,7 +115,7 @@ class PeftModel(AdapterSet, PreTrainedModel):
         self._disconnect()
         try:
             state = {k: v for k, v in self.__dict__.items() if k != "entry"}
-            return rebuild, (PeftModel, type(self.base), pickle.dumps(state), self.plain)
+            return rebuild, (PeftModel, type(self.base), pickle.dumps(state), self.plain, self.task_type)
         finally:
             self._connect()
 
@@ -332,7 +335,7 @@ class PeftModel(AdapterSet, PreTrainedModel):
         """
         options = checkpoint.load_options(kwargs)
         config = checkpoint.config_for(model_id, config, is_trainable, options.hub)
-        wrapper = cls.__new__(cls, model)
+        wrapper = cls.__new__(cls, model, config)
         wrapper.__init__(model, config, adapter_name, autocast_adapter_dtype, for_loading=True)  # type: ignore[misc]
         try:
             checkpoint.fill(wrapper, model_id, adapter_name, options)
