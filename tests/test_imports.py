@@ -34,7 +34,8 @@ FLOORS: list[set[str]] = [
 ]
 APART = [("training", "inference"), ("inference", "training")]
 # What a method's file may take from another: shared modules, not other methods, but those that it is a variant of.
-SHARED = {"prompt_tuning", "base", "soft_prompt", "layered", "lora_change", "lora_init", "lora_combine", "targets", "tokens"}
+SHARED = {"base", "soft_prompt", "layered", "lora_change", "lora_init", "lora_combine", "targets"}
+SHARED |= {"tokens", "prompt_tuning", "prefix_tuning"}
 METHOD_IMPORTS = {
     "layered": {"targets"},
     "lora": {"layered", "lora_change", "targets", "tokens"},
@@ -47,6 +48,7 @@ METHOD_IMPORTS = {
     "prompt_tuning": {"soft_prompt"},
     "prefix_tuning": {"soft_prompt"},
     "multitask_prompt_tuning": {"prompt_tuning"},
+    "cartridge": {"prefix_tuning"},
     "tokens": {"layered", "targets"},
     "trainable_tokens": {"layered", "targets", "tokens"},
 }
@@ -227,6 +229,7 @@ PUBLIC = [
     "AdaptionPromptConfig",
     "BottleneckConfig",
     "BottleneckPlacement",
+    "CartridgeConfig",
     "IA3Config",
     "LoHaConfig",
     "LoftQConfig",
@@ -246,9 +249,12 @@ PUBLIC = [
     "TrainableTokensConfig",
     "Trainer",
     "__version__",
+    "compose_cartridge_adapters",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
+    "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text",
     "load_peft_weights",
     "prepacked",
     "prepare_model_for_kbit_training",

@@ -13,6 +13,12 @@ from .base import (
     method_for,
 )
 from .bottleneck import BottleneckConfig, BottleneckPlacement
+from .cartridge import (
+    CartridgeConfig,
+    compose_cartridge_adapters,
+    initialize_kv_prefix_from_past_key_values,
+    initialize_kv_prefix_from_text,
+)
 from .ia3 import IA3Config
 from .loha import LoHaConfig
 from .lora import LoftQConfig, LoraConfig
@@ -27,6 +33,7 @@ __all__ = [
     "AdaptionPromptConfig",
     "BottleneckConfig",
     "BottleneckPlacement",
+    "CartridgeConfig",
     "IA3Config",
     "LoHaConfig",
     "LoftQConfig",
@@ -44,7 +51,10 @@ __all__ = [
     "PromptTuningInit",
     "TaskType",
     "TrainableTokensConfig",
+    "compose_cartridge_adapters",
     "config_class",
     "get_peft_config",
+    "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text",
     "method_for",
 ]
