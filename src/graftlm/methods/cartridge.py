@@ -3,8 +3,8 @@
 ``K_l = [k_l; own keys]``, ``V_l = [v_l; own values]`` in every layer l, as in Prefix Tuning. The table [P, width] starts at
 random, or as what the base keeps of a text; its first rows, which attention leans on, are not trained.
 
-Field names, defaults, maths and files are HF PEFT's (its `CartridgeConfig`; the table is Prefix Tuning's). What differs: several
-are active together and in mixed batches, side by side, so that composing their files is seldom needed.
+Field names, defaults, maths and files are HF PEFT's (its `CartridgeConfig`; the table is Prefix Tuning's). What differs:
+several are active together and in mixed batches, side by side, so that composing their files is seldom needed.
 """
 
 from __future__ import annotations

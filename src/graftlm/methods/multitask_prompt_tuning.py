@@ -72,17 +72,18 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.MULTITASK_PROMPT_TUNING
-        init, path = self.prompt_tuning_init, self.prompt_tuning_init_state_dict_path
+        init: Any = self.prompt_tuning_init
+        path = self.prompt_tuning_init_state_dict_path
         if init not in FROM_SOURCE:
             return
         if path is None or not path.endswith(".safetensors"):
             raise ConfigError(
-                f"prompt_tuning_init={init.value} needs prompt_tuning_init_state_dict_path, the adapter_model.safetensors "  # type: ignore[union-attr]
+                f"prompt_tuning_init={init.value} needs prompt_tuning_init_state_dict_path, the adapter_model.safetensors "
                 f"of an adapter that was trained on the source tasks; got {path!r} (a pickle is not read)."
             )
         if init is not MultitaskPromptTuningInit.ONLY_SOURCE_SHARED and self.num_tasks != 1:
             raise ConfigError(
-                f"prompt_tuning_init={init.value} starts one task, and num_tasks={self.num_tasks}: leave num_tasks out, or "  # type: ignore[union-attr]
+                f"prompt_tuning_init={init.value} starts one task, and num_tasks={self.num_tasks}: leave num_tasks out, or "
                 "start with ONLY_SOURCE_SHARED."
             )
 
