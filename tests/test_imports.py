@@ -40,7 +40,7 @@ APART = [("training", "inference"), ("inference", "training")]
 SHARED = {
     "base", "soft_prompt", "layered", "lora_change", "lora_conv", "lora_init", "lora_experts", "lora_combine", "targets",
     "lora_replicated", "lora_tied", "tokens", "prompt_tuning", "projected", "biased", "orthogonal", "lora_data_config",
-    "lora_data_init", "lora_invoked",
+    "lora_data_init", "lora_invoked", "prefix_tuning",
 }  # fmt: skip
 METHOD_IMPORTS = {
     "layered": {"targets"},
@@ -83,6 +83,7 @@ METHOD_IMPORTS = {
     "prompt_tuning": {"soft_prompt"},
     "prefix_tuning": {"soft_prompt"},
     "multitask_prompt_tuning": {"prompt_tuning"},
+    "cartridge": {"prefix_tuning"},
     "tokens": {"layered", "targets"},
     "trainable_tokens": {"layered", "targets", "tokens"},
 }
@@ -272,6 +273,7 @@ PUBLIC = [
     "BOFTConfig",
     "BottleneckConfig",
     "BottleneckPlacement",
+    "CartridgeConfig",
     "CordaConfig",
     "EvaConfig",
     "FourierFTConfig",
@@ -324,6 +326,7 @@ PUBLIC = [
     "__version__",
     "as_peft",
     "cast_mixed_precision_params",
+    "compose_cartridge_adapters",
     "convert_to_lora",
     "get_base_model_state_dict",
     "get_eva_state_dict",
@@ -333,6 +336,8 @@ PUBLIC = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "hotswap_adapter",
+    "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text",
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "load_peft_weights",

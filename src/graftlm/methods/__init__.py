@@ -15,6 +15,12 @@ from .base import (
 )
 from .boft import BOFTConfig
 from .bottleneck import BottleneckConfig, BottleneckPlacement
+from .cartridge import (
+    CartridgeConfig,
+    compose_cartridge_adapters,
+    initialize_kv_prefix_from_past_key_values,
+    initialize_kv_prefix_from_text,
+)
 from .fourierft import FourierFTConfig
 from .ia3 import IA3Config
 from .ln_tuning import LNTuningConfig
@@ -40,6 +46,7 @@ __all__ = [
     "BOFTConfig",
     "BottleneckConfig",
     "BottleneckPlacement",
+    "CartridgeConfig",
     "CordaConfig",
     "EvaConfig",
     "FourierFTConfig",
@@ -68,9 +75,12 @@ __all__ = [
     "TaskType",
     "TrainableTokensConfig",
     "VeraConfig",
+    "compose_cartridge_adapters",
     "config_class",
     "get_eva_state_dict",
     "get_peft_config",
+    "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text",
     "initialize_lora_eva_weights",
     "method_for",
     "preprocess_corda",
