@@ -158,7 +158,7 @@ def get_eva_state_dict(
     if gather_distributed_inputs and torch.distributed.is_available() and torch.distributed.is_initialized():
         raise UnsupportedError("EVA gathers nothing from other processes; find its start in one, and pass eva_state_dict.")
     if wrapped:
-        layers = {
+        layers: dict[str, Any] = {
             name: m
             for name, m in model.named_modules()
             if isinstance(m, Adapted) and adapter_name in m.changes and m.frozen.kind == "linear"
