@@ -19,6 +19,7 @@ import graftlm
 from graftlm.errors import AdapterError, CompositionError, ConfigError, TargetError, UnsupportedError
 from graftlm.functional import delete_adapter, set_adapter, set_requires_grad
 from graftlm.layers import Adapted
+from graftlm.passes.served import Served
 
 
 # -- modules that users bring ------------------------------------------------------------------------------------------
@@ -294,6 +295,21 @@ def test_calls_go_through_as_they_are() -> None:
     assert found["out"][0].shape == (2, 3)
     assert plain.train().training
     assert plain.to(torch.float64)(x=torch.ones(2, 3).double())["out"][0].dtype == torch.float64
+
+
+def test_no_language_model() -> None:
+    """What is asked of language models is answered, or said to be impossible."""
+    model = wrapped("sound")
+    assert not model.can_pack()
+    assert not model.makes_loss({"labels": torch.zeros(1)})
+    assert not model.heeds_items()
+    model.try_out()
+    with pytest.raises(UnsupportedError, match="Sound is no language model of transformers: it cannot be served"):
+        Served(model)
+    with pytest.raises(AttributeError, match="generate"):
+        model.generate(inputs("sound"))
+    with pytest.raises(AttributeError, match="hidden_size"):
+        model.hidden_size  # noqa: B018
 
 
 def test_count(capsys: pytest.CaptureFixture) -> None:

@@ -75,6 +75,8 @@ class Served:
     """A base and its adapters, as a server runs them. In evaluation mode; adapters whose values change are admitted anew."""
 
     def __init__(self, host: AdapterSet) -> None:
+        if host.plain:
+            raise UnsupportedError(f"{type(host.base).__name__} is no language model of transformers: it cannot be served.")
         self.host = host
         base = host.base
         self.configs = attention_configs(base)
