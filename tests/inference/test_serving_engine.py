@@ -13,6 +13,7 @@ from families import CAUSAL, VOCAB, build
 from graftlm.inference.requests import Request, SamplingParams
 
 STEPPED = [name for name in CAUSAL if name != "falcon"]
+QUICK = ("llama", "bloom", "gpt2", "gemma3", "chatglm")  # the others are the long tail
 STARTS = [[5, 6, 7, 8, 9, 10, 11], [5, 6, 7, 40, 41], [20, 21, 22, 23]]
 
 
@@ -57,14 +58,14 @@ def trace(model: Any, seed: int, count: int, most: int = 12, **config: Any) -> A
     return engine, preempted
 
 
-@pytest.mark.parametrize("name", STEPPED)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in STEPPED])
 def test_each_request_equals_itself_alone(name: str) -> None:
     """All methods and compositions on every family."""
     engine, _ = trace(crowd(name), 0, 24)
     assert engine.starts.tokens
 
 
-@pytest.mark.parametrize("name", ["llama", "bloom", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("bloom", "gemma3", "gpt2"))])
 def test_each_request_equals_itself_alone_when_the_cache_is_full(name: str) -> None:
     """Rows give way and are computed anew in the middle of what they write."""
     base = build("gemma3", sliding_window=6) if name == "gemma3" else None
