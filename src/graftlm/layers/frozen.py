@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import UnsupportedError
 from ..quantization import dequantize, dequantized, quantized_kind, requantized
 from ..routing import Switch, active_routes
 
@@ -208,6 +209,11 @@ class Frozen:
         parts = sorted(parts, key=lambda part: (order[id(part[0])], part[0].turn(part[1])))
         weight, bias = self.folded(parts)
         plain, own = self.plain, self.bias
+        if bias is not None and own is None:
+            raise UnsupportedError(
+                f"Impossible to merge an adapter with a bias of its own (lora_bias): this {type(self.layer).__name__} has none "
+                "to merge it into. Keep it attached."
+            )
         if self.quantized:
             made = requantized(plain, weight) if self.requantize else dequantized(plain, weight)
             self.before, self.layer = plain, made
