@@ -114,9 +114,12 @@ class Routes:
             ]
         return self._found[key]
 
-    def over(self, of: Tensor) -> Routes:
-        """The same for the tokens of a packed row, given the group of each."""
-        return Routes(self.groups, of, True, self.switches, self.draws)
+    def over(self, of: Tensor, packed: bool = True) -> Routes:
+        """The same for the tokens of a packed row (or for other rows), given the group of each. What layers keep of it is
+        shared."""
+        made = Routes(self.groups, of, packed, self.switches, self.draws)
+        made._kept = self._kept
+        return made
 
     def of_switch(self, switch: Switch) -> Routes | None:
         """What of it concerns one of several wrappers: other wrappers' groups are the bare base to it. None for nothing."""
@@ -175,12 +178,13 @@ def _places(chosen: Tensor, device: torch.device) -> slice | Tensor:
 class Plan:
     """Who goes through what, for one call, one whole `generate` or one serving step: a wrapper's switch and the adapters
     that every token goes through. In a mixed batch `routes` says who goes through which, and `adapters` names all that take
-    part.
+    part. `tasks`: of each of the groups, where rows have one (see `current_task`); () where none has.
     """
 
     switch: Switch
     adapters: tuple[str, ...]
     routes: Routes | None = None
+    tasks: tuple[int | None, ...] = ()
 
     @property
     def groups(self) -> list[Group]:
@@ -191,6 +195,12 @@ class Plan:
     def by_row(self) -> list[Group]:
         """The composition of each row of a mixed batch, or the one of all."""
         return [self.adapters] if self.routes is None else [self.routes.groups[i] for i in self.routes.of.tolist()]
+
+    @property
+    def tasks_by_row(self) -> list[int | None]:
+        """The task of each row of a mixed batch, or the one of all."""
+        tasks = self.tasks or (None,) * len(self.groups)
+        return list(tasks) if self.routes is None else [tasks[i] for i in self.routes.of.tolist()]
 
 
 class Attention(Protocol):
@@ -242,6 +252,24 @@ def within(scope: Scope | None) -> Iterator[Scope | None]:
         _scope.reset(token)
 
 
+_task: ContextVar[int | None] = ContextVar("graftlm_task", default=None)
+
+
+def current_task() -> int | None:
+    """The task of the rows whose virtual tokens are asked for; None where they have none."""
+    return _task.get()
+
+
+@contextmanager
+def asking_for(task: int | None) -> Iterator[None]:
+    """Within the block adapters answer for rows of a task."""
+    token = _task.set(task)
+    try:
+        yield
+    finally:
+        _task.reset(token)
+
+
 @contextmanager
 def running(plan: Plan | None) -> Iterator[Plan | None]:
     """Run the block under `plan`."""
@@ -275,6 +303,12 @@ def active_routes(switch: Switch) -> Routes | None:
     if scope is None or scope.routes is None or not (scope.plan.switch is switch or scope.routes.switches):
         return None
     return scope.routes.of_switch(switch)
+
+
+def together() -> bool:
+    """Whether adapters of several wrappers run in one pass now."""
+    scope = _scope.get()
+    return scope is not None and scope.routes is not None and scope.routes.switches is not None
 
 
 def by_group(routes: Routes, result: Tensor, change: Callable[[Group, Index], Tensor | None]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..architectures import base_modules
+from ..errors import UnsupportedError
 from ..kernels import Update, adapted_linear, grouped_low_rank
 from ..routing import Routes, Switch, active_adapters, active_routes, planned_adapters
 from .change import Change, Held, LowRank, add
@@ -65,6 +66,15 @@ class Adapted(nn.Module):
             return MappingProxyType(found) if found else getattr(self.base_layer, name)
 
     @property
+    def in_features(self) -> int:
+        """Width of what the layer reads; a convolution's channels, an embedding's tokens."""
+        return self.frozen.features[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.frozen.features[0]
+
+    @property
     def active_adapters(self) -> list[str]:
         """The adapters that act here now, in their order."""
         return [name for name in active_adapters(self.switch) if name in self.changes]
@@ -93,10 +103,6 @@ class Adapted(nn.Module):
         """The parameters of one adapter, with their names below this module."""
         for table, key, parameter in self.changes[name].parts(self.held(name)) if name in self.changes else ():
             yield f"{table}.{name}.{key}" if key else f"{table}.{name}", parameter
-
-    def read(self, name: str) -> list[nn.Parameter]:
-        """The parameters that one adapter's change depends on."""
-        return self.changes[name].read(self.held(name))
 
     def turn(self, name: str) -> int:
         """An adapter's place in the order in which adapters act."""
@@ -163,6 +169,14 @@ class Adapted(nn.Module):
             added = change.update(t, weight.dtype) if change.additive else change.fold(t, weight, frozen) - weight
         return frozen.rows(added)
 
+    def check_merge(self, names: Sequence[str]) -> None:
+        """UnsupportedError where one of these adapters cannot be folded into this layer."""
+        own = [name for name in names if name in self.changes]
+        if own:
+            self.frozen.check_merge()
+        for name in own:
+            self.changes[name].check_merge(self.held(name), self.frozen)
+
     def merge(self, names: Sequence[str], *, requantize: bool = False) -> None:
         """Fold adapters into the base weight beside what is in it; those that have changed since they were merged, anew.
 
@@ -206,7 +220,7 @@ class Adapted(nn.Module):
         if self.frozen.before is not None and self.frozen.over[0] is self:
             self.frozen.before._apply(fn)
         for fold in own:
-            fold.parameters = self.read(fold.name)
+            fold.find()
         for fold in fresh:
             fold.note()
         return self
@@ -254,6 +268,11 @@ class Adapted(nn.Module):
         groups = [[(self.changes[n], Held(self, n)) for n in group if n in self.changes] for group in routes.groups]
         if not any(groups):
             return layer(x, *args, **kwargs)
+        if self.frozen.kind == "conv" and x.dim() < self.weight.dim():
+            raise UnsupportedError(
+                f"A {type(self.frozen.layer).__name__} with adapters gets an input of shape {tuple(x.shape)}, without rows, "
+                "in a batch of rows of different adapters. Run one adapter a batch on this model."
+            )
         inputs: dict[int, list[Tensor]] = {}
         given = x
         for i, parts in enumerate(groups):

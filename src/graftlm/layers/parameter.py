@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedError
 from ..routing import Plan, Switch, current_scope, running
 from .adapted import Adapted
-from .frozen import Fold, Frozen, Owner, with_weight
+from .frozen import Fold, Frozen, Owner, with_parameters
 
 
 class FrozenParameter(Frozen):
@@ -28,14 +28,18 @@ class FrozenParameter(Frozen):
         name: the parameter's.
     """
 
-    kind = "parameter"  # type: ignore[assignment]
     quantized = None  # type: ignore[assignment]
     bias = None  # type: ignore[assignment]
     scale = None  # type: ignore[assignment]
 
     def __init__(self, layer: nn.Module, name: str) -> None:
         super().__init__(layer)
+        self.kind = "parameter"
         self.name = name
+
+    @property
+    def names(self) -> tuple[str, str]:
+        return self.name, "bias"
 
     @property
     def original(self) -> nn.Parameter:
@@ -44,7 +48,7 @@ class FrozenParameter(Frozen):
 
     @property
     def plain(self) -> Any:
-        return self.layer if self.before is None else with_weight(self.layer, self.original, self.name)
+        return self.layer if self.before is None else with_parameters(self.layer, {self.name: self.original})
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -142,7 +146,7 @@ class AdaptedParameter(Adapted):
         module: Any = self.frozen.layer
         for frozen in dict.fromkeys(part.frozen for part in parameters_of(self)):
             if (value := frozen.now()) is not None:
-                module = with_weight(module, value, frozen.name)
+                module = with_parameters(module, {frozen.name: value})
         return module(*args, **kwargs)
 
 

@@ -19,28 +19,30 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import base_modules, clean_path, is_encoder_decoder, model_type
+from ..architectures import is_encoder_decoder, model_type
 from ..errors import ConfigError, UnsupportedError, nearest
 from ..files import checkpoint_weight
-from ..layers import Adapted, Change, Frozen, as_it_was, both_forms
+from ..layers import Adapted, Change, Frozen
 from ..quantization import source_class
-from ..routing import by_group
 from .base import PeftType, Site, register
+from .biased import Biased
 from .fields import Count, Number, Probability, also_takes, check_expressions
-from .layered import LayerConfig, LayerMethod
+from .layered import LayerConfig
 from .lora_change import EmbeddingChange, LoraChange
+from .lora_conv import OUT_PROJ, ConvChange, check_dropout
 from .lora_data_config import KEPT, CordaConfig, EvaConfig, LoraGAConfig, check_data_start
 from .lora_data_init import doubled, take_starts, with_starts, without_starts
 from .lora_experts import ExpertsChange, adapted_parameter, check_settings, find_parameters
 from .lora_invoked import check_invocation
 from .lora_replicated import release, replicate
 from .lora_tied import TiedChange, tie_head, tie_targets
-from .targets import pattern_value, unused_patterns
+from .targets import is_uncalled, pattern_value, unused_patterns
+from .tokens import lora_tokens, repeated_tokens
 
 INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga")
 # On a quantised base LoftQ's adapter is like any other; HF PEFT, told of the start, would quantise the base anew to load it.
@@ -57,8 +59,7 @@ class LoftQConfig:
 
 # Fields of HF PEFT's LoraConfig that are not here, with their neutral values.
 ELSEWHERE = {
-    "peft_version": ..., "megatron_config": None, "megatron_core": ..., "trainable_token_indices": None,
-    "velora_config": None,
+    "peft_version": ..., "megatron_config": None, "megatron_core": ..., "velora_config": None,
     "use_qalora": False, "qalora_group_size": ..., "monteclora_config": None,
     "runtime_config": None, "use_bdlora": None, "arrow_config": None,
     "kasa_config": None,
@@ -94,6 +95,8 @@ class LoraConfig(LayerConfig):
         layer_replication: pairs [from, up to]: the base's blocks in another order and number (see `lora_replicated`).
         ensure_weight_tying: keep an adapter of tied embeddings and head tied (see `lora_tied`).
         alora_invocation_tokens: token ids; in each row the adapter acts from their last occurrence on (aLoRA).
+        trainable_token_indices: tokens whose rows are trained along (see `tokens`): of the input embeddings and what is tied
+            to them, or by names of modules.
     """
 
     r: Count = 8
@@ -114,9 +117,12 @@ class LoraConfig(LayerConfig):
     alora_invocation_tokens: list[int] | None = None
     layer_replication: list[list[int]] | None = None
     ensure_weight_tying: bool = False
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     eva_config: EvaConfig | dict[str, Any] | None = None
     corda_config: CordaConfig | dict[str, Any] | None = None
     lora_ga_config: LoraGAConfig | dict[str, Any] | None = None
+
+    own_biases: ClassVar[str] = "lora_only"
 
     def __post_init__(self) -> None:
         if isinstance(self.layer_replication, (list, tuple)):
@@ -179,39 +185,30 @@ def loftq_fields(given: Any, init: Any) -> dict[str, Any]:
     return values
 
 
-class Lora(LayerMethod):
+CHANGES = {"embedding": EmbeddingChange, "conv": ConvChange}  # of other kinds of layers than linear ones
+
+
+class Lora(Biased):
     """One LoRA adapter in a host."""
 
     title = "LoRA"
-    kinds = ("linear", "embedding")
-    takes = "linear layers (torch's, bitsandbytes', Conv1D) and embeddings"
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding", "conv", "attention")
+    takes = "linear layers (torch's, bitsandbytes', Conv1D), embeddings, convolutions and torch's MultiheadAttention"
 
     @property
     def bound(self) -> bool:
-        return self.config.bias != "none" or self.invocation is not None  # type: ignore[attr-defined]
+        return super().bound or self.invocation is not None
 
     def attach(self, host: Site, *, for_loading: bool = False) -> None:
-        if self.config.bias != "none":  # type: ignore[attr-defined]
-            self._one_bias(host)
         if self.invocation and is_encoder_decoder(host.base):
             raise UnsupportedError(
                 "alora_invocation_tokens is for decoder-only models, which read a row from left to right."
             )
         super().attach(host, for_loading=for_loading)
+        lora_tokens(self, host, initialise=not for_loading)
         host.switch.waiting |= {self.name} if self.invocation else set()
         if self.config.lora_bias and (without := self._without_bias(host)):  # type: ignore[attr-defined]
             warnings.warn(f"lora_bias=True: {without} has no bias, so this adapter cannot be merged.", stacklevel=2)
-        if self.config.bias != "none":  # type: ignore[attr-defined]
-            try:
-                host.adapter_biases[self.name] = nn.ParameterDict(
-                    {
-                        path.replace(".", "/"): module.bias.detach().to(host.adapter_dtype(module), copy=True)
-                        for path, module in self._biased(host)
-                    }
-                )
-            except Exception:
-                self.detach(host)
-                raise
 
     def attach_layers(self, host: Site, *, for_loading: bool) -> None:
         config: LoraConfig = self.config  # type: ignore[assignment]
@@ -231,7 +228,7 @@ class Lora(LayerMethod):
         """With `target_parameters`: those, and the layers that are named beside them."""
         config: LoraConfig = self.config  # type: ignore[assignment]
         if config.target_modules:
-            LayerMethod.attach_layers(self, host, for_loading=for_loading)
+            super().attach_layers(host, for_loading=for_loading)
         names = [path for path, _ in super().layers(host)]
         for full, path, name in find_parameters(host.base, config):
             names.append(full)
@@ -260,13 +257,21 @@ class Lora(LayerMethod):
             config.alpha_pattern, path, config.lora_alpha
         )
 
+    def repeated_keys(self, host: Site) -> dict[str, str]:
+        return repeated_tokens(self, host)
+
     def change(self, host: Site, path: str, frozen: Frozen) -> Change:
         config: LoraConfig = self.config  # type: ignore[assignment]
         original = None
         if config.init_lora_weights == "loftq" and frozen.quantized:
             config.__dict__["own_fields"] = LOFTQ_FIELDS
             original = partial(self._original, host, config, path, frozen)
-        return (EmbeddingChange if frozen.kind == "embedding" else LoraChange)(config, *self._rank(path), original)
+        if frozen.kind == "attention":
+            check_dropout(config, path)
+        made = CHANGES.get(frozen.kind, LoraChange)(config, *self._rank(path), original)
+        if is_uncalled(frozen.layer):
+            made.scaling *= OUT_PROJ
+        return made
 
     @property
     def invocation(self) -> list[int] | None:
@@ -303,57 +308,10 @@ class Lora(LayerMethod):
         weight = checkpoint_weight(host.base, f"{path}.weight", frozen.shape[::-1] if turned else frozen.shape)
         return weight.T if turned else weight
 
-    def _one_bias(self, host: Site) -> None:
-        others = [n for n, m in host.methods.items() if n != self.name and getattr(m.config, "bias", "none") != "none"]
-        if others:
-            raise ConfigError(f"bias={self.config.bias!r} beside adapter {others[0]!r}, which trains biases too: one can.")  # type: ignore[attr-defined]
-
-    def _biased(self, host: Site) -> Iterator[tuple[str, Any]]:
-        """Modules whose bias is trained: the wrapped layers' own, or every one of the base."""
-        config: LoraConfig = self.config  # type: ignore[assignment]
-        own = {id(layer.frozen.layer) for _, layer in self.layers(host)}
-        for path, module in base_modules(host.base):
-            bias = module._parameters.get("bias")
-            if bias is None or isinstance(module, Adapted) or (config.bias == "lora_only" and id(module) not in own):
-                continue
-            if "original_module" in path.split("."):  # another copy of it is trained in full
-                continue
-            if not isinstance(module, (nn.Linear, Conv1D, nn.LayerNorm)):
-                raise UnsupportedError(
-                    f"bias={config.bias!r} would train the bias of {path!r}, a {type(module).__name__}, which may not "
-                    "simply be added to its output. Use bias='lora_only' or 'none'."
-                )
-            yield clean_path(path), module
-
     def detach(self, host: Site) -> None:
-        if self.name in host.adapter_biases:
-            del host.adapter_biases[self.name]
         host.switch.waiting.discard(self.name)
         super().detach(host)
         release(host, self)
-
-    def connect(self, host: Site) -> list[Any]:
-        """Add the trained biases, as differences to the base's, to the outputs of their modules."""
-        if self.name not in host.adapter_biases:
-            return []
-        handles = []
-        biases: Any = host.adapter_biases[self.name]
-        owners = {id(layer.frozen.layer): layer for _, layer in self.layers(host)}
-        for path, module in self._biased(host):
-            bias = biases[path.replace(".", "/")]
-            if id(module) in owners:
-                owners[id(module)].biases[self.name] = bias
-
-            def add(module: Any, args: Any, output: Tensor, bias: Tensor = bias) -> Tensor:
-                if self.name not in host.active_now():
-                    return output
-                change = (bias - as_it_was(module).bias).to(output.dtype)
-                if (routes := host.routes_now()) is None:
-                    return output + change
-                return by_group(routes, output, lambda group, at: output[at] + change if self.name in group else None)
-
-            handles += [form.register_forward_hook(add) for form in both_forms(module)]
-        return handles
 
     def tensors(self, host: Site) -> dict[str, Tensor]:
         return with_starts(super().tensors(host), self._starts(host))
@@ -371,23 +329,12 @@ class Lora(LayerMethod):
         held = {f"{self.file_prefix}{path}": layer.held(self.name) for path, layer in self.layers(host)}
         return {path: t["lora_start"] for path, t in held.items() if "lora_start" in t}
 
-    def named_parameters(self, host: Site) -> Iterator[tuple[str, nn.Parameter]]:
-        yield from super().named_parameters(host)
-        if self.name in host.adapter_biases:
-            for key, parameter in host.adapter_biases[self.name].items():
-                yield f"adapter_biases.{self.name}.{key}", parameter
-
     def file_parameters(self, host: Site) -> Iterator[tuple[str, Any]]:
         yield from super().file_parameters(host)
         for path, layer in self.layers(host):
             if isinstance(change := layer.changes[self.name], TiedChange):
                 for key, factor in zip(change.keys, change.factors(layer.held(self.name)), strict=True):
                     yield f"{self.file_prefix}{path}.{key}", factor
-        if self.name in host.adapter_biases:
-            own = {path for path, _ in self.layers(host)}
-            for key, parameter in host.adapter_biases[self.name].items():
-                path = key.replace("/", ".")
-                yield f"{self.file_prefix}{path}{'.base_layer' if path in own else ''}.bias", parameter
 
 
 register(PeftType.LORA, LoraConfig, Lora)

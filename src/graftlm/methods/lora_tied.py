@@ -43,9 +43,9 @@ class TiedChange(LoraChange):
         held = Held(*self.source)
         return held["lora_embedding_B"].T, held["lora_embedding_A"].T
 
-    def read(self, t: Held) -> list[nn.Parameter]:
+    def values(self, t: Held) -> list[nn.Parameter]:
         held = Held(*self.source)
-        return [*super().read(t), held["lora_embedding_A"], held["lora_embedding_B"]]
+        return [*super().values(t), held["lora_embedding_A"], held["lora_embedding_B"]]
 
 
 def tied_pair(host: Any) -> tuple[tuple[str, Any], tuple[str, Any]] | None:
