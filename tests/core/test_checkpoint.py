@@ -275,8 +275,8 @@ def test_unknown_method_in_a_configuration(saved: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"use_qalora": True}, {"layer_replication": [[0, 2]]}, {"trainable_token_indices": [1]}, {"lora_bias": True},
-               {"target_parameters": ["x"]}, {"alora_invocation_tokens": [1]}, {"brand_new": 0.5}],
+    "option", [{"use_qalora": True}, {"trainable_token_indices": [1]}, {"use_bdlora": {"nblocks": 2}},
+               {"kasa_config": {"beta": 0.1}}, {"velora_config": {"scale": 1.0}}, {"brand_new": 0.5}],
 )  # fmt: skip
 def test_unknown_options_that_are_on_are_refused(saved: Path, option: dict[str, Any]) -> None:
     edit_config(saved, **option)

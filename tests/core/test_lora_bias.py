@@ -75,6 +75,10 @@ def test_without_a_bias_to_merge_into() -> None:
     before = state_of(model)
     with pytest.raises(UnsupportedError, match="has no bias that it could be merged into. Keep it attached"):
         model.merge_adapter()
+    layer = model.base.model.layers[0].self_attn.q_proj
+    with pytest.raises(UnsupportedError, match="Impossible to merge an adapter with a bias of its own"):
+        layer.merge(["default"])
+    assert not layer.merged
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 

@@ -17,6 +17,7 @@ from test_parity import both_ways, theirs
 
 import graftlm
 from graftlm.errors import ConfigError, UnsupportedError
+from graftlm.joint import Share, joint_losses
 
 CALL = [11, 12]
 ROWS = [
@@ -268,6 +269,37 @@ def test_mixed_training() -> None:
         if key in wanted and parameter.grad is not None:
             close(wanted[key], parameter.grad, 1e-4)
     assert any("lora_A.other" in key and g.any() for key, g in wanted.items())
+
+
+def test_trained_together() -> None:
+    """Wrappers over one base in one pass; where the head is changed token by token, each alone."""
+    base = still("llama")
+    inputs = padded(tensors(), "right", extra=0)
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    models = [
+        randomise(graftlm.get_peft_model(base, config), scale=0.3).train()
+        for config in (settings(), graftlm.LoraConfig(**OPTIONS), settings(alora_invocation_tokens=[6, 7]))
+    ]
+    found = joint_losses([Share(model, inputs) for model in models])
+    assert found is not None
+    for (total, count), model in zip(found, models, strict=True):
+        loss = model(**inputs).loss
+        assert total.item() / count == pytest.approx(loss.item(), abs=1e-5)
+        with torch.no_grad():
+            logits = model.eval()(**inputs).logits[:, :-1].flatten(0, 1)
+        plain = torch.nn.functional.cross_entropy(logits, inputs["labels"][:, 1:].flatten())
+        assert plain.item() == pytest.approx(loss.item(), abs=1e-5)
+        model.train()
+    sum(total for total, _ in found).backward()  # type: ignore[union-attr]
+    for model in models:
+        assert all(p.grad is not None and p.grad.any() for _, p in model.adapter_parameters("default"))
+    headed = attach(target_modules=["q_proj", "lm_head"]).train()
+    assert not headed.makes_loss()
+    loss = headed(**inputs).loss
+    logits = logits_of(headed.eval(), **inputs)[:, :-1].flatten(0, 1)
+    assert torch.nn.functional.cross_entropy(logits, inputs["labels"][:, 1:].flatten()).item() == pytest.approx(
+        loss.item(), abs=1e-5
+    )
 
 
 def test_over_experts() -> None:

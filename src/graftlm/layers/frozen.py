@@ -243,6 +243,11 @@ class Frozen:
         name, bias_name = self.names
         weight, bias = self.folded(parts)
         plain, own = self.plain, self.bias
+        if bias is not None and own is None:
+            raise UnsupportedError(
+                f"Impossible to merge an adapter with a bias of its own (lora_bias): this {type(self.layer).__name__} has "
+                "none to merge it into. Keep it attached."
+            )
         if self.quantized:
             made = requantized(plain, weight) if self.requantize else dequantized(plain, weight)
             self.before, self.layer = plain, made

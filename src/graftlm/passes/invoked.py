@@ -12,7 +12,7 @@ Rows in which the sequence does not stand are the base's. Of several invocations
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,9 +28,14 @@ if TYPE_CHECKING:
     from ..adapters import AdapterSet
 
 
-def waits(host: AdapterSet, plan: Plan) -> bool:
-    """Whether an adapter of this plan waits for its invocation."""
-    return any(own.methods[name].invocation for own, group in host.owners(plan) for name in group)
+def waits(host: AdapterSet, plan: Plan, layer: Any = None) -> bool:
+    """Whether an adapter of this plan waits for its invocation (and changes a layer, where one is given)."""
+    found = [name for own, group in host.owners(plan) for name in group if own.methods[name].invocation]
+    while layer is not None and found and hasattr(layer, "base_layer"):
+        if any(name in getattr(layer, "changes", ()) for name in found):
+            return True
+        layer = layer.base_layer
+    return bool(found) and layer is None
 
 
 @dataclass(frozen=True)

@@ -129,11 +129,11 @@ class Shortcuts:
     # -- what holds for this model -----------------------------------------------------------------------------------
     def form(self, plan: Plan) -> Form | None:
         """The short cuts that give what the plain model gives, under adapters of this kind; None for none."""
-        if waits(self.host, plan):  # tokens of one row go through different adapters, in the head as well
-            return None
         forms = [host.entry.shortcuts.group_form(group) for host, group in self.host.owners(plan)]
         known = [f for f in forms if f is not None]
-        return replace(known[0], packs=all(f.packs for f in known)) if len(known) == len(forms) else None
+        if len(known) < len(forms) or waits(self.host, plan, self.trials.head):  # the head would need each token's adapters
+            return None
+        return replace(known[0], packs=all(f.packs for f in known) and not waits(self.host, plan))
 
     def group_form(self, group: Group) -> Form | None:
         """The same for one composition of adapters; it depends on their kinds, not on which they are."""
