@@ -81,7 +81,7 @@ def test_saved_and_reloaded(name: str, method: str, tmp_path: Path) -> None:
     model, inputs = attach(name, method), batch(name)
     model.save_pretrained(tmp_path)
     assert {WEIGHTS, CONFIG, "README.md"} <= set(os.listdir(tmp_path))
-    assert (tmp_path / TRAINING).exists() == method.startswith(("p_tuning", "prefix_projection"))
+    assert (tmp_path / TRAINING).exists() == method.startswith(("p_tuning", "prefix_projection", "adalora"))
     again = load(name, tmp_path)
     close(logits_of(again, **inputs), logits_of(model, **inputs), 1e-6)
     assert not again.training
@@ -269,8 +269,8 @@ def test_unknown_method_in_a_configuration(saved: Path) -> None:
     edit_config(saved, peft_type="PREFIX_TUNNING")
     with pytest.raises(CheckpointError, match="did you mean 'PREFIX_TUNING'"):
         load("llama", saved)
-    edit_config(saved, peft_type="OFT")
-    with pytest.raises(CheckpointError, match="'OFT' is not a method of GraftLM; it has .*PREFIX_TUNING"):
+    edit_config(saved, peft_type="VBLORA")
+    with pytest.raises(CheckpointError, match="'VBLORA' is not a method of GraftLM; it has .*PREFIX_TUNING"):
         load("llama", saved)
 
 

@@ -17,7 +17,7 @@ from ..injecting import Injected, adapters_of
 from ..merging import unmerge
 from .fit import checked
 from .read import assign, load_options, load_training, read_pickle, read_tensors
-from .write import adapter_tensors, embedding_tensors
+from .write import SCHEDULE, adapter_tensors, embedding_tensors
 
 
 def nothing_missing() -> Any:
@@ -32,7 +32,7 @@ def load_state(host: AdapterSet, state: dict[str, Tensor], plain: Callable, stri
     `model.safetensors`) is checked like a file and read into the adapters; the base is left as it is.
     """
     parameters = {k: p for name in host.methods for k, p in host.adapter_parameters(name)}
-    schedules = {k: v for k, v in state.items() if "/" in k}  # of several adapters' checkpoint
+    schedules = {k: v for k, v in state.items() if k.startswith(SCHEDULE)}
     state = {k: v for k, v in state.items() if k not in schedules} if schedules else state
     if any(k.startswith("base_model.") and k not in parameters for k in state) and set(parameters) <= set(state):
         unmerge(host)
@@ -48,8 +48,9 @@ def load_state(host: AdapterSet, state: dict[str, Tensor], plain: Callable, stri
             for key, value in state.items():
                 parameters[key].copy_(value)
         for name, method in host.methods.items():
-            if own_state := {k.removeprefix(f"{name}/"): v for k, v in schedules.items() if k.startswith(f"{name}/")}:
-                method.load_training(host, own_state)
+            start = f"{SCHEDULE}{name}:"
+            if found := {k.removeprefix(start): v for k, v in schedules.items() if k.startswith(start)}:
+                method.load_training(host, found)
         return nothing_missing()
     name = host.active_adapter
     method = host.methods[name]

@@ -24,6 +24,7 @@ from ..methods.fields import refuse_switched_on
 
 TRAINING_NAME = "training_state.safetensors"
 TRAINER_NAME = "model.safetensors"
+SCHEDULE = "schedule:"  # how keys of an adapter's training state begin where a checkpoint has several adapters
 FORMAT = 1
 
 
@@ -187,7 +188,7 @@ def write_trainer_file(host: AdapterSet, folder: Path) -> None:
         named: dict[str, Tensor] = {k: p for name in host.methods for k, p in host.adapter_parameters(name)}
         for name, method in host.methods.items():
             if method.scheduled:
-                named |= {f"{name}/{k}": v for k, v in method.training_tensors(host).items()}
+                named |= {f"{SCHEDULE}{name}:{k}": v for k, v in method.training_tensors(host).items()}
         write_tensors(target, named, {"format": FORMAT})
         return
     name = next(iter(host.methods))
