@@ -147,7 +147,10 @@ class PeftModel(AdapterSet, PreTrainedModel):
         if self.plain:
             plan = plan_of(self, names, None if names is None else rows_of((args, kwargs)), (args, kwargs))
             with running(plan):
-                return self.base_model(*args, **kwargs)
+                output = self.base_model(*args, **kwargs)
+            if self.training and getattr(output, "loss", None) is not None:
+                add_to_loss(output, self.penalty(plan.adapters))
+            return output
         if self.entry.stale():
             self._connect()
         tasks = kwargs.pop("task_ids", None)

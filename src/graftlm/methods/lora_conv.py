@@ -41,7 +41,7 @@ class ConvChange(LoraChange):
         conv, one = CONVOLUTIONS[layer.weight.dim()], (1,) * len(layer.kernel_size)
         shape = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "padding_mode")}
         options: dict[str, Any] = {"device": frozen.device, "dtype": dtype}
-        gives: Any = {"groups": self.groups, "bias": getattr(self, "biased", False)}  # LoraChange's, of `lora_bias`
+        gives: Any = {"groups": self.groups, "bias": self.biased}
         t["lora_A"] = nn.utils.skip_init(conv, layer.in_channels, self.r, layer.kernel_size, **shape, bias=False, **options)
         t["lora_B"] = nn.utils.skip_init(conv, self.r, layer.out_channels, one, **gives, **options)
 
