@@ -324,7 +324,7 @@ def test_on_a_quantised_base(folders, method, scheme, tmp_path, capsys):  # noqa
     reference = graftlm.PeftModel.from_pretrained(plain, tmp_path)
     wanted, exact = logits_of(model, **INPUTS), logits_of(reference, **INPUTS)
     close(wanted, exact, (0.03 if scheme == "int8" else 1e-4) * exact.abs().max().item())
-    if method in ("ia3", "vera", "randlora", "ln_tuning"):
+    if (method, scheme) not in (("loha", "nf4"), ("lokr", "nf4")):  # which HF PEFT cannot
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             their = peft.PeftModel.from_pretrained(load(folders["llama"], scheme), tmp_path).eval()
