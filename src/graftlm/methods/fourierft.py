@@ -2,7 +2,7 @@
 
 ``y = W x + b + scaling * Re(IDFT2(S)) x``: S [out, in] is zero but for n_frequency entries at places that a seed draws.
 The entries start at random (standard normal), so an untrained adapter changes the base a little; `init_weights=True`
-starts them at zero. Field names, defaults, maths and files are HF PEFT's; it also takes quantised layers.
+starts them at zero. Field names, defaults, maths and files are HF PEFT's.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 ``y = W x + b + scale * (C kron D) x``, C [a, m], D [k, n], a k = out, m n = in, scale = alpha / r; D = D1 D2 of rank r
 where r is less than half its longer side, and C likewise with `decompose_both`. C starts at zero, so an untrained adapter
 changes nothing. The product is never made: x [m, n] goes through D, then through C. Field names, defaults, maths and
-files are HF PEFT's; it takes linear layers, and what HF PEFT lacks, GPT-2's Conv1D and quantised layers. Convolutions are
+files are HF PEFT's; it takes linear layers, and what HF PEFT lacks, GPT-2's Conv1D and 4-bit layers. Convolutions are
 not here yet.
 """
 

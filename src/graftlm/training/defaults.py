@@ -68,6 +68,14 @@ DEFAULTS: dict[PeftType, MethodDefaults] = {
     PeftType.BOFT: MethodDefaults(learning_rate=5e-3, power=0.8, options={"target_modules": "all-linear"}),
     PeftType.ADALORA: MethodDefaults(learning_rate=3e-3, power=0.8, options={"target_modules": "all-linear"}),
     PeftType.LOHA: MethodDefaults(learning_rate=2e-3, power=0.8, options={"target_modules": "all-linear"}),
+    # the best of some rates in one run each of 40 updates on graftlm-base (width 256); the powers are guesses, LoRA's
+    PeftType.VERA: MethodDefaults(learning_rate=5e-2, power=0.8, options={"target_modules": "all-linear"}),
+    PeftType.LOKR: MethodDefaults(learning_rate=1.5e-2, power=0.8, options={"target_modules": "all-linear"}),
+    PeftType.RANDLORA: MethodDefaults(learning_rate=1.5e-3, power=0.8, options={"target_modules": "all-linear"}),
+    PeftType.FOURIERFT: MethodDefaults(
+        learning_rate=1e-1, power=0.8, options={"target_modules": "all-linear", "init_weights": True}
+    ),
+    PeftType.LN_TUNING: MethodDefaults(learning_rate=2e-2, power=0.8),
 }
 OTHER = MethodDefaults(learning_rate=1e-3, power=0.8)
 
