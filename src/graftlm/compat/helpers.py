@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import base_modules, clean_path
-from ..errors import AdapterError, CheckpointError, ConfigError, GraftError
+from ..errors import CheckpointError, ConfigError, GraftError
+from ..injecting import adapters_of
 from ..layers import Adapted
-from ..merging import layer_status, model_status
+from ..merging import layer_status, model_status, unmerge
 from ..methods import PeftConfig
 from ..methods.ia3 import TARGETS as IA3_TARGETS
-from ..model import PeftModel
 
 UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
 ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -35,21 +35,14 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
 
-def wrapper(model: Any) -> PeftModel:
-    """The model as a wrapper; AdapterError for anything else."""
-    if isinstance(model, PeftModel):
-        return model
-    raise AdapterError(f"Expected a model with adapters (from get_peft_model), got {type(model).__name__}.")
-
-
 def get_layer_status(model: nn.Module) -> list[Any]:
     """One entry an adapted place: what is attached, active, merged and trainable there."""
-    return layer_status(wrapper(model))
+    return layer_status(adapters_of(model))
 
 
 def get_model_status(model: nn.Module) -> Any:
     """The same for the model as a whole."""
-    return model_status(wrapper(model))
+    return model_status(adapters_of(model))
 
 
 def check_if_peft_model(model_name_or_path: str) -> bool:
@@ -99,7 +92,7 @@ def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
 
 def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
     """The base's state under its own keys, without adapters."""
-    base = wrapper(model).base
+    base = adapters_of(model).base
     state = base.state_dict()
     return {own: state[key] for own, key in base_keys(base).items()}
 
@@ -125,7 +118,7 @@ def set_base_model_state_dict(model: Any, state_dict: dict[str, Tensor], strict:
     Raises:
         CheckpointError: under `strict` keys that are missing or unknown, each named; nothing was loaded.
     """
-    host = wrapper(model)
+    host = adapters_of(model)
     keys = base_keys(host.base)
     missing, unexpected = sorted(keys.keys() - state_dict.keys()), sorted(state_dict.keys() - keys.keys())
     if strict and (missing or unexpected):
@@ -133,6 +126,6 @@ def set_base_model_state_dict(model: Any, state_dict: dict[str, Tensor], strict:
             f"The state does not fit the base; nothing was loaded. Missing: {', '.join(missing) or 'none'}. "
             f"Unexpected: {', '.join(unexpected) or 'none'}."
         )
-    host.unmerge_adapter()
+    unmerge(host)
     host.base.load_state_dict({keys[k]: v for k, v in state_dict.items() if k in keys}, strict=False)
     return nn.modules.module._IncompatibleKeys(missing, unexpected)

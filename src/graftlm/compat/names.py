@@ -7,7 +7,9 @@ in `ABSENT` with the reason; `tests/test_names.py` holds it, and docs/migration.
 
 from __future__ import annotations
 
-VERSION = "0.21.2"  # of HF PEFT, whose names these are
+from ..version import PEFT_VERSION
+
+VERSION = PEFT_VERSION
 
 # -- what is not here ----------------------------------------------------------------------------------------------------
 METHOD = "a method that is not here"
