@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..layers import Adapted
 from ..merging import layer_status, model_status, unmerge
 from ..methods import PeftConfig
 from ..methods.ia3 import TARGETS as IA3_TARGETS
+from .tuners import TUNERS
 
 UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
 ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -129,3 +131,18 @@ def set_base_model_state_dict(model: Any, state_dict: dict[str, Tensor], strict:
     unmerge(host)
     host.base.load_state_dict({keys[k]: v for k, v in state_dict.items() if k in keys}, strict=False)
     return nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+
+def build_peft_weight_mapping(conversions: list[Any] | None, adapter_name: str, peft_config: Any = None) -> list[Any]:
+    """The renamings by which transformers' `model.load_adapter` finds an adapter file's tensors in the model: keys lose HF
+    PEFT's first levels and get the adapter's name behind its tables (`lora_A.weight` -> `lora_A.default.weight`); then those
+    of the model's own checkpoints."""
+    from transformers.core_model_loading import WeightRenaming
+
+    if not conversions:
+        return []
+    peft_type = getattr(peft_config, "peft_type", None)
+    prefixes = [TUNERS[peft_type].prefix] if peft_type in TUNERS else [tuner.prefix for tuner in TUNERS.values()]
+    levels = [WeightRenaming("base_model.model.model.", "model."), WeightRenaming("base_model.model.", "")]
+    named = [WeightRenaming(rf"({re.escape(prefix)}[^\.]*)", rf"\1.{adapter_name}") for prefix in prefixes]
+    return [*levels, *named, *(c for c in conversions if isinstance(c, WeightRenaming))]

@@ -76,7 +76,7 @@ MODULES: dict[str, dict[str, str]] = {
     "": {},
     "auto": {},
     "config": {},
-    "functional": {},
+    "functional": {name: f"functional:{name}" for name in ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad")},
     "helpers": {"check_if_peft_model": "compat.helpers:check_if_peft_model"},
     "import_utils": {},
     "mapping": _MAPPINGS,
