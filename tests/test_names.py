@@ -89,13 +89,12 @@ def test_auto_classes(tmp_path: Path) -> None:
         graftlm.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", import_allowlist=["os"])
 
 
-@pytest.mark.parametrize(
-    "mapping", [{"base_model_class": "system", "parent_library": "os"}, {"base_model_class": "pipeline", "parent_library": "transformers"}, None]
-)  # fmt: skip
-def test_a_configuration_runs_nothing(tmp_path: Path, mapping: dict | None) -> None:
+@pytest.mark.parametrize("mapping", [("system", "os"), ("pipeline", "transformers"), None])
+def test_a_configuration_runs_nothing(tmp_path: Path, mapping: tuple[str, str] | None) -> None:
     """HF PEFT imports the library that a file names; here it names a model class of transformers, or nothing is loaded."""
     model = graftlm.get_peft_model(build("llama"), graftlm.LoraConfig(**LORA))
-    model.peft_config["default"].auto_mapping = mapping
+    named = mapping and {"base_model_class": mapping[0], "parent_library": mapping[1]}
+    model.peft_config["default"].auto_mapping = named or None
     model.peft_config["default"].base_model_name_or_path = "somewhere"
     model.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="names no model class of transformers"):

@@ -255,6 +255,10 @@ class AdapterSet(Attached):
         """Run the plain base from here on, until `enable_adapter_layers`."""
         self.switch.enabled = False
 
+    def prepare_model_for_gradient_checkpointing(self, model: Any = None) -> None:
+        """Let the embeddings' outputs require gradients, which reentrant checkpointing needs."""
+        self.base.enable_input_require_grads()
+
     # -- what HF PEFT says of them -------------------------------------------------------------------------------------
     @property
     def targeted_module_names(self) -> list[str]:

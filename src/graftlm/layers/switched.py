@@ -31,6 +31,11 @@ class Switched:
         for name, parameter in self.held_by():
             parameter.requires_grad = name in self.switch.active and not inference_mode
 
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether no adapter acts."""
+        return not self.switch.enabled
+
     def enable_adapters(self, enabled: bool) -> None:
         """Let the active adapters act, or none."""
         self.switch.enabled = enabled
