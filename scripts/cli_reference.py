@@ -1,4 +1,4 @@
-"""Write the parts of the documentation that follow from the code: docs/cli.md, and the tables of docs/recipes.md.
+"""Write the parts of the documentation that follow from the code: docs/cli.md, tables of docs/recipes.md and migration.md.
 
     python scripts/cli_reference.py [--check]
 
@@ -23,7 +23,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from typer.models import ArgumentInfo, OptionInfo
 
+import graftlm
+import graftlm.utils
 from graftlm import cli
+from graftlm.compat import names
 from graftlm.training.defaults import DEFAULTS, method_names
 from graftlm.training.schema import DataSection, Recipe, TrainingSection
 
@@ -222,12 +225,36 @@ def recipes_page() -> str:
     return MARK.sub(lambda m: f"{m[1]}{tables[m[3]]}\n{m[4]}", text)
 
 
+# -- names of HF PEFT ----------------------------------------------------------------------------------------------------
+OWN = {"BottleneckConfig", "BottleneckPlacement", "Trainer", "train_together", "prepacked", "as_peft", "__version__"}
+
+
+def names_table() -> str:
+    """Names of HF PEFT by what became of them."""
+    here = {n for n in graftlm.__all__ if n not in OWN}
+    below = [n for n in graftlm.utils.__all__ if n not in here]
+    absent: dict[str, list[str]] = {}
+    for name in sorted({*names.ABSENT, *names.TO_COME}):
+        if name not in here and getattr(graftlm.utils, name, None) is None and not name.startswith(names.MAPPING):
+            absent.setdefault(str(names.reason(name)), []).append(name)
+    rows = [("the same, in `graftlm`", sorted(here)), ("the same, in `graftlm.utils`", below)]
+    rows += [(f"not here: {why}", found) for why, found in sorted(absent.items(), key=lambda item: -len(item[1]))]
+    lines = [f"| {title} | {', '.join(f'`{n}`' for n in found)} |" for title, found in rows]
+    return "\n".join(["| | names |", "|---|---|", *lines])
+
+
+def migration_page() -> str:
+    """docs/migration.md with its table of names renewed."""
+    text = (DOCS / "migration.md").read_text(encoding="utf-8")
+    return MARK.sub(lambda m: f"{m[1]}{names_table()}\n{m[4]}", text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a file is out of date")
     check = parser.parse_args().check
     stale = []
-    for name, text in (("cli.md", cli_page()), ("recipes.md", recipes_page())):
+    for name, text in (("cli.md", cli_page()), ("recipes.md", recipes_page()), ("migration.md", migration_page())):
         path = DOCS / name
         if path.exists() and path.read_text(encoding="utf-8") == text:
             continue

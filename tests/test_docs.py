@@ -158,6 +158,7 @@ def test_generated_pages_are_current() -> None:
     found = script("cli_reference")
     assert (DOCS / "cli.md").read_text(encoding="utf-8") == found.cli_page(), "run `make docs`"
     assert (DOCS / "recipes.md").read_text(encoding="utf-8") == found.recipes_page(), "run `make docs`"
+    assert (DOCS / "migration.md").read_text(encoding="utf-8") == found.migration_page(), "run `make docs`"
 
 
 def command_lines() -> list[tuple[str, str]]:

@@ -16,13 +16,13 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from .architectures import base_modules
+from .architectures import base_modules, clean_path
 from .architectures.fast import slow_down, speed_up
 from .attached import _SETS, Attached
 from .bundled import known_as
-from .checkpointing import checkpointed_modules, keep_passes
+from .checkpointing import checkpointed_modules, enable_checkpointing, keep_passes
 from .errors import AdapterError, UnsupportedError, nearest
-from .layers import save_modules, saved_modules, unfuse, unsave_modules
+from .layers import adapted_layers, save_modules, saved_modules, unfuse, unsave_modules
 from .methods import Method, PeftConfig, method_for
 from .methods.base import TASK_HEADS
 from .preparation import freeze_base
@@ -248,6 +248,42 @@ class AdapterSet(Attached):
             for _, parameter in self.adapter_parameters(name):
                 parameter.requires_grad = requires_grad
 
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the block the model is the plain base, whatever is active or merged."""
+        enabled, self.switch.enabled = self.switch.enabled, False
+        try:
+            yield
+        finally:
+            self.switch.enabled = enabled
+
+    def enable_adapter_layers(self) -> None:
+        """Let the active adapters act again."""
+        self.switch.enabled = True
+
+    def disable_adapter_layers(self) -> None:
+        """Run the plain base from here on, until `enable_adapter_layers`."""
+        self.switch.enabled = False
+
+    def prepare_model_for_gradient_checkpointing(self, model: Any = None) -> None:
+        """Let the embeddings' outputs require gradients, which reentrant checkpointing needs."""
+        self.base.enable_input_require_grads()
+
+    # -- what HF PEFT says of them -------------------------------------------------------------------------------------
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The modules of the base that adapters change, by their names in it."""
+        return [clean_path(path) for path, _ in adapted_layers(self.base, self.switch)]
+
+    @property
+    def prefix(self) -> str:
+        """How the names of the active method's tensors start: "lora_"."""
+        layers = (layer for _, layer in adapted_layers(self.base, self.switch) if self.active_adapter in layer.changes)
+        layer = next(layers, None)
+        if layer is None:
+            raise AttributeError(f"{type(self.methods[self.active_adapter].config).__name__} changes no layer.")
+        return f"{layer.changes[self.active_adapter].tables[0].partition('_')[0]}_"
+
     def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
         """As in torch, without the adapters of other wrappers over the same base."""
         if self.foreign is None:
@@ -298,3 +334,22 @@ class AdapterSet(Attached):
             total += count
             trainable += count if parameter.requires_grad else 0
         return trainable, total
+
+    def print_trainable_parameters(self) -> None:
+        """One line: trainable, all, and the share of them."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
+
+    # -- activation checkpointing -----------------------------------------------------------------------------------------
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
+        """Switch activation checkpointing on in the base.
+
+        Args:
+            gradient_checkpointing_kwargs: for `torch.utils.checkpoint`, and `every_n_layers` (only each n-th layer is
+                computed again; the others keep their activations), so that it can stand in `TrainingArguments`.
+        """
+        enable_checkpointing(self.base, "gradient", gradient_checkpointing_kwargs, kwargs)
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
+        """The same under transformers' newer name."""
+        enable_checkpointing(self.base, "activation", activation_checkpointing_kwargs, kwargs)

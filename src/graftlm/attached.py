@@ -22,6 +22,14 @@ from .quantization import quantized_kind
 from .routing import Group, Plan, Routes, Switch, active_routes, asking_for, planned_adapters, running
 
 Memory = list[tuple[Tensor, Tensor]]
+# What HF PEFT has one level below the wrapper; asked there, the wrapper answers.
+OF_TUNER = frozenset(
+    {
+        "active_adapter", "active_adapters", "add_weighted_adapter", "delete_adapter", "disable_adapter_layers",
+        "enable_adapter_layers", "merge_adapter", "merge_and_unload", "peft_config", "prefix", "set_adapter",
+        "set_requires_grad", "targeted_module_names", "unload", "unmerge_adapter",
+    }
+)  # fmt: skip
 
 
 class AdapterHost(nn.Module):
@@ -46,7 +54,8 @@ class AdapterHost(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
-            return getattr(self.model, name)
+            found = [host for host in _SETS.get(self.model, ()) if name in OF_TUNER and host.base_model is self]
+            return getattr(found[0] if found else self.model, name)
 
 
 class Attached(nn.Module):

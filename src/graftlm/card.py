@@ -30,16 +30,18 @@ def write_card(host: AdapterSet, name: str, folder: str | os.PathLike) -> None:
 def card_text(host: AdapterSet, name: str) -> str:
     """The card without its notes."""
     config = host.methods[name].config
-    base = config.base_model_name_or_path or "not recorded"
+    base = config.base_model_name_or_path
     method = str(getattr(config.peft_type, "value", config.peft_type))
     trained = sum(p.numel() for _, p in host.adapter_parameters(name))
-    front = f"---\nlibrary_name: graftlm\nbase_model: {base}\ntags:\n- graftlm\n- {method.lower()}\n---\n"
+    of_base = f"base_model: {base}\n" if base else ""
+    # the files are HF PEFT's, and by its name the hub knows an adapter and offers to run it
+    front = f"---\nlibrary_name: peft\n{of_base}tags:\n- graftlm\n- {method.lower()}\n---\n"
     settings = {k: v for k, v in config.to_dict().items() if v not in (None, {}, [], False) and k not in HIDDEN}
     sections = [
         front,
         MARK,
         f"# Adapter `{name}`\n",
-        f"A {method} adapter for `{base}`, {trained:,} parameters. Load it with\n",
+        f"A {method} adapter for `{base or 'a base that is not recorded'}`, {trained:,} parameters. Load it with\n",
         "```python\nfrom graftlm import PeftModel\n\nmodel = PeftModel.from_pretrained(base_model, folder)\n```\n",
         "## Configuration\n",
         table(settings),

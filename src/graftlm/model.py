@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pickle
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +15,6 @@ from . import checkpoint, converting, generating, merging
 from .adapters import AdapterSet
 from .architectures import is_plain
 from .attached import _SETS
-from .checkpointing import enable_checkpointing
 from .delegating import answer_by_base, class_over, moved_to_base, reads_backbone, rebuild
 from .errors import AdapterError, ConfigError
 from .generating import refuse_half_on_cpu
@@ -212,35 +210,7 @@ class PeftModel(AdapterSet, PreTrainedModel):
         `adapter_names` and `task_ids`, one a row (see `mixing`)."""
         return generating.generate(self, args, kwargs)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
-        """Switch activation checkpointing on in the base.
-
-        Args:
-            gradient_checkpointing_kwargs: for `torch.utils.checkpoint`, and `every_n_layers` (only each n-th layer is
-                computed again; the others keep their activations), so that it can stand in `TrainingArguments`.
-        """
-        enable_checkpointing(self.base, "gradient", gradient_checkpointing_kwargs, kwargs)
-
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
-        """The same under transformers' newer name."""
-        enable_checkpointing(self.base, "activation", activation_checkpointing_kwargs, kwargs)
-
-    # -- counting ----------------------------------------------------------------------------------------------------
-    def print_trainable_parameters(self) -> None:
-        """One line: trainable, all, and the share of them."""
-        trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}")
-
     # -- merging -----------------------------------------------------------------------------------------------------
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Within the block the model is the plain base, whatever is active or merged."""
-        enabled, self.switch.enabled = self.switch.enabled, False
-        try:
-            yield
-        finally:
-            self.switch.enabled = enabled
-
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `convert_to_lora` takes an adapter."""
         self._known(adapter_name)

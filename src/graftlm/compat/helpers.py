@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..architectures import base_modules, clean_path
-from ..errors import AdapterError, CheckpointError, ConfigError, GraftError
+from ..errors import CheckpointError, ConfigError, GraftError
+from ..injecting import adapters_of
 from ..layers import Adapted
-from ..merging import layer_status, model_status
+from ..merging import layer_status, model_status, unmerge
 from ..methods import PeftConfig
 from ..methods.ia3 import TARGETS as IA3_TARGETS
-from ..model import PeftModel
+from .tuners import TUNERS
 
 UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
 ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -35,21 +37,14 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 
 
-def wrapper(model: Any) -> PeftModel:
-    """The model as a wrapper; AdapterError for anything else."""
-    if isinstance(model, PeftModel):
-        return model
-    raise AdapterError(f"Expected a model with adapters (from get_peft_model), got {type(model).__name__}.")
-
-
 def get_layer_status(model: nn.Module) -> list[Any]:
     """One entry an adapted place: what is attached, active, merged and trainable there."""
-    return layer_status(wrapper(model))
+    return layer_status(adapters_of(model))
 
 
 def get_model_status(model: nn.Module) -> Any:
     """The same for the model as a whole."""
-    return model_status(wrapper(model))
+    return model_status(adapters_of(model))
 
 
 def check_if_peft_model(model_name_or_path: str) -> bool:
@@ -99,7 +94,7 @@ def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
 
 def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
     """The base's state under its own keys, without adapters."""
-    base = wrapper(model).base
+    base = adapters_of(model).base
     state = base.state_dict()
     return {own: state[key] for own, key in base_keys(base).items()}
 
@@ -125,7 +120,7 @@ def set_base_model_state_dict(model: Any, state_dict: dict[str, Tensor], strict:
     Raises:
         CheckpointError: under `strict` keys that are missing or unknown, each named; nothing was loaded.
     """
-    host = wrapper(model)
+    host = adapters_of(model)
     keys = base_keys(host.base)
     missing, unexpected = sorted(keys.keys() - state_dict.keys()), sorted(state_dict.keys() - keys.keys())
     if strict and (missing or unexpected):
@@ -133,6 +128,21 @@ def set_base_model_state_dict(model: Any, state_dict: dict[str, Tensor], strict:
             f"The state does not fit the base; nothing was loaded. Missing: {', '.join(missing) or 'none'}. "
             f"Unexpected: {', '.join(unexpected) or 'none'}."
         )
-    host.unmerge_adapter()
+    unmerge(host)
     host.base.load_state_dict({keys[k]: v for k, v in state_dict.items() if k in keys}, strict=False)
     return nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+
+def build_peft_weight_mapping(conversions: list[Any] | None, adapter_name: str, peft_config: Any = None) -> list[Any]:
+    """The renamings by which transformers' `model.load_adapter` finds an adapter file's tensors in the model: keys lose HF
+    PEFT's first levels and get the adapter's name behind its tables (`lora_A.weight` -> `lora_A.default.weight`); then those
+    of the model's own checkpoints."""
+    from transformers.core_model_loading import WeightRenaming
+
+    if not conversions:
+        return []
+    peft_type = getattr(peft_config, "peft_type", None)
+    prefixes = [TUNERS[peft_type].prefix] if peft_type in TUNERS else [tuner.prefix for tuner in TUNERS.values()]
+    levels = [WeightRenaming("base_model.model.model.", "model."), WeightRenaming("base_model.model.", "")]
+    named = [WeightRenaming(rf"({re.escape(prefix)}[^\.]*)", rf"\1.{adapter_name}") for prefix in prefixes]
+    return [*levels, *named, *(c for c in conversions if isinstance(c, WeightRenaming))]

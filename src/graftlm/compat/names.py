@@ -7,7 +7,9 @@ in `ABSENT` with the reason; `tests/test_names.py` holds it, and docs/migration.
 
 from __future__ import annotations
 
-VERSION = "0.21.2"  # of HF PEFT, whose names these are
+from ..version import PEFT_VERSION
+
+VERSION = PEFT_VERSION
 
 # -- what is not here ----------------------------------------------------------------------------------------------------
 METHOD = "a method that is not here"
@@ -15,6 +17,7 @@ PART = "a variant of LoRA that is not here"
 SHAPES = "prefix shapes are read from the attention modules"
 INTERNAL = "inner work of HF PEFT's, which has no counterpart here"
 COMING = "coming"
+MAPPING = "TRANSFORMERS_MODELS_TO_"  # each method's default layers by family: there where the method is
 
 _METHODS = (
     "Adamss", "Beft", "C3A", "Deft", "Delora", "Frod", "Glora", "Gralora", "HRA", "Hira", "Lily", "OSF", "Peanut", "Poly",
@@ -33,7 +36,7 @@ _INTERNAL = (
 
 ABSENT: dict[str, str] = {
     **{f"{name}{kind}": METHOD for name in _METHODS for kind in ("Config", "Model")},
-    **{f"TRANSFORMERS_MODELS_TO_{name.upper()}_TARGET_MODULES_MAPPING": METHOD for name in _METHODS},
+    **{f"{MAPPING}{name.upper()}_TARGET_MODULES_MAPPING": METHOD for name in _METHODS},
     **dict.fromkeys(_VARIANTS, PART),
     "LoraRuntimeConfig": "offloading while DoRA starts; a start here needs no copy of the base",
     "find_kappa_target_modules": "a choice of layers by the condition of their weights; name them in target_modules",
@@ -49,7 +52,7 @@ ABSENT: dict[str, str] = {
 TO_COME: frozenset[str] = frozenset(
     {
         *(f"{name}{kind}" for name in _COMING for kind in ("Config", "Model")),
-        *(f"TRANSFORMERS_MODELS_TO_{name.upper()}_TARGET_MODULES_MAPPING" for name in _COMING),
+        *(f"{MAPPING}{name.upper()}_TARGET_MODULES_MAPPING" for name in _COMING),
         "CPTConfig", "CPTEmbedding", "CartridgeConfig", "CartridgeEncoder", "MultitaskPromptTuningConfig",
         "MultitaskPromptTuningInit", "compose_cartridge_adapters", "initialize_kv_prefix_from_past_key_values",
         "initialize_kv_prefix_from_text", "prompt_embeddings_from_past_key_values", "TrainableTokensWrapper",
@@ -74,7 +77,9 @@ MODULES: dict[str, dict[str, str]] = {
     "": {},
     "auto": {},
     "config": {},
-    "functional": {},
+    "functional": {
+        name: f"functional:{name}" for name in ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad")
+    },
     "helpers": {"check_if_peft_model": "compat.helpers:check_if_peft_model"},
     "import_utils": {},
     "mapping": _MAPPINGS,

@@ -34,14 +34,15 @@ class PeftModelForTask(PeftModel, metaclass=ByTask):
 
     task: ClassVar[TaskType | None] = None
 
-    def __init__(self, model: nn.Module, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
-        peft_config.task_type = peft_config.task_type or self.task
-        if peft_config.task_type != self.task:
-            raise ConfigError(
-                f"{type(self).__mro__[1].__name__} is for task_type={self.task!s}, and the configuration says "
-                f"{peft_config.task_type!s}. get_peft_model(model, config) goes by the configuration."
-            )
-        super().__init__(model, peft_config, *args, **kwargs)
+    def __new__(cls, model: nn.Module | None = None, peft_config: Any = None, *args: Any, **kwargs: Any) -> PeftModel:
+        if isinstance(peft_config, PeftConfig):
+            peft_config.task_type = peft_config.task_type or cls.task
+            if peft_config.task_type != cls.task:
+                raise ConfigError(
+                    f"{cls.__name__} is for task_type={cls.task!s}, and the configuration says {peft_config.task_type!s}. "
+                    "get_peft_model(model, config) goes by the configuration."
+                )
+        return super().__new__(cls, model, peft_config, *args, **kwargs)
 
 
 class PeftModelForCausalLM(PeftModelForTask):

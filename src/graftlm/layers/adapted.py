@@ -21,9 +21,10 @@ from ..kernels import Update, adapted_linear, grouped_low_rank
 from ..routing import Routes, Switch, active_adapters, active_routes, planned_adapters
 from .change import Change, Held, LowRank, add
 from .frozen import Frozen, Owner, frozen_of
+from .switched import Switched
 
 
-class Adapted(nn.Module):
+class Adapted(Switched, nn.Module):
     """In place of a layer: the layer itself, `base_layer`, and the adapters' tensors in tables, by name.
 
     Args:
@@ -103,6 +104,9 @@ class Adapted(nn.Module):
         """The parameters of one adapter, with their names below this module."""
         for table, key, parameter in self.changes[name].parts(self.held(name)) if name in self.changes else ():
             yield f"{table}.{name}.{key}" if key else f"{table}.{name}", parameter
+
+    def held_by(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, parameter) for name in self.changes for _, parameter in self.parts(name))
 
     def turn(self, name: str) -> int:
         """An adapter's place in the order in which adapters act."""

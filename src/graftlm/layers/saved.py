@@ -16,9 +16,10 @@ from ..errors import CompositionError, TargetError, UnsupportedError, nearest
 from ..quantization import dequantize, dequantized, in_source_form, quantized_kind
 from ..routing import Plan, Switch, active_adapters, active_routes, running, together
 from .frozen import as_it_was
+from .switched import Switched
 
 
-class ModulesToSaveWrapper(nn.Module):
+class ModulesToSaveWrapper(Switched, nn.Module):
     """In place of a module: the original, and the adapters' trained copies by name. HF PEFT's names.
 
     Where adapters that are active together each bring a copy, a task's head (`is_head`) is the first one's; for any other
@@ -39,6 +40,14 @@ class ModulesToSaveWrapper(nn.Module):
         for parameter in made.parameters():
             parameter.requires_grad = True
         self.modules_to_save[name] = made.to(dtype) if dtype is not None else made
+
+    def held_by(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((name, p) for name, copied in self.modules_to_save.items() for p in copied.parameters())
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """An adapter file's keys of this module, and where they go here; transformers' `load_adapter` asks for it."""
+        copied = self.modules_to_save[adapter_name]
+        return {key: f"modules_to_save.{adapter_name}.{key}" for key in copied.state_dict()}
 
     @property
     def active(self) -> nn.Module:

@@ -30,6 +30,7 @@ from ..architectures import replace_module as replace_module
 from ..errors import AdapterError, CheckpointError, ConfigError, nearest
 from ..files import find_file, hub_options, parse_json, read_header, read_text
 from ..routing import Routes, Switch
+from ..version import PEFT_VERSION
 from .fields import Count, check_fields
 
 CONFIG_NAME = "adapter_config.json"
@@ -98,6 +99,8 @@ class PeftConfig:
     revision: str | None = None
     inference_mode: bool = False
 
+    # The version of HF PEFT whose files these are; written into them.
+    peft_version: ClassVar[str] = PEFT_VERSION
     # Fields of ours that HF PEFT does not know. They travel in the weights file's header, so that HF PEFT loads the rest.
     own_fields: ClassVar[frozenset[str]] = frozenset()
     # A method's fields that say nothing about what an attached adapter computes, beside those of `checkpoint`.
@@ -137,7 +140,7 @@ class PeftConfig:
         if auto_mapping_dict is not None:
             overrides["auto_mapping"] = auto_mapping_dict
         os.makedirs(save_directory, exist_ok=True)
-        values = {k: v for k, v in fields.items() if k not in self.own_fields} | overrides
+        values = {k: v for k, v in fields.items() if k not in self.own_fields} | {"peft_version": PEFT_VERSION} | overrides
         path = os.path.join(save_directory, CONFIG_NAME)
         with open(path + ".tmp", "w", encoding="utf-8") as f:
             json.dump(values, f, indent=2, sort_keys=True, ensure_ascii=False)

@@ -1,0 +1,250 @@
+"""Every public name of HF PEFT is one of ours, or absent with a reason; and the names that are ours behave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build
+from torch import nn
+
+import graftlm
+import graftlm.utils
+from graftlm.compat import names
+from graftlm.errors import CheckpointError, ConfigError, UnsupportedError
+from graftlm.methods import METHODS, Method
+
+peft = pytest.importorskip("peft", reason="HF PEFT, whose names these are, is not installed")
+
+
+def found(name: str, home: Any) -> bool:
+    return name in graftlm.__all__ or getattr(home, name, None) is not None
+
+
+def test_every_public_name_is_here_or_absent_with_a_reason() -> None:
+    import peft.utils
+
+    assert peft.__version__ == names.VERSION
+    unsaid = [n for n in peft.__all__ if not found(n, graftlm) and names.reason(n) is None]
+    unsaid += [n for n in peft.utils.__all__ if not found(n, graftlm.utils) and names.reason(n) is None]
+    assert not unsaid
+
+
+def test_no_reason_for_what_is_here() -> None:
+    assert not [n for n in names.ABSENT if n in graftlm.__all__ or n in graftlm.utils.__all__]
+    known = {*peft.__all__, *peft.utils.__all__}
+    assert not [n for n in names.ABSENT if n not in known and not n.startswith("TRANSFORMERS_MODELS_TO_")]
+
+
+def test_every_home_exists(as_peft: None) -> None:
+    from importlib import import_module
+
+    for module, own in names.MODULES.items():
+        held = import_module(f"peft.{module}".rstrip("."))
+        for name in own:
+            assert getattr(held, name) is not None
+
+
+@pytest.fixture
+def as_peft() -> Any:
+    graftlm.as_peft()
+    yield
+    graftlm.as_peft.undo()
+
+
+# -- by task -------------------------------------------------------------------------------------------------------------
+LORA: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"]}
+
+
+def test_classes_by_task() -> None:
+    made = graftlm.PeftModelForCausalLM(build("llama"), graftlm.LoraConfig(**LORA))
+    assert type(made).__name__ == "PeftModelForCausalLM" and made.task_type == "CAUSAL_LM"
+    usual = graftlm.get_peft_model(build("llama"), graftlm.LoraConfig(task_type="CAUSAL_LM", **LORA))
+    for model in (made, usual):
+        assert isinstance(model, (graftlm.PeftModel, graftlm.PeftMixedModel))
+        assert isinstance(model, graftlm.PeftModelForCausalLM) and not isinstance(model, graftlm.PeftModelForSeq2SeqLM)
+    assert not isinstance(build("llama"), graftlm.PeftModelForCausalLM)
+    with pytest.raises(ConfigError, match="is for task_type"):
+        graftlm.PeftModelForCausalLM(build("llama"), graftlm.LoraConfig(task_type="SEQ_CLS", **LORA))
+    assert graftlm.MODEL_TYPE_TO_PEFT_MODEL_MAPPING["CAUSAL_LM"] is graftlm.PeftModelForCausalLM
+
+
+def test_auto_classes(tmp_path: Path) -> None:
+    base = build("llama")
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    model = graftlm.get_peft_model(base, graftlm.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **LORA)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[5, 6, 7]])
+    loaded = graftlm.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    for wrong in (graftlm.AutoPeftModelForSeq2SeqLM, graftlm.AutoPeftModel):
+        with pytest.raises(ConfigError, match="use AutoPeftModelForCausalLM"):
+            wrong.from_pretrained(tmp_path / "adapter")
+    with pytest.raises(UnsupportedError, match="from_pretrained"):
+        graftlm.AutoPeftModelForCausalLM(base)
+    with pytest.raises(UnsupportedError, match="a configuration imports nothing"):
+        graftlm.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", import_allowlist=["os"])
+
+
+@pytest.mark.parametrize("mapping", [("system", "os"), ("pipeline", "transformers"), None])
+def test_a_configuration_runs_nothing(tmp_path: Path, mapping: tuple[str, str] | None) -> None:
+    """HF PEFT imports the library that a file names; here it names a model class of transformers, or nothing is loaded."""
+    model = graftlm.get_peft_model(build("llama"), graftlm.LoraConfig(**LORA))
+    named = mapping and {"base_model_class": mapping[0], "parent_library": mapping[1]}
+    model.peft_config["default"].auto_mapping = named or None
+    model.peft_config["default"].base_model_name_or_path = "somewhere"
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="names no model class of transformers"):
+        graftlm.AutoPeftModel.from_pretrained(tmp_path)
+    model.peft_config["default"].base_model_name_or_path = None
+    model.save_pretrained(tmp_path / "nameless")
+    with pytest.raises(CheckpointError, match="base_model_name_or_path"):
+        graftlm.AutoPeftModel.from_pretrained(tmp_path / "nameless")
+
+
+# -- by method and layer -------------------------------------------------------------------------------------------------
+def test_classes_by_method() -> None:
+    from graftlm.compat import tuners
+
+    model = graftlm.get_peft_model(build("llama"), graftlm.LoraConfig(task_type="CAUSAL_LM", **LORA))
+    assert isinstance(model.base_model, (graftlm.LoraModel, tuners.BaseTuner)) and not isinstance(
+        model.base_model, graftlm.IA3Model
+    )
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert (
+        isinstance(layer, tuners.BaseTunerLayer)
+        and isinstance(layer, tuners.Linear)
+        and not isinstance(layer, tuners.Embedding)
+    )
+    assert not isinstance(model.base_model.model.model.layers[0].self_attn.k_proj, tuners.BaseTunerLayer)
+    ia3 = graftlm.get_peft_model(build("llama"), graftlm.IA3Config(task_type="CAUSAL_LM"))
+    assert isinstance(ia3.base_model, graftlm.IA3Model) and not isinstance(ia3.base_model, graftlm.LoraModel)
+    assert graftlm.PEFT_TYPE_TO_TUNER_MAPPING[ia3.peft_type] is graftlm.IA3Model
+    soft = graftlm.get_peft_model(build("llama"), graftlm.PromptTuningConfig(task_type="CAUSAL_LM"))
+    assert not isinstance(soft.base_model, tuners.BaseTuner)
+
+
+def test_the_level_below_the_wrapper_can_be_made_by_itself() -> None:
+    ids = torch.tensor([[5, 6, 7]])
+    base = build("llama")
+    plain = base(input_ids=ids).logits
+    tuner = graftlm.LoraModel(base, graftlm.LoraConfig(init_lora_weights=False, **LORA), "default").eval()
+    assert isinstance(tuner, graftlm.LoraModel) and tuner.model is base and tuner.prefix == "lora_"
+    changed = tuner(input_ids=ids).logits
+    assert not torch.allclose(changed, plain) and len(tuner.targeted_module_names) == 2
+    tuner.disable_adapter_layers()
+    torch.testing.assert_close(tuner(input_ids=ids).logits, plain)
+    tuner.enable_adapter_layers()
+    torch.testing.assert_close(tuner.merge_and_unload()(input_ids=ids).logits, changed, atol=1e-5, rtol=1e-4)
+
+
+ENCODERS = [
+    ("PromptEmbedding", "PromptTuningConfig", {}),
+    ("PromptEncoder", "PromptEncoderConfig", {"encoder_hidden_size": 6}),
+    ("PromptEncoder", "PromptEncoderConfig", {"encoder_hidden_size": 6, "encoder_reparameterization_type": "LSTM"}),
+    ("PrefixEncoder", "PrefixTuningConfig", {"num_layers": 2}),
+    ("PrefixEncoder", "PrefixTuningConfig", {"num_layers": 2, "prefix_projection": True, "encoder_hidden_size": 6}),
+]
+
+
+@pytest.mark.parametrize(("name", "config", "options"), ENCODERS)
+def test_encoders_are_hf_pefts(name: str, config: str, options: dict[str, Any]) -> None:
+    """The same parameters under the same names, and the same outputs [B, P, width]."""
+    sizes = {"num_virtual_tokens": 3, "token_dim": 8, "num_transformer_submodules": 1}
+    words = (nn.Embedding(9, 8),) if name == "PromptEmbedding" else ()
+    ours, theirs = (getattr(lib, name)(getattr(lib, config)(**sizes, **options), *words) for lib in (graftlm, peft))
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    ours.load_state_dict(theirs.state_dict())
+    indices = torch.arange(3).expand(2, 3)
+    torch.testing.assert_close(ours(indices), theirs(indices))
+
+
+def test_what_the_methods_hold_counts_as_encoders() -> None:
+    for name, config in (("PromptEmbedding", "PromptTuningConfig"), ("PromptEncoder", "PromptEncoderConfig")):
+        model = graftlm.get_peft_model(build("llama"), getattr(graftlm, config)(task_type="CAUSAL_LM", num_virtual_tokens=3))
+        assert isinstance(model.prompt_encoder["default"], getattr(graftlm, name))
+    with pytest.raises(ConfigError, match="token_dim"):
+        graftlm.PromptEncoder(graftlm.PromptEncoderConfig(num_virtual_tokens=3, num_transformer_submodules=1))
+
+
+# -- functions -----------------------------------------------------------------------------------------------------------
+def test_functions_are_hf_pefts() -> None:
+    import peft.utils
+
+    labels = torch.tensor([[5, -100, 7], [8, 9, 10]])
+    assert torch.equal(graftlm.shift_tokens_right(labels, 0, 1), peft.shift_tokens_right(labels, 0, 1))
+    weight = nn.Parameter(torch.randn(2, 3))
+    for flag in (True, False):
+        ours, theirs = graftlm.utils.transpose(weight, flag), peft.utils.transpose(weight, flag)
+        assert torch.equal(ours, theirs) and type(ours) is type(theirs)
+    assert graftlm.utils.infer_device() == peft.utils.infer_device()
+    for method in ("LORA", "IA3", "LOHA"):
+        own, hf = (
+            getattr(lib, f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING") for lib in (graftlm.utils, peft.utils)
+        )
+        assert own["llama"] == hf["llama"] and own["t5"] == hf["t5"]
+
+
+def test_mixed_precision_parameters() -> None:
+    model = graftlm.get_peft_model(build("llama"), graftlm.LoraConfig(task_type="CAUSAL_LM", **LORA))
+    graftlm.cast_mixed_precision_params(model, torch.bfloat16)
+    assert {(p.requires_grad, p.dtype) for p in model.parameters()} == {(True, torch.float32), (False, torch.bfloat16)}
+    with pytest.raises(ConfigError, match="float16 or torch.bfloat16"):
+        graftlm.cast_mixed_precision_params(model, torch.int8)
+
+
+def test_the_bare_bases_state() -> None:
+    plain = build("llama").state_dict()
+    model = graftlm.get_peft_model(
+        build("llama"), graftlm.LoraConfig(task_type="CAUSAL_LM", modules_to_save=["lm_head"], **LORA)
+    )
+    state = graftlm.get_base_model_state_dict(model)
+    assert state.keys() == plain.keys() and all(torch.equal(v, plain[k]) for k, v in state.items())
+    other = build("llama", seed=1).state_dict()
+    graftlm.set_base_model_state_dict(model, other)
+    assert all(torch.equal(v, other[k]) for k, v in graftlm.get_base_model_state_dict(model).items())
+    first = next(iter(other))
+    with pytest.raises(CheckpointError, match=f"Missing: {first}"):
+        graftlm.set_base_model_state_dict(model, {k: v for k, v in other.items() if k != first})
+    assert graftlm.set_base_model_state_dict(model, {**plain, "more": plain[first]}, strict=False).unexpected_keys == [
+        "more"
+    ]
+
+
+def test_status() -> None:
+    model = graftlm.get_peft_model(build("llama"), graftlm.LoraConfig(task_type="CAUSAL_LM", **LORA))
+    assert graftlm.get_layer_status(model) == model.get_layer_status() and len(graftlm.get_layer_status(model)) == 2
+    assert graftlm.get_model_status(model).peft_types == {"default": "LORA"}
+
+
+def test_a_method_of_ones_own() -> None:
+    class Nothing(Method):
+        pass
+
+    class NothingConfig(graftlm.PeftConfig):
+        pass
+
+    try:
+        graftlm.utils.register_peft_method(name="nothing", config_cls=NothingConfig, model_cls=Nothing)
+        assert graftlm.PEFT_TYPE_TO_CONFIG_MAPPING["NOTHING"] is NothingConfig
+        with pytest.raises(ConfigError, match="already"):
+            graftlm.utils.register_peft_method(name="nothing", config_cls=NothingConfig, model_cls=Nothing)
+    finally:
+        METHODS.pop("NOTHING", None)  # type: ignore[call-overload]
+    with pytest.raises(ConfigError, match="lower case"):
+        graftlm.utils.register_peft_method(name="Nothing", config_cls=NothingConfig, model_cls=Nothing)
+    with pytest.raises(ConfigError, match="Adding a method"):
+        graftlm.utils.register_peft_method(name="nothing", config_cls=NothingConfig, model_cls=peft.LoraModel)
+
+
+def test_the_version_in_saved_configurations(tmp_path: Path) -> None:
+    import json
+
+    graftlm.LoraConfig(**LORA).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))["peft_version"] == peft.__version__
+    assert (
+        graftlm.PeftConfig.from_pretrained(tmp_path).peft_version == peft.PeftConfig.from_pretrained(tmp_path).peft_version
+    )
