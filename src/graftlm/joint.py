@@ -52,7 +52,7 @@ def joinable(model: Any, inputs: dict[str, Any]) -> bool:
     active = [model.methods[name] for name in model.switch.active]
     if any(
         m.tasks > 1 or m.decoder_count for m in active
-    ):  # rows need task_ids; or room in the decoder, beside others' prefixes
+    ):  # need task_ids, or places in the decoder
         return False
     return all(inputs[k].dim() == 2 for k in names)
 
