@@ -50,9 +50,7 @@ def joinable(model: Any, inputs: dict[str, Any]) -> bool:
     if not isinstance(model, AdapterSet) or not model.lean or not {"input_ids", "labels"} <= names <= FILLERS.keys():
         return False
     active = [model.methods[name] for name in model.switch.active]
-    if any(
-        m.tasks > 1 or m.decoder_count for m in active
-    ):  # need task_ids, or places in the decoder
+    if any(m.tasks > 1 or m.decoder_count for m in active):  # need task_ids, or places in the decoder
         return False
     return all(inputs[k].dim() == 2 for k in names)
 
