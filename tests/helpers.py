@@ -94,7 +94,6 @@ CONFIGS: dict[str, Any] = {
     "loha": lambda lib, n: lib.LoHaConfig(task_type=task(n), r=4, alpha=8, target_modules="all-linear"),
     "tokens": lambda lib, n: lib.TrainableTokensConfig(task_type=task(n), token_indices=[5, 90, 17]),
     "lora_tokens": lambda lib, n: _lora(lib, n, trainable_token_indices=[5, 90, 17]),
-    "adaption": lambda lib, n: lib.AdaptionPromptConfig(task_type=task(n), adapter_len=3, adapter_layers=2),
     "vera": lambda lib, n: lib.VeraConfig(task_type=task(n), r=12, d_initial=0.5, target_modules="all-linear"),
     "lokr": lambda lib, n: lib.LoKrConfig(task_type=task(n), r=2, alpha=4, target_modules="all-linear"),
     "randlora": lambda lib, n: lib.RandLoraConfig(task_type=task(n), r=6, randlora_alpha=12, target_modules="all-linear"),
@@ -116,9 +115,6 @@ CONFIGS: dict[str, Any] = {
         task_type=task(n), init_r=6, target_r=3, lora_alpha=8, total_step=12, tinit=2, tfinal=3, target_modules="all-linear"
     ),
     "prompt": lambda lib, n: lib.PromptTuningConfig(task_type=task(n), num_virtual_tokens=3),
-    "multitask": lambda lib, n: lib.MultitaskPromptTuningConfig(
-        task_type=task(n), num_virtual_tokens=3, num_tasks=3, num_ranks=2
-    ),
     "p_tuning_mlp": lambda lib, n: lib.PromptEncoderConfig(task_type=task(n), num_virtual_tokens=3, encoder_hidden_size=12),
     "p_tuning_lstm": lambda lib, n: lib.PromptEncoderConfig(
         task_type=task(n), num_virtual_tokens=3, encoder_hidden_size=12, encoder_reparameterization_type="LSTM"
@@ -131,13 +127,20 @@ CONFIGS: dict[str, Any] = {
     "parallel": lambda lib, n: lib.BottleneckConfig(task_type=task(n), placement="parallel", reduction_factor=4),
 }  # fmt: skip
 
+# Those that not every model or call takes: by families, or with `task_ids`.
+PARTIAL: dict[str, Any] = {
+    "multitask": lambda lib, n: lib.MultitaskPromptTuningConfig(
+        task_type=task(n), num_virtual_tokens=3, num_tasks=3, num_ranks=2
+    ),
+}
+
 ONE_OF_EACH = ("lora", "prompt", "p_tuning_mlp", "prefix", "houlsby")
 COMPOSITIONS = (("lora", "prompt"), ("prefix", "lora"), ("lora", "houlsby"), ("prompt", "prefix"))
 
 
 def config(method: str, name: str, lib: Any = graftlm) -> Any:
     """The configuration of a method for a family."""
-    return CONFIGS[method](lib, name)
+    return (CONFIGS | PARTIAL)[method](lib, name)
 
 
 def randomise(model: nn.Module, seed: int = 2, scale: float = 0.1) -> nn.Module:

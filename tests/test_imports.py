@@ -223,7 +223,7 @@ def test_foreign_libraries_stay_where_they_belong(path: Path) -> None:
     here = top(dotted(path))
     if here not in ("cli", "training", "comparison", "data", "serving"):
         assert not roots & {"typer", "rich", "pydantic", "yaml", "matplotlib", "fastapi", "datasets", "accelerate"}
-    if path != SOURCE / "model.py":  # a wrapper can be pickled; no file is read that way
+    if path not in (SOURCE / "model.py", SOURCE / "delegating.py"):  # a wrapper can be pickled; no file is read that way
         assert "pickle" not in roots
 
 

@@ -243,7 +243,8 @@ def tie_equal(host: AdapterSet, groups: list[list[str]]) -> None:
     own = () if host.plain else (base.config, base.config.get_text_config())
     for first, *others in ([base.get_submodule(path) for path in group] for group in groups):
         for module in others:
-            if torch.equal(module.weight, first.weight):
+            alike = all(getattr(module.weight, n) == getattr(first.weight, n) for n in ("shape", "dtype", "device"))
+            if alike and torch.equal(module.weight, first.weight):
                 module.weight = first.weight
                 continue
             for config in {id(c): c for c in own}.values():

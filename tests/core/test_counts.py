@@ -147,6 +147,8 @@ def test_lora_counts_are_those_of_peft(options: dict[str, Any]) -> None:
 def test_counts_and_lines_are_those_of_peft(name: str, method: str, capsys: pytest.CaptureFixture[str]) -> None:
     if name not in ("bloom", "bert") and method in ("bias_all", "bias_lora_only"):
         pytest.skip("no biases there")
+    if (name, method) == ("bert", "tokens"):
+        pytest.skip("a classifier's head is trained along; HF PEFT's configuration of this method has no modules_to_save")
     counts, lines = [], []
     for lib in (graftlm, peft):
         with warnings.catch_warnings():

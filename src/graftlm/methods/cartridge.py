@@ -9,7 +9,7 @@ several are active together and in mixed batches, side by side, so that composin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -56,12 +56,10 @@ class CartridgeConfig(PromptLearningConfig):
 class CartridgeTable(nn.Module):
     """The table in two parts: `frozen_embedding` and `trainable_embedding` [.., width], HF PEFT's names."""
 
-    frozen_embedding: Tensor
-
     def __init__(self, frozen: int, trained: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.register_buffer("frozen_embedding", torch.empty(frozen, width, **options).normal_())
+        self.frozen_embedding = nn.Parameter(torch.empty(frozen, width, **options).normal_(), requires_grad=False)
         self.trainable_embedding = nn.Parameter(torch.empty(trained, width, **options).normal_())
 
     def forward(self) -> Tensor:
@@ -91,6 +89,10 @@ class Cartridge(PrefixTuning):
 
     def build(self, host: Site, for_loading: bool) -> Any:
         return self.table(host)
+
+    def named_parameters(self, host: Site) -> Iterator[tuple[str, nn.Parameter]]:
+        """The trained ones alone: what is not named here is never unfrozen."""
+        yield f"prompt_encoder.{self.name}.trainable_embedding", self.encoder(host).trainable_embedding
 
     def load(self, host: Site, tensors: dict[str, Tensor]) -> None:
         self.encoder(host).load_prompt_embeddings(tensors["prompt_embeddings"])

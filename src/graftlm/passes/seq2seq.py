@@ -60,10 +60,10 @@ def lay(host: AdapterSet, plan: Plan, call: Call, run: Run, named: dict) -> tupl
         past = 0 if cache is None else cache.get_seq_length()
         if (own or not prefix.even) and named.get("labels") is not None:
             decoder_inputs(host.base, named)
-        mask_front(host.base, named, prefix, own, max(past - prefix.most - own.most, 0))
         if prefix and not past:
             memory = host.memory_rows(plan, call.batch)
             named["past_key_values"] = filled_cache(memory, cache, call)
+        mask_front(host.base, named, prefix, own, max(past - prefix.most - own.most, 0))
         if own and not past:
             order = put_in_decoder(host, plan, own, named)
             drop = own.most if drops_virtual(host, named) else 0
