@@ -1,4 +1,4 @@
-"""The engine's speed beside transformers' `generate` and HF PEFT's, on SmolLM2 or a random Llama: ratios of medians of one run.
+"""The engine's speed beside transformers' `generate` and HF PEFT's, on SmolLM2 or a random Llama: ratios of medians.
 
     python benchmarks/serving.py                      # prints a table; some minutes on two cores
     python benchmarks/serving.py --base random --rounds 3 --json out.json
@@ -22,7 +22,7 @@ import workloads
 from mixed_batch import alternate
 from mixed_batch import base as random_base
 
-PROMPT, NEW = 32, 48
+PROMPT, NEW = 32, 64
 
 
 def load(name: str) -> Any:
@@ -39,9 +39,9 @@ def prompts(count: int, vocabulary: int) -> torch.Tensor:
     return torch.randint(10, vocabulary - 10, (count, PROMPT), generator=torch.Generator().manual_seed(3))
 
 
-def through_generate(model: Any, ids: torch.Tensor, names: Any = None) -> Callable[[], Any]:
+def through_generate(model: Any, ids: torch.Tensor, new: int, names: Any = None) -> Callable[[], Any]:
     options = {} if names is None else {"adapter_names": names}
-    options |= {"do_sample": False, "min_new_tokens": NEW, "max_new_tokens": NEW, "pad_token_id": 0}
+    options |= {"do_sample": False, "min_new_tokens": new, "max_new_tokens": new, "pad_token_id": 0}
 
     def run() -> list[list[int]]:
         made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
@@ -50,10 +50,10 @@ def through_generate(model: Any, ids: torch.Tensor, names: Any = None) -> Callab
     return run
 
 
-def through_engine(engine: Any, ids: torch.Tensor, names: list[str]) -> Callable[[], Any]:
+def through_engine(engine: Any, ids: torch.Tensor, new: int, names: list[str]) -> Callable[[], Any]:
     from graftlm.inference.requests import Request, SamplingParams
 
-    params = SamplingParams(max_new_tokens=NEW, ignore_end=True)
+    params = SamplingParams(max_new_tokens=new, ignore_end=True)
 
     def run() -> list[list[int]]:
         asked = [Request(prompt=tuple(r), adapter=n, params=params) for r, n in zip(ids.tolist(), names, strict=True)]
@@ -102,9 +102,10 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2", help="smollm2, or random")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16])
+    parser.add_argument("--new", type=int, default=NEW, help="tokens that each request writes")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    shared = load(args.base)
+    shared, new = load(args.base), args.new
     vocabulary = shared.config.vocab_size
     engine, found = engine_on(shared), []
 
@@ -112,7 +113,7 @@ def main() -> None:
         first, *others = [call() for call in calls.values()]
         same = all(other == first for other in others)
         seconds = dict(zip(calls, alternate(list(calls.values()), args.rounds), strict=True))
-        speeds = {name: rows * NEW / s for name, s in seconds.items()}
+        speeds = {name: rows * new / s for name, s in seconds.items()}
         ratio = speeds["engine"] / next(iter(speeds.values()))
         found.append({"work": work, "tokens_per_second": speeds, "ratio": ratio, "same_tokens": same})
         listed = ", ".join(f"{name} {speed:.0f}" for name, speed in speeds.items())
@@ -121,16 +122,16 @@ def main() -> None:
     start = time.perf_counter()
     for rows in args.rows:
         ids = prompts(rows, vocabulary)
-        calls = {"generate": through_generate(shared, ids), "engine": through_engine(engine, ids, [""] * rows)}
+        calls = {"generate": through_generate(shared, ids, new), "engine": through_engine(engine, ids, new, [""] * rows)}
         compare(f"base, {rows} rows", calls, rows)
     import peft
 
     ids, names = prompts(8, vocabulary), [f"l{i}" for i in range(8)]
     theirs = with_loras(peft, copy.deepcopy(shared))
-    calls = {"HF PEFT": through_generate(theirs, ids, names), "engine": through_engine(engine, ids, names)}
+    calls = {"HF PEFT": through_generate(theirs, ids, new, names), "engine": through_engine(engine, ids, new, names)}
     compare("8 LoRA adapters", calls, 8)
     for work, chosen in (("8 LoRA adapters", names), ("four LoRA, two prompt, prefix, bottleneck", MIX)):
-        calls = {"base rows": through_engine(engine, ids, [""] * 8), "engine": through_engine(engine, ids, chosen)}
+        calls = {"base rows": through_engine(engine, ids, new, [""] * 8), "engine": through_engine(engine, ids, new, chosen)}
         compare(f"{work} / base", calls, 8)
     engine.close()
     print(f"{time.perf_counter() - start:.0f} s")

@@ -111,9 +111,9 @@ class Stepping:
         length = composition.front.length + len(request.prompt) + request.params.max_new_tokens
         if length > self.limit:
             raise RequestError(
-                f"A prompt of {len(request.prompt)} tokens, {composition.front.length} places of {request.adapter!r} in front "
-                f"of it and max_new_tokens={request.params.max_new_tokens} are {length} together; this server has room for "
-                f"{self.limit} a request. Shorten the prompt, or ask for fewer tokens."
+                f"A prompt of {len(request.prompt)} tokens, {composition.front.length} places of {request.adapter!r} in "
+                f"front of it and max_new_tokens={request.params.max_new_tokens} are {length} together; this server has "
+                f"room for {self.limit} a request. Shorten the prompt, or ask for fewer tokens."
             )
         made = [self._writing(job, composition, index) for index in range(request.n)]
         job.composition = composition
