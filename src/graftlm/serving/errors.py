@@ -26,7 +26,8 @@ class ApiError(Exception):
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after: int | None = None
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code, self.retry_after = status, message, param, code, retry_after
+        self.message = message.encode("utf-8", "replace").decode()  # a body may hold half a character
+        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
 
     @property
     def body(self) -> dict[str, Any]:

@@ -44,6 +44,10 @@ class Prompts:
             raise ApiError(400, "the prompt is empty, and this tokenizer has no token to begin a text with", param="prompt")
         return found
 
+    def text(self, ids: Sequence[int]) -> str:
+        """A text as it was before it was cut into tokens, but for special ones."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
     def of_chat(
         self,
         messages: Sequence[Message],
