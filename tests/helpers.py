@@ -24,6 +24,13 @@ HEADS = {"bert": "classifier", "roberta": "classifier", "chatglm": "output_layer
 TARGETS = {"glm": ["q_proj", "v_proj"], "glm4": ["q_proj", "v_proj"], "phi3": ["qkv_proj"]}  # not in HF PEFT's table
 IA3 = {n: {"target_modules": [*names, "down_proj"], "feedforward_modules": ["down_proj"]} for n, names in TARGETS.items()}
 IA3["chatglm"] = {"target_modules": ["query_key_value", "dense_4h_to_h"], "feedforward_modules": ["dense_4h_to_h"]}
+_LLAMA = ["input_layernorm", "post_attention_layernorm", "norm"]
+_NORMS = {
+    "opt": ["self_attn_layer_norm", "final_layer_norm"], "glm": _LLAMA, "glm4": [*_LLAMA, "post_mlp_layernorm",
+    "post_self_attn_layernorm"], "chatglm": [*_LLAMA[:2], "final_layernorm"], "phi3": _LLAMA,
+    "gpt_neox": [*_LLAMA[:2], "final_layer_norm"], "bert": ["LayerNorm"], "roberta": ["LayerNorm"],
+}  # fmt: skip
+LN = {n: {"target_modules": names} for n, names in _NORMS.items()}  # not in HF PEFT's table
 
 
 @functools.cache
@@ -85,7 +92,33 @@ CONFIGS: dict[str, Any] = {
     "gaussian": lambda lib, n: _lora(lib, n, init_lora_weights="gaussian"),
     "ia3": lambda lib, n: lib.IA3Config(task_type=task(n), **IA3.get(n, {})),
     "loha": lambda lib, n: lib.LoHaConfig(task_type=task(n), r=4, alpha=8, target_modules="all-linear"),
+    "tokens": lambda lib, n: lib.TrainableTokensConfig(task_type=task(n), token_indices=[5, 90, 17]),
+    "lora_tokens": lambda lib, n: _lora(lib, n, trainable_token_indices=[5, 90, 17]),
+    "adaption": lambda lib, n: lib.AdaptionPromptConfig(task_type=task(n), adapter_len=3, adapter_layers=2),
+    "vera": lambda lib, n: lib.VeraConfig(task_type=task(n), r=12, d_initial=0.5, target_modules="all-linear"),
+    "lokr": lambda lib, n: lib.LoKrConfig(task_type=task(n), r=2, alpha=4, target_modules="all-linear"),
+    "randlora": lambda lib, n: lib.RandLoraConfig(task_type=task(n), r=6, randlora_alpha=12, target_modules="all-linear"),
+    "fourierft": lambda lib, n: lib.FourierFTConfig(
+        task_type=task(n), n_frequency=60, scaling=50.0, target_modules="all-linear"
+    ),
+    "ln_tuning": lambda lib, n: lib.LNTuningConfig(task_type=task(n), **(LN.get(n, {}) if lib is not graftlm else {})),
+    "miss": lambda lib, n: lib.MissConfig(task_type=task(n), r=6, target_modules="all-linear"),
+    "miss_mini": lambda lib, n: lib.MissConfig(
+        task_type=task(n), r=5, mini_r=4, init_weights="mini", target_modules="all-linear"
+    ),
+    "bat": lambda lib, n: lib.MissConfig(task_type=task(n), r=8, init_weights="bat", target_modules="all-linear"),
+    "oft": lambda lib, n: lib.OFTConfig(task_type=task(n), oft_block_size=8, target_modules="all-linear"),
+    "oft_exact": lambda lib, n: lib.OFTConfig(
+        task_type=task(n), r=4, oft_block_size=0, use_cayley_neumann=False, target_modules="all-linear"
+    ),
+    "boft": lambda lib, n: lib.BOFTConfig(task_type=task(n), boft_block_size=8, target_modules="all-linear"),
+    "adalora": lambda lib, n: lib.AdaLoraConfig(
+        task_type=task(n), init_r=6, target_r=3, lora_alpha=8, total_step=12, tinit=2, tfinal=3, target_modules="all-linear"
+    ),
     "prompt": lambda lib, n: lib.PromptTuningConfig(task_type=task(n), num_virtual_tokens=3),
+    "multitask": lambda lib, n: lib.MultitaskPromptTuningConfig(
+        task_type=task(n), num_virtual_tokens=3, num_tasks=3, num_ranks=2
+    ),
     "p_tuning_mlp": lambda lib, n: lib.PromptEncoderConfig(task_type=task(n), num_virtual_tokens=3, encoder_hidden_size=12),
     "p_tuning_lstm": lambda lib, n: lib.PromptEncoderConfig(
         task_type=task(n), num_virtual_tokens=3, encoder_hidden_size=12, encoder_reparameterization_type="LSTM"

@@ -6,6 +6,7 @@ call, in HF PEFT's words.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,15 +14,15 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .architectures import base_modules
 from .architectures.fast import slow_down, speed_up
 from .attached import _SETS, Attached
 from .bundled import known_as
 from .checkpointing import checkpointed_modules, keep_passes
-from .errors import AdapterError, nearest
-from .layers import save_modules, saved_modules, unsave_modules
+from .errors import AdapterError, UnsupportedError, nearest
+from .layers import save_modules, saved_modules, unfuse, unsave_modules
 from .methods import Method, PeftConfig, method_for
 from .methods.base import TASK_HEADS
 from .preparation import freeze_base
@@ -92,12 +93,21 @@ class AdapterSet(Attached):
                 "what torch calls something in its modules (such as 'half' or 'keys')."
             )
         method = method_for(config, name)
+        if self.plain and (config.is_prompt_learning or config.is_adaption_prompt):
+            kind = getattr(config.peft_type, "value", config.peft_type)
+            raise UnsupportedError(
+                f"{kind} on {type(self.base).__name__}: virtual tokens and prefixes enter a transformers model by its "
+                "configuration (hidden size, layers, positions), and this module has none. Use a method that changes "
+                "layers, such as LoRA."
+            )
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = known_as(getattr(self.base, "name_or_path", None) or None)
         try:
             half = self._float_dtype() in (torch.float16, torch.bfloat16)
             dtype = torch.float32 if half and self.autocast_adapter_dtype else None
             heads = TASK_HEADS.get(config.task_type, ())  # type: ignore[call-overload]
+            if for_loading and "modules_to_save" in config.own_fields and not config.modules_to_save:  # type: ignore[attr-defined]
+                heads = ()  # a file of HF PEFT's, whose configuration of this method has none
             save_modules(self.base, self.switch, name, config, dtype, heads)
             method.attach(self, for_loading=for_loading)
         except Exception:
@@ -114,14 +124,15 @@ class AdapterSet(Attached):
         layout = [m for _, m in base_modules(self.base)], self.has_memory
         if layout == self.layout:
             if fresh is not None:
-                for module in self._modules_of(fresh):
+                for module in self._modules_of(fresh) if not self.plain else ():
                     speed_up(module)
                 self.handles[fresh.name] = fresh.connect(self)
             return
         self._disconnect()
         self.layout = layout
-        speed_up(self)
-        self.handles[None] = self._enter()
+        if not self.plain:
+            speed_up(self)
+        self.handles[None] = [*unfuse(self.base), *self._enter()]
         _SETS.setdefault(self.base, WeakSet()).add(self)
         for name, method in self.methods.items():
             self.handles[name] = method.connect(self)
@@ -138,7 +149,7 @@ class AdapterSet(Attached):
                 yield container[method.name]
         for path in dict.fromkeys(key.rpartition(".")[0] for key, _ in method.named_parameters(self)):
             yield self.get_submodule(path)
-        if getattr(method.config, "modules_to_save", None):
+        if getattr(method.config, "modules_to_save", None) or method.saves:
             yield from (module for _, module in saved_modules(self.base, self.switch, method.name))
 
     def _reconnect_others(self) -> None:
@@ -173,7 +184,7 @@ class AdapterSet(Attached):
         self._known(adapter_name)
         method = self.methods.pop(adapter_name)
         method.detach(self)
-        self._disconnect(adapter_name)
+        self._disconnect(*([] if self.handles.get(adapter_name) else [adapter_name]))  # others may share its hooks
         self.mixed = {m for m in self.mixed if method not in m}
         unsave_modules(self.base, self.switch, adapter_name)
         self._connect()
@@ -200,7 +211,7 @@ class AdapterSet(Attached):
         other: Any = next(others, None)
         if other is None:
             return ""
-        title = getattr(other.config, "name_or_path", "") or type(other).__name__
+        title = getattr(getattr(other, "config", None), "name_or_path", "") or type(other).__name__
         return f"; {name!r} is attached to another base ({title}): rows of this one cannot go through it"
 
     # -- switching ---------------------------------------------------------------------------------------------------
@@ -209,13 +220,20 @@ class AdapterSet(Attached):
 
         Raises:
             AdapterError: an unknown name, or the same name twice.
+            CompositionError: adapters that cannot be active together.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         if not isinstance(names, (list, tuple)) or len(set(map(str, names))) != len(names) or not names:
             raise AdapterError(f"set_adapter({adapter_name!r}): expected one or more different names.")
         self._known(*names)
+        self._refuse_together(names)
         before, self.switch.active = self.switch.active, tuple(names)
         self._update_requires_grad({*before, *names}, frozen=inference_mode)
+
+    def _refuse_together(self, names: Iterable[str]) -> None:
+        """CompositionError for adapters that cannot be active together."""
+        for one, other in itertools.combinations(names, 2):
+            self.methods[one].refuse_beside(self, self.methods[other])
 
     def _update_requires_grad(self, names: Iterable[str] | None = None, frozen: bool = False) -> None:
         """Active adapters train, the others do not; only `names` are looked at (all), so that switching stays fast."""
@@ -238,6 +256,37 @@ class AdapterSet(Attached):
         foreign = self.foreign
         found = super().named_parameters(prefix, recurse, remove_duplicate)
         return ((name, p) for name, p in found if id(p) not in foreign)
+
+    @property
+    def penalised(self) -> bool:
+        """Whether training adds something to the active adapters' loss."""
+        return any(self.methods[name].penalised for name in self.switch.active)
+
+    def penalty(self, names: Iterable[str]) -> Tensor | None:
+        """What adapters that are trained add to the loss of a training pass; None for nothing."""
+        found = None
+        for name in names:
+            method = self.methods[name]
+            if method.penalised and any(p.requires_grad for _, p in method.named_parameters(self)):
+                own = method.penalty(self)
+                found = own if found is None else found + own
+        return found
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """AdaLoRA's ranks of the active adapters, after a step of the optimizer (counted from 0) and before its gradients
+        are set to zero. `graftlm.Trainer` calls it by itself, `RankSchedule` in other Trainers.
+
+        Raises:
+            AdapterError: no active adapter has such a schedule.
+        """
+        active = [self.methods[name] for name in self.switch.active]
+        own = [method for method in active if method.scheduled]
+        if not own:
+            raise AdapterError(
+                f"update_and_allocate: none of {', '.join(self.switch.active)} is AdaLoRA. Leave the call out."
+            )
+        for method in own:
+            method.after_step(self, global_step)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Trainable and all parameters, in elements (packed 4-bit weights count twice their bytes)."""

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .architectures import backbone_embeddings, token_embeddings
+from .architectures import backbone_embeddings, is_plain, token_embeddings
 from .layers import ModulesToSaveWrapper, saved_modules
 from .methods import Method, PeftConfig
 from .placing import Front
 from .quantization import quantized_kind
-from .routing import Group, Plan, Routes, Switch, active_routes, planned_adapters, running
+from .routing import Group, Plan, Routes, Switch, active_routes, asking_for, planned_adapters, running
 
 Memory = list[tuple[Tensor, Tensor]]
 
@@ -33,6 +33,12 @@ class AdapterHost(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """`PeftModel.update_and_allocate`, where HF PEFT has it."""
+        for owner in _SETS.get(self.model, ()):
+            if owner.base_model is self:
+                owner.update_and_allocate(global_step)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -64,11 +70,16 @@ class Attached(nn.Module):
     # -- what it is made of ------------------------------------------------------------------------------------------
     @property
     def base(self) -> Any:
-        """The transformers model."""
+        """The model that adapters are attached to: transformers', or any torch module."""
         return self.base_model.model
 
+    @property
+    def plain(self) -> bool:
+        """Whether the base is no transformers model (see `is_plain`)."""
+        return is_plain(self.base)
+
     def get_base_model(self) -> Any:
-        """The transformers model."""
+        """The model that adapters are attached to."""
         return self.base
 
     @property
@@ -149,6 +160,10 @@ class Attached(nn.Module):
     def has_memory(self) -> bool:
         return any(type(m).memory is not Method.memory for m in self.methods.values())
 
+    @property
+    def has_tasks(self) -> bool:
+        return any(m.tasks for m in self.methods.values())
+
     def counts(self, group: Group) -> tuple[int, int]:
         """Number of virtual tokens and of prefix entries of a composition of adapters."""
         count = prefix = 0
@@ -178,12 +193,29 @@ class Attached(nn.Module):
         """Of the adapters of each row (one entry where all rows have the same) those with virtual tokens or a prefix."""
         if not any(any(self.counts(group)) for group in plan.groups if plan.routes is None or plan.routes.switches is None):
             return [()]
-        return [tuple(n for n in group if any(self.counts((n,)))) for group in plan.by_row]
+        found = []
+        for group, task in zip(plan.by_row, plan.tasks_by_row, strict=True):
+            names = [n for n in group if any(self.counts((n,)))]
+            found.append(tuple(f"{n} (task {task})" if task is not None and self.methods[n].tasks else n for n in names))
+        return found
 
     def virtual_tokens(self, group: Group) -> Tensor | None:
         """A composition's virtual tokens, side by side [P, H]; None for none."""
         parts = [t for n in group if (t := self.methods[n].virtual_tokens(self)) is not None]
         return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else None
+
+    def decoder_front(self, plan: Plan, batch: int) -> Front:
+        """How many virtual tokens stand in front of the decoder's part of each of `batch` rows."""
+        counts = [sum(host.methods[n].decoder_count for n in group) for host, group in self.owners(plan)]
+        return Front.of(counts, None if plan.routes is None else plan.routes.each(batch, self.adapter_device))
+
+    def decoder_rows(self, plan: Plan, batch: int) -> Tensor:
+        """These tokens [B, P, H], as `virtual_rows`."""
+        return by_row(plan, batch, self.asked(plan, lambda host, group: host.decoder_tokens(group)))
+
+    def decoder_tokens(self, group: Group) -> Tensor | None:
+        parts = [t for n in group if (t := self.methods[n].decoder_tokens(self)) is not None]
+        return torch.cat(parts) if parts else None
 
     def memory(self, group: Group) -> Memory | None:
         """A composition's prefixes, side by side: per layer (K, V) [kv_heads, K, head_dim] in the compute dtype."""
@@ -198,7 +230,8 @@ class Attached(nn.Module):
         """The answers of all who take part, each under its own random numbers."""
         found = []
         for i, (host, group) in enumerate(self.owners(plan)):
-            with nullcontext() if plan.routes is None else plan.routes.drawing(i):
+            task = plan.tasks[i] if plan.tasks else None
+            with asking_for(task), nullcontext() if plan.routes is None else plan.routes.drawing(i):
                 found.append(question(host, group))
         return found
 

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Container
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
-_CLASSES: dict[tuple[Any, Any], Any] = {}
+from torch import nn
+from transformers import PreTrainedModel
+
+_CLASSES: dict[tuple[Any, Any, bool], Any] = {}
 
 
-def class_over(cls: Any, base: Any) -> Any:
-    """The wrapper class `cls` with the base's own forward signature, which a Trainer reads to keep a data set's columns."""
-    if (cls, base) in _CLASSES:
-        return _CLASSES[cls, base]
+def class_over(cls: Any, base: Any, plain: bool = False) -> Any:
+    """The wrapper class `cls` with the base's own forward signature, which a Trainer reads to keep a data set's columns.
+
+    Over a `plain` base, any torch module, it is moved, cast and switched to training as torch does it: transformers looks
+    for what its own models have.
+    """
+    if (cls, base, plain) in _CLASSES:
+        return _CLASSES[cls, base, plain]
     signature = inspect.signature(base.forward)
     names = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     rest = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
-    mixed = inspect.Parameter("adapter_names", inspect.Parameter.KEYWORD_ONLY, default=None)
+    by_row = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in ("adapter_names", "task_ids")]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward with the active adapters; `adapter_names` chooses others for this call."""
         return self._run(*args, **kwargs)
 
-    forward.__signature__ = signature.replace(parameters=[*names, mixed, *rest])  # type: ignore[attr-defined]
-    made = type("PeftModel", (cls,), {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__})
-    return _CLASSES.setdefault((cls, base), made)
+    forward.__signature__ = signature.replace(parameters=[*names, *by_row, *rest])  # type: ignore[attr-defined]
+    own = {n: f for n, f in vars(nn.Module).items() if getattr(cls, n) is vars(PreTrainedModel).get(n)} if plain else {}
+    body = own | {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return _CLASSES.setdefault((cls, base, plain), type("PeftModel", (cls,), body))
 
 
 def answer_by_base(wrapper: Any, kind: type, taken: Container[str]) -> None:
@@ -42,3 +51,21 @@ def _answered_by_base(name: str) -> property:
         setattr(self.base, name, value)
 
     return property(get, put)
+
+
+def reads_backbone(forward: Any) -> bool:
+    """Whether this is what TRL's trainers put in the place of a model's forward: it calls `self.base_model`, which it takes
+    for the backbone, and multiplies by the head itself."""
+    made = getattr(forward, "__func__", None)
+    return isinstance(made, FunctionType) and str(made.__globals__.get("__name__")).startswith("trl.")
+
+
+def moved_to_base(wrapper: Any, forward: Any) -> MethodType:
+    """Such a forward as the base's, where `self.base_model` is the backbone, with adapters in it; the wrapper then runs it as
+    it runs any base. What it calls as the wrapper's own forward becomes the base's."""
+    made, base = forward.__func__, wrapper.base
+    cells = [CellType(base.forward) if c.cell_contents == wrapper.forward else c for c in made.__closure__ or ()]
+    moved = FunctionType(made.__code__, made.__globals__, made.__name__, made.__defaults__, tuple(cells))
+    moved.__kwdefaults__ = made.__kwdefaults__
+    moved.__wrapped__ = type(base).forward  # type: ignore[attr-defined]
+    return MethodType(moved, base)

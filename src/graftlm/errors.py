@@ -54,6 +54,22 @@ class RecipeError(ConfigError):
     """A training recipe with unknown or impossible entries."""
 
 
+class UnknownAdapterError(AdapterError):
+    """A request names an adapter that the server does not have."""
+
+
+class RequestError(GraftError, ValueError):
+    """A request that cannot be served as it is, such as a prompt that is too long."""
+
+
+class QueueFullError(GraftError, RuntimeError):
+    """Too much waits already; the same request may be taken later."""
+
+
+class ServingError(GraftError, RuntimeError):
+    """A request that failed on the server's side, or a server that does not run."""
+
+
 def nearest(word: str, candidates: Iterable[str], n: int = 3, cutoff: float = 0.5) -> str:
     """A hint such as ``; did you mean 'q_proj'?``, or the empty string where nothing is near."""
     found = difflib.get_close_matches(str(word), [str(c) for c in candidates], n=n, cutoff=cutoff)

@@ -16,6 +16,7 @@ from .errors import BaseMismatchError
 from .layers import as_it_was
 from .quantization import is_quantized, quantized_kind, scheme_of
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SAMPLES = 32
 TOLERANCE = 0.03  # relative: bf16 rounding is 0.4 %, int8 embeddings do not occur
 SHARE = 0.1  # of the samples that may differ
@@ -31,7 +32,7 @@ def sampled_modules(base: Any) -> dict[str, nn.Module]:
     if embeddings is not None:
         found["embeddings"] = innermost(embeddings)
     own = [m for _, m in base_modules(base)]
-    linears = [m for m in own if isinstance(m, nn.Linear)]
+    linears = [m for m in own if isinstance(m, nn.Linear)] or [m for m in own if isinstance(m, CONVOLUTIONS)]
     norms = [m for m in own if "norm" in type(m).__name__.lower()]
     if linears:
         found["middle"] = linears[len(linears) // 2]

@@ -10,23 +10,31 @@ from transformers import Cache
 
 from .adapters import AdapterSet
 from .errors import UnsupportedError
-from .mixing import plan_of
+from .mixing import plan_of, with_tasks
 from .modes import evaluating
-from .passes.inputs import batch_size
+from .passes.inputs import batch_size, rows_of
+from .passes.invoked import waits
 from .passes.refusals import check_encoded
 from .passes.state import Run
 from .routing import Plan, running
 
 
 def generate(host: AdapterSet, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """`generate` of the base in evaluation mode, under the active adapters or those that `adapter_names` names."""
+    """`generate` of the base in evaluation mode, under the active adapters or those that `adapter_names` names, each row
+    of its task in `task_ids`."""
     # in training mode activation checkpointing would throw the cache away, and dropout would apply
     with evaluating(host):
         names = kwargs.pop("adapter_names", None)
+        if host.plain:
+            plan = plan_of(host, names, None if names is None else rows_of((args, kwargs)), None)
+            with running(plan):
+                return host.base.generate(*args, **kwargs)
+        tasks = kwargs.pop("task_ids", None)
         given = args[0] if args and isinstance(args[0], Tensor) else kwargs.get("inputs")
         refuse_chunks(host, kwargs)
-        rows = None if names is None else batch_size(kwargs | {"input_ids": kwargs.get("input_ids", given)})
-        plan = plan_of(host, names, rows)
+        rows = batch_size(kwargs | {"input_ids": kwargs.get("input_ids", given)})
+        plan = plan_of(host, names, None if names is None else rows)
+        plan = with_tasks(host, plan, tasks, rows) if host.has_tasks else plan
         call = resume(host, plan, kwargs | ({} if given is None else {"input_ids": given}))
         with running(plan), call.going():
             return host.base.generate(*args, **kwargs)
@@ -35,6 +43,8 @@ def generate(host: AdapterSet, args: tuple, kwargs: dict[str, Any]) -> Any:
 def resume(host: AdapterSet, plan: Plan, options: dict[str, Any]) -> Run:
     """Check what a `generate` goes on from: a cache with virtual tokens or a prefix in it, outputs of the encoder."""
     call = Run()
+    if waits(host, plan):
+        call.prompt = options.get("input_ids")
     cache, mask, encoded = (options.get(n) for n in ("past_key_values", "attention_mask", "encoder_outputs"))
     count = host.fronts(plan, batch_size(options))[0]
     if encoded is not None and count:  # a mask of ones alone does not come to the model

@@ -49,6 +49,8 @@ def joinable(model: Any, inputs: dict[str, Any]) -> bool:
     names = {k for k, v in inputs.items() if v is not None}
     if not isinstance(model, AdapterSet) or not model.lean or not {"input_ids", "labels"} <= names <= FILLERS.keys():
         return False
+    if any(model.methods[n].tasks > 1 for n in model.switch.active):  # rows need task_ids
+        return False
     return all(inputs[k].dim() == 2 for k in names)
 
 

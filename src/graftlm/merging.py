@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import AdapterSet
-from .architectures import base_modules, held_parameters, innermost, replace_module
+from .architectures import base_modules, clean_path, held_parameters, innermost, replace_module
 from .errors import AdapterError, UnsupportedError
 from .layers import Adapted, ModulesToSaveWrapper, adapted_layers, saved_modules
 from .methods.lora import LoraConfig
@@ -56,6 +56,9 @@ def check_mergeable(host: AdapterSet, names: list[str]) -> None:
                 f"Adapter {name!r} is {getattr(kind, 'value', kind)}: it is no change of weights, so it cannot be "
                 "merged. Keep it attached."
             )
+        host.methods[name].refuse_merge(host)
+    for _, layer in adapted_layers(host.base, host.switch):
+        layer.check_merge(names)
 
 
 def unmerge(host: AdapterSet, *names: str) -> None:
@@ -82,21 +85,25 @@ def follow(host: AdapterSet) -> None:
 
 
 def merge_and_unload(host: AdapterSet, safe: bool, names: list[str] | None, requantize: bool = False) -> nn.Module:
-    """The base with adapters folded in. Weights that were tied and now differ are untied, in the configuration too."""
+    """The base with adapters folded in. Weights that were tied and now differ are untied, in the configuration too; those
+    that have changed alike (trained tokens) stay tied."""
     names = list(names or host.active_adapters)
     host._known(*names)
     check_mergeable(host, names)
     unmerge(host)
     with others_lifted(host):
-        untie(host, names)
+        tied = untie(host, names)
         merge(host, names, safe=safe, keep=False, requantize=requantize)
         put_saved(host, names)
-        for path, layer in list(adapted_layers(host.base, host.switch)):
+        for path, layer in reversed(list(adapted_layers(host.base, host.switch))):  # those inside of others first
             inner = in_source_form(layer.leave_place())
             if not isinstance(inner, Adapted):
                 layer.frozen.layer = inner
             replace_module(host.base, path, inner)
+        tie_equal(host, tied)
         describe_quantization(host.base, host._float_dtype())
+        if any(getattr(host.peft_config[n], "ensure_weight_tying", False) for n in names):
+            host.base.tie_weights()  # the two halves were merged alike
     for part in (host.prompt_encoder, host.bottleneck, host.adapter_biases):
         part.clear()
     host.methods.clear()
@@ -167,6 +174,8 @@ def drift_printed(host: AdapterSet, names: list[str], requantize: bool) -> Itera
 
 def probe_logits(host: AdapterSet, names: list[str]) -> Tensor | None:
     """Logits (or last hidden states) of 32 fixed token ids under some adapters, fp32; None for a base without token ids."""
+    if host.plain:
+        return None
     config = host.base.config
     size = getattr(config.get_text_config(), "vocab_size", None)
     if size is None:
@@ -209,20 +218,47 @@ def merge_biases(host: AdapterSet, names: list[str]) -> None:
             module.bias.data = bias.detach().to(module.bias.dtype)
 
 
-def untie(host: AdapterSet, names: list[str]) -> None:
-    """Give every module of a tied group its own weight when merging changes some of them."""
+def untie(host: AdapterSet, names: list[str]) -> list[list[str]]:
+    """Give every module of a tied group its own weight when merging changes some of them; returns these groups by path."""
     base = host.base
-    groups: dict[int, list[nn.Module]] = {}
-    for _, module in base_modules(base):
+    groups: dict[int, dict[str, nn.Module]] = {}
+    for path, module in base_modules(base):
         if module._parameters.get("weight") is not None:
-            groups.setdefault(id(module._parameters["weight"]), []).append(module)
+            groups.setdefault(id(module._parameters["weight"]), {})[clean_path(path)] = module
     changed = {id(innermost(m)) for m in base.modules() if changes(host, m, names)}
-    for modules in groups.values():
-        if len(modules) > 1 and any(id(m) in changed for m in modules):
-            for module in modules[1:]:
-                module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)  # type: ignore[operator, union-attr]
-            for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
+    split = [
+        g
+        for g in groups.values()
+        if len(g) > 1 and any(id(m) in changed for m in g.values()) and not tied_alike(host, list(g.values()), names)
+    ]
+    for modules in split:
+        for module in list(modules.values())[1:]:
+            module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)  # type: ignore[operator, union-attr]
+    return [list(modules) for modules in split]
+
+
+def tie_equal(host: AdapterSet, groups: list[list[str]]) -> None:
+    """Modules of a group, by path, whose weights are equal share one again; where they differ, the configuration says so."""
+    base = host.base
+    own = () if host.plain else (base.config, base.config.get_text_config())
+    for first, *others in ([base.get_submodule(path) for path in group] for group in groups):
+        for module in others:
+            if torch.equal(module.weight, first.weight):
+                module.weight = first.weight
+                continue
+            for config in {id(c): c for c in own}.values():
                 config.tie_word_embeddings = False
+
+
+def tied_alike(host: AdapterSet, modules: list[nn.Module], names: list[str]) -> bool:
+    """Whether adapters change modules of one weight all alike, so that they can share it afterwards."""
+    own = {id(m) for m in modules}
+    around = [m for m in host.base.modules() if id(innermost(m)) in own]
+    return all(
+        getattr(host.peft_config[name], "ensure_weight_tying", False)
+        for name in names
+        if any(changes(host, module, [name]) for module in around)
+    )
 
 
 def changes(host: AdapterSet, module: nn.Module, names: list[str]) -> bool:
@@ -249,10 +285,11 @@ def add_weighted_adapter(
     Args:
         adapters, weights: the sources and their weights (negative ones subtract).
         adapter_name: name of the new adapter; it is not activated.
-        combination_type: "linear", "cat" (exact, ranks add up), "svd", "ties", "dare_linear", "dare_ties". All but "cat" and
-            "svd" need sources of one rank in each layer that they share.
-        svd_rank, svd_clamp: rank of the result, and the quantile that values are clamped to, for "svd".
-        density: share of values that is kept, for ties and dare.
+        combination_type: "linear", "cat" (exact, ranks add up), "svd", "ties", "dare_linear", "dare_ties",
+            "magnitude_prune", and these four with "_svd". All but "cat" and those with "svd" need sources of one rank in
+            each layer that they share.
+        svd_rank, svd_clamp: rank of the result, and the quantile that values are clamped to, for those with "svd".
+        density: share of values that is kept, for ties, dare and magnitude_prune.
         majority_sign_method: "total" or "frequency", for ties.
 
     Raises:
@@ -268,10 +305,12 @@ def add_weighted_adapter(
     if len(adapters) != len(weights) or not adapters:
         raise AdapterError(f"{len(adapters)} adapters and {len(weights)} weights: expected one weight an adapter.")
     for name, config in zip(adapters, configs, strict=True):
-        if not isinstance(config, LoraConfig):
+        if type(config) is not LoraConfig:
             raise AdapterError(f"Adapter {name!r} is {config.peft_type.value}; only LoRA adapters can be combined.")  # type: ignore[union-attr]
         if any(saved_modules(host.base, host.switch, name)) or config.bias != "none":
             raise AdapterError(f"Adapter {name!r} trains whole modules or biases, which cannot be combined.")
+        if config.trainable_token_indices is not None:
+            raise AdapterError(f"Adapter {name!r} trains rows of tokens (trainable_token_indices), which cannot combine.")
     kind = "linear" if len(adapters) == 1 else combination_type
     options: dict[str, Any] = {"svd_clamp": svd_clamp, "density": density, "majority_sign_method": majority_sign_method}
     check_options(kind, weights, svd_rank=svd_rank, **options)

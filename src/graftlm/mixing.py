@@ -20,27 +20,33 @@ from torch import Tensor
 
 from .adapters import AdapterSet
 from .architectures import base_modules, is_encoder_decoder, token_embeddings
-from .errors import AdapterError, CompositionError, GraftError, UnsupportedError
+from .errors import AdapterError, CompositionError, ConfigError, GraftError, UnsupportedError
 from .layers import ModulesToSaveWrapper
+from .passes.inputs import chosen_rows, tensors_in
 from .passes.run import run
 from .passes.trial import Trial, kind_of
 from .quantization import holds_quantized
-from .routing import BASE_NAME, Group, Plan, Routes
+from .routing import BASE_NAME, Group, Plan, Routes, running
 
 TRIED = 4  # compositions of one trial
 
 AdapterNames = str | Sequence[str | Sequence[str]]
 
 
-def plan_of(host: AdapterSet, names: AdapterNames | None = None, batch: int | None = None) -> Plan:
+def plan_of(
+    host: AdapterSet, names: AdapterNames | None = None, batch: int | None = None, call: tuple[tuple, dict] | None = None
+) -> Plan:
     """The plan of a call of `batch` rows: through the active adapters where `names` is None."""
     if names is None:
         return Plan(host.switch, host.switch.active if host.switch.enabled else ())
-    return mixed_plan(host, names, batch)
+    return mixed_plan(host, names, batch, call)
 
 
-def mixed_plan(host: AdapterSet, names: AdapterNames, batch: int | None = None) -> Plan:
-    """The plan of a call whose rows go through `names`; `batch` is the number of rows.
+def mixed_plan(
+    host: AdapterSet, names: AdapterNames, batch: int | None = None, call: tuple[tuple, dict] | None = None
+) -> Plan:
+    """The plan of a call whose rows go through `names`; `batch` is the number of rows, `call` its arguments, on which rows
+    are tried out where the base reads no tokens.
 
     Raises:
         AdapterError: an unknown name, a wrong number of names.
@@ -63,8 +69,43 @@ def mixed_plan(host: AdapterSet, names: AdapterNames, batch: int | None = None) 
         return Plan(host.switch, rows[0])
     routes = Routes.by_row(rows)
     adapters = tuple(dict.fromkeys(n for row in rows for n in row))
-    _try_mixed(host, routes.groups)
-    return Plan(host.switch, adapters, routes=routes)
+    plan = Plan(host.switch, adapters, routes=routes)
+    _try_mixed(host, routes.groups, plan, call)
+    return plan
+
+
+def with_tasks(host: AdapterSet, plan: Plan, tasks: Any, batch: int) -> Plan:
+    """A plan whose rows have tasks, for adapters that know several: rows of different ones are in groups of their own.
+
+    Args:
+        tasks: `task_ids`, one of each of `batch` rows; without meaning where no such adapter takes part.
+
+    Raises:
+        ConfigError: no task, or one that an adapter does not have.
+    """
+    known = {n: host.methods[n].tasks for n in plan.adapters if host.methods[n].tasks}
+    if not known or (tasks is None and max(known.values()) == 1):
+        return plan
+    name = max(known, key=lambda n: known[n])
+    ids = tasks.tolist() if isinstance(tasks, Tensor) else list(tasks) if isinstance(tasks, Sequence) else tasks
+    if not isinstance(ids, list) or len(ids) != batch or not all(type(i) is int for i in ids):
+        raise ConfigError(
+            f"task_ids={ids!r}: adapter {name!r} has {known[name]} tasks, so a call needs the number of each row's, one a "
+            f"row of {batch}."
+        )
+    rows = []
+    for row, (group, task) in enumerate(zip(plan.by_row * (batch if plan.routes is None else 1), ids, strict=True)):
+        own = [n for n in group if n in known]
+        for name in own:
+            if not 0 <= task < known[name]:
+                raise ConfigError(f"task_ids, row {row}: {task}; adapter {name!r} has tasks 0 to {known[name] - 1}.")
+        rows.append((group, task if own else None))
+    different = list(dict.fromkeys(rows))
+    if len(different) == 1:
+        return Plan(host.switch, plan.adapters, tasks=(different[0][1],))
+    routes = Routes([group for group, _ in different], torch.tensor([different.index(row) for row in rows]))
+    _try_mixed(host, list(dict.fromkeys(routes.groups)))
+    return Plan(host.switch, plan.adapters, routes=routes, tasks=tuple(task for _, task in different))
 
 
 def _group(host: AdapterSet, entry: Any, row: int) -> Group:
@@ -79,6 +120,7 @@ def _group(host: AdapterSet, entry: Any, row: int) -> Group:
         raise AdapterError(f"adapter_names, row {row}: {error}") from None
     if len(set(group)) != len(group):
         raise AdapterError(f"adapter_names, row {row}: {entry!r} names an adapter twice.")
+    host._refuse_together(group)
     for _, module in base_modules(host.base) if len(group) > 1 else ():
         if not isinstance(module, ModulesToSaveWrapper) or module.switch is not host.switch or module.is_head:
             continue
@@ -105,13 +147,21 @@ def try_out(host: AdapterSet, names: Sequence[str | Sequence[str]] | None = None
         _try_mixed(host, list(dict.fromkeys(groups)))
 
 
-def _try_mixed(host: AdapterSet, groups: list[Group]) -> None:
+def _try_mixed(
+    host: AdapterSet, groups: list[Group], plan: Plan | None = None, call: tuple[tuple, dict] | None = None
+) -> None:
     """UnsupportedError unless rows of such compositions, mixed, equal themselves alone on this model. Tried once a kind."""
     methods = {tuple(host.methods[n] for n in group) for group in groups}
     if methods <= host.mixed:
         return
     kinds = {kind_of(host, group): group for group in groups}
     fresh = [group for kind, group in kinds.items() if kind not in host.mixes]
+    if plan is not None and call is not None and token_embeddings(host.base) is None:
+        if fresh:
+            _Given(host, plan, call).run()
+            host.mixes |= set(kinds)
+        host.mixed |= methods
+        return
     others = [g for g in groups if g not in fresh]
     for start in range(0, len(fresh), TRIED - 1):
         tried = fresh[start : start + TRIED - 1]
@@ -119,6 +169,44 @@ def _try_mixed(host: AdapterSet, groups: list[Group]) -> None:
         _Rows(host, rows).run()
         host.mixes |= {kind_of(host, group) for group in tried}
     host.mixed |= methods
+
+
+class _Given(Trial):
+    """The call's own batch, where nothing is known of what a base reads: mixed, and the rows of each composition alone."""
+
+    def __init__(self, host: AdapterSet, plan: Plan, call: tuple[tuple, dict]) -> None:
+        super().__init__(host)
+        assert plan.routes is not None
+        self.plan, self.call, self.routes = plan, call, plan.routes
+
+    def run(self) -> None:
+        name, of, groups = type(self.host.base).__name__, self.routes.of.tolist(), self.routes.groups
+        with self.quiet(), torch.no_grad(), self.disturbed(groups):
+            mixed = self.outputs(self.plan, self.call, len(of))
+            for i, group in enumerate(groups):
+                rows = [row for row, g in enumerate(of) if g == i]
+                call = chosen_rows(self.call, rows, len(of))
+                alone = self.outputs(Plan(self.host.switch, group), call, len(rows))
+                own = [t[rows] for t in mixed]
+                if len(own) != len(alone) or not own or not all(map(self.same, own, alone)):
+                    raise UnsupportedError(
+                        f"{name}: in a batch with other adapters, rows of {'+'.join(group) or 'the base'} give other values "
+                        "than alone (or nothing by row). Run one adapter a batch on this model."
+                    )
+
+    def outputs(self, plan: Plan, call: tuple[tuple, dict], count: int) -> list[Tensor]:
+        """What a call of `count` rows gives by row."""
+        args, kwargs = call
+        if self.host.plain:
+            with running(plan):
+                output = self.host.base_model(*args, **kwargs)
+        else:
+            output = run(self.host, plan, dict(kwargs), *args)[1]
+        return [t for t in tensors_in(output) if t.shape[0] == count]
+
+    def same(self, a: Tensor, b: Tensor) -> bool:
+        limit = (1e-4 if self.precise else 0.1) * float(b.float().abs().max()) + 1e-6 if b.numel() else 0.0
+        return a.shape == b.shape and bool(torch.isclose(a.float(), b.float(), rtol=0, atol=limit, equal_nan=True).all())
 
 
 class _Rows(Trial):
@@ -189,6 +277,8 @@ class _Rows(Trial):
         if name is None:
             raise ValueError(f"no output of {', '.join(output)} to compare")
         found = output[name].float()
+        if is_encoder_decoder(base) and found.dim() == 3:  # virtual tokens of the decoder come first
+            found = found[:, -inputs["decoder_input_ids"].shape[1] :]
         per_token = not is_encoder_decoder(base) and found.dim() > 1 and found.shape[1] >= length
         extra = found.shape[1] - length if per_token else 0
         return [row[extra:][own] if per_token else row for row, own in zip(found, places, strict=True)]

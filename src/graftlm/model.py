@@ -12,20 +12,23 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import checkpoint, generating, merging
+from . import checkpoint, converting, generating, merging
 from .adapters import AdapterSet
+from .architectures import is_plain
 from .attached import _SETS
 from .checkpointing import enable_checkpointing
-from .delegating import answer_by_base, class_over
+from .delegating import answer_by_base, class_over, moved_to_base, reads_backbone
 from .errors import AdapterError, ConfigError
 from .generating import refuse_half_on_cpu
 from .layers import unsave_modules
 from .methods import PeftConfig
-from .mixing import plan_of, try_out
+from .mixing import plan_of, try_out, with_tasks
 from .passes.hooks import Hooks
-from .passes.inputs import batch_size
+from .passes.inputs import batch_size, rows_of
+from .passes.output import add_to_loss
 from .passes.run import run
 from .quantization import settle
+from .routing import running
 
 
 class PeftModel(AdapterSet, PreTrainedModel):
@@ -35,7 +38,8 @@ class PeftModel(AdapterSet, PreTrainedModel):
     `save_pretrained` and `load_state_dict`; everything it does not define itself is answered by the base model.
 
     Args:
-        model: the base, a transformers model. Its parameters are frozen; they never change, except by merging.
+        model: the base, a transformers model or any torch module. Its parameters are frozen; they never change, except by
+            merging.
         peft_config: configuration of the first adapter.
         adapter_name: its name.
         autocast_adapter_dtype: keep adapters of a 16-bit base in fp32.
@@ -44,9 +48,12 @@ class PeftModel(AdapterSet, PreTrainedModel):
     def __new__(cls, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> PeftModel:
         if isinstance(model, PeftModel):
             raise AdapterError("This model is wrapped already. Add another adapter with model.add_adapter(name, config).")
-        if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-            raise AdapterError(f"Expected a transformers model as the base, got {model if model is None else type(model)}.")
-        return object.__new__(class_over(cls, type(model)))
+        if not isinstance(model, nn.Module):
+            raise AdapterError(
+                f"Expected a transformers model as the base, or another torch module; got "
+                f"{model if model is None else type(model)}."
+            )
+        return object.__new__(class_over(cls, type(model), is_plain(model)))
 
     def __init__(
         self,
@@ -97,6 +104,9 @@ class PeftModel(AdapterSet, PreTrainedModel):
     def __setattr__(self, name: str, value: Any) -> None:
         """What the base has and the wrapper has not is set on the base (`model.generation_config = …`)."""
         base = self.__dict__.get("_modules", {}).get("base_model")
+        if name == "forward" and reads_backbone(value):
+            base.model.forward = moved_to_base(self, value)
+            return
         known = name in self.__dict__ or hasattr(type(self), name) or isinstance(value, (nn.Module, nn.Parameter))
         if base is not None and not known and name != "entry" and hasattr(base.model, name):
             setattr(base.model, name, value)
@@ -107,7 +117,7 @@ class PeftModel(AdapterSet, PreTrainedModel):
         self._disconnect()
         try:
             state = {k: v for k, v in self.__dict__.items() if k != "entry"}
-            return _rebuild, (type(self.base), pickle.dumps(state))
+            return _rebuild, (type(self.base), pickle.dumps(state), self.plain)
         finally:
             self._connect()
 
@@ -126,6 +136,8 @@ class PeftModel(AdapterSet, PreTrainedModel):
         return made
 
     def _enter(self) -> list[Any]:
+        if self.plain:
+            return []
         over_base = [self, *_SETS.get(self.base, ())]
         self.entry = Hooks(self, [host.entry.shortcuts.trials for host in over_base if "entry" in vars(host)])
         return self.entry.connect()
@@ -133,14 +145,25 @@ class PeftModel(AdapterSet, PreTrainedModel):
     # -- running -----------------------------------------------------------------------------------------------------
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         refuse_half_on_cpu(self)
+        names = kwargs.pop("adapter_names", None)
+        if self.plain:
+            plan = plan_of(self, names, None if names is None else rows_of((args, kwargs)), (args, kwargs))
+            with running(plan):
+                return self.base_model(*args, **kwargs)
         if self.entry.stale():
             self._connect()
-        names = kwargs.pop("adapter_names", None)
+        tasks = kwargs.pop("task_ids", None)
         smoothing = kwargs.pop("label_smoothing", None) or 0.0
         if not 0 <= smoothing < 1:
             raise ConfigError(f"label_smoothing={smoothing}: expected a share of at least 0 and below 1.")
-        plan = plan_of(self, names, None if names is None else batch_size(self.entry.named(args, kwargs)))
-        return run(self, plan, kwargs, *args, smoothing=smoothing)[1]
+        rows = batch_size(self.entry.named(args, kwargs)) if names is not None or self.has_tasks else None
+        plan = plan_of(self, names, None if names is None else rows, (args, kwargs))
+        if self.has_tasks:
+            plan = with_tasks(self, plan, tasks, rows)  # type: ignore[arg-type]
+        output = run(self, plan, kwargs, *args, smoothing=smoothing)[1]
+        if self.training and getattr(output, "loss", None) is not None:
+            add_to_loss(output, self.penalty(plan.adapters))
+        return output
 
     def can_pack(self) -> bool:
         """Whether training rows may hold several sequences (`position_ids` that start again) under the active adapters.
@@ -156,14 +179,16 @@ class PeftModel(AdapterSet, PreTrainedModel):
 
         It is tried out once, on a small random batch.
         """
-        if inputs is not None:
-            inputs = {k: v for k, v in inputs.items() if k not in ("adapter_names", "label_smoothing")}
+        if inputs is not None and not self.plain:
+            inputs = {k: v for k, v in inputs.items() if k not in ("adapter_names", "task_ids", "label_smoothing")}
             if self.entry.shortcuts.way(plan_of(self), inputs) == "plain":
                 return False
         return self._training_form() is not None
 
     def _training_form(self) -> Any:
         """The short cuts of training passes; None for none."""
+        if self.plain:
+            return None
         if self.entry.stale():
             self._connect()
         return self.entry.shortcuts.training_form(plan_of(self))
@@ -171,17 +196,19 @@ class PeftModel(AdapterSet, PreTrainedModel):
     def try_out(self, adapter_names: Sequence[str | Sequence[str]] | None = None) -> None:
         """Try out now what passes of these adapters or compositions (every adapter by itself) would try out when they first
         come, so that none of them waits for it; see `mixing.try_out`."""
+        if self.plain:  # by its first batch: there are no inputs to make up
+            return
         if self.entry.stale():
             self._connect()
         try_out(self, adapter_names)
 
     def heeds_items(self) -> bool:
         """Whether the base's training loss is divided by `num_items_in_batch`; tried once."""
-        return self.entry.shortcuts.heeds_items(plan_of(self))
+        return not self.plain and self.entry.shortcuts.heeds_items(plan_of(self))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the base model in evaluation mode, with the active adapters. Takes all that it takes, and
-        `adapter_names`, one a row (see `mixing`)."""
+        `adapter_names` and `task_ids`, one a row (see `mixing`)."""
         return generating.generate(self, args, kwargs)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
@@ -212,6 +239,11 @@ class PeftModel(AdapterSet, PreTrainedModel):
             yield
         finally:
             self.switch.enabled = enabled
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `convert_to_lora` takes an adapter."""
+        self._known(adapter_name)
+        return converting.hindrance(self, adapter_name) is None
 
     def merge_adapter(
         self, adapter_names: str | list[str] | None = None, safe_merge: bool = False, requantize: bool = False
@@ -376,7 +408,7 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
-    """Freeze a transformers model and attach a new adapter.
+    """Freeze a model (transformers', or any torch module) and attach a new adapter.
 
     `mixed` is accepted: adapters of different methods always compose here.
     """
@@ -385,9 +417,9 @@ def get_peft_model(
     return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
 
-def _rebuild(base: type, state: bytes) -> PeftModel:
+def _rebuild(base: type, state: bytes, plain: bool = False) -> PeftModel:
     """A wrapper out of its pickle."""
-    made = object.__new__(class_over(PeftModel, base))
+    made = object.__new__(class_over(PeftModel, base, plain))
     made.__dict__.update(pickle.loads(state))
     settle(made.base)
     made._connect()

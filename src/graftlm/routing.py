@@ -26,11 +26,12 @@ class Switch:
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ()
         self.enabled: bool = True
+        self.waiting: set[str] = set()  # adapters that act from a token on, which calls of the wrapper alone know
 
 
 BASE_NAME = "__base__"  # a row without adapters, and no adapter's name
 
-Index = slice | Tensor | tuple[slice, slice | Tensor]
+Index = slice | Tensor | tuple[slice | Tensor, ...]
 Group = tuple[str, ...]
 
 
@@ -39,7 +40,7 @@ class Routes:
 
     Args:
         groups: the batch's different compositions of adapters; () is the bare base.
-        of: the group of each row (of each token) [R].
+        of: the group of each row (of each token) [R]; or of each row's tokens [B, T].
         packed: whether it is of tokens, in a packed row.
         switches: of each group's wrapper, where adapters of several over one base run together; None: the plan's.
         draws: what random numbers of each group come from (see `Draws`); None: torch's generator, for all.
@@ -73,6 +74,8 @@ class Routes:
         Raises:
             UnsupportedError: another shape, in which rows cannot be told apart.
         """
+        if self.of.dim() == 2:
+            return self._token_parts(x)
         second = self.packed and x.dim() > 1 and x.shape[0] == 1
         count = x.shape[1] if second else x.shape[0]
         key = second, count, x.device
@@ -87,9 +90,36 @@ class Routes:
             self._found[key] = [(g, (slice(None), at) if second else at) for g, at in found]
         return self._found[key]
 
-    def over(self, of: Tensor) -> Routes:
-        """The same for the tokens of a packed row, given the group of each."""
-        return Routes(self.groups, of, True, self.switches, self.draws)
+    def _token_parts(self, x: Tensor) -> list[tuple[Group, Index]]:
+        """The same where `of` is of each row's tokens: x [n, t, ...] with t the last of them, or [n T, H]."""
+        rows, length = self.of.shape
+        flat = x.dim() == 2 and x.is_floating_point()
+        key = x.shape[: 1 if flat else 2], x.device
+        if key not in self._found:
+            count, width = (
+                (x.shape[0] // length, length) if flat else (x.shape[0], x.shape[1] if x.dim() > 1 else length + 1)
+            )
+            if count % rows or width > length or (flat and x.shape[0] % (rows * length)):
+                raise UnsupportedError(
+                    f"A layer with adapters gets an input of shape {tuple(x.shape)} in a batch of {rows} rows of {length} "
+                    "tokens that go through different adapters; its tokens cannot be told apart. Run one adapter a batch, "
+                    "without alora_invocation_tokens."
+                )
+            of = self.of.repeat_interleave(count // rows, 0)[:, length - width :]
+            of = of.flatten() if flat else of
+            chosen = [(group, of == i) for i, group in enumerate(self.groups)]
+            self._found[key] = [
+                (g, slice(None) if bool(m.all()) else tuple(places.to(x.device) for places in m.nonzero(as_tuple=True)))
+                for g, m in chosen
+            ]
+        return self._found[key]
+
+    def over(self, of: Tensor, packed: bool = True) -> Routes:
+        """The same for the tokens of a packed row (or for other rows), given the group of each. What layers keep of it is
+        shared."""
+        made = Routes(self.groups, of, packed, self.switches, self.draws)
+        made._kept = self._kept
+        return made
 
     def of_switch(self, switch: Switch) -> Routes | None:
         """What of it concerns one of several wrappers: other wrappers' groups are the bare base to it. None for nothing."""
@@ -148,12 +178,13 @@ def _places(chosen: Tensor, device: torch.device) -> slice | Tensor:
 class Plan:
     """Who goes through what, for one call, one whole `generate` or one serving step: a wrapper's switch and the adapters
     that every token goes through. In a mixed batch `routes` says who goes through which, and `adapters` names all that take
-    part.
+    part. `tasks`: of each of the groups, where rows have one (see `current_task`); () where none has.
     """
 
     switch: Switch
     adapters: tuple[str, ...]
     routes: Routes | None = None
+    tasks: tuple[int | None, ...] = ()
 
     @property
     def groups(self) -> list[Group]:
@@ -164,6 +195,12 @@ class Plan:
     def by_row(self) -> list[Group]:
         """The composition of each row of a mixed batch, or the one of all."""
         return [self.adapters] if self.routes is None else [self.routes.groups[i] for i in self.routes.of.tolist()]
+
+    @property
+    def tasks_by_row(self) -> list[int | None]:
+        """The task of each row of a mixed batch, or the one of all."""
+        tasks = self.tasks or (None,) * len(self.groups)
+        return list(tasks) if self.routes is None else [tasks[i] for i in self.routes.of.tolist()]
 
 
 class Attention(Protocol):
@@ -215,6 +252,24 @@ def within(scope: Scope | None) -> Iterator[Scope | None]:
         _scope.reset(token)
 
 
+_task: ContextVar[int | None] = ContextVar("graftlm_task", default=None)
+
+
+def current_task() -> int | None:
+    """The task of the rows whose virtual tokens are asked for; None where they have none."""
+    return _task.get()
+
+
+@contextmanager
+def asking_for(task: int | None) -> Iterator[None]:
+    """Within the block adapters answer for rows of a task."""
+    token = _task.set(task)
+    try:
+        yield
+    finally:
+        _task.reset(token)
+
+
 @contextmanager
 def running(plan: Plan | None) -> Iterator[Plan | None]:
     """Run the block under `plan`."""
@@ -228,7 +283,8 @@ def running(plan: Plan | None) -> Iterator[Plan | None]:
 def active_adapters(switch: Switch) -> tuple[str, ...]:
     """Names of the adapters that a layer of the wrapper `switch` belongs to applies now."""
     if _scope.get() is None:
-        return switch.active if switch.enabled else ()
+        active = switch.active if switch.enabled else ()
+        return tuple(n for n in active if n not in switch.waiting) if switch.waiting else active
     return planned_adapters(switch)
 
 

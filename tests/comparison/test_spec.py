@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from graftlm.comparison import METHODS, parse
-from graftlm.comparison.spec import merged
+from graftlm.comparison.spec import expand, merged, parse_all
 from graftlm.errors import ConfigError
+from graftlm.training import defaults
+from graftlm.training.defaults import ALIASES, method_names
 
 
 def test_options_and_recipe_paths():
@@ -26,6 +28,30 @@ def test_quantisation_is_the_recipes():
     with pytest.raises(ConfigError, match="qlora is lora:quantization=nf4; write lora:quantization=int8 instead"):
         parse("qlora:quantization=int8")
     assert len({parse(m).slug for m in METHODS}) == len(METHODS) == 7
+
+
+def test_every_method_of_recipes_is_taken():
+    for name in method_names():
+        assert parse(f"{name}:training.epochs=2").method == name
+        assert parse(name.upper().replace("-", "_")).method == name
+    for alias, name in ALIASES.items():
+        assert parse(alias).method == name
+        assert parse(alias).label == alias
+
+
+def test_groups(monkeypatch):
+    assert [s.label for s in parse_all(["all"])] == list(METHODS)
+    every = [s.label for s in parse_all(["every"])]
+    assert every[: len(METHODS)] == list(METHODS)
+    assert {"ia3", "loha"} <= set(every) <= {*METHODS, *method_names()}
+    lines = expand("every:training.learning_rate=1e-3|3e-3")
+    assert lines[:2] == ["lora:training.learning_rate=1e-3", "lora:training.learning_rate=3e-3"]
+    assert len(lines) == 2 * len(every)
+    with pytest.raises(ConfigError, match="stand in the list twice: lora"):
+        parse_all(["lora", "all"])
+    needy = defaults.MethodDefaults(learning_rate=1e-3, power=0.8, needs="targets")
+    monkeypatch.setitem(defaults.DEFAULTS, method_names()["ia3"], needy)
+    assert "ia3" not in [s.label for s in parse_all(["every"])]
 
 
 @pytest.mark.parametrize(

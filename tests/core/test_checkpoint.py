@@ -38,7 +38,7 @@ from torch import nn
 import graftlm
 from graftlm import fingerprint
 from graftlm.bundled import base_path
-from graftlm.errors import AdapterError, BaseMismatchError, CheckpointError, ConfigError, GraftError
+from graftlm.errors import AdapterError, BaseMismatchError, CheckpointError, ConfigError, GraftError, TargetError
 from graftlm.training import resolve_base
 
 WEIGHTS = "adapter_model.safetensors"
@@ -783,8 +783,8 @@ def test_padded_generation_after_reload(tmp_path: Path) -> None:
     )
 
 
-def test_a_module_that_is_no_model_is_refused(saved: Path) -> None:
-    with pytest.raises(AdapterError, match="Expected a transformers model"):
+def test_a_module_that_the_adapter_does_not_fit_is_refused(saved: Path) -> None:
+    with pytest.raises(TargetError, match="matches no module of this model"):
         graftlm.PeftModel.from_pretrained(nn.Linear(2, 2), saved)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import graftlm
 from graftlm.errors import AdapterError, UnsupportedError
-from graftlm.passes.served import PlainCache, Row, Served
+from graftlm.passes.served import FrontMemory, PlainCache, Row, Served
 
 NEW = 4  # tokens that a row generates
 STEPPED = [name for name in CAUSAL if name != "falcon"]
@@ -147,6 +147,37 @@ def test_fronts_are_computed_once_and_not_touched() -> None:
     runs.clear()
     served.admit(("prompt",))
     assert len(runs) == 1  # its virtual tokens; nothing is tried out again
+
+
+def test_nothing_of_a_plan_is_made_anew_while_the_rows_stay() -> None:
+    model = crowd("llama", ["lora", "wide", "prompt"])
+    served = Served(model)
+    for group in (("lora",), ("wide",)):
+        served.admit(group)
+    cache = PlainCache(served)
+
+    def step() -> Tensor:
+        rows = [Row(group, [7], 0) for group in (("lora",), ("wide",), (), ("lora",))]
+        for i in range(len(rows)):
+            cache.join(i, FrontMemory([], 0))
+        return served.step(rows, cache.over([(i, 1) for i in range(len(rows))]))
+
+    before = step()
+
+    def factors() -> set[int]:
+        return {id(layer["a"]) for routes in served._sets.values() for layer in routes._kept.values() if layer}
+
+    kept = factors()
+    assert kept and torch.equal(step(), before)
+    assert kept == factors()
+    laid = served.laid((("lora",), ("wide",), (), ("lora",)), (1, 1, 1, 1))
+    assert laid is served.laid((("lora",), ("wide",), (), ("lora",)), (1, 1, 1, 1))
+    with torch.no_grad():
+        for _, parameter in model.adapter_parameters("wide"):
+            parameter.add_(0.2)
+    served.admit(("wide",))
+    after = step()
+    assert torch.equal(after[[0, 2, 3]], before[[0, 2, 3]]) and not torch.allclose(after[1], before[1])
 
 
 def test_admitting_leaves_the_model_as_it_was() -> None:

@@ -158,6 +158,7 @@ def test_recipes_in_another_encoding(tmp_path: Path) -> None:
 def test_every_method_has_a_name_and_a_default() -> None:
     assert set(method_names()) == {
         "lora", "prompt-tuning", "p-tuning", "prefix-tuning", "bottleneck", "ia3", "loha",
+        "miss", "oft", "boft", "adalora",
     }  # fmt: skip
     assert set(DEFAULTS) == set(method_names().values())
     assert method_type("Prefix_Tuning") is method_type("p-tuning-v2")

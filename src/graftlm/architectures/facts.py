@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from ..errors import TargetError, UnsupportedError, nearest
 from .walk import base_modules
@@ -35,9 +36,20 @@ def model_type(base: nn.Module) -> str:
     return getattr(getattr(base, "config", None), "model_type", "") or ""
 
 
+def is_plain(base: nn.Module) -> bool:
+    """Whether a base is any torch module: without a configuration of transformers nothing is known of what it reads and
+    gives, so calls go through as they are."""
+    return not isinstance(getattr(base, "config", None), PreTrainedConfig)
+
+
 def default_targets(base: nn.Module, table: dict[str, list[str]], config: str) -> list[str]:
     """The entry of a table by `config.model_type`; TargetError, naming the configuration's class, for a family without."""
     kind = model_type(base)
+    if not kind:
+        raise TargetError(
+            f"There are no default target_modules for {type(base).__name__}: it has no configuration of a family that has "
+            f"some. Name them in {config}(target_modules=[...]), or use target_modules='all-linear'."
+        )
     if kind not in table:
         raise TargetError(
             f"There are no default target_modules for model type {kind!r}{nearest(kind, table)}. "

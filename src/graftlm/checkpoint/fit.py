@@ -20,7 +20,8 @@ def expected(host: AdapterSet, name: str) -> dict[str, torch.Size]:
     method = host.methods[name]
     shapes = dict(method.expected_shapes(host))
     for path, module in saved_modules(host.base, host.switch, name):
-        shapes |= {f"{method.file_prefix}{path}.{k}": v.shape for k, v in module.state_dict().items()}
+        start = method.file_prefix + method.saved_place(path)
+        shapes |= {f"{start}.{k}": v.shape for k, v in module.state_dict().items()}
     return shapes
 
 
@@ -42,9 +43,9 @@ def checked(host: AdapterSet, name: str, tensors: dict[str, Tensor], where: str)
     """
     wanted = expected(host, name)
     prefix = host.methods[name].file_prefix
-    found = {normalise(k, name, wanted, prefix): v for k, v in tensors.items()}
+    found = {normalise(k, name, wanted, prefix): v for k, v in host.methods[name].as_written(tensors).items()}
     extra = base_tensors(host, {k: v for k, v in found.items() if k not in wanted})
-    extra |= doubled(found, wanted)
+    extra |= doubled(found, wanted) | repeated(host, name, found)
     missing = sorted(set(wanted) - set(found))
     unexpected = sorted(set(found) - set(wanted) - set(extra))
     shapes = [
@@ -71,7 +72,7 @@ def base_tensors(host: AdapterSet, tensors: dict[str, Tensor]) -> dict[str, Tens
     """
     copies = {}
     for key, value in tensors.items():
-        path = re.sub(r"^base_model\.(model\.)?", "", key).replace(".base_layer", "")
+        path = re.sub(r"^base_model\.(model\.)?", "", key).replace(".token_adapter", "").replace(".base_layer", "")
         module_path, _, part = path.rpartition(".")
         try:
             module = host.base.get_submodule(module_path)
@@ -107,7 +108,7 @@ def rows_that_differ(a: Tensor, b: Tensor) -> Tensor:
 def restore_embeddings(host: AdapterSet, tensors: dict[str, Tensor], where: str) -> None:
     """Rows of the base's embeddings that the file brings along and that differ here (new tokens) are taken from it."""
     for key, value in tensors.items():
-        path = re.sub(r"^base_model\.(model\.)?", "", key).replace(".base_layer", "")
+        path = re.sub(r"^base_model\.(model\.)?", "", key).replace(".token_adapter", "").replace(".base_layer", "")
         module_path, _, part = path.rpartition(".")
         if module_path.rpartition(".")[2] not in EMBEDDINGS or part != "weight":
             continue
@@ -135,3 +136,9 @@ def doubled(found: dict[str, Tensor], wanted: dict[str, torch.Size]) -> dict[str
         if ".original_module." in key or torch.equal(found[plain], value):
             twice[key] = value
     return twice
+
+
+def repeated(host: AdapterSet, name: str, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that HF PEFT writes again under the names of other modules, with the same values."""
+    again = host.methods[name].repeated_keys(host)
+    return {k: found[k] for k, own in again.items() if k in found and own in found and torch.equal(found[k], found[own])}

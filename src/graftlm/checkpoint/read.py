@@ -167,9 +167,9 @@ def assign(host: AdapterSet, name: str, tensors: dict[str, Tensor]) -> None:
 
 
 def assign_modules(host: AdapterSet, name: str, tensors: dict[str, Tensor]) -> None:
-    prefix = host.methods[name].file_prefix
+    method = host.methods[name]
     for path, module in saved_modules(host.base, host.switch, name):
-        start = f"{prefix}{path}."
+        start = f"{method.file_prefix}{method.saved_place(path)}."
         keys = module.state_dict()
         own = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
         own = {k: v for k, v in own.items() if k in keys}

@@ -13,6 +13,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from ..adapters import AdapterSet
 from ..errors import AdapterError, CheckpointError
 from ..files import WEIGHTS_NAME, find_file
+from ..injecting import Injected, adapters_of
 from ..merging import unmerge
 from .fit import checked
 from .read import assign, load_options, load_training, read_pickle, read_tensors
@@ -31,6 +32,8 @@ def load_state(host: AdapterSet, state: dict[str, Tensor], plain: Callable, stri
     `model.safetensors`) is checked like a file and read into the adapters; the base is left as it is.
     """
     parameters = {k: p for name in host.methods for k, p in host.adapter_parameters(name)}
+    schedules = {k: v for k, v in state.items() if "/" in k}  # of several adapters' checkpoint
+    state = {k: v for k, v in state.items() if k not in schedules} if schedules else state
     if any(k.startswith("base_model.") and k not in parameters for k in state) and set(parameters) <= set(state):
         unmerge(host)
         return plain(state, strict, assign_)
@@ -44,6 +47,9 @@ def load_state(host: AdapterSet, state: dict[str, Tensor], plain: Callable, stri
         with torch.no_grad():
             for key, value in state.items():
                 parameters[key].copy_(value)
+        for name, method in host.methods.items():
+            if own_state := {k.removeprefix(f"{name}/"): v for k, v in schedules.items() if k.startswith(f"{name}/")}:
+                method.load_training(host, own_state)
         return nothing_missing()
     name = host.active_adapter
     method = host.methods[name]
@@ -59,40 +65,45 @@ def load_state(host: AdapterSet, state: dict[str, Tensor], plain: Callable, stri
 
 
 def get_peft_model_state_dict(
-    model: AdapterSet,
+    model: Any,
     state_dict: dict[str, Tensor] | None = None,
     adapter_name: str = "default",
     unwrap_compiled: bool = False,
     save_embedding_layers: str | bool = "auto",
 ) -> dict[str, Tensor]:
-    """An adapter's tensors under the keys of its file (HF PEFT's), adapter name removed.
+    """An adapter's tensors under the keys of its file (HF PEFT's), adapter name removed; of a module that was changed in
+    place under its own names, without the file's prefix.
 
     `state_dict`, where given, supplies the values under the model's own parameter names.
     """
-    if unwrap_compiled:
-        model = getattr(model, "_orig_mod", model)
-    model._known(adapter_name)
-    tensors = embedding_tensors(model, adapter_name, save_embedding_layers) | adapter_tensors(model, adapter_name)
+    host = adapters_of(model)
+    host._known(adapter_name)
+    tensors = embedding_tensors(host, adapter_name, save_embedding_layers) | adapter_tensors(host, adapter_name)
+    own = dict(host.adapter_parameters(adapter_name))
+    if isinstance(host, Injected):
+        prefix = host.methods[adapter_name].file_prefix
+        tensors = {k.removeprefix(prefix): v for k, v in tensors.items()}
+        own = {k.removeprefix("base_model.model."): p for k, p in own.items()}
     if state_dict is None:
         return tensors
-    own = dict(model.adapter_parameters(adapter_name))
     values = {id(p): state_dict[k] for k, p in own.items() if k in state_dict}
     lookup = {p.data_ptr(): id(p) for p in own.values()}
     return {k: values.get(lookup.get(v.data_ptr(), -1), v) for k, v in tensors.items()}
 
 
 def set_peft_model_state_dict(
-    model: AdapterSet,
+    model: Any,
     peft_model_state_dict: dict[str, Tensor],
     adapter_name: str = "default",
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
 ) -> Any:
     """Fill an attached adapter from such tensors; CheckpointError lists every key that does not fit."""
-    model._known(adapter_name)
+    host = adapters_of(model)
+    host._known(adapter_name)
     if ignore_mismatched_sizes:
         raise AdapterError("ignore_mismatched_sizes would leave tensors untrained; give a state that fits.")
-    assign(model, adapter_name, checked(model, adapter_name, dict(peft_model_state_dict), "This state"))
+    assign(host, adapter_name, checked(host, adapter_name, dict(peft_model_state_dict), "This state"))
     return nothing_missing()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def save(
             `model.safetensors` is added that it resumes from.
         save_embedding_layers: save the base's input and output embeddings along: True, False, or "auto": where the
             vocabulary has another size than in the configuration file that the base was loaded from (new tokens' rows
-            would be lost otherwise).
+            would be lost otherwise), unless the adapter itself holds the rows of all new tokens.
         others: what transformers and HF PEFT take besides (shards, formats), as far as it changes nothing.
 
     Raises:
@@ -106,7 +107,7 @@ def adapter_tensors(host: AdapterSet, name: str) -> dict[str, Tensor]:
     tensors = dict(method.tensors(host))
     for path, module in saved_modules(host.base, host.switch, name):
         for key, value in module.state_dict().items():
-            tensors[f"{method.file_prefix}{path}.{key}"] = value
+            tensors[f"{method.file_prefix}{method.saved_place(path)}.{key}"] = value
     return tensors
 
 
@@ -116,23 +117,58 @@ def embedding_tensors(host: AdapterSet, name: str, choice: str | bool) -> dict[s
         raise AdapterError(f"save_embedding_layers={choice!r}: expected True, False or 'auto'.")
     if choice is False or (choice == "auto" and not vocabulary_resized(host.base)):
         return {}
-    tensors = {}
-    inputs, outputs = token_embeddings(host.base) and host.base.get_input_embeddings(), host.base.get_output_embeddings()
+    rows = new_rows(host.base) if choice == "auto" else None
+    tensors: dict[str, Tensor] = {}
+    outputs = getattr(host.base, "get_output_embeddings", lambda: None)()
+    inputs = None if token_embeddings(host.base) is None else host.base.get_input_embeddings()
+    if inputs is None and outputs is None:
+        warnings.warn(
+            f"save_embedding_layers=True: Could not identify embedding layer(s) of {type(host.base).__name__}, which has no "
+            "get_input_embeddings(); nothing of the base was saved.",
+            stacklevel=3,
+        )
     wanted = {id(m) for m in (inputs, outputs) if m is not None}
     for path, module in host.base.named_modules(remove_duplicate=False):
-        if id(module) in wanted and not hasattr(module, "original_module"):
+        if id(module) in wanted and not hasattr(module, "original_module") and not holds_rows(module, name, rows):
             inner = ".base_layer" if hasattr(module, "base_layer") else ""
             tensors[f"{host.methods[name].file_prefix}{clean_path(path)}{inner}.weight"] = innermost(module).weight
     return tensors
 
 
+def holds_rows(module: Any, name: str, new: range | None) -> bool:
+    """Whether an adapter trains rows of a module, all of these new ones among them: then the base's own need no saving.
+    A warning where it leaves some out."""
+    ids = getattr(getattr(module, "changes", {}).get(name), "ids", None)
+    if ids is None or new is None:
+        return False
+    if missing := sorted(set(new) - set(ids)):
+        warnings.warn(
+            f"The vocabulary has new tokens whose rows adapter {name!r} does not train ({missing[0]}"
+            f"{f' to {missing[-1]}' if len(missing) > 1 else ''}), so all of the embeddings are saved along. Train these "
+            "tokens too for a small file, or pass save_embedding_layers=False where their rows do not matter.",
+            stacklevel=5,
+        )
+    return not missing
+
+
 def vocabulary_resized(base: Any) -> bool:
     """Whether the vocabulary has another size than in the local configuration file that the base came from."""
+    stored = stored_vocabulary(base)
+    return stored is not None and stored != getattr(base.config, "vocab_size", stored)
+
+
+def new_rows(base: Any) -> range | None:
+    """The tokens that the base's vocabulary has more than its configuration file; None where nothing says how many."""
+    stored = stored_vocabulary(base)
+    return None if stored is None else range(stored, getattr(base.config, "vocab_size", stored))
+
+
+def stored_vocabulary(base: Any) -> int | None:
+    """The vocabulary's size in the local configuration file that the base came from."""
     path = Path(getattr(base, "name_or_path", "") or "", "config.json")
     if not getattr(base, "name_or_path", None) or not path.is_file():
-        return False
-    stored = json.loads(path.read_text(encoding="utf-8")).get("vocab_size")
-    return stored is not None and stored != getattr(base.config, "vocab_size", stored)
+        return None
+    return json.loads(path.read_text(encoding="utf-8")).get("vocab_size")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
@@ -149,6 +185,9 @@ def write_trainer_file(host: AdapterSet, folder: Path) -> None:
     target.unlink(missing_ok=True)
     if len(host.methods) > 1:
         named: dict[str, Tensor] = {k: p for name in host.methods for k, p in host.adapter_parameters(name)}
+        for name, method in host.methods.items():
+            if method.scheduled:
+                named |= {f"{name}/{k}": v for k, v in method.training_tensors(host).items()}
         write_tensors(target, named, {"format": FORMAT})
         return
     name = next(iter(host.methods))

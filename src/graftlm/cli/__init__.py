@@ -30,6 +30,7 @@ COMMANDS = {
     "serve": ("serve", "serve", "Serve a base and its adapters over HTTP, as OpenAI's API."),
     "inspect": ("inspect", "inspect", "What is in an adapter directory, and does it fit a base?"),
     "merge": ("merge", "merge", "Fold an adapter into its base and save a plain model."),
+    "convert": ("convert", "convert", "Turn an adapter of another method into LoRA, for servers that know only that."),
     "data": ("data", "app", "Look at data sets."),
 }
 DEBUG = "--debug"

@@ -22,7 +22,9 @@ def compare(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            "--method", "-m", help="METHOD or METHOD:OPTION=VALUE,…; may be repeated. Default: all, lora-int8 and qlora too."
+            "--method",
+            "-m",
+            help="METHOD or METHOD:OPTION=VALUE,…; may be repeated. all: seven usual ones; every: all there are.",
         ),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of adapters and report.")] = Path("comparison"),
@@ -44,7 +46,10 @@ def compare(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier comparison in --output.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the table at the end.")] = False,
 ) -> None:
-    """Train every method on one data set, all of them together; table, JSON and HTML report.
+    """Train several methods on one data set, all of them together; table, JSON and HTML report.
+
+    --method all (the default) is lora, lora-int8, qlora, prompt-tuning, p-tuning, prefix-tuning and bottleneck; --method
+    every is all methods of recipes that need no options of their own. Options behind either are of each method in it.
 
     The base is loaded once, and once more for each quantised form that a row names: lora-int8 and qlora are LoRA over an
     int8 and an NF4 base, prompt-tuning:quantization=nf4 is Prompt Tuning over NF4. Quality is measured on held-out rows,

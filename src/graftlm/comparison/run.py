@@ -58,7 +58,7 @@ def compare(
     Args:
         base: model id or path; "graftlm-base" is the bundled one.
         data: source of the data, or the whole `data` part of a recipe (source, format, columns, split, eval_split, …).
-        methods: lines such as "lora" or "lora:r=16,training.learning_rate=1e-3" (see `spec`), or `MethodSpec`s.
+        methods: lines such as "lora", "lora:r=16,training.learning_rate=1e-3" or "every" (see `spec`), or `MethodSpec`s.
         overwrite: replace an earlier comparison in `output_dir`.
         seeds: each method is trained once with each.
         settings: parts of a recipe for all methods, e.g. `{"training": {"epochs": 5}}`.

@@ -9,7 +9,8 @@
 
 Values with `|` between them make a row each (of a grid: every combination); inside brackets or quotes `|` is itself.
 A key without a dot is an option of the method; one with a dot is a path in the recipe, and so is `quantization`. Values
-are read as YAML. `lora-int8` and `qlora` are LoRA over an int8 and over an NF4 base.
+are read as YAML. `lora-int8` and `qlora` are LoRA over an int8 and an NF4 base. Names are those of recipes, aliases too;
+`all` stands for the usual ones (METHODS), `every` for all that need no options; options behind them are of each.
 """
 
 from __future__ import annotations
@@ -47,14 +48,25 @@ class MethodSpec:
         return re.sub(r"[^A-Za-z0-9]+", "-", self.label).strip("-")
 
 
-def parse(text: str) -> MethodSpec:
-    """A line as above; ConfigError with what is wrong in it."""
-    from ..training.defaults import QUANTIZED
+def groups() -> dict[str, list[str]]:
+    """Names that stand for several methods."""
+    from ..training.defaults import DEFAULTS, OTHER, method_names
 
-    name, _, rest = text.strip().partition(":")
-    if name not in METHODS:
-        raise ConfigError(f"{name!r} is not a method; methods are {', '.join(METHODS)}{nearest(name, METHODS)}")
-    method, scheme = QUANTIZED.get(name, (name, None))
+    able = [name for name, kind in method_names().items() if not DEFAULTS.get(kind, OTHER).needs]
+    return {"all": list(METHODS), "every": list(dict.fromkeys([*METHODS, *able]))}
+
+
+def parse(text: str) -> MethodSpec:
+    """A line as above, of one method; ConfigError with what is wrong in it."""
+    from ..training.defaults import ALIASES, QUANTIZED, method_names, plain_name
+
+    given, _, rest = text.strip().partition(":")
+    name = plain_name(given)
+    known = [*method_names(), *QUANTIZED, *ALIASES]
+    if name not in known:
+        listed = ", ".join([*method_names(), *QUANTIZED])
+        raise ConfigError(f"{given!r} is not a method; methods are {listed}{nearest(name, known)}")
+    method, scheme = QUANTIZED.get(name, (ALIASES.get(name, name), None))
     options: dict[str, Any] = {}
     overrides: dict[str, Any] = {"quantization": scheme} if scheme else {}
     seen: set[str] = set()
@@ -76,8 +88,10 @@ def parse(text: str) -> MethodSpec:
 
 
 def expand(text: str) -> list[str]:
-    """The lines of a grid, one for every combination of its values."""
+    """The lines that a line stands for: a method's, for every combination of its values, and those of each in a group."""
     name, colon, rest = text.strip().partition(":")
+    if (members := groups().get(name.lower())) is not None:
+        return [line for member in members for line in expand(member + colon + rest)]
     choices = []
     for part in split(rest):
         key, given, value = part.partition("=")

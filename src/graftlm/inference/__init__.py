@@ -1,4 +1,4 @@
-"""Running a base model with adapters on text."""
+"""Running a base model with adapters on text: prompts in, completions out; and the engine of a server."""
 
 from .text import Sampling, complete
 

@@ -55,9 +55,7 @@ class Sampling:
         So do the next speakers' tokens where the tokenizer says so (`answer_end_ids`, ChatGLM's), and the end tokens of the
         model's generation settings.
         """
-        ends = [i for i in (tokenizer.eos_token_id, tokenizer.pad_token_id) if i is not None]
-        more = [*(getattr(tokenizer, "answer_end_ids", None) or []), *end_ids(model)]
-        others = [i for i in dict.fromkeys(more) if i not in ends]
+        ends, others = end_tokens(tokenizer, model)
         options: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "do_sample": self.temperature > 0,
@@ -70,6 +68,13 @@ class Sampling:
         if self.stop:
             options |= {"stop_strings": list(self.stop), "tokenizer": tokenizer}
         return options
+
+
+def end_tokens(tokenizer: Any, model: Any) -> tuple[list[int], list[int]]:
+    """Tokens that end a completion: the tokenizer's end and padding tokens, and the others (see `Sampling.options`)."""
+    ends = [i for name in ("eos_token_id", "pad_token_id") if (i := getattr(tokenizer, name, None)) is not None]
+    more = [*(getattr(tokenizer, "answer_end_ids", None) or []), *end_ids(model)]
+    return ends, [i for i in dict.fromkeys(more) if i not in ends]
 
 
 def complete(

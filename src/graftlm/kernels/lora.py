@@ -145,7 +145,8 @@ class Update(NamedTuple):
     """One adapter's update of a part of a batch.
 
     Args:
-        index: which part, as in `x[index]`: a slice or indices of the first axis, or after a full slice of the second.
+        index: which part, as in `x[index]`: a slice or indices of the first axis, or after a full slice of the second, or
+            indices of both.
         a, b: [r, in] and [out, r].
         scale: of the update.
         p: probability of dropping an element of the input.
@@ -187,7 +188,8 @@ def grouped_low_rank(y: Tensor, x: Tensor, updates: list[Update], kept: dict) ->
     with torch.autocast(kind, enabled=False):
         tokens, ranks = x.numel() // x.shape[-1], sum(u.a.shape[0] for u in updates)
         waste = 2 * tokens * ranks * (x.shape[-1] + y.shape[-1])
-        if len(updates) > 1 and len(dtypes) == 1 and waste < _WASTE * len(updates):
+        scattered = any(isinstance(u.index, tuple) and isinstance(u.index[0], Tensor) for u in updates)
+        if len(updates) > 1 and len(dtypes) == 1 and not scattered and waste < _WASTE * len(updates):
             return _side_by_side(y, x.to(dtypes.pop()), updates, kept)
         return _one_by_one(y, x, updates, auto)
 

@@ -5,23 +5,32 @@ methods alike.
 """
 
 from .adapted import Adapted, adapted_layers
+from .attention import AdaptedAttention, around, unfuse
 from .change import Change, Held, LowRank
-from .frozen import Frozen, as_it_was, both_forms, frozen_of
+from .frozen import KINDS, Frozen, as_it_was, both_forms, frozen_of
+from .parameter import AdaptedParameter, module_of, parameters_of
 from .saved import ModulesToSaveWrapper, find_modules, save_modules, saved_modules, unsave_modules
 
 __all__ = [
+    "KINDS",
     "Adapted",
+    "AdaptedAttention",
+    "AdaptedParameter",
     "Change",
     "Frozen",
     "Held",
     "LowRank",
     "ModulesToSaveWrapper",
+    "around",
     "adapted_layers",
     "as_it_was",
     "both_forms",
     "find_modules",
     "frozen_of",
+    "module_of",
+    "parameters_of",
     "save_modules",
     "saved_modules",
+    "unfuse",
     "unsave_modules",
 ]

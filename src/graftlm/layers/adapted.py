@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..architectures import base_modules
+from ..errors import UnsupportedError
 from ..kernels import Update, adapted_linear, grouped_low_rank
 from ..routing import Routes, Switch, active_adapters, active_routes, planned_adapters
 from .change import Change, Held, LowRank, add
@@ -36,10 +37,13 @@ class Adapted(nn.Module):
         self.switch = switch
         self.changes: dict[str, Change] = {}
         self.biases: dict[str, Tensor] = {}  # a trained one by its adapter (of a wrapper's, one can), which a hook adds
-        inner = isinstance(base_layer, Adapted)
-        self.frozen: Frozen = base_layer.frozen if inner else frozen_of(base_layer) or Frozen(base_layer)  # type: ignore[assignment,union-attr]
+        self.frozen: Frozen = self._frozen(base_layer)
         self.frozen.over.append(self)
         self.train(base_layer.training)
+
+    def _frozen(self, base_layer: nn.Module) -> Frozen:
+        """What is changed here, as all wrappers over it share it."""
+        return base_layer.frozen if isinstance(base_layer, Adapted) else frozen_of(base_layer) or Frozen(base_layer)
 
     # -- what others ask -------------------------------------------------------------------------------------------------
     @property
@@ -60,6 +64,15 @@ class Adapted(nn.Module):
                 raise
             found = {n: getattr(c, name) for n, c in self.__dict__.get("changes", {}).items() if name in c.numbers}
             return MappingProxyType(found) if found else getattr(self.base_layer, name)
+
+    @property
+    def in_features(self) -> int:
+        """Width of what the layer reads; a convolution's channels, an embedding's tokens."""
+        return self.frozen.features[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.frozen.features[0]
 
     @property
     def active_adapters(self) -> list[str]:
@@ -96,6 +109,33 @@ class Adapted(nn.Module):
         active = self.switch.active
         return active.index(name) if name in active else len(active) + list(self.changes).index(name)
 
+    # -- scales ----------------------------------------------------------------------------------------------------------
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Let an adapter act with `scale` times the scale that its rank and alpha give; nothing where it is not here."""
+        if adapter in self.changes and "scaling" in self.changes[adapter].numbers:
+            change: Any = self.changes[adapter]
+            self._scaled(change, scale * change.initial_scaling(change.config))
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of all active adapters."""
+        for change in self._scales():
+            self._scaled(change, change.scaling * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scale of all active adapters; None takes it back to what rank and alpha give."""
+        for change in self._scales():
+            self._scaled(change, change.initial_scaling(change.config) if scale is None else change.scaling / scale)
+
+    def _scales(self) -> list[Any]:
+        return [self.changes[n] for n in self.active_adapters if "scaling" in self.changes[n].numbers]
+
+    def _scaled(self, change: Any, scaling: Any) -> None:
+        if isinstance(change.scaling, Tensor):
+            change.scaling.fill_(scaling)
+        else:
+            change.scaling = scaling
+        self.frozen.stale()  # what is merged has the old scale
+
     # -- adapters come and go --------------------------------------------------------------------------------------------
     def add(self, name: str, change: Change, dtype: torch.dtype, *, initialise: bool = True) -> None:
         """Put an adapter in; its tensors are of `dtype`."""
@@ -128,6 +168,14 @@ class Adapted(nn.Module):
             weight = frozen.weight()
             added = change.update(t, weight.dtype) if change.additive else change.fold(t, weight, frozen) - weight
         return frozen.rows(added)
+
+    def check_merge(self, names: Sequence[str]) -> None:
+        """UnsupportedError where one of these adapters cannot be folded into this layer."""
+        own = [name for name in names if name in self.changes]
+        if own:
+            self.frozen.check_merge()
+        for name in own:
+            self.changes[name].check_merge(self.held(name), self.frozen)
 
     def merge(self, names: Sequence[str], *, requantize: bool = False) -> None:
         """Fold adapters into the base weight beside what is in it; those that have changed since they were merged, anew.
@@ -169,10 +217,10 @@ class Adapted(nn.Module):
         own = [fold for fold in self.frozen.folds if fold.owner is self]
         fresh = [fold for fold in own if fold.fresh]
         super()._apply(fn, recurse)
-        if self.frozen.before is not None and not isinstance(self.base_layer, Adapted):
+        if self.frozen.before is not None and self.frozen.over[0] is self:
             self.frozen.before._apply(fn)
         for fold in own:
-            fold.parameters = [parameter for _, parameter in self.parts(fold.name)]
+            fold.find()
         for fold in fresh:
             fold.note()
         return self
@@ -220,6 +268,11 @@ class Adapted(nn.Module):
         groups = [[(self.changes[n], Held(self, n)) for n in group if n in self.changes] for group in routes.groups]
         if not any(groups):
             return layer(x, *args, **kwargs)
+        if self.frozen.kind == "conv" and x.dim() < self.weight.dim():
+            raise UnsupportedError(
+                f"A {type(self.frozen.layer).__name__} with adapters gets an input of shape {tuple(x.shape)}, without rows, "
+                "in a batch of rows of different adapters. Run one adapter a batch on this model."
+            )
         inputs: dict[int, list[Tensor]] = {}
         given = x
         for i, parts in enumerate(groups):

@@ -9,7 +9,8 @@ Several changes of one layer nest: they enter from the last to the first, leave 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -69,6 +70,8 @@ class Change:
     tables: ClassVar[tuple[str, ...]] = ()
     #: of these, tables of modules whose parameter HF PEFT's files name by the table alone
     bare: ClassVar[frozenset[str]] = frozenset()
+    #: tables that HF PEFT's files name otherwise
+    files: Mapping[str, str] = MappingProxyType({})
     #: its numbers that HF PEFT's layers have by adapter
     numbers: ClassVar[tuple[str, ...]] = ()
 
@@ -110,6 +113,9 @@ class Change:
         """The bias [out] with the change in it."""
         return bias
 
+    def check_merge(self, t: Held, frozen: Frozen) -> None:
+        """UnsupportedError where the change of this layer is none of its weight."""
+
     @property
     def enters(self) -> bool:
         """Whether it changes what the layer reads."""
@@ -129,6 +135,13 @@ class Change:
                 yield table, "", held
             else:
                 yield from ((table, key, parameter) for key, parameter in held.named_parameters())
+
+    def values(self, t: Held) -> list[nn.Parameter]:
+        """What it is computed from: its own parameters, or those that another layer holds for both."""
+        return [parameter for _, _, parameter in self.parts(t)]
+
+    def refuse_beside(self, other: Change) -> None:
+        """CompositionError where it cannot act together with another adapter's change of the same layer."""
 
     def dtype(self, t: Held) -> torch.dtype:
         """That of its tensors."""

@@ -8,7 +8,7 @@ layer as it was, beside which the adapters that act are computed as ever.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,8 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..errors import UnsupportedError
 from ..quantization import dequantize, dequantized, quantized_kind, requantized
 from ..routing import Switch, active_routes
+
+#: the kinds of layers that a change can be of, and their modules
+KINDS: dict[str, tuple[type, ...]] = {
+    "embedding": (nn.Embedding,),
+    "linear": (nn.Linear, Conv1D),
+    "conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    "attention": (nn.MultiheadAttention,),
+}
 
 
 class Owner(Protocol):
@@ -32,8 +41,6 @@ class Owner(Protocol):
     def active_adapters(self) -> list[str]: ...
 
     def held(self, name: str) -> Any: ...
-
-    def parts(self, name: str) -> Iterator[tuple[str, nn.Parameter]]: ...
 
     def turn(self, name: str) -> int: ...
 
@@ -54,8 +61,12 @@ class Fold:
     def note(self) -> None:
         """The weight has the values that the adapter has now."""
         self.trained = False  # a fused optimizer's steps leave no trace in a parameter's version
-        self.parameters = [parameter for _, parameter in self.owner.parts(self.name)]
+        self.find()
         self.stamps = _stamps(self.parameters)
+
+    def find(self) -> None:
+        """The adapter's parameters as they are now: torch exchanges them when a model is moved."""
+        self.parameters = self.owner.changes[self.name].values(self.owner.held(self.name))
 
     @property
     def fresh(self) -> bool:
@@ -80,10 +91,15 @@ class Frozen:
 
     Args:
         layer: the base's module.
+
+    Attributes:
+        kind: "linear" (torch's, quantised, Conv1D), "embedding", "conv" (torch's Conv1d, 2d and 3d), "attention" (the
+            `in_proj_weight` of torch's MultiheadAttention), or the name of another class.
     """
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer: Any = layer  # as it stands in the base: a merge puts a copy in a quantised one's place
+        self.kind = next((kind for kind, classes in KINDS.items() if isinstance(layer, classes)), type(layer).__name__)
         self.before: Any = None  # as it was, while adapters are folded in
         self.folds: list[Fold] = []
         self.over: list[Owner] = []  # the modules around it, one a wrapper, from the inside to the outside
@@ -97,18 +113,25 @@ class Frozen:
         return self.layer if self.before is None else self.before.train(self.layer.training)
 
     @property
-    def kind(self) -> str:
-        """ "linear" (torch's, quantised, Conv1D), "embedding", or the name of another class."""
-        if isinstance(self.layer, nn.Embedding):
-            return "embedding"
-        return "linear" if isinstance(self.layer, (nn.Linear, Conv1D)) else type(self.layer).__name__
-
-    @property
     def shape(self) -> tuple[int, int]:
-        """Output and input width: hidden size and vocabulary of an embedding."""
+        """Rows and columns of the weight: output and input width; hidden size and vocabulary of an embedding; of a
+        convolution output channels, and input channels of a group times the kernel's size."""
         if isinstance(self.layer, nn.Linear):
             return self.layer.out_features, self.layer.in_features
-        return tuple(reversed(self.layer.weight.shape))  # type: ignore[return-value]
+        weight = getattr(self.layer, self.names[0])
+        if self.kind in ("conv", "attention"):
+            return weight.shape[0], weight[0].numel()
+        return tuple(reversed(weight.shape))  # type: ignore[return-value]
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """Width of what the layer gives and of what it reads: channels of a convolution, else `shape`."""
+        return (self.layer.out_channels, self.layer.in_channels) if self.kind == "conv" else self.shape
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What the layer calls its weight and its bias."""
+        return ("in_proj_weight", "in_proj_bias") if self.kind == "attention" else ("weight", "bias")
 
     @property
     def quantized(self) -> str | None:
@@ -117,12 +140,12 @@ class Frozen:
 
     @property
     def device(self) -> torch.device:
-        return self.layer.weight.device
+        return getattr(self.layer, self.names[0]).device
 
     @property
     def bias(self) -> Tensor | None:
         """[out], before adapters were folded in."""
-        return getattr(self.plain, "bias", None)
+        return getattr(self.plain, self.names[1], None)
 
     @property
     def scale(self) -> float | Tensor | None:
@@ -131,15 +154,24 @@ class Frozen:
 
     def rows(self, weight: Tensor) -> Tensor:
         """Between the layer's own layout and [out, in]; its own inverse."""
+        if self.kind == "conv":
+            return weight.flatten(1) if weight.dim() > 2 else weight.reshape(self.layer.weight.shape)
         return weight.T if isinstance(self.layer, (Conv1D, nn.Embedding)) else weight
+
+    def along(self, vector: Tensor) -> Tensor:
+        """A vector of features, in any shape, so that it goes with what the layer reads or gives: x [..., n], of a
+        convolution [..., n, *places]."""
+        return vector.reshape(-1, *[1] * (self.layer.weight.dim() - 2)) if self.kind == "conv" else vector.flatten()
 
     def weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [out, in] before adapters were folded in, dequantised, in at least fp32, or in `dtype`."""
-        found = self.rows(dequantize(self.plain))
+        found = self.rows(self.plain.in_proj_weight if self.kind == "attention" else dequantize(self.plain))
         return found.to(dtype or torch.promote_types(found.dtype, torch.float32))
 
     def product(self, x: Tensor, weight: Tensor) -> Tensor:
         """What the layer would give of x by another weight [out, in], without bias."""
+        if self.kind == "conv":
+            return self.layer._conv_forward(x.to(weight.dtype), self.rows(weight), None)
         if self.kind != "embedding":
             return F.linear(x.to(weight.dtype), weight)
         found = F.embedding(x, weight.T)
@@ -166,11 +198,9 @@ class Frozen:
         They must be those that act first (or all that act must be of the kind that adds, whose order does not matter), with
         the values that were folded, and without dropout or a gradient to take.
         """
-        acting = []
-        for owner in self.over:
-            if active_routes(owner.switch) is not None:
-                return False
-            acting += [(owner, name) for name in owner.active_adapters]
+        if any(active_routes(owner.switch) is not None for owner in self.over):
+            return False
+        acting = self.acting()
         folded = [(fold.owner, fold.name) for fold in self.folds]
         if not all(any(f[0] is a[0] and f[1] == a[1] for a in acting) for f in folded):
             return False
@@ -186,14 +216,18 @@ class Frozen:
             return False
         return self.fresh and not any(owner.changes[name].drops(owner.held(name)) for owner, name in folded)
 
-    def folded(self, parts: Iterable[tuple[Owner, str]]) -> tuple[Tensor, Tensor | None]:
+    def folded(self, parts: Iterable[tuple[Owner, str]], gradients: bool = False) -> tuple[Tensor, Tensor | None]:
         """The weight [out, in], in at least fp32, and the bias [out] with adapters in them, one after the other."""
         weight, bias = self.weight(), self.bias
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients and torch.is_grad_enabled()):
             for owner, name in parts:
                 change, t = owner.changes[name], owner.held(name)
                 weight, bias = change.fold(t, weight, self), change.bias(t, bias)
         return weight, bias
+
+    def acting(self) -> list[tuple[Owner, str]]:
+        """The adapters that act on this layer now, of all wrappers, from the first to the last."""
+        return [(owner, name) for owner in self.over for name in owner.active_adapters]
 
     def refold(self, parts: Sequence[tuple[Owner, str]]) -> None:
         """Put exactly these adapters into the weight; for none it is, bit for bit, what it was.
@@ -206,32 +240,43 @@ class Frozen:
             return
         order = {id(owner): place for place, owner in enumerate(self.over)}
         parts = sorted(parts, key=lambda part: (order[id(part[0])], part[0].turn(part[1])))
+        name, bias_name = self.names
         weight, bias = self.folded(parts)
         plain, own = self.plain, self.bias
         if self.quantized:
             made = requantized(plain, weight) if self.requantize else dequantized(plain, weight)
             self.before, self.layer = plain, made
         else:
-            self.before = with_weight(self.layer, self.layer.weight) if self.before is None else self.before
-            made = self.layer
-            made.weight = nn.Parameter(self.rows(weight).to(plain.weight.dtype).contiguous(), requires_grad=False)
+            made, before = self.layer, getattr(plain, name)
+            self.before = with_parameters(self.layer, {name: before}) if self.before is None else self.before
+            setattr(made, name, frozen_parameter(self.rows(weight).to(before.dtype).contiguous()))
         self.rebiased = bias is not own
         if bias is not None and own is not None:
-            made.bias = nn.Parameter(bias.detach().to(own.dtype, copy=True), requires_grad=False) if self.rebiased else own
+            setattr(made, bias_name, frozen_parameter(bias.detach().to(own.dtype, copy=True)) if self.rebiased else own)
         self.folds = [Fold(owner, name) for owner, name in parts]
         vars(self.layer)["folded"] = self
+
+    def check_merge(self) -> None:
+        """UnsupportedError where the weight is computed from others at each pass (weight norm, a parametrisation)."""
+        if self.names[0] not in self.layer._parameters:
+            raise UnsupportedError(
+                f"A {type(self.layer).__name__} with adapters computes its weight at each pass (weight norm, or another "
+                "parametrisation), so nothing can be merged into it. Remove the parametrisation first "
+                "(torch.nn.utils.parametrize.remove_parametrizations), or keep the adapter attached."
+            )
 
     def _restore(self) -> None:
         if self.before is None:
             return
         plain, bias = self.plain, self.bias
+        name, bias_name = self.names
         vars(self.layer).pop("folded")
         if quantized_kind(plain) is not None:
             self.layer = plain
         else:
-            self.layer.weight = plain.weight
+            setattr(self.layer, name, getattr(plain, name))
             if bias is not None:
-                self.layer.bias = bias
+                setattr(self.layer, bias_name, bias)
         self.before, self.folds = None, []
 
     def forget(self) -> None:
@@ -252,11 +297,16 @@ def as_it_was(layer: Any) -> Any:
     return layer if frozen is None else frozen.plain
 
 
-def with_weight(layer: nn.Module, weight: Tensor) -> nn.Module:
-    """`layer` (hooks, bias and all) with another weight."""
+def frozen_parameter(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
+
+
+def with_parameters(layer: nn.Module, values: dict[str, Any], modules: dict[str, Any] | None = None) -> nn.Module:
+    """`layer` (hooks and all) with other values of some parameters, which may carry gradients, and of some modules in it."""
     made = object.__new__(type(layer))
     made.__dict__.update(layer.__dict__)
-    made.__dict__["_parameters"] = layer._parameters | {"weight": weight}
+    made.__dict__["_parameters"] = layer._parameters | values
+    made.__dict__["_modules"] = layer._modules | (modules or {})
     if "forward" in layer.__dict__:  # bound to the layer itself: accelerate's hooks
         made.__dict__["forward"] = functools.partial(_holding, layer, made)
     return made

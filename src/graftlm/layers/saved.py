@@ -31,6 +31,7 @@ class ModulesToSaveWrapper(nn.Module):
         self.switch = switch
         self.modules_to_save = nn.ModuleDict()
         self.is_head = False
+        self.keeps_dtype = False  # whether copies in fp32 give what they make in the precision that came in
 
     def add(self, name: str, dtype: torch.dtype | None) -> None:
         """A trainable copy for adapter `name`; 16-bit floats become `dtype`."""
@@ -46,7 +47,13 @@ class ModulesToSaveWrapper(nn.Module):
 
     def of(self, group: Iterable[str]) -> nn.Module:
         """The module that computes under a composition of adapters."""
+        group = tuple(group)
         names = [n for n in group if n in self.modules_to_save]
+        if names and len(group) > 1 and (lost := self.changing(set(group) - set(names))):
+            raise CompositionError(
+                f"Adapter {names[0]!r} trains a {type(innermost(self.original_module)).__name__} in full (modules_to_save) "
+                f"that {', '.join(lost)} has changes of: only one of them can be active."
+            )
         if len(names) > 1 and not self.is_head:
             raise CompositionError(
                 f"Adapters {', '.join(names)} each bring their own copy of one module (modules_to_save); only one of them "
@@ -54,14 +61,25 @@ class ModulesToSaveWrapper(nn.Module):
             )
         return self.modules_to_save[names[0]] if names else self.original_module
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def changing(self, names: set[str]) -> list[str]:
+        """Those of the adapters that have changes of layers in the original module."""
+        inside = (m for _, m in base_modules(self.original_module) if getattr(m, "switch", None) is self.switch)
+        return sorted({n for m in inside for n in getattr(m, "changes", ()) if n in names})
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         routes = active_routes(self.switch)
         if routes is None:
-            return self.call(self.active, x, *args, **kwargs)
+            return self.call(self.active, args, kwargs)
+        x = next((v for v in (*args, *kwargs.values()) if torch.is_tensor(v)), None)
+        if x is None:
+            raise UnsupportedError(
+                f"{type(self.original_module).__name__} is trained in full (modules_to_save) and reads no tensor whose rows "
+                "could be told apart in a batch of different adapters. Run one adapter a batch."
+            )
         made = []
         for group, index in routes.parts(x):
             with running(Plan(self.switch, group)):
-                made.append((index, self.call(self.of(group), x[index], *args, **kwargs)))
+                made.append((index, self.call(self.of(group), *part_of((args, kwargs), x, index))))
         if not all(isinstance(part, torch.Tensor) for _, part in made):
             raise UnsupportedError(
                 f"{type(self.original_module).__name__} is trained in full (modules_to_save) and gives more than one "
@@ -69,18 +87,24 @@ class ModulesToSaveWrapper(nn.Module):
             )
         dtype = functools.reduce(torch.promote_types, (part.dtype for _, part in made))
         index, part = made[0]
-        axes = 2 if isinstance(index, tuple) else 1
-        result = part.new_zeros(*x.shape[:axes], *part.shape[axes:], dtype=dtype)
+        axes = len(index) if isinstance(index, tuple) else 1
+        scattered = isinstance(index, tuple) and isinstance(index[0], torch.Tensor)
+        result = part.new_zeros(*x.shape[:axes], *part.shape[1 if scattered else axes :], dtype=dtype)
         for index, part in made:
             result[index] = part.to(dtype)
         return result
 
-    @staticmethod
-    def call(module: nn.Module, x: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The module's output; its first input in its own dtype."""
         weight = next((p for p in module.parameters() if p.is_floating_point()), None)
-        if weight is None or not torch.is_tensor(x) or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
-            return module(x, *args, **kwargs)
-        return module(x.to(weight.dtype), *args, **kwargs)
+        key, x = next(((k, v) for k, v in [*enumerate(args), *kwargs.items()] if torch.is_tensor(v)), (None, None))
+        if weight is None or x is None or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+            return module(*args, **kwargs)
+        if isinstance(key, int):
+            made = module(*args[:key], x.to(weight.dtype), *args[key + 1 :], **kwargs)
+        else:
+            made = module(*args, **kwargs | {key: x.to(weight.dtype)})  # type: ignore[operator]
+        return made.to(x.dtype) if self.keeps_dtype and torch.is_tensor(made) else made
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -89,6 +113,16 @@ class ModulesToSaveWrapper(nn.Module):
             if name in ("original_module", "modules_to_save"):
                 raise
             return getattr(self.active, name)
+
+
+def part_of(value: Any, x: torch.Tensor, index: Any) -> Any:
+    """The part of a call's arguments that goes with `x[index]`: of every tensor with x's rows (packed: and tokens)."""
+    axes = 2 if isinstance(index, tuple) else 1
+    if torch.is_tensor(value):
+        return value[index] if value.shape[:axes] == x.shape[:axes] else value
+    if type(value) in (list, tuple):
+        return type(value)(part_of(v, x, index) for v in value)
+    return {k: part_of(v, x, index) for k, v in value.items()} if type(value) is dict else value
 
 
 def bare_copy(module: nn.Module) -> Any:

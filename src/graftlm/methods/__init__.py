@@ -1,5 +1,7 @@
 """The registry of methods: importing a file here makes its method known. A new method is its file and a line below."""
 
+from .adalora import AdaLoraConfig
+from .adaption_prompt import AdaptionPromptConfig
 from .base import (
     METHODS,
     Method,
@@ -11,23 +13,43 @@ from .base import (
     get_peft_config,
     method_for,
 )
+from .boft import BOFTConfig
 from .bottleneck import BottleneckConfig, BottleneckPlacement
+from .fourierft import FourierFTConfig
 from .ia3 import IA3Config
+from .ln_tuning import LNTuningConfig
 from .loha import LoHaConfig
+from .lokr import LoKrConfig
 from .lora import LoftQConfig, LoraConfig
+from .miss import MissConfig
+from .multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
+from .oft import OFTConfig
 from .p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from .prefix_tuning import PrefixTuningConfig
 from .prompt_tuning import PromptTuningConfig, PromptTuningInit
+from .randlora import RandLoraConfig
+from .trainable_tokens import TrainableTokensConfig
+from .vera import VeraConfig
 
 __all__ = [
-    "METHODS",
+    "AdaLoraConfig",
+    "AdaptionPromptConfig",
+    "BOFTConfig",
     "BottleneckConfig",
     "BottleneckPlacement",
+    "FourierFTConfig",
     "IA3Config",
+    "LNTuningConfig",
     "LoHaConfig",
+    "LoKrConfig",
     "LoftQConfig",
     "LoraConfig",
+    "METHODS",
     "Method",
+    "MissConfig",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
+    "OFTConfig",
     "PeftConfig",
     "PeftType",
     "PrefixTuningConfig",
@@ -36,7 +58,10 @@ __all__ = [
     "PromptLearningConfig",
     "PromptTuningConfig",
     "PromptTuningInit",
+    "RandLoraConfig",
     "TaskType",
+    "TrainableTokensConfig",
+    "VeraConfig",
     "config_class",
     "get_peft_config",
     "method_for",

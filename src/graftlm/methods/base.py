@@ -115,7 +115,7 @@ class PeftConfig:
 
     @property
     def is_adaption_prompt(self) -> bool:
-        """HF PEFT asks this of every config; none of our methods is one."""
+        """Whether the method is LLaMA-Adapter; HF PEFT asks this of every configuration."""
         return False
 
     def to_dict(self) -> dict[str, Any]:
@@ -223,6 +223,7 @@ class Site(Protocol):
         base: the base model.
         switch: which adapters are active; layers that carry some of them ask it.
         methods: the attached adapters by name.
+        base_model: the level above the base; what an adapter's layers share stands there.
         prompt_encoder, bottleneck, adapter_biases: modules of adapters that stand beside the base, by adapter name.
         word_embeddings: the module that makes the base's input embeddings.
         container_types: modules whose inside belongs to adapters.
@@ -237,6 +238,9 @@ class Site(Protocol):
 
     @property
     def base(self) -> Any: ...
+
+    @property
+    def base_model(self) -> Any: ...
 
     @property
     def word_embeddings(self) -> nn.Module: ...
@@ -269,15 +273,25 @@ class Method:
 
     #: how base-model paths start in this method's files (HF PEFT has no `.model` level under prompt learning)
     file_prefix: ClassVar[str] = "base_model.model."
-    #: False where two adapters of this method cannot be active together
-    stackable: ClassVar[bool] = True
     #: whether `merge` can fold the adapter into the base weights
     mergeable: ClassVar[bool] = False
+    #: whether it trains copies of modules itself, beside those of `modules_to_save`
+    saves: ClassVar[bool] = False
 
     @property
     def bound(self) -> bool:
         """Whether some of it acts in passes through the wrapper only, not in direct calls of modules of the base."""
         return True
+
+    @property
+    def invocation(self) -> list[int] | None:
+        """Token ids from whose last occurrence in a row on the adapter acts; None: on all of it."""
+        return None
+
+    @property
+    def tasks(self) -> int:
+        """How many tasks rows can be of, by `task_ids` (see `routing.current_task`); 0 where there is no such thing."""
+        return 0
 
     def __init__(self, config: PeftConfig, name: str) -> None:
         self.config = config
@@ -291,6 +305,9 @@ class Method:
         """Remove every tensor and module of this adapter from the host."""
         raise NotImplementedError
 
+    def refuse_merge(self, host: Site) -> None:
+        """UnsupportedError where this adapter, of a method that can be merged, cannot."""
+
     def connect(self, host: Site) -> list[Any]:
         """Register forward hooks (block outputs). Called again whenever modules were replaced. Returns the handles."""
         return []
@@ -303,6 +320,15 @@ class Method:
         """Virtual tokens [P, H] for the input embeddings, or None."""
         return None
 
+    @property
+    def decoder_count(self) -> int:
+        """How many virtual tokens enter the decoder of an encoder-decoder model, beside those of its encoder."""
+        return 0
+
+    def decoder_tokens(self, host: Site) -> Tensor | None:
+        """These tokens [`decoder_count`, H], or None."""
+        return None
+
     def memory(self, host: Site) -> list[tuple[Tensor, Tensor]] | None:
         """Keys and values per decoder layer, each [kv_heads, P, head_dim], or None."""
         return None
@@ -310,6 +336,9 @@ class Method:
     def encoder_memory(self, host: Site) -> list[tuple[Tensor, Tensor]] | None:
         """The same for the encoder's self-attention, or None."""
         return None
+
+    def refuse_beside(self, host: Site, other: Method) -> None:
+        """CompositionError where this adapter and another one cannot be active together."""
 
     def tensors(self, host: Site) -> dict[str, Tensor]:
         """What `adapter_model.safetensors` holds, under HF PEFT's keys."""
@@ -319,6 +348,14 @@ class Method:
         """Fill the attached adapter from such a file's tensors (already checked against `expected_shapes`)."""
         raise NotImplementedError
 
+    def as_written(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A file's tensors without what HF PEFT writes twice."""
+        return tensors
+
+    def saved_place(self, path: str) -> str:
+        """How files name a module of the base that this adapter has a trained copy of, by its dotted path."""
+        return path
+
     def training_tensors(self, host: Site) -> dict[str, Tensor]:
         """What further training needs beyond `tensors`; empty where the file says it all."""
         return {}
@@ -326,6 +363,28 @@ class Method:
     def load_training(self, host: Site, tensors: dict[str, Tensor]) -> None:
         """Fill the attached adapter from `training_tensors`."""
         raise AdapterError(f"{type(self).__name__} has no training state of its own.")
+
+    def repeated_keys(self, host: Site) -> dict[str, str]:
+        """Keys under which HF PEFT's files hold a tensor a second time, and its key here."""
+        return {}
+
+    #: whether something happens `after_step`
+    scheduled: ClassVar[bool] = False
+
+    @property
+    def penalised(self) -> bool:
+        """Whether training adds a `penalty` to the loss."""
+        return False
+
+    def penalty(self, host: Site) -> Tensor:
+        """What is added to the loss of a training pass: a scalar with a gradient."""
+        raise NotImplementedError
+
+    def before_steps(self, host: Site, steps: int) -> None:
+        """Called before a training of so many steps in all."""
+
+    def after_step(self, host: Site, step: int) -> None:
+        """Called after each step of the optimizer, from 0, with the gradients still in place."""
 
     def expected_shapes(self, host: Site) -> dict[str, torch.Size]:
         """File keys and shapes that `load` needs."""

@@ -30,6 +30,7 @@ class Limit(NamedTuple):
 
 
 Count = Annotated[int, Limit("a whole number above 0", lambda value: value > 0)]
+Whole = Annotated[int, Limit("a whole number of at least 0", lambda value: value >= 0)]
 Number = Annotated[float, Limit("a finite number", math.isfinite)]
 Positive = Annotated[float, Limit("a number above 0", lambda value: 0 < value < math.inf)]
 Probability = Annotated[float, Limit("a probability, 0 <= p < 1", lambda value: 0 <= value < 1)]
@@ -136,6 +137,8 @@ def words(hint: Any) -> str:
         origin, inner = get_origin(kind), get_args(kind)
         if origin is Annotated:
             found.append(inner[1].words)
+        elif origin is Literal:
+            found += [repr(value) for value in inner]
         elif origin is list:
             found.append("a list of strings" if inner[0] is str else "a list of whole numbers")
         elif origin is dict:

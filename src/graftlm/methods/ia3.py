@@ -70,7 +70,7 @@ class IA3Config(LayerConfig):
 
 
 class ScaledOutput(Change):
-    """``y = l * (W x + b)``: `ia3_l` [out, 1]."""
+    """``y = l * (W x + b)``: `ia3_l` [out, 1], of a convolution by channels [1, out, 1, …]."""
 
     tables: ClassVar[tuple[str, ...]] = ("ia3_l",)
 
@@ -79,26 +79,29 @@ class ScaledOutput(Change):
 
     def create(self, t: Held, frozen: Frozen, dtype: torch.dtype, initialise: bool) -> None:
         value = torch.ones if self.ones or not initialise else torch.randn
-        t["ia3_l"] = nn.Parameter(value(self.size(frozen), dtype=dtype, device=frozen.device))
+        size = self.size(frozen)
+        if frozen.kind == "conv":
+            size = (1, max(size), *[1] * (frozen.layer.weight.dim() - 2))
+        t["ia3_l"] = nn.Parameter(value(size, dtype=dtype, device=frozen.device))
 
-    def size(self, frozen: Frozen) -> tuple[int, int]:
-        return frozen.shape[0], 1
+    def size(self, frozen: Frozen) -> tuple[int, ...]:
+        return frozen.features[0], 1
 
     def leave(self, t: Held, x: Tensor, y: Tensor, bias: Tensor | None, frozen: Frozen) -> Tensor:
         return scaled(y, t["ia3_l"])
 
     def fold(self, t: Held, weight: Tensor, frozen: Frozen) -> Tensor:
-        return weight * t["ia3_l"]
+        return weight * t["ia3_l"].reshape(-1, 1)
 
     def bias(self, t: Held, bias: Tensor | None) -> Tensor | None:
         return None if bias is None else bias * t["ia3_l"].flatten()
 
 
 class ScaledInput(ScaledOutput):
-    """``y = W (l * x) + b``: `ia3_l` [1, in]."""
+    """``y = W (l * x) + b``: `ia3_l` [1, in], of a convolution by channels [1, in, 1, …]."""
 
-    def size(self, frozen: Frozen) -> tuple[int, int]:
-        return 1, frozen.shape[1]
+    def size(self, frozen: Frozen) -> tuple[int, ...]:
+        return 1, frozen.features[1]
 
     def enter(self, t: Held, x: Tensor) -> Tensor:
         return scaled(x, t["ia3_l"])
@@ -106,19 +109,29 @@ class ScaledInput(ScaledOutput):
     def leave(self, t: Held, x: Tensor, y: Tensor, bias: Tensor | None, frozen: Frozen) -> Tensor:
         return y
 
+    def fold(self, t: Held, weight: Tensor, frozen: Frozen) -> Tensor:
+        if frozen.kind != "conv":
+            return weight * t["ia3_l"]
+        groups = frozen.layer.groups  # each reads channels of its own: rows [groups, out / groups, in / groups, kernel]
+        vector = t["ia3_l"].reshape(groups, 1, -1, 1)
+        return (weight.reshape(groups, frozen.shape[0] // groups, vector.shape[2], -1) * vector).reshape(weight.shape)
+
     def bias(self, t: Held, bias: Tensor | None) -> Tensor | None:
         return bias
 
 
 def scaled(x: Tensor, vector: Tensor) -> Tensor:
-    """x [..., n] times a vector of n numbers, in the vector's dtype, as x's."""
-    return (x.to(torch.promote_types(x.dtype, vector.dtype)) * vector.flatten()).to(x.dtype)
+    """x [..., n] (channels [..., n, *places]) times a vector of n numbers, in the vector's dtype, as x's."""
+    vector = vector[0] if vector.dim() > 2 else vector.flatten()
+    return (x.to(torch.promote_types(x.dtype, vector.dtype)) * vector).to(x.dtype)
 
 
 class IA3(LayerMethod):
     """One (IA)3 adapter in a host."""
 
     title = "(IA)3"
+    kinds = ("linear", "conv")
+    takes = "linear layers (torch's, bitsandbytes', Conv1D) and convolutions"
     families = TARGETS
 
     def attach(self, host: Site, *, for_loading: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,10 +19,10 @@ from ..architectures import (
     token_embeddings,
 )
 from ..errors import TargetError, UnsupportedError
-from ..layers import Adapted, Change, Frozen, adapted_layers
+from ..layers import Adapted, Change, Frozen, adapted_layers, around
 from .base import Method, PeftConfig, Site
 from .fields import check_expressions
-from .targets import find_targets
+from .targets import find_targets, is_uncalled
 
 
 @dataclass(kw_only=True)
@@ -64,35 +65,63 @@ class LayerMethod(Method):
         """What this adapter does to the layer at a dotted path of the bare base."""
         raise NotImplementedError
 
+    def prepare(self, host: Site, layers: list[Frozen]) -> None:
+        """Make what the changes of all these layers share. `detach` takes it away."""
+
     # -- attaching -------------------------------------------------------------------------------------------------------
     def attach(self, host: Site, *, for_loading: bool = False) -> None:
-        config: Any = self.config
-        if config.target_modules is None:
-            config.target_modules = default_targets(host.base, self.families, type(config).__name__)
         try:
-            targets = find_targets(host.base, config, skip=(Adapted, *host.container_types))
-            self._refuse_shared(host, targets)
-            self._refuse_kinds(targets)
-            for path, module in targets.items():
-                own = isinstance(module, Adapted) and module.switch is host.switch
-                layer: Any = module if own else Adapted(module, host.switch)
-                if not own:
-                    replace_module(host.base, path, layer)
-                change = self.change(host, clean_path(path), layer.frozen)
-                layer.add(self.name, change, host.adapter_dtype(layer.frozen.layer), initialise=not for_loading)
+            self.attach_layers(host, for_loading=for_loading)
         except Exception:
             self.detach(host)
             raise
 
-    def _refuse_kinds(self, targets: dict[str, Any]) -> None:
-        """UnsupportedError for a layer that this method has no change for."""
+    def attach_layers(self, host: Site, *, for_loading: bool) -> None:
+        """Put this adapter's changes into the layers that the configuration names."""
+        config: Any = self.config
+        if config.target_modules is None:
+            config.target_modules = default_targets(host.base, self.families, type(config).__name__)
+        found = find_targets(host.base, config, skip=(Adapted, *host.container_types))
+        targets = {p: m for p, m in found.items() if not is_uncalled(m) or p.rpartition(".")[0] not in found}
+        self._refuse_shared(host, targets)
+        self.prepare(host, self._taken(targets))
+        for path, module in targets.items():
+            frozen = self._place(host, host.base, path, module, clean_path(path), not for_loading)
+            if frozen.kind == "attention":  # its projection of the output is changed along
+                self._place(host, frozen.layer, "out_proj", frozen.layer.out_proj, clean_path(path), not for_loading)
+
+    def _place(self, host: Site, root: nn.Module, path: str, module: Any, name: str, initialise: bool) -> Frozen:
+        """Put this adapter's change of a layer in; `path` is the layer's place below `root`, `name` what it is called."""
+        layer = adapted_at(host, path, module, root)
+        layer.add(
+            self.name, self.change(host, name, layer.frozen), host.adapter_dtype(layer.frozen.layer), initialise=initialise
+        )
+        return layer.frozen
+
+    def _taken(self, targets: dict[str, Any]) -> list[Frozen]:
+        """The layers; UnsupportedError for one that this method has no change for, TargetError for one that never runs."""
+        layers = []
         for path, module in targets.items():
             frozen = module.frozen if isinstance(module, Adapted) else Frozen(module)
+            layers.append(frozen)
+            if is_uncalled(module):
+                attention, _, name = clean_path(path).rpartition(".")
+                raise TargetError(
+                    f"target_modules selects {name!r} of {attention!r}, a MultiheadAttention of torch's, which reads its "
+                    f"weight without calling it: an adapter of it would never act. Name {attention!r} instead, which "
+                    "brings this projection along."
+                )
+            if frozen.kind == "attention" and not frozen.layer._qkv_same_embed_dim:
+                raise UnsupportedError(
+                    f"{clean_path(path)!r} is a MultiheadAttention whose keys or values have another width than its queries "
+                    "(kdim, vdim): it has no weight that adapters could change. Name other modules in target_modules."
+                )
             if frozen.kind not in self.kinds:
                 raise UnsupportedError(
                     f"{self.title} has no form for {path!r}, a {type(frozen.layer).__name__}; it takes {self.takes}. Name "
                     "other modules in target_modules."
                 )
+        return layers
 
     def _refuse_shared(self, host: Site, targets: dict[str, nn.Module]) -> None:
         """T5 and BART keep a module that only holds the embeddings' weight and never runs: an update there is lost."""
@@ -109,7 +138,7 @@ class LayerMethod(Method):
                 )
 
     def detach(self, host: Site) -> None:
-        for path, layer in list(adapted_layers(host.base, host.switch)):
+        for path, layer in reversed(list(adapted_layers(host.base, host.switch))):  # those inside of others first
             if self.name in layer.changes:
                 layer.remove(self.name)
             if not layer.changes:
@@ -121,6 +150,11 @@ class LayerMethod(Method):
             if self.name in layer.changes:
                 yield clean_path(path), layer
 
+    def refuse_beside(self, host: Site, other: Method) -> None:
+        for _, layer in self.layers(host) if isinstance(other, LayerMethod) else ():
+            if other.name in layer.changes:
+                layer.changes[self.name].refuse_beside(layer.changes[other.name])
+
     # -- tensors ---------------------------------------------------------------------------------------------------------
     def named_parameters(self, host: Site) -> Iterator[tuple[str, nn.Parameter]]:
         for path, layer in adapted_layers(host.base, host.switch):
@@ -130,9 +164,12 @@ class LayerMethod(Method):
     def file_parameters(self, host: Site) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters under their keys in the file."""
         for path, layer in self.layers(host):
+            if is_uncalled(layer):  # HF PEFT names it by its place in the attention that stands in the adapter's module
+                path = re.sub(r"(^|\.)(\w+)$", r"\1base_layer.\2", path)
             change = layer.changes[self.name]
             for table, key, parameter in change.parts(layer.held(self.name)):
-                short = f"{table}.{key}" if key and table not in change.bare else table
+                known = change.files.get(table, table)
+                short = f"{known}.{key}" if key and table not in change.bare else known
                 yield f"{self.file_prefix}{path}.{short}", parameter
 
     def tensors(self, host: Site) -> dict[str, Tensor]:
@@ -142,3 +179,13 @@ class LayerMethod(Method):
         with torch.no_grad():
             for key, parameter in self.file_parameters(host):
                 parameter.copy_(tensors[key])
+
+
+def adapted_at(host: Site, path: str, module: nn.Module, root: nn.Module | None = None) -> Adapted:
+    """The module of this host's adapters at a dotted path below `root` (the base), where `module` stands now; put there if
+    there is none."""
+    if isinstance(module, Adapted) and module.switch is host.switch:
+        return module
+    layer = around(module, host.switch)
+    replace_module(host.base if root is None else root, path, layer)
+    return layer

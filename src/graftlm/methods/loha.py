@@ -1,8 +1,10 @@
 """LoHa: an update that is the elementwise product of two low-rank ones (FedPara, arXiv:2108.06098; LyCORIS).
 
 ``y = W x + b + scale * ((A1 B1) * (A2 B2)) x``, A1, A2 [out, r], B1, B2 [r, in], scale = alpha / r: of rank up to r squared.
-B2 starts at zero, so an untrained adapter changes nothing. Field names, defaults, maths and files are HF PEFT's; it takes
-linear layers, and what HF PEFT lacks, GPT-2's Conv1D and 4-bit layers. Convolutions are not here yet.
+B2 starts at zero, so an untrained adapter changes nothing. Of a convolution `in` is the input channels of a group times the
+kernel's size; with `use_effective_conv2d` each product is a Tucker decomposition of the kernel instead, ``T [r, r, kernel]``
+with A [r, out] and B [r, in channels] (FedPara, proposition 3). Field names, defaults, maths and files are HF PEFT's; what
+it lacks are GPT-2's Conv1D, 4-bit layers and Conv3d.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from .layered import LayerConfig, LayerMethod
 from .targets import pattern_value
 
 FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+CORES = ("hada_t1", "hada_t2")
 
 
 @also_takes({"peft_version": ...})
@@ -34,7 +37,7 @@ class LoHaConfig(LayerConfig):
         alpha: numerator of the scale.
         rank_dropout: probability of dropping a row of the update in training.
         module_dropout: probability of leaving a layer's update out in training.
-        use_effective_conv2d: of convolutions, which are not here: must be False.
+        use_effective_conv2d: decompose kernels of Conv1d and Conv2d (larger than one) by their axes.
         init_weights: B2 = 0; False starts all at random.
         layers_to_transform, layers_pattern: only layers with these numbers (in a module list of that name).
         rank_pattern, alpha_pattern: other ranks and alphas for modules that match a name or regular expression.
@@ -56,19 +59,17 @@ class LoHaConfig(LayerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LOHA
-        if self.use_effective_conv2d:
-            raise UnsupportedError("use_effective_conv2d=True is for convolutions, which LoHa does not take. Leave it out.")
 
 
 class LoHaChange(Change):
-    """Of a linear layer.
+    """Of a linear layer or a convolution.
 
     Args:
         config: a `LoHaConfig`.
         r, alpha: of this layer.
     """
 
-    tables: ClassVar[tuple[str, ...]] = (*FACTORS, "rank_dropout", "module_dropout")
+    tables: ClassVar[tuple[str, ...]] = (*FACTORS, *CORES, "rank_dropout", "module_dropout")
     numbers = ("r", "alpha", "scaling")
 
     def __init__(self, config: LoHaConfig, r: int, alpha: float) -> None:
@@ -77,11 +78,10 @@ class LoHaChange(Change):
         self.scaling = alpha / r
         self.rates = {"rank_dropout": config.rank_dropout, "module_dropout": config.module_dropout}
         self.zero = config.init_weights
+        self.effective = config.use_effective_conv2d
 
     def create(self, t: Held, frozen: Frozen, dtype: torch.dtype, initialise: bool) -> None:
-        out, size = frozen.shape
-        for table in FACTORS:
-            shape = (out, self.r) if table.endswith("a") else (self.r, size)
+        for table, shape in self.shapes(frozen).items():
             t[table] = nn.Parameter(torch.zeros(shape, dtype=dtype, device=frozen.device))
             if initialise and not (self.zero and table == "hada_w2_b"):
                 nn.init.kaiming_uniform_(t[table], a=math.sqrt(5))
@@ -89,7 +89,22 @@ class LoHaChange(Change):
             if rate > 0:
                 t[table] = nn.Dropout(rate)
 
+    def shapes(self, frozen: Frozen) -> dict[str, tuple[int, ...]]:
+        """Of the tensors, by table."""
+        (out, size), kernel = frozen.shape, getattr(frozen.layer, "kernel_size", ())
+        if not self.effective or frozen.kind != "conv" or math.prod(kernel) == 1:
+            return {table: (out, self.r) if table.endswith("a") else (self.r, size) for table in FACTORS}
+        if len(kernel) > 2:
+            raise UnsupportedError("use_effective_conv2d=True is for Conv1d and Conv2d. Leave it out, or leave Conv3d out.")
+        channels = size // math.prod(kernel)
+        core = (self.r, self.r, *kernel, 1)[:4]
+        return {t: (self.r, out if t.endswith("a") else channels) for t in FACTORS} | dict.fromkeys(CORES, core)
+
     def update(self, t: Held, dtype: torch.dtype) -> Tensor:
+        if CORES[0] in t:
+            a1, b1, a2, b2, t1, t2 = (t[table].to(dtype) for table in (*FACTORS, *CORES))
+            first, second = (torch.einsum("ijk,ip,jq->pqk", c.flatten(2), a, b) for c, a, b in ((t1, a1, b1), (t2, a2, b2)))
+            return (first * second).flatten(1) * self.scaling
         return _Hadamard.apply(*(t[table].to(dtype) for table in FACTORS)) * self.scaling
 
     def rate(self, t: Held, table: str) -> float:
@@ -125,6 +140,8 @@ class LoHa(LayerMethod):
     """One LoHa adapter in a host."""
 
     title = "LoHa"
+    kinds = ("linear", "conv")
+    takes = "linear layers (torch's, bitsandbytes', Conv1D) and convolutions"
 
     def change(self, host: Site, path: str, frozen: Frozen) -> Change:
         config: LoHaConfig = self.config  # type: ignore[assignment]

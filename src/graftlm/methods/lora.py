@@ -13,27 +13,34 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import base_modules, clean_path
+from ..architectures import base_modules, clean_path, is_encoder_decoder, model_type
 from ..errors import ConfigError, UnsupportedError, nearest
 from ..files import checkpoint_weight
-from ..layers import Adapted, Change, Frozen, as_it_was, both_forms
+from ..layers import KINDS, Adapted, Change, Frozen, as_it_was, both_forms
 from ..quantization import source_class
 from ..routing import by_group
-from .base import PeftType, Site, register
+from .base import PeftType, Site, TaskType, register
 from .fields import Count, Number, Probability, also_takes, check_expressions
 from .layered import LayerConfig, LayerMethod
 from .lora_change import EmbeddingChange, LoraChange
-from .targets import pattern_value
+from .lora_conv import ConvChange, check_dropout
+from .lora_experts import ExpertsChange, adapted_parameter, check_settings, find_parameters
+from .lora_replicated import release, replicate
+from .lora_tied import TiedChange, tie_head, tie_targets
+from .targets import pattern_value, unused_patterns
+from .tokens import lora_tokens, repeated_tokens
 
-INITS = ("gaussian", "pissa", "olora", "loftq")
+INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq")
 # On a quantised base LoftQ's adapter is like any other; HF PEFT, told of the start, would quantise the base anew to load it.
 LOFTQ_FIELDS = frozenset({"init_lora_weights", "loftq_config"})
 
@@ -48,11 +55,11 @@ class LoftQConfig:
 
 # Fields of HF PEFT's LoraConfig that are not here, with their neutral values.
 ELSEWHERE = {
-    "peft_version": ..., "megatron_config": None, "megatron_core": ..., "trainable_token_indices": None, "eva_config": None,
-    "corda_config": None, "lora_ga_config": None, "velora_config": None, "alora_invocation_tokens": None,
-    "use_qalora": False, "qalora_group_size": ..., "monteclora_config": None, "layer_replication": None,
-    "runtime_config": None, "lora_bias": False, "target_parameters": None, "use_bdlora": None, "arrow_config": None,
-    "kasa_config": None, "ensure_weight_tying": False,
+    "peft_version": ..., "megatron_config": None, "megatron_core": ..., "eva_config": None,
+    "corda_config": None, "lora_ga_config": None, "velora_config": None,
+    "use_qalora": False, "qalora_group_size": ..., "monteclora_config": None,
+    "runtime_config": None, "use_bdlora": None, "arrow_config": None,
+    "kasa_config": None,
 }  # fmt: skip
 
 
@@ -72,11 +79,20 @@ class LoraConfig(LayerConfig):
         bias: "none", "all" or "lora_only": which biases are trained along.
         use_rslora: scale by lora_alpha / sqrt(r).
         modules_to_save: modules that are trained in full and saved along.
-        init_lora_weights: True (B = 0), False (both random), "gaussian", "pissa", "pissa_niter_<n>", "olora", "loftq".
+        init_lora_weights: True (B = 0), False (both random), "gaussian", "orthogonal", "pissa", "pissa_niter_<n>", "olora",
+            "loftq".
         loftq_config: a `LoftQConfig` or its fields, for "loftq".
         layers_to_transform, layers_pattern: only layers with these numbers (in a module list of that name).
         rank_pattern, alpha_pattern: other ranks and alphas for modules that match a name or regular expression.
         use_dora: train the length of every output row apart from its direction.
+        lora_bias: give B a bias of its own.
+        target_parameters: parameters (endings of their dotted names) that are changed beside the layers of `target_modules`,
+            stacked experts above all: see `lora_experts`.
+        layer_replication: pairs [from, up to]: the base's blocks in another order and number (see `lora_replicated`).
+        ensure_weight_tying: keep an adapter of tied embeddings and head tied (see `lora_tied`).
+        alora_invocation_tokens: token ids; in each row the adapter acts from their last occurrence on (aLoRA).
+        trainable_token_indices: tokens whose rows are trained along (see `tokens`): of the input embeddings and what is tied
+            to them, or by names of modules.
     """
 
     r: Count = 8
@@ -92,10 +108,20 @@ class LoraConfig(LayerConfig):
     rank_pattern: dict[str, Count] = field(default_factory=dict)
     alpha_pattern: dict[str, Number] = field(default_factory=dict)
     use_dora: bool = False
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    alora_invocation_tokens: list[int] | None = None
+    layer_replication: list[list[int]] | None = None
+    ensure_weight_tying: bool = False
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.layer_replication, (list, tuple)):
+            self.layer_replication = [list(p) if isinstance(p, tuple) else p for p in self.layer_replication]
         super().__post_init__()
         self.peft_type = PeftType.LORA
+        if self.layer_replication is not None and not all(len(pair) == 2 for pair in self.layer_replication):
+            raise ConfigError(f"layer_replication={self.layer_replication!r}: expected pairs [from, up to] of blocks.")
         if self.bias not in ("none", "all", "lora_only"):
             raise ConfigError(f"bias={self.bias!r}: expected 'none', 'all' or 'lora_only'.")
         init = self.init_lora_weights
@@ -106,6 +132,11 @@ class LoraConfig(LayerConfig):
                     f"init_lora_weights={init!r}: expected True, False, {', '.join(map(repr, INITS))} or "
                     f"'pissa_niter_<n>'{nearest(init, INITS)}"
                 )
+        if self.lora_bias and (self.use_dora or isinstance(init, str)):
+            other = "use_dora=True" if self.use_dora else f"init_lora_weights={init!r}"
+            raise ConfigError(f"lora_bias=True does not go with {other}: it is for plain LoRA, started by True or False.")
+        check_settings(self)
+        check_invocation(self)
         self.loftq_config = loftq_fields(self.loftq_config, init)
         for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ():
             check_expressions("layers_pattern", pattern)
@@ -113,6 +144,27 @@ class LoraConfig(LayerConfig):
             raise ConfigError("layers_pattern is given without layers_to_transform; name the layers' numbers there.")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ConfigError("layers_to_transform needs target_modules as a list; write the layers into the expression.")
+
+
+def check_invocation(config: LoraConfig) -> None:
+    """ConfigError for `alora_invocation_tokens` that cannot be looked for, and what does not go with them."""
+    tokens = config.alora_invocation_tokens
+    if tokens is None:
+        return
+    if not tokens or min(tokens) < 0:
+        raise ConfigError(
+            f"alora_invocation_tokens={tokens!r}: expected the token ids of a sequence, at least one, none below 0 "
+            "(tokenizer(text, add_special_tokens=False).input_ids)."
+        )
+    refused = {
+        "use_dora=True": config.use_dora,
+        f"bias={config.bias!r}": config.bias != "none",
+        f"modules_to_save={config.modules_to_save!r}": config.modules_to_save,
+    }
+    for text in (text for text, on in refused.items() if on):
+        raise ConfigError(f"alora_invocation_tokens does not go with {text}: what is before them is the plain base's.")
+    if config.task_type is not TaskType.CAUSAL_LM:
+        warnings.warn("alora_invocation_tokens is meant for task_type='CAUSAL_LM'.", stacklevel=4)
 
 
 def loftq_fields(given: Any, init: Any) -> dict[str, Any]:
@@ -137,21 +189,33 @@ def loftq_fields(given: Any, init: Any) -> dict[str, Any]:
     return values
 
 
+CHANGES = {"embedding": EmbeddingChange, "conv": ConvChange}  # of other kinds of layers than linear ones
+
+
 class Lora(LayerMethod):
     """One LoRA adapter in a host."""
 
     title = "LoRA"
-    kinds = ("linear", "embedding")
-    takes = "linear layers (torch's, bitsandbytes', Conv1D) and embeddings"
+    own_biases: ClassVar[str] = "lora_only"
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding", "conv", "attention")
+    takes = "linear layers (torch's, bitsandbytes', Conv1D), embeddings, convolutions and torch's MultiheadAttention"
 
     @property
     def bound(self) -> bool:
-        return self.config.bias != "none"  # type: ignore[attr-defined]
+        return self.config.bias != "none" or self.invocation is not None  # type: ignore[attr-defined]
 
     def attach(self, host: Site, *, for_loading: bool = False) -> None:
         if self.config.bias != "none":  # type: ignore[attr-defined]
             self._one_bias(host)
+        if self.invocation and is_encoder_decoder(host.base):
+            raise UnsupportedError(
+                "alora_invocation_tokens is for decoder-only models, which read a row from left to right."
+            )
         super().attach(host, for_loading=for_loading)
+        lora_tokens(self, host, initialise=not for_loading)
+        host.switch.waiting |= {self.name} if self.invocation else set()
+        if self.config.lora_bias and (without := self._without_bias(host)):  # type: ignore[attr-defined]
+            warnings.warn(f"lora_bias=True: {without} has no bias, so this adapter cannot be merged.", stacklevel=2)
         if self.config.bias != "none":  # type: ignore[attr-defined]
             try:
                 host.adapter_biases[self.name] = nn.ParameterDict(
@@ -164,15 +228,91 @@ class Lora(LayerMethod):
                 self.detach(host)
                 raise
 
+    def attach_layers(self, host: Site, *, for_loading: bool) -> None:
+        config: LoraConfig = self.config  # type: ignore[assignment]
+        if config.layer_replication:
+            replicate(host, self, config.layer_replication)
+        if config.target_modules is None and config.target_parameters:
+            config.target_modules = list(self.families.get(model_type(host.base), []))
+        pair = tie_targets(host, self.name, config)
+        if not config.target_parameters:
+            super().attach_layers(host, for_loading=for_loading)
+        else:
+            self._attach_parameters(host, for_loading)
+        if pair is not None:
+            tie_head(host, self.name, config, pair, self._rank(pair[0]), host.adapter_dtype())
+
+    def _attach_parameters(self, host: Site, for_loading: bool) -> None:
+        """With `target_parameters`: those, and the layers that are named beside them."""
+        config: LoraConfig = self.config  # type: ignore[assignment]
+        if config.target_modules:
+            LayerMethod.attach_layers(self, host, for_loading=for_loading)
+        names = [path for path, _ in super().layers(host)]
+        for full, path, name in find_parameters(host.base, config):
+            names.append(full)
+            layer = adapted_parameter(host, path, name)
+            dtype = host.adapter_dtype(SimpleNamespace(weight=layer.frozen.original))
+            layer.add(self.name, ExpertsChange(config, *self._rank(full)), dtype, initialise=not for_loading)
+        if unused := unused_patterns(config, names, sorted({name.rpartition(".")[2] for name in names})):
+            warnings.warn(f"These entries select none of the targets and have no effect: {', '.join(unused)}", stacklevel=2)
+
+    def layers(self, host: Site) -> Iterator[tuple[str, Adapted]]:
+        """This adapter's layers with their dotted names in the bare base; of several parameters of one module, as in HF
+        PEFT's files, the last by that name and each earlier one as the `base_layer` of the next."""
+        grouped: dict[str, list[Adapted]] = {}
+        for path, layer in super().layers(host):
+            grouped.setdefault(path, []).append(layer)
+        for path, layers in grouped.items():
+            if len(layers) > 1:
+                layers.sort(key=lambda layer: -layer.place)
+            for depth, layer in enumerate(layers):
+                yield path + ".base_layer" * depth, layer
+
+    def _rank(self, path: str) -> tuple[int, float]:
+        """Rank and alpha of a layer."""
+        config: LoraConfig = self.config  # type: ignore[assignment]
+        return pattern_value(config.rank_pattern, path, config.r), pattern_value(
+            config.alpha_pattern, path, config.lora_alpha
+        )
+
+    def repeated_keys(self, host: Site) -> dict[str, str]:
+        return repeated_tokens(self, host)
+
     def change(self, host: Site, path: str, frozen: Frozen) -> Change:
         config: LoraConfig = self.config  # type: ignore[assignment]
-        r = pattern_value(config.rank_pattern, path, config.r)
-        alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
         original = None
         if config.init_lora_weights == "loftq" and frozen.quantized:
             config.__dict__["own_fields"] = LOFTQ_FIELDS
             original = partial(self._original, host, config, path, frozen)
-        return (EmbeddingChange if frozen.kind == "embedding" else LoraChange)(config, r, alpha, original)
+        if frozen.kind == "attention":
+            check_dropout(config, path)
+        return CHANGES.get(frozen.kind, LoraChange)(config, *self._rank(path), original)
+
+    @property
+    def invocation(self) -> list[int] | None:
+        return self.config.alora_invocation_tokens  # type: ignore[attr-defined]
+
+    def refuse_merge(self, host: Site) -> None:
+        if self.invocation:
+            raise UnsupportedError(
+                f"Adapter {self.name!r} acts from its alora_invocation_tokens on, not on every token, so it cannot be "
+                "merged. Keep it attached."
+            )
+        if self.config.layer_replication:  # type: ignore[attr-defined]
+            raise UnsupportedError(
+                f"Adapter {self.name!r} has layer_replication: blocks share their weights, which can hold one update only. "
+                "Keep it attached."
+            )
+        if self.config.lora_bias and (without := self._without_bias(host)):  # type: ignore[attr-defined]
+            raise UnsupportedError(
+                f"Adapter {self.name!r} has lora_bias=True, but {without} has no bias that it could be merged into. Keep it "
+                "attached."
+            )
+
+    def _without_bias(self, host: Site) -> str:
+        """The first of this adapter's layers without a bias, and how many more; "" for none."""
+        paths = [path for path, layer in self.layers(host) if layer.frozen.bias is None]
+        return f"{paths[0]!r}" + (f" (and {len(paths) - 1} more)" if len(paths) > 1 else "") if paths else ""
 
     def _original(self, host: Site, config: LoraConfig, path: str, frozen: Frozen) -> Tensor:
         """For LoftQ: the weight [out, in] that a quantised layer was made from, out of the base's checkpoint."""
@@ -193,22 +333,26 @@ class Lora(LayerMethod):
         config: LoraConfig = self.config  # type: ignore[assignment]
         own = {id(layer.frozen.layer) for _, layer in self.layers(host)}
         for path, module in base_modules(host.base):
-            bias = module._parameters.get("bias")
-            if bias is None or isinstance(module, Adapted) or (config.bias == "lora_only" and id(module) not in own):
+            if config.bias != "all" and id(module) not in own:
                 continue
-            if "original_module" in path.split("."):  # another copy of it is trained in full
+            attention = isinstance(module, nn.MultiheadAttention)  # it has biases, and adds them within
+            if isinstance(module, Adapted) or (module._parameters.get("bias") is None and not attention):
                 continue
-            if not isinstance(module, (nn.Linear, Conv1D, nn.LayerNorm)):
+            if "original_module" in path.split(".") and id(module) not in own:  # another copy of it is trained in full
+                continue
+            if attention or not isinstance(module, (nn.Linear, Conv1D, nn.LayerNorm, *KINDS["conv"])):
                 raise UnsupportedError(
                     f"bias={config.bias!r} would train the bias of {path!r}, a {type(module).__name__}, which may not "
-                    "simply be added to its output. Use bias='lora_only' or 'none'."
+                    f"simply be added to its output. Use bias={self.own_biases!r} or 'none'."
                 )
             yield clean_path(path), module
 
     def detach(self, host: Site) -> None:
         if self.name in host.adapter_biases:
             del host.adapter_biases[self.name]
+        host.switch.waiting.discard(self.name)
         super().detach(host)
+        release(host, self)
 
     def connect(self, host: Site) -> list[Any]:
         """Add the trained biases, as differences to the base's, to the outputs of their modules."""
@@ -222,10 +366,12 @@ class Lora(LayerMethod):
             if id(module) in owners:
                 owners[id(module)].biases[self.name] = bias
 
-            def add(module: Any, args: Any, output: Tensor, bias: Tensor = bias) -> Tensor:
+            axes = module.weight.dim() - 2 if isinstance(module, KINDS["conv"]) else 0  # behind the channels
+
+            def add(module: Any, args: Any, output: Tensor, bias: Tensor = bias, axes: int = axes) -> Tensor:
                 if self.name not in host.active_now():
                     return output
-                change = (bias - as_it_was(module).bias).to(output.dtype)
+                change = (bias - as_it_was(module).bias).to(output.dtype)[(..., *[None] * axes)]
                 if (routes := host.routes_now()) is None:
                     return output + change
                 return by_group(routes, output, lambda group, at: output[at] + change if self.name in group else None)
@@ -239,8 +385,12 @@ class Lora(LayerMethod):
             for key, parameter in host.adapter_biases[self.name].items():
                 yield f"adapter_biases.{self.name}.{key}", parameter
 
-    def file_parameters(self, host: Site) -> Iterator[tuple[str, nn.Parameter]]:
+    def file_parameters(self, host: Site) -> Iterator[tuple[str, Any]]:
         yield from super().file_parameters(host)
+        for path, layer in self.layers(host):
+            if isinstance(change := layer.changes[self.name], TiedChange):
+                for key, factor in zip(change.keys, change.factors(layer.held(self.name)), strict=True):
+                    yield f"{self.file_prefix}{path}.{key}", factor
         if self.name in host.adapter_biases:
             own = {path for path, _ in self.layers(host)}
             for key, parameter in host.adapter_biases[self.name].items():

@@ -3,6 +3,7 @@
 Shapes: x [..., in]; A [r, in]; B [out, r].
 
 * LoRA, https://arxiv.org/abs/2106.09685 eq. 3; scale = lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732).
+* `lora_bias`: B has a bias c [out] of its own, ``y + scale * (B A dropout(x) + c)``.
 * DoRA, https://arxiv.org/abs/2402.09353 eq. 5: ``W' = m * (W + scale*BA) / ||W + scale*BA||`` by rows of the output, the
   norm held constant in the gradient.
 * PiSSA, OLoRA and LoftQ (see `lora_init`) start from factors that come from W and train against the residual
@@ -22,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UnsupportedError
+from ..errors import ConfigError, UnsupportedError
 from ..kernels import dropout
 from ..layers import Change, Frozen, Held, LowRank
-from .lora_init import start_factors
+from .lora_init import from_weight, orthogonal_factors, start_factors
 
 
 class Magnitude(nn.Module):
@@ -64,19 +65,32 @@ class LoraChange(Change):
     def __init__(self, config: Any, r: int, alpha: float, original: Callable[[], Tensor] | None = None) -> None:
         self.r = r
         self.lora_alpha = alpha
-        self.scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        self.scaling: Any = self.initial_scaling(config)
         self.dora = config.use_dora
+        self.biased = config.lora_bias
         self.started = False
         self.config = config
         self.original = original
+
+    def initial_scaling(self, config: Any) -> float:
+        """lora_alpha / r, or lora_alpha / sqrt(r)."""
+        return self.lora_alpha / (math.sqrt(self.r) if config.use_rslora else self.r)
+
+    def rescale(self, r: int, scaling: Any) -> None:
+        """Another rank and scale; a scale that is a tensor (in a compiled model) stays one."""
+        self.r, rslora = r, self.config.use_rslora
+        self.lora_alpha = float(scaling) * (math.sqrt(r) if rslora else r)
+        if isinstance(self.scaling, Tensor) and not isinstance(scaling, Tensor):
+            self.scaling.fill_(scaling)
+        else:
+            self.scaling = scaling
 
     # -- tensors ---------------------------------------------------------------------------------------------------------
     def create(self, t: Held, frozen: Frozen, dtype: torch.dtype, initialise: bool) -> None:
         config, init = self.config, self.config.init_lora_weights
         t["lora_dropout"] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         self.make(t, frozen, dtype)
-        from_weight = isinstance(init, str) and init != "gaussian"
-        if initialise or (from_weight and not (init == "loftq" and frozen.quantized)):
+        if initialise or (from_weight(init) and not (init == "loftq" and frozen.quantized)):
             with torch.no_grad():
                 self.initialise(t, frozen, init)
         if self.dora:
@@ -85,15 +99,19 @@ class LoraChange(Change):
 
     def make(self, t: Held, frozen: Frozen, dtype: torch.dtype) -> None:
         """The factors, without values."""
-        (out, size), options = frozen.shape, {"bias": False, "device": frozen.device, "dtype": dtype}
-        t["lora_A"] = nn.utils.skip_init(nn.Linear, size, self.r, **options)  # type: ignore[arg-type]
-        t["lora_B"] = nn.utils.skip_init(nn.Linear, self.r, out, **options)  # type: ignore[arg-type]
+        (out, size), options = frozen.shape, {"device": frozen.device, "dtype": dtype}
+        t["lora_A"] = nn.utils.skip_init(nn.Linear, size, self.r, bias=False, **options)  # type: ignore[arg-type]
+        t["lora_B"] = nn.utils.skip_init(nn.Linear, self.r, out, bias=self.biased, **options)  # type: ignore[arg-type]
 
     def initialise(self, t: Held, frozen: Frozen, init: bool | str) -> None:
         a, b = self.factors(t)
         if init == "gaussian":
             nn.init.normal_(a, std=1 / self.r)
             nn.init.zeros_(b)
+        elif init == "orthogonal":
+            start_a, start_b = orthogonal_factors(b.shape[0], a.shape[1], self.r)
+            a.copy_(start_a)
+            b.copy_(start_b)
         elif isinstance(init, str):
             original = None if self.original is None else self.original()
             start_a, start_b = start_factors(self.config, frozen.weight(torch.float32), original, self.r, self.scaling)
@@ -105,6 +123,9 @@ class LoraChange(Change):
         else:  # True as in the paper's code; False (for tests) keeps both random
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
             nn.init.zeros_(b) if init else nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+            if self.biased:
+                limit = 0.0 if init else 1 / math.sqrt(self.r)  # as torch starts a linear layer
+                nn.init.uniform_(t["lora_B"].bias, -limit, limit)
 
     def factors(self, t: Held) -> tuple[Tensor, Tensor]:
         """A [r, in] and B [out, r]."""
@@ -121,7 +142,7 @@ class LoraChange(Change):
         return drop.p if drop.training and isinstance(drop, nn.Dropout) else 0.0
 
     def low_rank(self, t: Held) -> LowRank | None:
-        if self.dora or self.started:
+        if self.dora or self.started or self.biased or isinstance(self.scaling, Tensor):
             return None
         return LowRank(*self.factors(t), self.scaling, self.dropped(t))
 
@@ -143,6 +164,8 @@ class LoraChange(Change):
         (a, b), p, scale = self.factors(t), self.dropped(t), frozen.scale
         dropped = self.entering(x, a.dtype, p)
         added = self.product(dropped, a, b) * self.scaling
+        if self.biased:
+            added = added + self.own_bias(t)
         if self.started:
             start = t["lora_start"]
             added = added - self.product(self.entering(x, start.a.dtype, 0.0), start.a, start.b) * self.scaling
@@ -164,6 +187,16 @@ class LoraChange(Change):
         ratio = t["lora_magnitude_vector"].weight.to(weight.dtype) / self.norm(t, frozen, weight.dtype)
         return ratio[:, None] * weight
 
+    def own_bias(self, t: Held) -> Tensor:
+        """``scale * c`` [out], of `lora_bias`."""
+        return t["lora_B"].bias * self.scaling
+
+    def bias(self, t: Held, bias: Tensor | None) -> Tensor | None:
+        if not self.biased:
+            return bias
+        own = self.own_bias(t)
+        return own if bias is None else bias + own.to(bias.dtype)
+
     @staticmethod
     def entering(x: Tensor, dtype: torch.dtype, p: float) -> Tensor:
         """What the factors read."""
@@ -181,6 +214,10 @@ class EmbeddingChange(LoraChange):
     tables = ("lora_dropout", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
     def make(self, t: Held, frozen: Frozen, dtype: torch.dtype) -> None:
+        if self.config.alora_invocation_tokens:
+            raise ConfigError("alora_invocation_tokens is for linear layers; leave embeddings out of target_modules.")
+        if self.biased:
+            raise ConfigError("lora_bias=True is not supported for Embedding; leave embeddings out of target_modules.")
         out, size = frozen.shape
         t["lora_embedding_A"] = nn.Parameter(torch.zeros(self.r, size, dtype=dtype, device=frozen.device))
         t["lora_embedding_B"] = nn.Parameter(torch.zeros(out, self.r, dtype=dtype, device=frozen.device))

@@ -5,7 +5,8 @@ Shapes: each task's tensors are stacked to [tasks, ...]; weights [tasks].
 linear: weighted sums of A and of B, each with the square root of weight and scale (so that the product carries both).
 cat: ranks side by side, exact: ``sum_i w_i * scale_i * B_i A_i``. svd: that sum, cut to a rank.
 TIES (arXiv:2306.01708): keep the largest, elect a sign, average those that agree. DARE (arXiv:2311.03099): drop at
-random and rescale.
+random and rescale. magnitude_prune: keep the largest, then the weighted sum. Each of them with `_svd` mixes the products
+``scale_i * B_i A_i`` and cuts the result to a rank.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from ..errors import AdapterError, ConfigError, nearest
 from ..layers import Adapted
 from .lora_change import LoraChange
 
-KINDS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties")
+MIXED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")  # elementwise, of A and of B, or (`_svd`) of their products
+KINDS = ("linear", "cat", "svd", *MIXED, *(f"{kind}_svd" for kind in MIXED))
 
 
 def check_options(
@@ -55,7 +57,7 @@ def check_layer(path: str, layer: Adapted, sources: Sequence[str], kind: str) ->
     if any(change.dora or change.started for change in own.values()):
         raise AdapterError("Adapters with DoRA, PiSSA or OLoRA are not a plain product BA; merge them one by one instead.")
     ranks = {n: change.r for n, change in own.items()}
-    if kind not in ("cat", "svd") and len(set(ranks.values())) > 1:
+    if kind != "cat" and not kind.endswith("svd") and len(set(ranks.values())) > 1:
         listed = ", ".join(f"{n!r} r={r}" for n, r in ranks.items())
         raise ConfigError(
             f"combination_type={kind!r} needs adapters of one rank, got {listed} in {path!r}; use 'cat' or 'svd'."
@@ -70,7 +72,7 @@ def changes(layer: Adapted, names: Sequence[str]) -> dict[str, LoraChange]:
 def new_rank(kind: str, layers: Sequence[Adapted], sources: Sequence[str], svd_rank: int | None) -> int:
     """Rank of the combined adapter: that of its largest layer."""
     largest = [max((layer.r[n] for layer in layers if n in layer.changes), default=0) for n in sources]
-    return sum(largest) if kind == "cat" else svd_rank if kind == "svd" and svd_rank else max(largest)
+    return sum(largest) if kind == "cat" else svd_rank if kind.endswith("svd") and svd_rank else max(largest)
 
 
 def combine(layer: Adapted, target: str, sources: Sequence[str], weights: Sequence[float], kind: str, **options) -> None:
@@ -86,8 +88,10 @@ def combine(layer: Adapted, target: str, sources: Sequence[str], weights: Sequen
         if kind == "cat":
             new_a = torch.cat([factors[n][0] * w for n, w in pairs], dim=0)
             new_b = torch.cat([factors[n][1] for n, _ in pairs], dim=1)
-        elif kind == "svd":
-            total = torch.stack([(factors[n][1].float() @ factors[n][0].float()) * w for n, w in pairs]).sum(0)
+        elif kind.endswith("svd"):
+            tasks = torch.stack([(factors[n][1].float() @ factors[n][0].float()) * own[n].scaling for n, _ in pairs])
+            shares = torch.tensor([w / own[n].scaling for n, w in pairs], device=tasks.device)
+            total = mix(tasks, shares, "linear" if kind == "svd" else kind.removesuffix("_svd"), **options)
             new_a, new_b = truncated_svd(total, a.shape[0], options.get("svd_clamp"))
         else:
             roots = torch.tensor([math.sqrt(abs(w)) for _, w in pairs], device=a.device)
@@ -111,11 +115,11 @@ def truncated_svd(matrix: Tensor, rank: int, clamp: float | None) -> tuple[Tenso
 def mix(
     tasks: Tensor, weights: Tensor, kind: str, density: float | None = None, majority_sign_method: str = "total", **_: object
 ) -> Tensor:
-    """One tensor out of [tasks, ...] by linear, ties, dare_linear or dare_ties."""
+    """One tensor out of [tasks, ...] by "linear" or one of `MIXED`."""
     if kind != "linear" and density is not None:
-        tasks = keep_largest(tasks, density) if kind == "ties" else drop_random(tasks, density)
+        tasks = keep_largest(tasks, density) if kind in ("ties", "magnitude_prune") else drop_random(tasks, density)
     weighted = tasks * weights.view(-1, *(1,) * (tasks.dim() - 1)).to(tasks.dtype)
-    if kind in ("linear", "dare_linear"):
+    if kind in ("linear", "dare_linear", "magnitude_prune"):
         return weighted.sum(0)
     agree = tasks.sign() == elected_sign(tasks, majority_sign_method)
     return (weighted * agree).sum(0) / agree.sum(0).clamp_min(1)

@@ -1,10 +1,13 @@
-"""Start values of LoRA that come from the base weight W [out, in]: A0 [r, in] and B0 [out, r].
+"""Start values of LoRA beyond plain random ones: A0 [r, in] and B0 [out, r], from the base weight W [out, in].
 
 * PiSSA (arXiv:2404.02948): the first r singular directions of W; `pissa_niter_<n>` by randomised SVD.
 * OLoRA (arXiv:2406.01775): the first r columns and rows of W's QR factors.
 * LoftQ (arXiv:2310.08659, algorithm 1 with one step): the best rank-r approximation of ``W - Q``, Q the quantised W, so that
   ``Q + B0 A0`` is close to W. Further steps of the paper would quantise ``W - B0 A0`` anew, that is change the base, which
   adapters share here.
+
+* orthogonal (https://datta0.github.io/posts/rethink-lora-init/) needs no W: A0 and B0 are random in orthogonal halves of the
+  r directions, so that ``B0 A0 = 0`` while neither is zero.
 
 HF PEFT leaves the scale lora_alpha / r out of LoftQ's factors; here ``scale * B0 A0`` is the approximation.
 """
@@ -16,7 +19,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from ..quantization import round_to_levels
+
+
+def from_weight(init: bool | str) -> bool:
+    """Whether these start values are found again from the base weight whenever an adapter is attached."""
+    return isinstance(init, str) and (init in ("pissa", "olora", "loftq") or init.startswith("pissa_niter_"))
+
+
+def orthogonal_factors(out: int, size: int, r: int) -> tuple[Tensor, Tensor]:
+    """A0 [r, size] and B0 [out, r] with ``B0 A0 = 0``.
+
+    Raises:
+        ConfigError: an odd rank, which has no halves.
+    """
+    if r % 2:
+        raise ConfigError(f"init_lora_weights='orthogonal' needs an even rank, got r={r} (see rank_pattern, too).")
+    basis = torch.linalg.qr(torch.randn(r, r))[0]
+    a = torch.randn(size, r // 2) @ basis[0::2]
+    b = torch.randn(r // 2, out).T @ basis[1::2]
+    return a.T / 10, b / 10
 
 
 def start_factors(config: Any, weight: Tensor, original: Tensor | None, r: int, scale: float) -> tuple[Tensor, Tensor]:

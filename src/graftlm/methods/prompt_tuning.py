@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -45,11 +45,13 @@ class PromptTuningConfig(PromptLearningConfig):
     tokenizer_name_or_path: str | None = None
     tokenizer_kwargs: dict | None = None
 
+    inits: ClassVar[type[enum.Enum]] = PromptTuningInit
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.PROMPT_TUNING
-        self.prompt_tuning_init = as_enum(PromptTuningInit, self.prompt_tuning_init, "prompt_tuning_init")
-        text_init = self.prompt_tuning_init is PromptTuningInit.TEXT
+        self.prompt_tuning_init = as_enum(self.inits, self.prompt_tuning_init, "prompt_tuning_init")
+        text_init = self.prompt_tuning_init == PromptTuningInit.TEXT
         if text_init and not (self.tokenizer_name_or_path and self.prompt_tuning_init_text):
             raise ConfigError(
                 f"prompt_tuning_init=TEXT needs tokenizer_name_or_path (got {self.tokenizer_name_or_path!r}) and "
@@ -67,10 +69,10 @@ class PromptTuning(SoftPrompt):
     def build(self, host: Site, for_loading: bool) -> Any:
         config: PromptTuningConfig = self.config  # type: ignore[assignment]
         module = self.table(host)
-        if for_loading or config.prompt_tuning_init is PromptTuningInit.RANDOM:
+        if for_loading or config.prompt_tuning_init not in (PromptTuningInit.TEXT, PromptTuningInit.SAMPLE_VOCAB):
             return module
         ids = None
-        if config.prompt_tuning_init is PromptTuningInit.TEXT:
+        if config.prompt_tuning_init == PromptTuningInit.TEXT:
             text, path = config.prompt_tuning_init_text, config.tokenizer_name_or_path
             ids = text_ids(text, path, "prompt_tuning_init_text", **(config.tokenizer_kwargs or {}))  # type: ignore[arg-type]
         with torch.no_grad():

@@ -13,8 +13,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from ..architectures import clean_path, innermost
 from ..errors import TargetError, nearest
 from .base import TaskType
 
@@ -53,13 +55,17 @@ def layer_index(name: str, layers_pattern: str | Sequence[str] | None) -> int | 
 def find_targets(base: nn.Module, config: Any, skip: tuple[type, ...] = ()) -> dict[str, nn.Module]:
     """Modules that `config.target_modules` and its companions select: dotted name -> module.
 
+    Names are those of the base as it stands; patterns see them as they are in the bare base (a module that another adapter
+    trains in full stands in a container there, as `original_module`).
+
     As with HF PEFT an entry that is a module's whole name selects it whatever `layers_to_transform` says (`lm_head` is in
     no layer). `skip` names container classes whose inside belongs to adapters and is not searched.
 
     Raises:
         TargetError: nothing matches.
     """
-    names = module_names(base, skip)
+    places = module_names(base, skip)
+    names = {clean_path(place): module for place, module in places.items()}
     targets = config.target_modules
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         targets = linear_names(base, names, config)
@@ -76,7 +82,7 @@ def find_targets(base: nn.Module, config: Any, skip: tuple[type, ...] = ()) -> d
     if not isinstance(targets, str):
         report_unmatched(targets, names, chosen, found)
     report_unused(config, list(chosen), list(found))
-    return found
+    return {place: module for place, module in places.items() if clean_path(place) in found}
 
 
 def is_reserved(name: str, config: Any) -> bool:
@@ -94,11 +100,14 @@ def in_layers(name: str, config: Any) -> bool:
 
 
 def module_names(base: nn.Module, skip: tuple[type, ...]) -> dict[str, nn.Module]:
-    """Dotted names of the base's own modules: inside of adapter containers is left out, the containers stay."""
+    """Dotted names of the base's own modules: the inside of adapter containers is left out, the containers stay. Of those
+    that hold copies which are trained in full, the original stands for them."""
     names: dict[str, nn.Module] = {}
 
     def collect(module: nn.Module, path: str) -> None:
         for name, child in module._modules.items():
+            while child is not None and "original_module" in child._modules:
+                name, child = f"{name}.original_module", child._modules["original_module"]
             if child is not None:
                 names[path + name] = child
                 if not isinstance(child, skip):
@@ -109,14 +118,15 @@ def module_names(base: nn.Module, skip: tuple[type, ...]) -> dict[str, nn.Module
 
 
 def linear_names(base: Any, names: dict[str, nn.Module], config: Any) -> list[str]:
-    """Every linear layer's full name, without the output embeddings and without heads that are trained in full."""
-    head = getattr(base, "get_output_embeddings", lambda: None)()
+    """Every linear layer's full name, without the output embeddings and without heads that are trained in full; of torch's
+    MultiheadAttention without `out_proj`, which is never called."""
+    head = innermost(getattr(base, "get_output_embeddings", lambda: None)())
     found = []
     for name, module in names.items():
-        is_head = module is head or getattr(module, "base_layer", None) is head and head is not None
+        is_head = innermost(module) is head
         classifies = config.task_type == TaskType.SEQ_CLS and name.rpartition(".")[2] in SEQ_CLS_HEADS
         classifies = classifies or is_reserved(name, config)
-        if is_linear(module) and not is_head and not classifies:
+        if is_linear(module) and not is_head and not classifies and not is_uncalled(module):
             found.append(name)
     return found
 
@@ -141,8 +151,7 @@ def report_unmatched(
         )
     if texts:
         warnings.warn(
-            f"target_modules: {' '.join(texts)} The other entries were used. "
-            f"Its linear layers are called {', '.join(linear_leaves(names))}.",
+            f"target_modules: {' '.join(texts)} The other entries were used. {called(names)}.",
             stacklevel=2,
         )
 
@@ -161,14 +170,23 @@ def report_unused(config: Any, chosen: list[str], found: list[str]) -> None:
     for entry in () if isinstance(exclusions, str) else exclusions or ():
         if not any(matches([entry], n) for n in chosen):
             unused.append(f"exclude_modules: {entry!r}{nearest(entry, leaves, cutoff=0.4)}")
-    for title in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(config, title, None) or {}:
-            if not any(pattern_value({key: True}, name, False) for name in found):
-                unused.append(f"{title}: {key!r}{nearest(key, leaves, cutoff=0.4) if key not in leaves else ''}")
+    if not getattr(config, "target_parameters", None):  # else patterns may be of parameters, which are looked for later
+        unused += unused_patterns(config, found, leaves)
     if unused:
         warnings.warn(
             "These entries select none of the target modules and have no effect: " + ", ".join(unused), stacklevel=2
         )
+
+
+def unused_patterns(config: Any, found: list[str], leaves: list[str]) -> list[str]:
+    """Keys of rank and alpha patterns that match none of the names found, each with those of `leaves` that are near."""
+    return [
+        f"{title}: {key!r}{nearest(key, leaves, cutoff=0.4) if key not in leaves else ''}"
+        for title in ("rank_pattern", "alpha_pattern")
+        for key, value in (getattr(config, title, None) or {}).items()
+        if not isinstance(value, list)  # AdaLoRA's: which ranks are left
+        and not any(pattern_value({key: True}, name, False) for name in found)
+    ]
 
 
 def as_list(expression: str, names: Iterable[str]) -> str:
@@ -181,9 +199,28 @@ def linear_leaves(names: dict[str, nn.Module]) -> list[str]:
     return sorted({n.rpartition(".")[2] for n, m in names.items() if is_linear(m)})
 
 
+def called(names: dict[str, nn.Module]) -> str:
+    """What the layers that can be targets are called."""
+    if leaves := linear_leaves(names):
+        return f"Its linear layers are called {', '.join(leaves)}"
+    others = (nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.Embedding)
+    found = sorted({n.rpartition(".")[2] for n, m in names.items() if isinstance(frozen_layer(m), others)})
+    return "It has no linear layers" + (f"; others are called {', '.join(found)}" if found else "")
+
+
+def frozen_layer(module: Any) -> Any:
+    """A module of the base, itself or inside adapter modules."""
+    return getattr(getattr(module, "frozen", None), "layer", module)
+
+
 def is_linear(module: Any) -> bool:
     """Whether a module is a linear layer, itself or inside adapter modules."""
-    return isinstance(getattr(getattr(module, "frozen", None), "layer", module), (nn.Linear, Conv1D))
+    return isinstance(frozen_layer(module), (nn.Linear, Conv1D))
+
+
+def is_uncalled(module: Any) -> bool:
+    """Whether a module is the `out_proj` of torch's MultiheadAttention, which reads its weight and never calls it."""
+    return isinstance(frozen_layer(module), NonDynamicallyQuantizableLinear)
 
 
 def no_match(targets: Any, names: dict[str, nn.Module], config: Any) -> str:
@@ -204,4 +241,4 @@ def no_match(targets: Any, names: dict[str, nn.Module], config: Any) -> str:
         text += hint
     elif len(entries) == 1 and entries[0] not in leaves:
         text += nearest(entries[0], leaves)
-    return f"{text}. Its linear layers are called {', '.join(leaves)}; 'all-linear' takes all of them."
+    return f"{text}. {called(names)}" + ("; 'all-linear' takes all of them." if leaves else ".")

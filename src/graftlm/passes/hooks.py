@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from ..routing import Plan, Scope, current_plan, current_scope
 from . import padded, seq2seq
 from .facts import Facts, decoder_config
 from .inputs import batch_size, by_name, tokens_of
+from .invoked import Invocations
 from .loss import Loss, take_labels
 from .output import Hook
 from .packed import Packing
@@ -151,6 +153,7 @@ class Hooks:
 
     def lay(self, plan: Plan, call: Call, run: Run, named: dict) -> tuple[dict, Pass]:
         """The inputs of the base, by the short cuts that this call takes, and its pass."""
+        invocations = Invocations.of(self.host, plan, run, named)
         form = self.shortcuts.choose(plan, call, named)
         if form is not None and form.packs and (packed := self.packing.lay(plan, named)) is not None:
             inputs, row, labelled, scope = packed
@@ -162,7 +165,10 @@ class Hooks:
         else:
             named, layout = padded.lay(self.host, self.facts, plan, call, named)
         targets = None if form is None else take_labels(self.facts, plan, call, form, named)
-        return named, Pass(current_scope() or Scope(plan, plan.routes), call, layout, targets, form)
+        scope = current_scope() or Scope(plan, plan.routes)
+        if invocations is not None:
+            scope = replace(scope, routes=invocations.routes(layout))
+        return named, Pass(scope, call, layout, targets, form)
 
     def resume(self, plan: Plan, run: Run, named: dict) -> dict:
         """The first pass of a `generate` that goes on from a filled cache: `generate` took the virtual tokens and the prefix
@@ -201,6 +207,7 @@ class Hooks:
             output = type(output)(**{k: v for k, v in output.items() if k != "past_key_values"})
         if isinstance(cache := getattr(output, "past_key_values", None), Cache):
             cache.in_front = self.host.in_front(now.scope.plan)  # type: ignore[attr-defined]
+            cache.invoked = current_run().invoked or {}  # type: ignore[attr-defined]
         if now.targets is not None:
             return self.loss.of(now, output, bool(self.shortcuts.trials.divides))
         if isinstance(now.layout, Placed) and now.layout.moved:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
 from torch import Tensor
 
 
 def by_name(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict:
-    """The arguments of a call by name, those for `**kwargs` among them."""
-    named = dict(signature.bind_partial(*args, **kwargs).arguments)
+    """The arguments of a call by name, those for `**kwargs` among them, and those that only a forward takes which a program
+    (TRL) has put in the place of the model's."""
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
+    others = {} if takes_all else {k: v for k, v in kwargs.items() if k not in signature.parameters}
+    named = dict(signature.bind_partial(*args, **{k: v for k, v in kwargs.items() if k not in others}).arguments) | others
     for name, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             named |= named.pop(name, {})
@@ -34,6 +38,34 @@ def is_plain(mask: Any) -> TypeGuard[Tensor]:
 
 def shape_of(mask: Any) -> str:
     return str(tuple(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of a call or an output, whatever holds them, that have a first axis."""
+    if isinstance(value, Tensor):
+        if value.dim():
+            yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from tensors_in(part)
+    elif isinstance(value, Mapping):
+        yield from tensors_in(list(value.values()))
+
+
+def rows_of(value: Any) -> int:
+    """Rows of a call of which nothing is known: the first axis of its first tensor."""
+    return next((t.shape[0] for t in tensors_in(value)), 1)
+
+
+def chosen_rows(value: Any, rows: list[int], count: int) -> Any:
+    """A call with some of its `count` rows: of every tensor whose first axis is as long."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.dim() and value.shape[0] == count else value
+    if type(value) in (list, tuple):
+        return type(value)(chosen_rows(part, rows, count) for part in value)
+    if isinstance(value, Mapping):
+        return type(value)({k: chosen_rows(part, rows, count) for k, part in value.items()})  # type: ignore[call-arg]
+    return value
 
 
 def batch_size(named: dict) -> int:

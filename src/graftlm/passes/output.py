@@ -36,6 +36,16 @@ def with_lazy_logits(output: Any, loss: Tensor, make: Callable[[], Tensor]) -> A
     return kind(loss=loss, **items)
 
 
+def add_to_loss(output: Any, penalty: Tensor | None) -> None:
+    """Add a penalty to an output's loss, if there is one."""
+    if penalty is None:
+        return
+    loss = output.loss + penalty.to(output.loss.device)
+    if (made := getattr(output.loss, "logits_on_demand", None)) is not None:
+        loss.logits_on_demand = made
+    output.loss = loss
+
+
 # Libraries that go through all items of an output in every training step: to them the logits are no item, or they would be
 # made each time. accelerate builds outputs anew from what it finds.
 _PASSING = ("accelerate.", "torch.nn.parallel.")

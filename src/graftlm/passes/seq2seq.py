@@ -1,5 +1,5 @@
-"""Encoder-decoder models: virtual tokens in the encoder's input, the prefix in the decoder's self-attention (and, where it
-is asked for, in the encoder's).
+"""Encoder-decoder models: virtual tokens in the encoder's input (some methods' in the decoder's as well), the prefix in the
+decoder's self-attention (and, where it is asked for, in the encoder's).
 
 The virtual tokens are put in before the encoder itself runs (within the model or by itself: `generate` calls it before the
 model), and its outputs go back to the given order, virtual tokens first: that is how the decoder sees them.
@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import StaticCache
@@ -30,9 +31,10 @@ from ..placing import (
 from ..routing import Plan
 from .facts import Facts
 from .inputs import first_of, is_plain, shape_of, tokens_of
-from .padded import with_virtual
+from .padded import drops_virtual, with_virtual
 from .prefix import pour, prefix_cache
 from .refusals import check_encoded, raise_beyond
+from .row import IGNORED
 from .state import Call, Memory, Placed, Run
 
 if TYPE_CHECKING:
@@ -52,22 +54,47 @@ def lay(host: AdapterSet, plan: Plan, call: Call, run: Run, named: dict) -> tupl
     if count and is_plain(mask):
         named["attention_mask"] = torch.cat((count.ones(mask), mask), dim=1)
         masked = count.most
-    if prefix:
+    order, drop, own = None, 0, host.decoder_front(plan, call.batch)
+    if prefix or own:
         cache = named.get("past_key_values")
-        if cache is None or cache.get_seq_length() == 0:
+        past = 0 if cache is None else cache.get_seq_length()
+        if (own or not prefix.even) and named.get("labels") is not None:
+            decoder_inputs(host.base, named)
+        mask_front(host.base, named, prefix, own, max(past - prefix.most - own.most, 0))
+        if prefix and not past:
             memory = host.memory_rows(plan, call.batch)
             named["past_key_values"] = filled_cache(memory, cache, call)
-        if not prefix.even and named.get("labels") is not None:
-            decoder_inputs(host.base, named)
-        mask_prefix(host.base, named, prefix)
+        if own and not past:
+            order = put_in_decoder(host, plan, own, named)
+            drop = own.most if drops_virtual(host, named) else 0
     if is_plain(mask := named.get("decoder_attention_mask")):
         positions = positions_from_mask(mask)
-    return named, Placed(memory=memory, masked=masked, positions=positions)
+    return named, Placed(order=order, drop=drop, memory=memory, masked=masked, positions=positions)
 
 
-def mask_prefix(base: Any, named: dict, prefix: Front) -> None:
-    """Room for the prefix in the decoder's mask."""
-    if (mask := decoder_mask(named, prefix)) is None:
+def put_in_decoder(host: AdapterSet, plan: Plan, own: Front, named: dict) -> Tensor | None:
+    """The decoder's virtual tokens, in front of its inputs and labels; returns the order of its places [B, P + T]. Nothing
+    without inputs, of which the base speaks itself."""
+    embeds = named.get("decoder_inputs_embeds")
+    if embeds is None and named.get("decoder_input_ids") is not None:
+        embeds = host.base.get_decoder().get_input_embeddings()(named.pop("decoder_input_ids"))
+    if embeds is None:
+        return None
+    rows = host.decoder_rows(plan, len(embeds)).to(embeds.dtype)
+    named["decoder_inputs_embeds"] = torch.cat((rows, embeds), dim=1)
+    if (labels := named.get("labels")) is not None and labels.shape == embeds.shape[:2]:
+        named["labels"] = F.pad(labels, (own.most, 0), value=IGNORED)
+    return torch.arange(own.most + embeds.shape[1], device=embeds.device).expand(len(embeds), -1)
+
+
+def mask_front(base: Any, named: dict, prefix: Front, own: Front, past: int) -> None:
+    """Room for the prefix and the decoder's own virtual tokens in its mask. past: tokens in its cache."""
+    if prefix and not own.even and not position_tables(base.get_decoder()):
+        raise UnsupportedError(
+            f"Rows with a prefix, and others with virtual tokens in the decoder, in one batch of {type(base).__name__}: "
+            "what fills the places of these would stand between prefix and tokens. Run one adapter a batch."
+        )
+    if (mask := decoder_mask(named, prefix.even and own.even, past)) is None:
         return
     if not is_plain(mask):
         raise UnsupportedError(f"A prefix needs a decoder_attention_mask [B, T], got {shape_of(mask)}.")
@@ -76,15 +103,14 @@ def mask_prefix(base: Any, named: dict, prefix: Front) -> None:
             f"{type(base).__name__}'s decoder counts positions by place, so padding between its "
             "prefix and the tokens would change the result. Pad the decoder's inputs on the right."
         )
-    named["decoder_attention_mask"] = torch.cat((prefix.ones(mask), mask), dim=1)
+    named["decoder_attention_mask"] = torch.cat((prefix.ones(mask), own.ones(mask), mask), dim=1)
 
 
-def decoder_mask(named: dict, prefix: Front) -> Tensor | None:
-    """The decoder's mask as given; all ones where there is none and rows have prefixes of different lengths."""
+def decoder_mask(named: dict, even: bool, past: int) -> Tensor | None:
+    """The decoder's mask as given; all ones where there is none and rows have different numbers of places in front."""
     mask, given = named.get("decoder_attention_mask"), first_of(named, "decoder_input_ids", "decoder_inputs_embeds")
-    if mask is not None or prefix.even or given is None:
+    if mask is not None or even or given is None:
         return mask
-    past = named["past_key_values"].get_seq_length() - prefix.most
     return given.new_ones(given.shape[0], past + given.shape[1], dtype=torch.long)
 
 

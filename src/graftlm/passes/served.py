@@ -13,6 +13,7 @@ or switched at a step.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,10 +24,11 @@ from torch import Tensor
 
 from ..architectures import is_encoder_decoder, model_dims
 from ..architectures.fast import alibi_slopes, attention_configs, packed_attention
-from ..errors import UnsupportedError
+from ..errors import AdapterError, UnsupportedError
 from ..kernels import HeadForm
 from ..routing import Attention, Group, Plan, Routes, Scope, running
 from .facts import decoder_config
+from .invoked import waits
 from .refusals import check_room
 from .run import run
 from .state import Call, Memory, Pass, Probe, Run, Step
@@ -42,12 +44,12 @@ class Row:
 
     Args:
         group: the adapters that it goes through; () for the base.
-        tokens: ids [n], at least one.
+        tokens: ids [n], at least one; a tensor or plain numbers.
         start: places before them, its front included.
     """
 
     group: Group
-    tokens: Tensor
+    tokens: Tensor | Sequence[int]
     start: int
 
 
@@ -58,6 +60,15 @@ class FrontMemory:
 
     memory: Memory
     length: int
+
+
+@dataclass(frozen=True)
+class Laid:
+    """How the rows of a step lie: the plan, its routes by token (None: all go the same way), each row's last token [R]."""
+
+    plan: Plan
+    routes: Routes | None
+    last: Tensor
 
 
 class Served:
@@ -71,19 +82,30 @@ class Served:
         self.windows = None if is_encoder_decoder(base) else layer_windows(base)
         self.form: HeadForm | None = None
         self.tried: set[str] = set()
+        self._sets: OrderedDict[tuple[Group, ...], Routes] = OrderedDict()  # what layers keep of their factors
+        self._laid: OrderedDict[tuple, Laid] = OrderedDict()
 
     def admit(self, group: Group) -> FrontMemory:
         """Make a composition ready for steps: tried out (once a kind), and its front computed.
 
         Raises:
             UnsupportedError: on this base steps do not give what passes give.
-            AdapterError: an unknown name.
+            AdapterError: an unknown name, or values that are no finite numbers.
         """
         self.host._known(*group)
+        self.forget(*group)
         self.refuse()
+        if waits(self.host, Plan(self.host.switch, group)):
+            raise UnsupportedError("Adapters with alora_invocation_tokens are served through generate, in batches.")
+        for name in group:
+            if self.host.methods[name].tasks > 1:
+                raise UnsupportedError(f"Adapter {name!r} has several tasks, which steps do not tell apart: use generate.")
         kind = kind_of(self.host, group)
         if kind not in self.tried:
-            self.form = Steps(self, group).run()
+            try:
+                self.form = Steps(self, group).run()
+            finally:
+                self.forget(*group)  # what was kept is of the trial's values
             self.tried.add(kind)
         return self.front(group)
 
@@ -98,32 +120,59 @@ class Served:
             raise UnsupportedError("Serving is for evaluation mode: call eval() first.")
         if self.form is None:
             raise UnsupportedError("Nothing has been admitted to this server: call admit(group) for each composition first.")
-        tokens = torch.cat([row.tokens for row in rows])
-        counts = torch.tensor([len(row.tokens) for row in rows])
-        places = torch.cat([torch.arange(row.start, row.start + len(row.tokens)) for row in rows])
-        groups = [row.group for row in rows]
-        if len(set(groups)) == 1:
-            plan = Plan(self.host.switch, groups[0])
-        else:
-            adapters = tuple(dict.fromkeys(name for group in groups for name in group))
-            plan = Plan(self.host.switch, adapters, Routes.by_row(groups))
-        now = self.forward(plan, {"input_ids": tokens[None]}, counts, places, attention)
+        tokens = [t for row in rows for t in (row.tokens.tolist() if isinstance(row.tokens, Tensor) else row.tokens)]
+        counts = tuple(len(row.tokens) for row in rows)
+        places = [p for row, count in zip(rows, counts, strict=True) for p in range(row.start, row.start + count)]
+        laid = self.laid(tuple(row.group for row in rows), counts)
+        now = self.forward(laid, {"input_ids": torch.tensor([tokens])}, torch.tensor(places), attention)
         assert now.hidden is not None
-        with running(plan):
+        with running(laid.plan):
             return self.form.apply(self.host.entry.head(now.layout.restore(now.hidden)[:, None]))[:, 0]
 
-    def forward(self, plan: Plan, inputs: dict, counts: Tensor, places: Tensor, attention: Attention) -> Pass:
-        """One pass of the base over rows side by side; counts [R] are their new tokens, places [N] where these stand."""
-        facts, device = self.host.entry.facts, self.host.adapter_device
-        routes = None if plan.routes is None else plan.routes.over(plan.routes.of.repeat_interleave(counts))
+    def laid(self, groups: tuple[Group, ...], counts: tuple[int, ...]) -> Laid:
+        """The plan of a step of rows that go through `groups` and have so many new tokens: the last ones are kept, and what
+        layers keep of a plan for any rows of the same adapters."""
+        key = groups, counts
+        if key in self._laid:
+            self._laid.move_to_end(key)
+            return self._laid[key]
+        last = torch.tensor(counts).cumsum(0) - 1
+        different = tuple(sorted(set(groups)))
+        if len(different) == 1:
+            made = Laid(Plan(self.host.switch, different[0]), None, last.to(self.host.adapter_device))
+        else:
+            if different not in self._sets:
+                self._sets[different] = Routes(list(different), torch.zeros(0, dtype=torch.long))
+            self._sets.move_to_end(different)
+            of = torch.tensor([different.index(group) for group in groups])
+            adapters = tuple(dict.fromkeys(name for group in different for name in group))
+            rows = self._sets[different].over(of, packed=False)
+            tokens = rows.over(of.repeat_interleave(torch.tensor(counts)))
+            made = Laid(Plan(self.host.switch, adapters, rows), tokens, last.to(self.host.adapter_device))
+        self._laid[key] = made
+        while len(self._laid) > 16:
+            self._laid.popitem(last=False)
+        while len(self._sets) > 2:  # they hold the adapters' factors a second time
+            gone = self._sets.popitem(last=False)[0]
+            self._laid = OrderedDict((k, v) for k, v in self._laid.items() if tuple(sorted(set(k[0]))) != gone)
+        return made
+
+    def forget(self, *names: str) -> None:
+        """Keep nothing of these adapters, whose values change or which go."""
+        gone = set(names)
+        self._sets = OrderedDict((k, v) for k, v in self._sets.items() if not gone & {n for group in k for n in group})
+        self._laid = OrderedDict((k, v) for k, v in self._laid.items() if not gone & set(v.plan.adapters))
+
+    def forward(self, laid: Laid, inputs: dict, places: Tensor, attention: Attention) -> Pass:
+        """One pass of the base over rows side by side; places [N]: where their new tokens stand."""
+        facts, device, plan = self.host.entry.facts, self.host.adapter_device, laid.plan
         inputs = {name: value.to(device) for name, value in inputs.items()}
         if facts.takes_positions:
             inputs["position_ids"] = (places + facts.offset)[None].to(device)
         options: dict[str, Any] = {"use_cache": False} if facts.takes("use_cache") else {}
         call = Call(batch=1)
         check_room(self.host, facts, plan, call, inputs)
-        step = Step((counts.cumsum(0) - 1).to(device))
-        passing = Run(laid=Pass(Scope(plan, routes, attention), call, step))
+        passing = Run(laid=Pass(Scope(plan, laid.routes, attention), call, Step(laid.last)))
         with running(plan), passing.going():
             self.host.base_model(**inputs, **options)
         assert passing.ended is not None
@@ -140,9 +189,8 @@ class Served:
             places = torch.arange(start, start + len(virtual))
             embeds = virtual.to(self.host._compute_dtype())[None]
             self.forward(
-                Plan(self.host.switch, group), {"inputs_embeds": embeds}, torch.tensor([len(virtual)]), places,
-                cache.over([(0, len(virtual))]),
-            )  # fmt: skip
+                self.laid((group,), (len(virtual),)), {"inputs_embeds": embeds}, places, cache.over([(0, len(virtual))])
+            )
         return FrontMemory(cache.kept[0], start + (0 if virtual is None else len(virtual)))
 
     def refuse(self) -> None:
@@ -260,6 +308,11 @@ class Steps(Trial):
         advice = "Serve it through generate, in batches."
         with self.quiet(), torch.no_grad(), self.disturbed(self.groups):
             wanted, form = self.alone()
+            if not bool(torch.isfinite(wanted).all()):
+                names = "+".join(self.groups[0]) or "no adapter"
+                raise AdapterError(
+                    f"Under {names} the logits of {name} are no finite numbers. Train it anew, or load it again."
+                )
             if form is None:
                 raise UnsupportedError(f"{name} makes its logits in an unknown way. {advice}")
             before, self.served.form = self.served.form, form

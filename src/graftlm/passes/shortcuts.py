@@ -25,6 +25,7 @@ from ..kernels import keep_freed_memory
 from ..routing import Group, Plan
 from .facts import Facts
 from .inputs import tokens_of
+from .invoked import waits
 from .packed import Packing
 from .state import Call, Form
 from .trial import Check, log
@@ -128,6 +129,8 @@ class Shortcuts:
     # -- what holds for this model -----------------------------------------------------------------------------------
     def form(self, plan: Plan) -> Form | None:
         """The short cuts that give what the plain model gives, under adapters of this kind; None for none."""
+        if waits(self.host, plan):  # tokens of one row go through different adapters, in the head as well
+            return None
         forms = [host.entry.shortcuts.group_form(group) for host, group in self.host.owners(plan)]
         known = [f for f in forms if f is not None]
         return replace(known[0], packs=all(f.packs for f in known)) if len(known) == len(forms) else None

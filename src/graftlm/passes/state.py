@@ -215,6 +215,9 @@ class Run:
         resumed: inputs of a `generate` that goes on from a filled cache, whole, until its first pass takes what is new.
         encoded: the encoder's outputs have come through this call's plan.
         laid: its only pass, where it was laid out before.
+        prompt: ids that a `generate` was given [B, N], where an adapter waits for its invocation in them; `first` is how
+            many places of the cache are before them.
+        invoked: by adapter that waits, whether it acts on the last token of each row [B].
         ended: the pass that ended last.
     """
 
@@ -223,6 +226,9 @@ class Run:
     resumed: dict[str, Tensor] | None = None
     encoded: bool = False
     laid: Pass | None = None
+    prompt: Tensor | None = None
+    first: int | None = None
+    invoked: dict[str, Tensor] | None = None
     ended: Pass | None = None
 
     @contextmanager

@@ -8,6 +8,7 @@ print(result.metrics["loss_before"], result.metrics["loss"])
 
 from __future__ import annotations
 
+from .callbacks import RankSchedule
 from .compiling import CompiledLayers
 from .evaluation import Evaluation, evaluate, evaluation, generate_texts
 from .recipes import BaseModelError, Recipe, RunResult, measure, recipe_of, resolve_base, run
@@ -19,6 +20,7 @@ __all__ = [
     "CompiledLayers",
     "Evaluation",
     "Outcome",
+    "RankSchedule",
     "Recipe",
     "RunResult",
     "Together",

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
 from .. import processes
+from ..adapters import AdapterSet
 from .surroundings import log
 
 
@@ -39,6 +41,27 @@ class Request:
     @property
     def answered(self) -> bool:
         return self.loss is not None or self.error is not None
+
+
+class RankSchedule(TrainerCallback):
+    """For a `transformers.Trainer`: AdaLoRA's ranks after each step (`graftlm.Trainer` has it). An adapter without
+    `total_step` takes the Trainer's number of steps.
+
+        Trainer(model, arguments, callbacks=[graftlm.RankSchedule()], …)
+    """
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        for method, host in self._methods(model):
+            method.before_steps(host, state.max_steps)
+
+    def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        for method, host in self._methods(model):
+            method.after_step(host, state.global_step)
+
+    @staticmethod
+    def _methods(model: Any) -> list[tuple[Any, Any]]:
+        host = extract_model_from_parallel(model)
+        return [(host.methods[name], host) for name in host.switch.active] if isinstance(host, AdapterSet) else []
 
 
 class StopWhenAsked(TrainerCallback):

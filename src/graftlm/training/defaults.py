@@ -31,6 +31,8 @@ class MethodDefaults:
         power, depth: how fast it falls with the width and with the layers.
         options: configuration fields that differ from the library's defaults in recipes.
         text_init: fields that start the adapter from a text; used where the recipe names no other start.
+        needs: a field that a recipe must give, as there is no default for it ("" for none): `compare` leaves the method out
+            of `every`.
     """
 
     learning_rate: float
@@ -38,6 +40,7 @@ class MethodDefaults:
     depth: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
     text_init: dict[str, Any] = field(default_factory=dict)
+    needs: str = ""
 
     def rate(self, width: int, layers: int = LAYERS) -> float:
         """The learning rate on a base of a shape, to two digits."""
@@ -48,6 +51,7 @@ class MethodDefaults:
 DEFAULTS: dict[PeftType, MethodDefaults] = {
     PeftType.LORA: MethodDefaults(learning_rate=1e-3, power=0.8, options={"target_modules": "all-linear"}),
     PeftType.PROMPT_TUNING: MethodDefaults(learning_rate=3e-2, power=1.0, options={"prompt_tuning_init": "SAMPLE_VOCAB"}),
+    PeftType.MULTITASK_PROMPT_TUNING: MethodDefaults(learning_rate=3e-2, power=1.0),  # a guess
     PeftType.P_TUNING: MethodDefaults(
         learning_rate=1e-3, power=1.0, options={"init_weights": "vocab"}, text_init={"init_weights": "text"}
     ),
@@ -55,6 +59,13 @@ DEFAULTS: dict[PeftType, MethodDefaults] = {
     PeftType.PREFIX_TUNING: MethodDefaults(learning_rate=1e-2, power=0.0, depth=2.0, text_init={"init_weights": "text"}),
     PeftType.BOTTLENECK: MethodDefaults(learning_rate=1e-3, power=0.8),
     PeftType.IA3: MethodDefaults(learning_rate=1e-2, power=0.8),
+    PeftType.ADAPTION_PROMPT: MethodDefaults(learning_rate=1e-2, power=0.8),  # a guess
+    PeftType.TRAINABLE_TOKENS: MethodDefaults(learning_rate=1e-3, power=0.8),  # a guess
+    # guesses, of the following four
+    PeftType.MISS: MethodDefaults(learning_rate=3e-4, power=0.8, options={"target_modules": "all-linear"}),
+    PeftType.OFT: MethodDefaults(learning_rate=1e-3, power=0.8, options={"target_modules": "all-linear"}),
+    PeftType.BOFT: MethodDefaults(learning_rate=5e-3, power=0.8, options={"target_modules": "all-linear"}),
+    PeftType.ADALORA: MethodDefaults(learning_rate=3e-3, power=0.8, options={"target_modules": "all-linear"}),
     PeftType.LOHA: MethodDefaults(learning_rate=2e-3, power=0.8, options={"target_modules": "all-linear"}),
 }
 OTHER = MethodDefaults(learning_rate=1e-3, power=0.8)

@@ -326,7 +326,9 @@ class Together:
 
 def scaled(request: Request, total: Tensor, count: int) -> Tensor:
     """A run's loss as its Trainer has it, from the sum over its labels."""
-    return total / request.items if request.items is not None else total / max(count, 1) / request.parts
+    penalty = request.model.penalty(request.model.switch.active)
+    added = 0.0 if penalty is None else penalty
+    return total / request.items + added if request.items is not None else (total / max(count, 1) + added) / request.parts
 
 
 def train_together(

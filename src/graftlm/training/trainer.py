@@ -27,7 +27,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from ..errors import CheckpointError
 from ..model import PeftModel
 from .arguments import check_precision
-from .callbacks import EpochLog, Request, StopWhenAsked, TrainingInterrupted
+from .callbacks import EpochLog, RankSchedule, Request, StopWhenAsked, TrainingInterrupted
 from .curve import save_curve
 from .joining import Joiner
 from .meters import EpochMeter, TokenLoss, labelled_tokens, peak_memory, perplexity, real_tokens
@@ -63,6 +63,8 @@ class Trainer(transformers.Trainer):
         # the meter first: it starts clocks and sums; the stop last: it overrules what others decide
         for callback in (self.meter, EpochLog(self), self.progress, self.stop):
             self.add_callback(callback)
+        if not any(isinstance(own, RankSchedule) for own in self.callback_handler.callbacks):
+            self.add_callback(RankSchedule())
         self._pending: list[Tensor] = []
         self.joiner = Joiner()
         self.member: Any = None  # of several runs that train together
@@ -145,6 +147,8 @@ class Trainer(transformers.Trainer):
         model = self.accelerator.unwrap_model(self.model)
         several = self.args.gradient_accumulation_steps > 1 and num_items_in_batch is not None and self.args.n_gpu <= 1
         if not (several and self._plain_loss and self.model_accepts_loss_kwargs and isinstance(model, PeftModel)):
+            return False
+        if model.penalised:  # added to the loss of each batch
             return False
         with self.accelerator.autocast():  # as in the passes
             return model.can_pack()

@@ -1,0 +1,297 @@
+"""The engine's work on the model: compositions made ready, steps of rows, tokens chosen; all in the engine's thread."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..architectures import token_embeddings
+from ..errors import RequestError, ServingError
+from ..passes.served import Row, Served
+from .cache import KeyValueCache, Span
+from .constraints import Constraints
+from .detokenize import Detokenizer
+from .jobs import Composition, Job, Writing
+from .registry import Registry, Version
+from .requests import TokenLogprob
+from .sampling import Chooser, choose, logprob
+from .scheduler import Piece, Scheduler, Step
+from .scheduler import Sequence as Tokens
+from .starts import Starts
+from .text import end_tokens
+
+log = logging.getLogger("graftlm.serving")
+
+
+class Owner(Protocol):
+    """Who is told of requests."""
+
+    def started(self, job: Job) -> None:
+        """It waits no more."""
+
+    def settle(self, job: Job) -> None:
+        """It is over."""
+
+    def drop(self, job: Job, error: Exception) -> None:
+        """It failed."""
+
+
+class Stepping:
+    """Steps of an engine.
+
+    Args:
+        owner: the engine.
+        tokenizer: None for token ids only.
+        limit: tokens that a row may have at most.
+
+    Attributes:
+        vocabulary: ids that the model has rows for.
+        writings: the completions on their way, by their tokens.
+    """
+
+    def __init__(
+        self, owner: Owner, served: Served, scheduler: Scheduler, starts: Starts, registry: Registry, tokenizer: Any,
+        limit: int,
+    ) -> None:  # fmt: skip
+        self.owner = owner
+        self.served = served
+        self.scheduler = scheduler
+        self.starts = starts
+        self.registry = registry
+        self.tokenizer = tokenizer
+        self.limit = limit
+        self.constraints = Constraints(tokenizer)
+        self.cache = KeyValueCache(served, scheduler.space.capacity)
+        self.compositions: dict[tuple[Version, ...], Composition] = {}
+        self.writings: dict[Tokens, Writing] = {}
+        self.vocabulary = token_embeddings(served.host.base).weight.shape[0]  # type: ignore[union-attr]
+        first, others = end_tokens(tokenizer, served.host)
+        self.ends = [*first, *others]
+        scheduler.known = self._known
+
+    # -- compositions ----------------------------------------------------------------------------------------------------
+    def composition(self, versions: tuple[Version, ...]) -> Composition:
+        """Attached adapters together, ready for steps."""
+        if versions not in self.compositions:
+            group, host = tuple(v.attached for v in versions), self.served.host
+            # soft prompts are in the cache once and for all; what else they may train acts on
+            soft = {
+                n for n in group
+                if any(host.counts((n,))) and not getattr(host.methods[n].config, "modules_to_save", None)
+            }  # fmt: skip
+            digest = hashlib.blake2b("+".join(v.digest for v in versions).encode(), digest_size=16).hexdigest()
+            front = self.served.admit(group)
+            acting = tuple(n for n in group if n not in soft)
+            self.starts.plant(digest, front)
+            self.compositions[versions] = Composition(
+                versions=versions, group=group, acting=acting, digest=digest, front=self.starts.fronts[digest]
+            )
+        return self.compositions[versions]
+
+    def forget(self, version: Version) -> None:
+        """An adapter was detached."""
+        self.served.forget(version.attached)
+        gone = {versions: c for versions, c in self.compositions.items() if version in versions}
+        for versions in gone:
+            del self.compositions[versions]
+        left = {c.digest for c in self.compositions.values()}
+        for composition in gone.values():
+            if composition.digest not in left and version.retired:  # another one may come back to what is kept
+                self.starts.fell(composition.digest)
+
+    # -- requests begin and end ------------------------------------------------------------------------------------------
+    def begin(self, job: Job) -> None:
+        """Let a request's first completion wait for its turn, the others for that one's prompt."""
+        request = job.handle.request
+        composition = self.composition(job.versions)
+        length = composition.front.length + len(request.prompt) + request.params.max_new_tokens
+        if length > self.limit:
+            raise RequestError(
+                f"A prompt of {len(request.prompt)} tokens, {composition.front.length} places of {request.adapter!r} in front "
+                f"of it and max_new_tokens={request.params.max_new_tokens} are {length} together; this server has room for "
+                f"{self.limit} a request. Shorten the prompt, or ask for fewer tokens."
+            )
+        made = [self._writing(job, composition, index) for index in range(request.n)]
+        job.composition = composition
+        self.registry.take(job.versions)
+        job.writings, job.later = made, made[1:]
+        for writing in made:
+            self.writings[writing.tokens] = writing
+        self.scheduler.add(made[0].tokens)
+
+    def _writing(self, job: Job, composition: Composition, index: int) -> Writing:
+        request = job.handle.request
+        p = request.params
+        ends = [*([] if p.ignore_end else self.ends), *p.stop_ids]
+        constraint = None
+        if p.formatted:
+            assert p.response_format is not None
+            constraint = self.constraints.of(p.response_format, ends)
+        tokens = Tokens(
+            tokens=list(request.prompt), group=composition.digest, front=composition.front.length, deadline=job.deadline
+        )
+        device = self.served.host.adapter_device
+        chooser = Chooser(p, request.prompt, ends, p.seed + index, self.vocabulary, device, constraint)
+        text = None if self.tokenizer is None else Detokenizer(self.tokenizer, p.stop)
+        return Writing(job, index, tokens, chooser, ends, text)
+
+    def end(self, writing: Writing, finish: str) -> None:
+        """A completion ends before its time."""
+        writing.end(finish)
+        self.remove(writing)
+        self._settled(writing.job)
+
+    def remove(self, writing: Writing) -> None:
+        """Take a completion out of the batch."""
+        job = writing.job
+        if writing in job.later:
+            job.later.remove(writing)
+        else:
+            self.scheduler.remove(writing.tokens)
+        self.writings.pop(writing.tokens, None)
+        job.writings.remove(writing)
+
+    def _settled(self, job: Job) -> None:
+        if not job.writings:
+            self.owner.settle(job)
+        elif len(job.later) == len(job.writings):  # the one that the others waited for is gone
+            self._add_later(job)
+
+    def _add_later(self, job: Job) -> None:
+        for writing in job.later:
+            self.scheduler.add(writing.tokens)
+        job.later = []
+
+    # -- a step ----------------------------------------------------------------------------------------------------------
+    def step(self, now: float) -> None:
+        """The next step of whoever is in the batch. `now`: the time, for deadlines."""
+        step = self.scheduler.schedule(now)
+        for tokens in step.expired:
+            self._expired(self.writings[tokens])
+        self._carry_out(step)
+        if not step.pieces:
+            return
+        # decoding rows whose extents lie side by side attend in one product
+        pieces = sorted(step.pieces, key=lambda p: (p.count > 1, p.sequence.extent.start))  # type: ignore[union-attr]
+        failed: dict[Piece, Exception] = {}
+        logits = self._forward(pieces, failed)
+        ran = [piece for piece in pieces if piece not in failed]
+        completes = [piece.completes for piece in ran]
+        self.scheduler.ran(ran)
+        self._write([(p, row) for p, row, complete in zip(ran, logits, completes, strict=True) if complete])
+        self._drop_broken([(p, row) for p, row, complete in zip(ran, logits, completes, strict=True) if not complete])
+        for piece, error in failed.items():
+            self._fail(self.writings[piece.sequence], ServingError(f"A step of the model failed: {error!r}"))
+
+    def _expired(self, writing: Writing) -> None:
+        writing.end("timeout")
+        self.writings.pop(writing.tokens, None)
+        writing.job.writings.remove(writing)
+        for other in [w for w in writing.job.later if w in writing.job.writings]:
+            self.end(other, "timeout")
+        self._settled(writing.job)
+
+    def _carry_out(self, step: Step) -> None:
+        """What the scheduler decided about places."""
+        for move in step.moves:
+            self.cache.hold(move.target + move.count)
+            self.cache.move(move.source, move.target, move.count)
+        for tokens in step.joined:
+            writing = self.writings[tokens]
+            composition = writing.job.composition
+            assert tokens.extent is not None and composition is not None
+            self.cache.hold(tokens.extent.start + tokens.extent.size)
+            at = self.cache.fill(tokens.extent.start, composition.front.memory)
+            for memory, count in self.starts.find(composition.digest, tokens.tokens[: tokens.done]):
+                at = self.cache.fill(at, memory, count)
+            if writing.index == 0:
+                writing.job.cached = max(writing.job.cached, tokens.cached)
+            self.owner.started(writing.job)
+
+    def _forward(self, pieces: list[Piece], failed: dict[Piece, Exception]) -> list[Tensor]:
+        """Logits [V] behind each piece. Where a step fails its rows are tried one by one: what one of them writes to the
+        cache again stands there already."""
+        try:
+            return list(self._logits(pieces))
+        except Exception as error:
+            log.exception("A step of %d rows failed", len(pieces))
+            if len(pieces) == 1:
+                failed[pieces[0]] = error
+                return []
+        made = []
+        for piece in pieces:
+            made += self._forward([piece], failed)
+        return made
+
+    def _logits(self, pieces: list[Piece]) -> Tensor:
+        rows, spans = [], []
+        for piece in pieces:
+            tokens = piece.sequence
+            composition = self.writings[tokens].job.composition
+            assert tokens.extent is not None and composition is not None
+            filled = tokens.front + tokens.done
+            rows.append(Row(composition.acting, tokens.tokens[tokens.done : tokens.done + piece.count], filled))
+            spans.append(Span(tokens.extent, filled, piece.count))
+        return self.served.step(rows, self.cache.over(spans))
+
+    def _write(self, rows: list[tuple[Piece, Tensor]]) -> None:
+        """Choose the next token of each row; logits [V] a row."""
+        if not rows:
+            return
+        writings = [self.writings[piece.sequence] for piece, _ in rows]
+        logits = torch.stack([row for _, row in rows])
+        for writing, token, row in zip(writings, choose([w.chooser for w in writings], logits), logits, strict=True):
+            tokens = writing.tokens
+            if tokens not in self.writings:  # another completion of its request failed
+                continue
+            if token is None:
+                self._fail(writing, _no_numbers(row))
+                continue
+            if len(tokens.tokens) == tokens.prompt:
+                self._keep(tokens)
+                self._add_later(writing.job)
+            asked = writing.job.handle.request.params.logprobs
+            probability: TokenLogprob | None = None if asked is None else logprob(row, token, asked)
+            if writing.took(token, probability):
+                self._keep(tokens)
+                self.remove(writing)
+                self._settled(writing.job)
+
+    def _drop_broken(self, rows: list[tuple[Piece, Tensor]]) -> None:
+        """Prompts in the midst of which numbers are no finite ones go at once, before others come to their places."""
+        for piece, row in rows:
+            if not bool(torch.isfinite(row.max())):
+                self._fail(self.writings[piece.sequence], _no_numbers(row))
+
+    def _fail(self, writing: Writing, error: Exception) -> None:
+        """A request fails; its places are wiped, for nobody may read what is no number."""
+        for other in writing.job.writings:
+            if other.tokens.extent is not None:
+                self.cache.clear(other.tokens.extent)
+        self.owner.drop(writing.job, error)
+
+    # -- shared starts ---------------------------------------------------------------------------------------------------
+    def _known(self, tokens: Tokens) -> int:
+        composition = self.writings[tokens].job.composition
+        assert composition is not None
+        return self.starts.known(composition.digest, tokens.tokens[:-1])
+
+    def _keep(self, tokens: Tokens) -> None:
+        """Keep a row's tokens for those that begin alike."""
+        composition = self.writings[tokens].job.composition
+        assert composition is not None and tokens.extent is not None
+        held = tokens.tokens[: tokens.done]
+        new = self.starts.missing(composition.digest, held)
+        if new:
+            start = tokens.extent.start + tokens.front + tokens.done - new
+            self.starts.add(composition.digest, held, self.cache.read(start, new))
+
+
+def _no_numbers(logits: Tensor) -> Exception:
+    if bool(torch.isfinite(logits.max())):
+        return ServingError("No token is allowed here by what the request asks for (logit_bias, response_format).")
+    return ServingError("The model's logits are no finite numbers under this adapter.")
