@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -20,7 +20,9 @@ def serve(
     ] = None,
     adapter_dir: Annotated[
         list[Path] | None,
-        typer.Option(help="Folder of adapters: each is served by its folder's name, read at its first use. May be repeated."),
+        typer.Option(
+            help="Folder of adapters: each is served by its folder's name, read at its first use. May be repeated."
+        ),
     ] = None,
     quantization: _base.QuantizationOption = None,
     name: Annotated[str | None, typer.Option(help="What requests call the base. Default: its name.")] = None,
@@ -30,13 +32,12 @@ def serve(
         list[str] | None, typer.Option(envvar="GRAFTLM_API_KEY", help="Key that requests need. May be repeated.")
     ] = None,
     admin_key: Annotated[
-        str | None, typer.Option(envvar="GRAFTLM_ADMIN_KEY", help="Key that loads and unloads adapters; without: nobody can.")
+        str | None,
+        typer.Option(envvar="GRAFTLM_ADMIN_KEY", help="Key that loads and unloads adapters; without: nobody can."),
     ] = None,
-    max_adapters: Annotated[int, typer.Option(help="Adapters in memory at a time; the others wait on disk.")] = 32,
+    max_adapters: Annotated[int, typer.Option(help="Adapters in memory at a time; the others wait on disk.")] = 16,
     max_rows: Annotated[int, typer.Option(help="Completions that are written at a time.")] = 16,
-    cache_tokens: Annotated[
-        int | None, typer.Option(help="Places of the key-value cache. Default: what a quarter of the free memory holds.")
-    ] = None,
+    cache_tokens: Annotated[int | None, typer.Option(help="Places of the key-value cache. Default: 16384.")] = None,
     max_prompt: Annotated[int | None, typer.Option(help="Tokens of a prompt. Default: the base's context.")] = None,
     max_choices: Annotated[int, typer.Option(help="Completions of one request.")] = 16,
     queue: Annotated[int, typer.Option(help="Requests that may wait.")] = 256,
@@ -45,13 +46,13 @@ def serve(
 ) -> None:
     """Serve a base and its adapters over HTTP, as OpenAI's API; requests of all adapters go through the base together.
 
-    A request names its adapter as `model`, several as `a+b`, the base by its own name. Stop with Ctrl-C or SIGTERM: what runs
-    may end first.
+    A request names its adapter as `model`, several as `a+b`, the base by its own name. Stop with Ctrl-C or SIGTERM: what
+    runs may end first.
     """
     try:
         from ..serving.run import run
-        from ..serving.service import Service
         from ..serving.settings import Settings
+        from ..serving.start import service_of
     except ImportError as error:
         raise ConfigError(f"The server needs more packages ({error.name}): {EXTRA}") from error
     adapters = _base.named_adapters(adapter)
@@ -61,20 +62,14 @@ def serve(
         api_keys=frozenset(api_key or ()), admin_key=admin_key, max_prompt=max_prompt, max_choices=max_choices,
         queue_requests=queue, timeout=timeout, log_prompts=log_prompts,
     )  # fmt: skip
+    limits = {"max_adapters": max_adapters, "max_rows": max_rows, "cache_tokens": cache_tokens}
     model, tokenizer = _base.load_base(chosen, quantization)
-    engine = made_engine(model, tokenizer, settings, max_adapters=max_adapters, max_rows=max_rows, cache_tokens=cache_tokens)
-    typer.echo(f"Serving {', '.join([settings.base_name, *engine.registry.names])} at http://{host}:{port}/v1", err=True)
-    with _base.ready_to_generate(model):
-        run(Service(engine, tokenizer, settings), host, port)
+    service = service_of(model, tokenizer, settings, **{k: v for k, v in limits.items() if v is not None})
+    names = ", ".join([settings.base_name, *service.adapters.names()])
+    typer.echo(f"Serving {names} at http://{host}:{port}/v1", err=True)
+    run(service, host, port)
 
 
 def base_name(base: str) -> str:
     """What a base is called: its name, or that of its folder or file."""
     return Path(base).name.removesuffix(".gguf")
-
-
-def made_engine(model: Any, tokenizer: Any, settings: Any, **limits: Any) -> Any:
-    """The engine over a base, knowing its adapters."""
-    from ..serving.start import engine_of
-
-    return engine_of(model, tokenizer, settings, **limits)

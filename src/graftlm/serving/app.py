@@ -184,7 +184,7 @@ def _packed(vector: list[float]) -> str:
     return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
-# -- what there is -----------------------------------------------------------------------------------------------------------
+# -- what there is ------------------------------------------------------------------------------------------------------
 def _add_models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models() -> Response:

@@ -29,7 +29,7 @@ class Prompts:
     def of_text(self, given: str | Sequence[int], special: bool = True) -> list[int]:
         """Ids of a text, or ids that were given, checked."""
         if isinstance(given, str):
-            found = list(self.tokenizer(given, add_special_tokens=special)["input_ids"])
+            found = list(self.tokenizer(whole(given), add_special_tokens=special)["input_ids"])
         else:
             found = list(given)
             wrong = next((i for i in found if i >= self.vocabulary), None)
@@ -85,7 +85,7 @@ class Prompts:
 
     def _plain(self, message: Message) -> dict[str, Any]:
         role = "system" if message.role == "developer" else message.role
-        made: dict[str, Any] = {"role": role, "content": message.text}
+        made: dict[str, Any] = {"role": role, "content": whole(message.text)}
         if message.tool_calls:
             made["tool_calls"] = [
                 {
@@ -116,6 +116,15 @@ class Prompts:
         except Exception:  # a template that cannot render one question cannot be asked for more
             return False
         return texts[0] != texts[1]
+
+
+def whole(text: str) -> str:
+    """A text; an error where it holds half a character, which JSON can (a lone surrogate) and tokenizers do not take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ApiError(400, f"the text holds half a character (a lone surrogate) at place {error.start}") from error
+    return text
 
 
 def _loaded(arguments: str | dict[str, Any]) -> Any:

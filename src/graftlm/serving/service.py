@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import AdapterError, CheckpointError, ConfigError, nearest
-from ..inference import Engine, Request, SamplingParams
-from ..inference.engine import BusyError, EngineError, TooLongError
+from ..errors import GraftError, QueueFullError, RequestError, ServingError, UnknownAdapterError, nearest
+from ..inference.engine import Engine
+from ..inference.requests import Request, SamplingParams
+from .adapters import Adapters
 from .answers import Token
 from .errors import ApiError, of
 from .metrics import Load, Metrics
@@ -30,6 +31,7 @@ from .tools import call_schema
 
 logger = logging.getLogger("graftlm.serving")
 RETRY_AFTER = 2  # seconds that a client is told to wait where too much waits
+SILENCE = 120  # seconds of one step after which the engine counts as stuck
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,10 @@ class Service:
     def __init__(self, engine: Engine, tokenizer: Any, settings: Settings) -> None:
         self.engine = engine
         self.settings = settings
-        self.prompts = Prompts(tokenizer, engine.vocabulary)
+        self.adapters = Adapters(engine.registry, tuple(settings.adapter_dirs), settings.base_name)
+        self.vocabulary = engine.stepping.vocabulary
+        self.context = engine.limit
+        self.prompts = Prompts(tokenizer, self.vocabulary)
         self.spelling = Spelling(tokenizer)
         self.metrics = Metrics(settings.base_name, self.load_now)
         self.draining = False
@@ -78,19 +83,25 @@ class Service:
 
     def stop(self) -> None:
         """End the engine; what still waits gets an error."""
-        self.engine.stop()
+        self.draining = True
+        self.engine.close()
 
     @property
     def wrong(self) -> str | None:
         """Why nothing is served any more."""
-        return self.engine.failure
+        health = self.engine.health()
+        if health.alive and health.silent < SILENCE:
+            return None
+        return health.error or (f"the engine has been silent for {health.silent:.0f} s" if health.alive else "stopped")
 
     def load_now(self) -> Load:
         """What the engine holds."""
-        state = self.engine.state()
+        health, registry = self.engine.health(), self.engine.registry
+        running = sorted({v.name for v in list(registry.live) if v.users})
+        waiting = sorted({v.name for job in list(self.engine._pending) for v in job.versions})
         return Load(
-            running=state.running, waiting=state.waiting, cache_used=state.cache_used, max_adapters=state.max_adapters,
-            running_adapters=tuple(state.running_adapters), waiting_adapters=tuple(state.waiting_adapters),
+            running=health.running, waiting=health.waiting, cache_used=health.cache_usage, max_adapters=registry.most,
+            running_adapters=tuple(running), waiting_adapters=tuple(waiting),
         )  # fmt: skip
 
     @contextlib.contextmanager
@@ -98,7 +109,7 @@ class Service:
         """Errors of ours as clients are told them; those that nobody foresaw go to the log whole."""
         try:
             yield
-        except (BusyError, ConfigError, AdapterError, CheckpointError, TooLongError, EngineError, ApiError) as error:
+        except (GraftError, ApiError) as error:
             told = self._told(error)
             self.metrics.requests.labels(endpoint, str(told.status)).inc()
             raise told from error
@@ -111,12 +122,16 @@ class Service:
     def _told(error: Exception) -> ApiError:
         if isinstance(error, ApiError):
             return error
-        if isinstance(error, BusyError):
+        if isinstance(error, QueueFullError):
             return ApiError(429, str(error), code="queue_full", retry_after=RETRY_AFTER)
-        if isinstance(error, TooLongError):
-            return ApiError(400, str(error), param="messages", code="context_length_exceeded")
-        if isinstance(error, EngineError):
-            return ApiError(503, str(error), code="engine_dead")
+        if isinstance(error, UnknownAdapterError):
+            return ApiError(404, str(error), param="model", code="model_not_found")
+        if isinstance(error, RequestError):
+            return ApiError(400, str(error), code="context_length_exceeded" if "together" in str(error) else None)
+        if isinstance(error, ServingError):
+            return ApiError(503, str(error), code="engine_failed", retry_after=RETRY_AFTER)
+        if not isinstance(error, GraftError):
+            return of(error)
         return ApiError(400, str(error))
 
     # -- what is asked for -------------------------------------------------------------------------------------------------
@@ -124,13 +139,13 @@ class Service:
         """The engine's name for a model: "" for the base, names joined by '+' for a composition; 404 for any other."""
         if model == self.settings.base_name:
             return ""
-        known = self.engine.adapters.names()
         parts = model.split("+")
-        unknown = [part for part in parts if part not in known]
-        if unknown:
-            names = [self.settings.base_name, *known]
+        if not self.adapters.knows(parts):
+            known = self.adapters.names()
+            missing = next(part for part in parts if part not in known)
             raise ApiError(
-                404, f"There is no model {model!r}{nearest(unknown[0], names)}. GET /v1/models lists them.",
+                404,
+                f"There is no model {model!r}{nearest(missing, [self.settings.base_name, *known])}. GET /v1/models lists them.",
                 param="model", code="model_not_found",
             )  # fmt: skip
         if len(set(parts)) < len(parts):
@@ -171,16 +186,16 @@ class Service:
         if n * len(prompts) > s.max_choices:
             raise ApiError(400, f"n={n} for {len(prompts)} prompts is over this server's {s.max_choices} choices", param="n")
         longest = max(len(ids) for ids in prompts)
-        limit = s.max_prompt or self.engine.context
+        limit = s.max_prompt or self.context
         if limit is not None and longest > limit:
             raise ApiError(
                 400, f"The prompt has {longest} tokens; this server takes {limit}.", code="context_length_exceeded",
                 param="messages" if endpoint == "chat" else "prompt",
             )  # fmt: skip
         bias = body.logit_bias or {}
-        if (wrong := next((i for i in bias if not 0 <= i < self.engine.vocabulary), None)) is not None:
-            raise ApiError(400, f"logit_bias: {wrong} is no token id (0 to {self.engine.vocabulary - 1})", param="logit_bias")
-        most = self.engine.room(adapter, longest) if most is None else most
+        if (wrong := next((i for i in bias if not 0 <= i < self.vocabulary), None)) is not None:
+            raise ApiError(400, f"logit_bias: {wrong} is no token id (0 to {self.vocabulary - 1})", param="logit_bias")
+        most = self.room(adapter, longest) if most is None else most
         params = SamplingParams(
             max_new_tokens=most,
             temperature=1.0 if body.temperature is None else body.temperature,
@@ -201,6 +216,16 @@ class Service:
         )
         made = tuple(tuple(ids) for ids in prompts)
         return Wanted(endpoint=endpoint, model=body.model, adapter=adapter, prompts=made, params=params, n=n, keep=keep)
+
+    def room(self, adapter: str, prompt: int) -> int:
+        """Tokens that may follow a prompt of so many."""
+        front = sum(self.adapters.about(name).front for name in adapter.split("+") if name)
+        return max(1, self.context - front - prompt)
+
+    @property
+    def width(self) -> int:
+        """Of a hidden state."""
+        return int(self.engine.model.get_input_embeddings().weight.shape[1])
 
     @staticmethod
     def _format(body: Generation) -> dict[str, Any] | None:
@@ -263,28 +288,32 @@ class Service:
     async def embed(self, body: EmbeddingRequest) -> tuple[list[list[float]], int]:
         """Vectors of texts, and how many tokens these had."""
         adapter = self.adapter_of(body.model)
-        if body.dimensions not in (None, self.engine.width):
-            raise ApiError(400, f"dimensions={body.dimensions}: this base gives {self.engine.width}", param="dimensions")
+        if body.dimensions not in (None, self.width):
+            raise ApiError(400, f"dimensions={body.dimensions}: this base gives {self.width}", param="dimensions")
         ids = [self.prompts.of_text(text) for text in body.inputs]
         if not ids:
             raise ApiError(400, "input is empty", param="input")
-        limit = self.settings.max_prompt or self.engine.context
+        limit = self.settings.max_prompt or self.context
         if limit is not None and (longest := max(map(len, ids))) > limit:
             raise ApiError(400, f"An input has {longest} tokens; this server takes {limit}.", code="context_length_exceeded")
-        vectors = await asyncio.to_thread(self.engine.embed, adapter, ids, body.pooling)
+        vectors = await asyncio.wrap_future(self.engine.embed(adapter, ids, body.pooling, self.settings.timeout))
         return vectors, sum(map(len, ids))
 
     # -- models ------------------------------------------------------------------------------------------------------------
     def models(self) -> list[dict[str, Any]]:
         """The base, and all adapters: loaded ones, and those on disk that have not been used yet."""
-        return [self._base(), *(self._adapter(name) for name in self.engine.adapters.names())]
+        return [self._base(), *(self._adapter(name) for name in self.adapters.names())]
 
     def model(self, name: str) -> dict[str, Any]:
         """One of them; 404 where there is none."""
         if not self.adapter_of(name):
             return self._base()
         if "+" in name:
-            return self._card(name) | {"parent": self.settings.base_name, "root": self.settings.base_name, "kind": "composition"}
+            return self._card(name) | {
+                "parent": self.settings.base_name,
+                "root": self.settings.base_name,
+                "kind": "composition",
+            }
         return self._adapter(name)
 
     def _card(self, name: str) -> dict[str, Any]:
@@ -292,13 +321,13 @@ class Service:
 
     def _base(self) -> dict[str, Any]:
         root = self.settings.base_name
-        return self._card(root) | {"parent": None, "root": root, "kind": "base", "max_model_len": self.engine.context}
+        return self._card(root) | {"parent": None, "root": root, "kind": "base", "max_model_len": self.context}
 
     def _adapter(self, name: str) -> dict[str, Any]:
-        about = self.engine.adapters.about(name)
+        about = self.adapters.about(name)
         return self._card(name) | {
             "parent": self.settings.base_name, "root": about.folder, "kind": about.kind, "digest": about.digest,
-            "loaded": about.loaded, "pinned": about.pinned, "max_model_len": self.engine.context,
+            "loaded": about.loaded, "pinned": about.pinned, "max_model_len": self.context,
         }  # fmt: skip
 
     def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
@@ -310,7 +339,7 @@ class Service:
             ids = self.prompts.of_chat(body.messages, tools, None, body.add_generation_prompt)
         else:
             ids = list(self.prompts.tokenizer(body.prompt, add_special_tokens=body.add_special_tokens)["input_ids"])
-        made: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": self.engine.context}
+        made: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": self.context}
         if body.return_token_strs:
             made["token_strs"] = [self.spelling.of(i)[0] for i in ids]
         return made
@@ -321,16 +350,17 @@ class Service:
         if body.lora_name == self.settings.base_name or "+" in body.lora_name:
             raise ApiError(400, f"An adapter cannot be called {body.lora_name!r}.", param="lora_name")
         folder = self.allowed(body.lora_path)
-        if body.lora_name in self.engine.adapters.names() and not body.load_inplace:
+        if body.lora_name in self.adapters.names() and not body.load_inplace:
             raise ApiError(
                 400, f"The adapter {body.lora_name!r} is served already; load_inplace: true puts this one in its place.",
                 param="lora_name",
             )  # fmt: skip
         try:
-            await asyncio.to_thread(self.engine.load, body.lora_name, str(folder), pinned=body.pinned)
+            await asyncio.wrap_future(self.engine.load(body.lora_name, folder, body.pinned))
         except Exception:
             self.metrics.loads.labels("failed").inc()
             raise
+        self.adapters.loaded(body.lora_name)
         self.metrics.loads.labels("loaded").inc()
 
     def allowed(self, path: str) -> Path:
@@ -346,7 +376,10 @@ class Service:
 
     async def unload(self, name: str) -> None:
         """Serve it no more; what runs on it ends on it."""
-        if name not in self.engine.adapters.names():
-            known = self.engine.adapters.names()
-            raise ApiError(404, f"There is no adapter {name!r}{nearest(name, known)}.", param="lora_name", code="model_not_found")
-        await asyncio.to_thread(self.engine.unload, name)
+        if name not in self.adapters.names():
+            known = self.adapters.names()
+            raise ApiError(
+                404, f"There is no adapter {name!r}{nearest(name, known)}.", param="lora_name", code="model_not_found"
+            )
+        self.engine.unload(name)
+        self.adapters.unloaded(name)
