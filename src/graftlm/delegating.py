@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from collections.abc import Container
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -10,17 +11,29 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-_CLASSES: dict[tuple[Any, Any, bool], Any] = {}
+from .quantization import settle
+
+_CLASSES: dict[tuple[Any, Any, bool, str], Any] = {}
+_NAMES = {  # HF PEFT's, which transformers' pipelines know
+    "CAUSAL_LM": "PeftModelForCausalLM",
+    "FEATURE_EXTRACTION": "PeftModelForFeatureExtraction",
+    "QUESTION_ANS": "PeftModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "PeftModelForSeq2SeqLM",
+    "SEQ_CLS": "PeftModelForSequenceClassification",
+    "TOKEN_CLS": "PeftModelForTokenClassification",
+}
 
 
-def class_over(cls: Any, base: Any, plain: bool = False) -> Any:
+def class_over(cls: Any, base: Any, plain: bool = False, task: Any = None) -> Any:
     """The wrapper class `cls` with the base's own forward signature, which a Trainer reads to keep a data set's columns.
+    `task`, of the first adapter, gives it its name.
 
     Over a `plain` base, any torch module, it is moved, cast and switched to training as torch does it: transformers looks
     for what its own models have.
     """
-    if (cls, base, plain) in _CLASSES:
-        return _CLASSES[cls, base, plain]
+    name = _NAMES.get(task, "PeftModel")
+    if (cls, base, plain, name) in _CLASSES:
+        return _CLASSES[cls, base, plain, name]
     signature = inspect.signature(base.forward)
     names = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
     rest = [p for p in signature.parameters.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
@@ -33,7 +46,16 @@ def class_over(cls: Any, base: Any, plain: bool = False) -> Any:
     forward.__signature__ = signature.replace(parameters=[*names, *by_row, *rest])  # type: ignore[attr-defined]
     own = {n: f for n, f in vars(nn.Module).items() if getattr(cls, n) is vars(PreTrainedModel).get(n)} if plain else {}
     body = own | {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    return _CLASSES.setdefault((cls, base, plain), type("PeftModel", (cls,), body))
+    return _CLASSES.setdefault((cls, base, plain, name), type(name, (cls,), body))
+
+
+def rebuild(cls: Any, base: type, state: bytes, plain: bool, task: Any = None) -> Any:
+    """A wrapper out of its pickle."""
+    made = object.__new__(class_over(cls, base, plain, task))
+    made.__dict__.update(pickle.loads(state))
+    settle(made.base)
+    made._connect()
+    return made
 
 
 def answer_by_base(wrapper: Any, kind: type, taken: Container[str]) -> None:
@@ -61,7 +83,7 @@ def reads_backbone(forward: Any) -> bool:
 
 
 def moved_to_base(wrapper: Any, forward: Any) -> MethodType:
-    """Such a forward as the base's, where `self.base_model` is the backbone, with adapters in it; the wrapper then runs it as
+    """Such a forward as the base's, where `self.base_model` is the backbone, adapters in it; the wrapper then runs it as
     it runs any base. What it calls as the wrapper's own forward becomes the base's."""
     made, base = forward.__func__, wrapper.base
     cells = [CellType(base.forward) if c.cell_contents == wrapper.forward else c for c in made.__closure__ or ()]

@@ -32,7 +32,8 @@ def sampled_modules(base: Any) -> dict[str, nn.Module]:
     if embeddings is not None:
         found["embeddings"] = innermost(embeddings)
     own = [m for _, m in base_modules(base)]
-    linears = [m for m in own if isinstance(m, nn.Linear)] or [m for m in own if isinstance(m, CONVOLUTIONS)]
+    linears: list[nn.Module] = [m for m in own if isinstance(m, nn.Linear)]
+    linears = linears or [m for m in own if isinstance(m, CONVOLUTIONS)]
     norms = [m for m in own if "norm" in type(m).__name__.lower()]
     if linears:
         found["middle"] = linears[len(linears) // 2]

@@ -51,7 +51,7 @@ def hotswap_adapter(
     host: AdapterSet = getattr(model, "_orig_mod", model)
     host._known(adapter_name)
     options = load_options(dict(kwargs))
-    config = PeftConfig.from_pretrained(model_name_or_path, **options.hub)
+    config: Any = PeftConfig.from_pretrained(model_name_or_path, **options.hub)
     check_hotswap_configs_compatible(host.peft_config[adapter_name], config)
     path = find_file(model_name_or_path, WEIGHTS_NAME, required=False, **options.hub)
     header = header_of(path) if path else {}

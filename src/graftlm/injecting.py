@@ -65,8 +65,8 @@ def inject_adapter_in_model(
     if state_dict is not None:
         if getattr(config, "target_parameters", None):
             raise AdapterError(
-                "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`: keys do not "
-                "tell parameters from modules. Inject it without the state_dict."
+                "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`: keys do "
+                "not tell parameters from modules. Inject it without the state_dict."
             )
         vars(config).update(target_modules=layers_in(model, state_dict), exclude_modules=None)
         for name in {"layers_to_transform", "layers_pattern"} & vars(config).keys():

@@ -17,7 +17,7 @@ from .adapters import AdapterSet
 from .architectures import is_plain
 from .attached import _SETS
 from .checkpointing import enable_checkpointing
-from .delegating import answer_by_base, class_over, moved_to_base, reads_backbone
+from .delegating import answer_by_base, class_over, moved_to_base, reads_backbone, rebuild
 from .errors import AdapterError, ConfigError
 from .generating import refuse_half_on_cpu
 from .layers import unsave_modules
@@ -27,7 +27,6 @@ from .passes.hooks import Hooks
 from .passes.inputs import batch_size, rows_of
 from .passes.output import add_to_loss
 from .passes.run import run
-from .quantization import settle
 from .routing import running
 
 
@@ -38,14 +37,13 @@ class PeftModel(AdapterSet, PreTrainedModel):
     `save_pretrained` and `load_state_dict`; everything it does not define itself is answered by the base model.
 
     Args:
-        model: the base, a transformers model or any torch module. Its parameters are frozen; they never change, except by
-            merging.
+        model: the base, a transformers model or any module. Its parameters are frozen; they change by merging only.
         peft_config: configuration of the first adapter.
         adapter_name: its name.
         autocast_adapter_dtype: keep adapters of a 16-bit base in fp32.
     """
 
-    def __new__(cls, model: nn.Module | None = None, *args: Any, **kwargs: Any) -> PeftModel:
+    def __new__(cls, model: nn.Module | None = None, peft_config: Any = None, *args: Any, **kwargs: Any) -> PeftModel:
         if isinstance(model, PeftModel):
             raise AdapterError("This model is wrapped already. Add another adapter with model.add_adapter(name, config).")
         if not isinstance(model, nn.Module):
@@ -53,7 +51,7 @@ class PeftModel(AdapterSet, PreTrainedModel):
                 f"Expected a transformers model as the base, or another torch module; got "
                 f"{model if model is None else type(model)}."
             )
-        return object.__new__(class_over(cls, type(model), is_plain(model)))
+        return object.__new__(class_over(cls, type(model), is_plain(model), getattr(peft_config, "task_type", None)))
 
     def __init__(
         self,
@@ -117,7 +115,7 @@ class PeftModel(AdapterSet, PreTrainedModel):
         self._disconnect()
         try:
             state = {k: v for k, v in self.__dict__.items() if k != "entry"}
-            return _rebuild, (type(self.base), pickle.dumps(state), self.plain)
+            return rebuild, (PeftModel, type(self.base), pickle.dumps(state), self.plain, self.task_type)
         finally:
             self._connect()
 
@@ -337,7 +335,7 @@ class PeftModel(AdapterSet, PreTrainedModel):
         """
         options = checkpoint.load_options(kwargs)
         config = checkpoint.config_for(model_id, config, is_trainable, options.hub)
-        wrapper = cls.__new__(cls, model)
+        wrapper = cls.__new__(cls, model, config)
         wrapper.__init__(model, config, adapter_name, autocast_adapter_dtype, for_loading=True)  # type: ignore[misc]
         try:
             checkpoint.fill(wrapper, model_id, adapter_name, options)
@@ -415,15 +413,6 @@ def get_peft_model(
     if revision is not None:
         peft_config.revision = revision
     return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-
-
-def _rebuild(base: type, state: bytes, plain: bool = False) -> PeftModel:
-    """A wrapper out of its pickle."""
-    made = object.__new__(class_over(PeftModel, base, plain))
-    made.__dict__.update(pickle.loads(state))
-    settle(made.base)
-    made._connect()
-    return made
 
 
 answer_by_base(PeftModel, PreTrainedModel, {*PeftModel.__dict__, *dir(AdapterSet)})

@@ -305,6 +305,12 @@ def active_routes(switch: Switch) -> Routes | None:
     return scope.routes.of_switch(switch)
 
 
+def together() -> bool:
+    """Whether adapters of several wrappers run in one pass now."""
+    scope = _scope.get()
+    return scope is not None and scope.routes is not None and scope.routes.switches is not None
+
+
 def by_group(routes: Routes, result: Tensor, change: Callable[[Group, Index], Tensor | None]) -> Tensor:
     """`result` with each group's part replaced by `change(group, index)`; None leaves a part as it is."""
     made = None

@@ -417,7 +417,7 @@ def test_mixed_rows(name: str) -> None:
 def test_trained_together(name: str) -> None:
     """Wrappers of every method over one base in one training pass, packed where that can be: each as alone."""
     base, models, wanted = still(name), [], []
-    for i, method in enumerate(NEW):
+    for i, method in enumerate((*NEW, "ln_tuning")):  # twice: copies of the same modules, one in another
         models.append(graftlm.get_peft_model(base, config(method, name)).train())
         randomise(models[-1], seed=i, scale=min(spread(method), 0.2))
     data = [batch(name, rows=1 + i % 3, length=5 + i % 4, seed=i) for i in range(len(models))]

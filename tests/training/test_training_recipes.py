@@ -158,7 +158,8 @@ def test_recipes_in_another_encoding(tmp_path: Path) -> None:
 def test_every_method_has_a_name_and_a_default() -> None:
     assert set(method_names()) == {
         "lora", "prompt-tuning", "p-tuning", "prefix-tuning", "bottleneck", "ia3", "loha",
-        "miss", "oft", "boft", "adalora",
+        "miss", "oft", "boft", "adalora", "vera", "lokr", "randlora", "fourierft", "ln-tuning", "multitask-prompt-tuning",
+        "adaption-prompt", "trainable-tokens", "cartridge",
     }  # fmt: skip
     assert set(DEFAULTS) == set(method_names().values())
     assert method_type("Prefix_Tuning") is method_type("p-tuning-v2")

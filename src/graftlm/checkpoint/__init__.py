@@ -2,7 +2,7 @@
 
     adapter_config.json          HF PEFT's configuration
     adapter_model.safetensors    HF PEFT's keys and shapes; our header: version, base fingerprint, own config fields
-    training_state.safetensors   soft prompts with a network behind them: what further training needs
+    training_state.safetensors   soft prompts with a network behind them, AdaLoRA: what further training needs
     model.safetensors            in a Trainer's checkpoint: a link to the file above that training resumes from, because a
                                  plain `transformers.Trainer` looks for this name
     README.md                    model card

@@ -44,6 +44,7 @@ def checked(host: AdapterSet, name: str, tensors: dict[str, Tensor], where: str)
     wanted = expected(host, name)
     prefix = host.methods[name].file_prefix
     found = {normalise(k, name, wanted, prefix): v for k, v in host.methods[name].as_written(tensors).items()}
+    found = host.methods[name].completed(host, found)
     extra = base_tensors(host, {k: v for k, v in found.items() if k not in wanted})
     extra |= doubled(found, wanted) | repeated(host, name, found)
     missing = sorted(set(wanted) - set(found))

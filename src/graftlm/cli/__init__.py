@@ -32,6 +32,7 @@ COMMANDS = {
     "merge": ("merge", "merge", "Fold an adapter into its base and save a plain model."),
     "convert": ("convert", "convert", "Turn an adapter of another method into LoRA, for servers that know only that."),
     "data": ("data", "app", "Look at data sets."),
+    "run": ("run", "run", "Run a Python script that imports peft, with GraftLM in its place."),
 }
 DEBUG = "--debug"
 OTHERS_WAIT = 5  # seconds
@@ -42,16 +43,19 @@ class LazyGroup(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         before = args[: args.index("--")] if "--" in args else args
+        command = next((i for i, a in enumerate(before) if not a.startswith("-")), len(before))
+        if before[command : command + 1] == ["run"]:  # what follows is the script's
+            before = before[:command]
         if DEBUG in before:
             os.environ["GRAFTLM_DEBUG"] = "1"
             args = [a for i, a in enumerate(args) if a != DEBUG or i >= len(before)]
         return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if processes.count() > 1 and args and args[0] in COMMANDS and args[0] != "train":
+        if processes.count() > 1 and args and args[0] in COMMANDS and args[0] not in ("train", "run"):
             raise ConfigError(
                 f"graftlm {args[0]} runs in one process, and {processes.count()} were started; torchrun and accelerate "
-                "launch are for graftlm train."
+                "launch are for graftlm train and graftlm run."
             )
         if args and args[0] in COMMANDS:
             self.commands[args[0]] = load(args[0])
@@ -74,7 +78,7 @@ def load(name: str) -> Any:
     found = getattr(import_module(f"{__name__}.{module}"), attribute)
     if not isinstance(found, typer.Typer):
         single = typer.Typer(add_completion=False, rich_markup_mode="rich")
-        single.command(name)(found)
+        single.command(name, context_settings=getattr(import_module(f"{__name__}.{module}"), "SETTINGS", None))(found)
         found = single
     command = typer.main.get_command(found)
     command.name = name

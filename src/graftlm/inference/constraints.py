@@ -69,7 +69,7 @@ class Constraints:
             from llguidance import LLMatcher
         except ImportError as reason:
             raise UnsupportedError("response_format needs llguidance: pip install 'graftlm[serve]'.") from reason
-        tokens = self._tokens(ends)
+        tokens = self._tokens()
         kind, error = form["type"], ""
         try:
             if kind == "regex":
@@ -87,7 +87,7 @@ class Constraints:
             raise ConfigError(f"response_format of type {kind!r} cannot be used: {error}")
         return Constraint(matcher, tokens.vocab_size, ends)
 
-    def _tokens(self, ends: Sequence[int]) -> Any:
+    def _tokens(self) -> Any:
         if self._read is None:
             if getattr(self.tokenizer, "backend_tokenizer", None) is None:
                 raise UnsupportedError(
@@ -95,5 +95,5 @@ class Constraints:
                 )
             from llguidance.hf import from_tokenizer
 
-            self._read = from_tokenizer(self.tokenizer, eos_token=list(ends) or None)
+            self._read = from_tokenizer(self.tokenizer)
         return self._read

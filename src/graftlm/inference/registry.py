@@ -4,8 +4,8 @@
     cold  →  reading (a thread)  →  read  →  live (attached, by the engine's thread, between steps)  →  gone
 
 A request holds the versions that it goes through. A name that is loaded anew stands for another version from the moment
-that one is live; requests on the old one finish on it, and then it goes. Of versions that nobody uses as many stay attached as
-there is room for, the ones used last; the others are attached again from their directory.
+that one is live; requests on the old one finish on it, and then it goes. Of versions that nobody uses as many stay attached
+as there is room for, the ones used last; the others are attached again from their directory.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class SamplingParams(Sampling):
         logprobs: log probabilities of each token and of so many of the likeliest ones, of the model's own distribution;
             None: none.
         response_format: what the completion must be: {"type": "json_object"}, {"type": "json_schema", "schema": {…}},
-            {"type": "regex", "pattern": "…"} or {"type": "grammar", "grammar": "…"} (Lark's form); {"type": "text"}: anything.
+            {"type": "regex", "pattern": "…"} or {"type": "grammar", "grammar": "…"} (Lark's form); "text" is anything.
 
     Raises:
         ConfigError: a value out of its range.

@@ -112,8 +112,8 @@ class Stepping:
         if length > self.limit:
             raise RequestError(
                 f"A prompt of {len(request.prompt)} tokens, {composition.front.length} places of {request.adapter!r} in front "
-                f"of it and max_new_tokens={request.params.max_new_tokens} are {length} together; this server has room for "
-                f"{self.limit} a request. Shorten the prompt, or ask for fewer tokens."
+                f"of it and max_new_tokens={request.params.max_new_tokens} are {length} together; this server has room "
+                f"for {self.limit} a request. Shorten the prompt, or ask for fewer tokens."
             )
         made = [self._writing(job, composition, index) for index in range(request.n)]
         job.composition = composition

@@ -82,7 +82,7 @@ class Fold:
 
 
 def _stamps(parameters: list[nn.Parameter]) -> list[tuple[int, int]]:
-    """What changes with the parameters' values."""
+    """What changes with the parameters' values, unless they are written through `.data`, which torch does not count."""
     return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters]
 
 

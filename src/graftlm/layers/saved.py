@@ -14,7 +14,7 @@ from torch import nn
 from ..architectures import base_modules, clean_path, innermost, replace_module
 from ..errors import CompositionError, TargetError, UnsupportedError, nearest
 from ..quantization import dequantize, dequantized, in_source_form, quantized_kind
-from ..routing import Plan, Switch, active_adapters, active_routes, running
+from ..routing import Plan, Switch, active_adapters, active_routes, running, together
 from .frozen import as_it_was
 
 
@@ -76,10 +76,17 @@ class ModulesToSaveWrapper(nn.Module):
                 f"{type(self.original_module).__name__} is trained in full (modules_to_save) and reads no tensor whose rows "
                 "could be told apart in a batch of different adapters. Run one adapter a batch."
             )
-        made = []
-        for group, index in routes.parts(x):
+        made: list[tuple[Any, Any]] = []
+        chosen = [(self.of(group), group, index) for group, index in routes.parts(x)]
+        whole: Any = None
+        if together() and any(module is self.original_module for module, _, _ in chosen):
+            whole = self.call(self.original_module, args, kwargs)  # other wrappers' adapters in it keep their routes
+        for module, group, index in chosen:
+            if module is self.original_module and whole is not None:
+                made.append((index, whole[index] if isinstance(whole, torch.Tensor) else whole))
+                continue
             with running(Plan(self.switch, group)):
-                made.append((index, self.call(self.of(group), *part_of((args, kwargs), x, index))))
+                made.append((index, self.call(module, *part_of((args, kwargs), x, index))))
         if not all(isinstance(part, torch.Tensor) for _, part in made):
             raise UnsupportedError(
                 f"{type(self.original_module).__name__} is trained in full (modules_to_save) and gives more than one "
@@ -103,7 +110,7 @@ class ModulesToSaveWrapper(nn.Module):
         if isinstance(key, int):
             made = module(*args[:key], x.to(weight.dtype), *args[key + 1 :], **kwargs)
         else:
-            made = module(*args, **kwargs | {key: x.to(weight.dtype)})  # type: ignore[operator]
+            made = module(*args, **kwargs | {str(key): x.to(weight.dtype)})
         return made.to(x.dtype) if self.keeps_dtype and torch.is_tensor(made) else made
 
     def __getattr__(self, name: str) -> Any:
@@ -112,7 +119,11 @@ class ModulesToSaveWrapper(nn.Module):
         except AttributeError:
             if name in ("original_module", "modules_to_save"):
                 raise
-            return getattr(self.active, name)
+            try:
+                active = self.active
+            except CompositionError:  # of a pass: what is only looked at may be looked at
+                active = self.original_module
+            return getattr(active, name)
 
 
 def part_of(value: Any, x: torch.Tensor, index: Any) -> Any:

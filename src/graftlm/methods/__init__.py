@@ -15,12 +15,21 @@ from .base import (
 )
 from .boft import BOFTConfig
 from .bottleneck import BottleneckConfig, BottleneckPlacement
+from .cartridge import (
+    CartridgeConfig,
+    compose_cartridge_adapters,
+    initialize_kv_prefix_from_past_key_values,
+    initialize_kv_prefix_from_text,
+)
 from .fourierft import FourierFTConfig
 from .ia3 import IA3Config
 from .ln_tuning import LNTuningConfig
 from .loha import LoHaConfig
 from .lokr import LoKrConfig
 from .lora import LoftQConfig, LoraConfig
+from .lora_data_config import CordaConfig, EvaConfig, LoraGAConfig
+from .lora_data_init import preprocess_corda, preprocess_loraga
+from .lora_eva import get_eva_state_dict, initialize_lora_eva_weights
 from .miss import MissConfig
 from .multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from .oft import OFTConfig
@@ -37,6 +46,9 @@ __all__ = [
     "BOFTConfig",
     "BottleneckConfig",
     "BottleneckPlacement",
+    "CartridgeConfig",
+    "CordaConfig",
+    "EvaConfig",
     "FourierFTConfig",
     "IA3Config",
     "LNTuningConfig",
@@ -44,6 +56,7 @@ __all__ = [
     "LoKrConfig",
     "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "METHODS",
     "Method",
     "MissConfig",
@@ -62,7 +75,14 @@ __all__ = [
     "TaskType",
     "TrainableTokensConfig",
     "VeraConfig",
+    "compose_cartridge_adapters",
     "config_class",
+    "get_eva_state_dict",
     "get_peft_config",
+    "initialize_kv_prefix_from_past_key_values",
+    "initialize_kv_prefix_from_text",
+    "initialize_lora_eva_weights",
     "method_for",
+    "preprocess_corda",
+    "preprocess_loraga",
 ]

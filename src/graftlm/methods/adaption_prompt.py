@@ -90,12 +90,12 @@ def separate_keys(module: Any, prompt: Tensor) -> tuple[Tensor, Tensor]:
     return (module.k_norm(k) if hasattr(module, "k_norm") else k), v
 
 
-def thirds(module: Any, projected: Tensor) -> tuple[Tensor, ...]:
+def thirds(module: Any, projected: Tensor) -> Any:
     """GPT-2's queries, keys and values out of its one product."""
     return tuple(t.unflatten(-1, (-1, module.head_dim)) for t in projected.split(module.split_size, dim=-1))
 
 
-def by_head(module: Any, projected: Tensor) -> tuple[Tensor, ...]:
+def by_head(module: Any, projected: Tensor) -> Any:
     """The same of Bloom, where they stand side by side in each head."""
     return projected.unflatten(-1, (module.num_heads, 3, module.head_dim)).unbind(-2)
 
@@ -104,11 +104,11 @@ LLAMA = Family(attention="self_attn", queries="q_proj", output="o_proj", read=ro
 FAMILIES: dict[str, Family] = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma3_text"), LLAMA) | {
     "gpt2": Family(
         attention="attn", queries="c_attn", output=None, read=lambda m, x, _: thirds(m, x)[0],
-        keys=lambda m, prompt: thirds(m, own(m, "c_attn")(prompt))[1:],  # type: ignore[return-value]
+        keys=lambda m, prompt: thirds(m, own(m, "c_attn")(prompt))[1:],
     ),
     "bloom": Family(
         attention="self_attention", queries="query_key_value", output="dense", read=lambda m, x, _: by_head(m, x)[0],
-        keys=lambda m, prompt: by_head(m, own(m, "query_key_value")(prompt))[1:],  # type: ignore[return-value]
+        keys=lambda m, prompt: by_head(m, own(m, "query_key_value")(prompt))[1:],
     ),
 }  # fmt: skip
 

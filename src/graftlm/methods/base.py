@@ -356,6 +356,10 @@ class Method:
         """How files name a module of the base that this adapter has a trained copy of, by its dotted path."""
         return path
 
+    def completed(self, host: Site, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A file's tensors, before they are checked, with what another library leaves out."""
+        return tensors
+
     def training_tensors(self, host: Site) -> dict[str, Tensor]:
         """What further training needs beyond `tensors`; empty where the file says it all."""
         return {}

@@ -12,6 +12,7 @@ Decisions, and what differs from HF PEFT (whose field names, defaults, maths and
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -20,27 +21,30 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import base_modules, clean_path, is_encoder_decoder, model_type
+from ..architectures import is_encoder_decoder, model_type
 from ..errors import ConfigError, UnsupportedError, nearest
 from ..files import checkpoint_weight
-from ..layers import KINDS, Adapted, Change, Frozen, as_it_was, both_forms
+from ..layers import Adapted, Change, Frozen
 from ..quantization import source_class
-from ..routing import by_group
-from .base import PeftType, Site, TaskType, register
+from .base import PeftType, Site, register
+from .biased import Biased
 from .fields import Count, Number, Probability, also_takes, check_expressions
-from .layered import LayerConfig, LayerMethod
+from .layered import LayerConfig
 from .lora_change import EmbeddingChange, LoraChange
-from .lora_conv import ConvChange, check_dropout
+from .lora_conv import OUT_PROJ, ConvChange, check_dropout
+from .lora_data_config import KEPT, CordaConfig, EvaConfig, LoraGAConfig, check_data_start
+from .lora_data_init import doubled, take_starts, with_starts, without_starts
 from .lora_experts import ExpertsChange, adapted_parameter, check_settings, find_parameters
+from .lora_invoked import check_invocation
 from .lora_replicated import release, replicate
 from .lora_tied import TiedChange, tie_head, tie_targets
-from .targets import pattern_value, unused_patterns
+from .targets import is_uncalled, pattern_value, unused_patterns
 from .tokens import lora_tokens, repeated_tokens
 
-INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq")
+INITS = ("gaussian", "orthogonal", "pissa", "olora", "loftq", "eva", "corda", "lora_ga")
 # On a quantised base LoftQ's adapter is like any other; HF PEFT, told of the start, would quantise the base anew to load it.
 LOFTQ_FIELDS = frozenset({"init_lora_weights", "loftq_config"})
 
@@ -55,8 +59,7 @@ class LoftQConfig:
 
 # Fields of HF PEFT's LoraConfig that are not here, with their neutral values.
 ELSEWHERE = {
-    "peft_version": ..., "megatron_config": None, "megatron_core": ..., "eva_config": None,
-    "corda_config": None, "lora_ga_config": None, "velora_config": None,
+    "peft_version": ..., "megatron_config": None, "megatron_core": ..., "velora_config": None,
     "use_qalora": False, "qalora_group_size": ..., "monteclora_config": None,
     "runtime_config": None, "use_bdlora": None, "arrow_config": None,
     "kasa_config": None,
@@ -80,7 +83,7 @@ class LoraConfig(LayerConfig):
         use_rslora: scale by lora_alpha / sqrt(r).
         modules_to_save: modules that are trained in full and saved along.
         init_lora_weights: True (B = 0), False (both random), "gaussian", "orthogonal", "pissa", "pissa_niter_<n>", "olora",
-            "loftq".
+            "loftq", "eva", "corda", "lora_ga".
         loftq_config: a `LoftQConfig` or its fields, for "loftq".
         layers_to_transform, layers_pattern: only layers with these numbers (in a module list of that name).
         rank_pattern, alpha_pattern: other ranks and alphas for modules that match a name or regular expression.
@@ -88,6 +91,7 @@ class LoraConfig(LayerConfig):
         lora_bias: give B a bias of its own.
         target_parameters: parameters (endings of their dotted names) that are changed beside the layers of `target_modules`,
             stacked experts above all: see `lora_experts`.
+        eva_config, corda_config, lora_ga_config: how starts from data are made (see `lora_eva`, `lora_data_init`).
         layer_replication: pairs [from, up to]: the base's blocks in another order and number (see `lora_replicated`).
         ensure_weight_tying: keep an adapter of tied embeddings and head tied (see `lora_tied`).
         alora_invocation_tokens: token ids; in each row the adapter acts from their last occurrence on (aLoRA).
@@ -114,6 +118,11 @@ class LoraConfig(LayerConfig):
     layer_replication: list[list[int]] | None = None
     ensure_weight_tying: bool = False
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    eva_config: EvaConfig | dict[str, Any] | None = None
+    corda_config: CordaConfig | dict[str, Any] | None = None
+    lora_ga_config: LoraGAConfig | dict[str, Any] | None = None
+
+    own_biases: ClassVar[str] = "lora_only"
 
     def __post_init__(self) -> None:
         if isinstance(self.layer_replication, (list, tuple)):
@@ -137,6 +146,7 @@ class LoraConfig(LayerConfig):
             raise ConfigError(f"lora_bias=True does not go with {other}: it is for plain LoRA, started by True or False.")
         check_settings(self)
         check_invocation(self)
+        check_data_start(self)
         self.loftq_config = loftq_fields(self.loftq_config, init)
         for pattern in [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ():
             check_expressions("layers_pattern", pattern)
@@ -145,26 +155,12 @@ class LoraConfig(LayerConfig):
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ConfigError("layers_to_transform needs target_modules as a list; write the layers into the expression.")
 
-
-def check_invocation(config: LoraConfig) -> None:
-    """ConfigError for `alora_invocation_tokens` that cannot be looked for, and what does not go with them."""
-    tokens = config.alora_invocation_tokens
-    if tokens is None:
-        return
-    if not tokens or min(tokens) < 0:
-        raise ConfigError(
-            f"alora_invocation_tokens={tokens!r}: expected the token ids of a sequence, at least one, none below 0 "
-            "(tokenizer(text, add_special_tokens=False).input_ids)."
-        )
-    refused = {
-        "use_dora=True": config.use_dora,
-        f"bias={config.bias!r}": config.bias != "none",
-        f"modules_to_save={config.modules_to_save!r}": config.modules_to_save,
-    }
-    for text in (text for text, on in refused.items() if on):
-        raise ConfigError(f"alora_invocation_tokens does not go with {text}: what is before them is the plain base's.")
-    if config.task_type is not TaskType.CAUSAL_LM:
-        warnings.warn("alora_invocation_tokens is meant for task_type='CAUSAL_LM'.", stacklevel=4)
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, auto_mapping_dict: dict | None = None, **overrides: Any
+    ) -> None:
+        """As ever; of an adapter whose file holds its start beside it, what the file holds."""
+        overrides = doubled(self) | overrides if self.init_lora_weights in KEPT else overrides
+        super().save_pretrained(save_directory, auto_mapping_dict, **overrides)
 
 
 def loftq_fields(given: Any, init: Any) -> dict[str, Any]:
@@ -192,21 +188,18 @@ def loftq_fields(given: Any, init: Any) -> dict[str, Any]:
 CHANGES = {"embedding": EmbeddingChange, "conv": ConvChange}  # of other kinds of layers than linear ones
 
 
-class Lora(LayerMethod):
+class Lora(Biased):
     """One LoRA adapter in a host."""
 
     title = "LoRA"
-    own_biases: ClassVar[str] = "lora_only"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding", "conv", "attention")
     takes = "linear layers (torch's, bitsandbytes', Conv1D), embeddings, convolutions and torch's MultiheadAttention"
 
     @property
     def bound(self) -> bool:
-        return self.config.bias != "none" or self.invocation is not None  # type: ignore[attr-defined]
+        return super().bound or self.invocation is not None
 
     def attach(self, host: Site, *, for_loading: bool = False) -> None:
-        if self.config.bias != "none":  # type: ignore[attr-defined]
-            self._one_bias(host)
         if self.invocation and is_encoder_decoder(host.base):
             raise UnsupportedError(
                 "alora_invocation_tokens is for decoder-only models, which read a row from left to right."
@@ -216,17 +209,6 @@ class Lora(LayerMethod):
         host.switch.waiting |= {self.name} if self.invocation else set()
         if self.config.lora_bias and (without := self._without_bias(host)):  # type: ignore[attr-defined]
             warnings.warn(f"lora_bias=True: {without} has no bias, so this adapter cannot be merged.", stacklevel=2)
-        if self.config.bias != "none":  # type: ignore[attr-defined]
-            try:
-                host.adapter_biases[self.name] = nn.ParameterDict(
-                    {
-                        path.replace(".", "/"): module.bias.detach().to(host.adapter_dtype(module), copy=True)
-                        for path, module in self._biased(host)
-                    }
-                )
-            except Exception:
-                self.detach(host)
-                raise
 
     def attach_layers(self, host: Site, *, for_loading: bool) -> None:
         config: LoraConfig = self.config  # type: ignore[assignment]
@@ -246,7 +228,7 @@ class Lora(LayerMethod):
         """With `target_parameters`: those, and the layers that are named beside them."""
         config: LoraConfig = self.config  # type: ignore[assignment]
         if config.target_modules:
-            LayerMethod.attach_layers(self, host, for_loading=for_loading)
+            super().attach_layers(host, for_loading=for_loading)
         names = [path for path, _ in super().layers(host)]
         for full, path, name in find_parameters(host.base, config):
             names.append(full)
@@ -286,7 +268,10 @@ class Lora(LayerMethod):
             original = partial(self._original, host, config, path, frozen)
         if frozen.kind == "attention":
             check_dropout(config, path)
-        return CHANGES.get(frozen.kind, LoraChange)(config, *self._rank(path), original)
+        made = CHANGES.get(frozen.kind, LoraChange)(config, *self._rank(path), original)
+        if is_uncalled(frozen.layer):
+            made.scaling *= OUT_PROJ
+        return made
 
     @property
     def invocation(self) -> list[int] | None:
@@ -323,67 +308,26 @@ class Lora(LayerMethod):
         weight = checkpoint_weight(host.base, f"{path}.weight", frozen.shape[::-1] if turned else frozen.shape)
         return weight.T if turned else weight
 
-    def _one_bias(self, host: Site) -> None:
-        others = [n for n, m in host.methods.items() if n != self.name and getattr(m.config, "bias", "none") != "none"]
-        if others:
-            raise ConfigError(f"bias={self.config.bias!r} beside adapter {others[0]!r}, which trains biases too: one can.")  # type: ignore[attr-defined]
-
-    def _biased(self, host: Site) -> Iterator[tuple[str, Any]]:
-        """Modules whose bias is trained: the wrapped layers' own, or every one of the base."""
-        config: LoraConfig = self.config  # type: ignore[assignment]
-        own = {id(layer.frozen.layer) for _, layer in self.layers(host)}
-        for path, module in base_modules(host.base):
-            if config.bias != "all" and id(module) not in own:
-                continue
-            attention = isinstance(module, nn.MultiheadAttention)  # it has biases, and adds them within
-            if isinstance(module, Adapted) or (module._parameters.get("bias") is None and not attention):
-                continue
-            if "original_module" in path.split(".") and id(module) not in own:  # another copy of it is trained in full
-                continue
-            if attention or not isinstance(module, (nn.Linear, Conv1D, nn.LayerNorm, *KINDS["conv"])):
-                raise UnsupportedError(
-                    f"bias={config.bias!r} would train the bias of {path!r}, a {type(module).__name__}, which may not "
-                    f"simply be added to its output. Use bias={self.own_biases!r} or 'none'."
-                )
-            yield clean_path(path), module
-
     def detach(self, host: Site) -> None:
-        if self.name in host.adapter_biases:
-            del host.adapter_biases[self.name]
         host.switch.waiting.discard(self.name)
         super().detach(host)
         release(host, self)
 
-    def connect(self, host: Site) -> list[Any]:
-        """Add the trained biases, as differences to the base's, to the outputs of their modules."""
-        if self.name not in host.adapter_biases:
-            return []
-        handles = []
-        biases: Any = host.adapter_biases[self.name]
-        owners = {id(layer.frozen.layer): layer for _, layer in self.layers(host)}
-        for path, module in self._biased(host):
-            bias = biases[path.replace(".", "/")]
-            if id(module) in owners:
-                owners[id(module)].biases[self.name] = bias
+    def tensors(self, host: Site) -> dict[str, Tensor]:
+        return with_starts(super().tensors(host), self._starts(host))
 
-            axes = module.weight.dim() - 2 if isinstance(module, KINDS["conv"]) else 0  # behind the channels
+    def load(self, host: Site, tensors: dict[str, Tensor]) -> None:
+        super().load(host, take_starts(tensors, self._starts(host)))
 
-            def add(module: Any, args: Any, output: Tensor, bias: Tensor = bias, axes: int = axes) -> Tensor:
-                if self.name not in host.active_now():
-                    return output
-                change = (bias - as_it_was(module).bias).to(output.dtype)[(..., *[None] * axes)]
-                if (routes := host.routes_now()) is None:
-                    return output + change
-                return by_group(routes, output, lambda group, at: output[at] + change if self.name in group else None)
+    def completed(self, host: Site, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return without_starts(tensors, self._starts(host))
 
-            handles += [form.register_forward_hook(add) for form in both_forms(module)]
-        return handles
-
-    def named_parameters(self, host: Site) -> Iterator[tuple[str, nn.Parameter]]:
-        yield from super().named_parameters(host)
-        if self.name in host.adapter_biases:
-            for key, parameter in host.adapter_biases[self.name].items():
-                yield f"adapter_biases.{self.name}.{key}", parameter
+    def _starts(self, host: Site) -> dict[str, Any]:
+        """Starts that are in the file, by the name of their layer there."""
+        if self.config.init_lora_weights not in KEPT:  # type: ignore[attr-defined]
+            return {}
+        held = {f"{self.file_prefix}{path}": layer.held(self.name) for path, layer in self.layers(host)}
+        return {path: t["lora_start"] for path, t in held.items() if "lora_start" in t}
 
     def file_parameters(self, host: Site) -> Iterator[tuple[str, Any]]:
         yield from super().file_parameters(host)
@@ -391,11 +335,6 @@ class Lora(LayerMethod):
             if isinstance(change := layer.changes[self.name], TiedChange):
                 for key, factor in zip(change.keys, change.factors(layer.held(self.name)), strict=True):
                     yield f"{self.file_prefix}{path}.{key}", factor
-        if self.name in host.adapter_biases:
-            own = {path for path, _ in self.layers(host)}
-            for key, parameter in host.adapter_biases[self.name].items():
-                path = key.replace("/", ".")
-                yield f"{self.file_prefix}{path}{'.base_layer' if path in own else ''}.bias", parameter
 
 
 register(PeftType.LORA, LoraConfig, Lora)

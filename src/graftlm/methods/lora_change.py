@@ -6,9 +6,10 @@ Shapes: x [..., in]; A [r, in]; B [out, r].
 * `lora_bias`: B has a bias c [out] of its own, ``y + scale * (B A dropout(x) + c)``.
 * DoRA, https://arxiv.org/abs/2402.09353 eq. 5: ``W' = m * (W + scale*BA) / ||W + scale*BA||`` by rows of the output, the
   norm held constant in the gradient.
-* PiSSA, OLoRA and LoftQ (see `lora_init`) start from factors that come from W and train against the residual
-  ``W - scale*B0*A0``. HF PEFT overwrites the base weight by that residual; here the base stays as it is, the start
-  factors are kept beside the trained ones and subtracted, so that the base can be shared, switched back and wrapped twice.
+* PiSSA, OLoRA and LoftQ (see `lora_init`), CorDA and LoRA-GA (`lora_data_init`) start from factors that come from W, and
+  train against the residual ``W - scale*B0*A0``. HF PEFT overwrites the base weight by that residual; here the base stays
+  as it is, the start factors are kept beside the trained ones and subtracted, so that the base can be shared, switched back
+  and wrapped twice.
 
 Parameter names are HF PEFT's (`lora_A.<adapter>.weight`, `lora_embedding_A.<adapter>`, `lora_magnitude_vector…`).
 """
@@ -26,6 +27,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError, UnsupportedError
 from ..kernels import dropout
 from ..layers import Change, Frozen, Held, LowRank
+from .lora_data_config import KEPT
+from .lora_data_init import data_factors
 from .lora_init import from_weight, orthogonal_factors, start_factors
 
 
@@ -38,7 +41,7 @@ class Magnitude(nn.Module):
 
 
 class Start(nn.Module):
-    """The factors A0 [r, in] and B0 [out, r] that an adapter's product is taken against; in no file."""
+    """The factors A0 [r, in] and B0 [out, r] that an adapter's product is taken against."""
 
     a: Tensor
     b: Tensor
@@ -90,6 +93,9 @@ class LoraChange(Change):
         config, init = self.config, self.config.init_lora_weights
         t["lora_dropout"] = nn.Dropout(config.lora_dropout) if config.lora_dropout > 0 else nn.Identity()
         self.make(t, frozen, dtype)
+        if init in KEPT:
+            t["lora_start"] = Start(*(torch.zeros_like(factor) for factor in self.factors(t)))
+            self.started = True
         if initialise or (from_weight(init) and not (init == "loftq" and frozen.quantized)):
             with torch.no_grad():
                 self.initialise(t, frozen, init)
@@ -112,7 +118,11 @@ class LoraChange(Change):
             start_a, start_b = orthogonal_factors(b.shape[0], a.shape[1], self.r)
             a.copy_(start_a)
             b.copy_(start_b)
-        elif isinstance(init, str):
+        elif init in KEPT:
+            for start, factor, value in zip(t["lora_start"].buffers(), (a, b), self.data(frozen), strict=True):
+                factor.copy_(value)
+                start.copy_(factor)
+        elif isinstance(init, str) and init != "eva":
             original = None if self.original is None else self.original()
             start_a, start_b = start_factors(self.config, frozen.weight(torch.float32), original, self.r, self.scaling)
             a.copy_(start_a)
@@ -126,6 +136,10 @@ class LoraChange(Change):
             if self.biased:
                 limit = 0.0 if init else 1 / math.sqrt(self.r)  # as torch starts a linear layer
                 nn.init.uniform_(t["lora_B"].bias, -limit, limit)
+
+    def data(self, frozen: Frozen) -> tuple[Tensor, Tensor]:
+        """Start values that were found by passes over data."""
+        return data_factors(self.config, frozen, self.r, self.scaling)
 
     def factors(self, t: Held) -> tuple[Tensor, Tensor]:
         """A [r, in] and B [out, r]."""

@@ -19,6 +19,9 @@ from ..errors import ConfigError, UnsupportedError
 from ..layers import Frozen, Held, LowRank
 from .lora_change import LoraChange
 
+# HF PEFT (0.21) adds the update of a MultiheadAttention's output projection to its weight twice, in passes and merged. Its
+# files mean that, so here the scale of that update is doubled. (Its gradient there is of one of the two.)
+OUT_PROJ = 2
 CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by the axes of the weight
 
 
@@ -36,11 +39,10 @@ class ConvChange(LoraChange):
                 "another one (for this layer by rank_pattern), or leave the layer out (exclude_modules)."
             )
         conv, one = CONVOLUTIONS[layer.weight.dim()], (1,) * len(layer.kernel_size)
-        shape = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+        shape = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "padding_mode")}
         options: dict[str, Any] = {"device": frozen.device, "dtype": dtype}
-        reads = conv, layer.in_channels, self.r, layer.kernel_size
         gives: Any = {"groups": self.groups, "bias": getattr(self, "biased", False)}  # LoraChange's, of `lora_bias`
-        t["lora_A"] = nn.utils.skip_init(*reads, **shape, padding_mode=layer.padding_mode, bias=False, **options)
+        t["lora_A"] = nn.utils.skip_init(conv, layer.in_channels, self.r, layer.kernel_size, **shape, bias=False, **options)
         t["lora_B"] = nn.utils.skip_init(conv, self.r, layer.out_channels, one, **gives, **options)
 
     def initialise(self, t: Held, frozen: Frozen, init: bool | str) -> None:

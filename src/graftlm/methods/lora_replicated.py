@@ -106,7 +106,9 @@ def blocks_of(base: Any) -> tuple[str, nn.ModuleList]:
 
 def replica(block: nn.Module, index: int) -> nn.Module:
     """A copy of a block that shares its weights and is at another place."""
-    shared = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())}
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())}
+    states = (vars(module).get("state") for module in block.modules())
+    shared |= {id(s): s for s in states if type(s).__name__ == "MatmulLtState"}  # bitsandbytes' int8 weights go over to it
     made = copy.deepcopy(block, shared)
     for module in made.modules():
         if hasattr(module, "layer_idx"):

@@ -94,8 +94,11 @@ def tie_targets(host: Any, name: str, config: Any) -> tuple[str, str] | None:
 
 def tie_head(host: Any, name: str, config: Any, pair: tuple[str, str], rank: tuple[int, float], dtype: torch.dtype) -> None:
     """Give the head the change that goes with the embedding's."""
-    places = {clean_path(path): (path, module) for path, module in reversed(list(base_modules(host.base)))}
-    layer, (path, head) = places[pair[0]][1], places[pair[1]]
+    places: dict[str, tuple[str, Any]] = {
+        clean_path(path): (path, module) for path, module in reversed(list(base_modules(host.base)))
+    }
+    layer: Any = places[pair[0]][1]
+    path, head = places[pair[1]]
     while layer.switch is not host.switch:
         layer = layer.base_layer
     own = isinstance(head, Adapted) and head.switch is host.switch

@@ -1,8 +1,8 @@
 """Multitask Prompt Tuning: virtual tokens that tasks share, scaled by a low-rank matrix of each task (arXiv:2303.02861).
 
 ``P_k = E * (C_k R_k)`` for task k: E [P, H], C_k [P, r], R_k [r, H]. On encoder-decoder models E and C have twice as many
-rows: the second half enters the decoder (with `num_transformer_submodules=1` only the encoder's are there). Each row of a batch
-has its task: `task_ids` [B]. Rows of different tasks are to the passes what rows of different adapters are.
+rows: the second half enters the decoder (with `num_transformer_submodules=1` only the encoder's are there). Each row of a
+batch has its task: `task_ids` [B]. Rows of different tasks are to the passes what rows of different adapters are.
 
 Field names, defaults, maths and files are HF PEFT's (its `MultitaskPromptTuningConfig`); what differs from it:
 * start values are read from safetensors only, and not again when a saved adapter is attached;
@@ -52,8 +52,8 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     """Configuration of Multitask Prompt Tuning; `PromptTuningConfig`'s fields, and
 
     Args:
-        prompt_tuning_init: RANDOM, TEXT, or from a trained adapter's file: AVERAGE_SOURCE_TASKS (E, and the mean of its tasks'
-            C and R), EXACT_SOURCE_TASK (E, and one task's), ONLY_SOURCE_SHARED (E alone).
+        prompt_tuning_init: RANDOM, TEXT, or from a trained adapter's file: AVERAGE_SOURCE_TASKS (E, and the mean of its
+            tasks' C and R), EXACT_SOURCE_TASK (E, and one task's), ONLY_SOURCE_SHARED (E alone).
         prompt_tuning_init_state_dict_path: that file, `adapter_model.safetensors`.
         prompt_tuning_init_task: which task, for EXACT_SOURCE_TASK.
         num_ranks: rank r of the tasks' matrices.
@@ -72,17 +72,18 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.MULTITASK_PROMPT_TUNING
-        init, path = self.prompt_tuning_init, self.prompt_tuning_init_state_dict_path
+        init: Any = self.prompt_tuning_init
+        path = self.prompt_tuning_init_state_dict_path
         if init not in FROM_SOURCE:
             return
         if path is None or not path.endswith(".safetensors"):
             raise ConfigError(
-                f"prompt_tuning_init={init.value} needs prompt_tuning_init_state_dict_path, the adapter_model.safetensors "  # type: ignore[union-attr]
+                f"prompt_tuning_init={init.value} needs prompt_tuning_init_state_dict_path, the adapter_model.safetensors "
                 f"of an adapter that was trained on the source tasks; got {path!r} (a pickle is not read)."
             )
         if init is not MultitaskPromptTuningInit.ONLY_SOURCE_SHARED and self.num_tasks != 1:
             raise ConfigError(
-                f"prompt_tuning_init={init.value} starts one task, and num_tasks={self.num_tasks}: leave num_tasks out, or "  # type: ignore[union-attr]
+                f"prompt_tuning_init={init.value} starts one task, and num_tasks={self.num_tasks}: leave num_tasks out, or "
                 "start with ONLY_SOURCE_SHARED."
             )
 

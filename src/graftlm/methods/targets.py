@@ -106,6 +106,8 @@ def module_names(base: nn.Module, skip: tuple[type, ...]) -> dict[str, nn.Module
 
     def collect(module: nn.Module, path: str) -> None:
         for name, child in module._modules.items():
+            if name == "parametrizations":  # torch's, of a weight that is computed
+                continue
             while child is not None and "original_module" in child._modules:
                 name, child = f"{name}.original_module", child._modules["original_module"]
             if child is not None:

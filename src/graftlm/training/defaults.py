@@ -57,6 +57,7 @@ DEFAULTS: dict[PeftType, MethodDefaults] = {
     ),
     # every layer has a prefix of its own, so what a step changes goes with their number and not with the width
     PeftType.PREFIX_TUNING: MethodDefaults(learning_rate=1e-2, power=0.0, depth=2.0, text_init={"init_weights": "text"}),
+    PeftType.CARTRIDGE: MethodDefaults(learning_rate=1e-2, power=0.0, depth=2.0),  # a guess: Prefix Tuning's
     PeftType.BOTTLENECK: MethodDefaults(learning_rate=1e-3, power=0.8),
     PeftType.IA3: MethodDefaults(learning_rate=1e-2, power=0.8),
     PeftType.ADAPTION_PROMPT: MethodDefaults(learning_rate=1e-2, power=0.8),  # a guess
