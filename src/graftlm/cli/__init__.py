@@ -27,6 +27,7 @@ COMMANDS = {
     "compare": ("compare", "compare", "Train every method on one data set; table, JSON and HTML report."),
     "generate": ("generate", "generate", "Complete prompts with one or several adapters, beside the base."),
     "chat": ("chat", "chat", "Talk to a model; switch adapters while talking."),
+    "serve": ("serve", "serve", "Serve a base and its adapters over HTTP, as OpenAI's API."),
     "inspect": ("inspect", "inspect", "What is in an adapter directory, and does it fit a base?"),
     "merge": ("merge", "merge", "Fold an adapter into its base and save a plain model."),
     "convert": ("convert", "convert", "Turn an adapter of another method into LoRA, for servers that know only that."),

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from ..architectures.prepacked import prepacked_if_free
 from ..errors import ConfigError, GraftError, QueueFullError, RequestError, ServingError, UnsupportedError
 from ..passes.facts import decoder_config
 from ..passes.served import Served
+from .errands import Errand, embedded
 from .handle import Handle
 from .jobs import Job
 from .registry import Registry, Version
@@ -133,6 +134,7 @@ class Engine:
         self.stepping = Stepping(self, self.served, self.scheduler, self.starts, self.registry, tokenizer, self.limit)
         self._inbox: deque[Callable[[], None]] = deque()
         self._pending: list[Job] = []  # their adapters are not ready
+        self._errands: list[Errand] = []
         self._jobs: set[Job] = set()
         self._waiting = self._waiting_tokens = 0
         self._changed = threading.Condition()
@@ -191,6 +193,23 @@ class Engine:
             self._jobs.add(job)
         self._do(lambda: self._pending.append(job))
         return handle
+
+    def embed(
+        self, adapter: str, rows: Sequence[Sequence[int]], pooling: str = "mean", timeout: float | None = None
+    ) -> Future:
+        """Vectors of token ids, as a future; see `errands.embedded`.
+
+        Raises:
+            UnknownAdapterError: no such adapter.
+            ServingError: the engine does not run.
+        """
+        versions = self.registry.resolve(adapter)
+        if not self.alive or self._draining:
+            raise ServingError("The engine does not run.")
+        deadline = None if timeout is None else self.clock() + timeout
+        errand = Errand(versions=versions, what=lambda group: embedded(self.model, group, rows, pooling), deadline=deadline)
+        self._do(lambda: self._errands.append(errand))
+        return errand.done
 
     def load(self, name: str, path: str | Path, pinned: bool = False) -> Future:
         """Attach an adapter's directory under a name, in place of what has the name now; see `Registry.load`."""
@@ -295,6 +314,8 @@ class Engine:
         self.registry.tend()
         for job in list(self._pending):
             self._admit(job)
+        for errand in list(self._errands):
+            self._run_errand(errand)
         if not self.scheduler.busy:
             return False
         self.stepping.step(self.clock())
@@ -318,6 +339,21 @@ class Engine:
             self.drop(job, ServingError(f"The request could not begin: {error!r}"))
         else:
             self._pending.remove(job)
+
+    def _run_errand(self, errand: Errand) -> None:
+        """Do what is asked, if its adapters are ready."""
+        try:
+            if errand.deadline is not None and errand.deadline <= self.clock():
+                raise ServingError("It took longer than it may.")
+            if not self.registry.prepare(errand.versions):
+                return
+            found = errand.what(tuple(v.attached for v in errand.versions))
+        except Exception as error:  # whatever it is, it is the asker's
+            self._errands.remove(errand)
+            errand.done.set_exception(error)
+        else:
+            self._errands.remove(errand)
+            errand.done.set_result(found)
 
     def _end_job(self, handle: Handle, finish: str) -> None:
         job = next((j for j in self._jobs if j.handle is handle), None)
@@ -367,3 +403,7 @@ class Engine:
             self._changed.notify_all()
         for job in jobs:
             job.handle.fail(error)
+        errands, self._errands = self._errands, []
+        for errand in errands:
+            if not errand.done.done():
+                errand.done.set_exception(error)

@@ -1,0 +1,75 @@
+"""`graftlm serve`: an OpenAI-compatible server of one base and any number of adapters of any kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import ConfigError
+from . import _base
+
+EXTRA = "pip install 'graftlm[serve]'"
+
+
+def serve(
+    base: _base.BaseOption = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", "-a", help="NAME=DIRECTORY, or DIRECTORY. May be repeated.")
+    ] = None,
+    adapter_dir: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder of adapters: each is served by its folder's name, read at its first use. May be repeated."
+        ),
+    ] = None,
+    quantization: _base.QuantizationOption = None,
+    name: Annotated[str | None, typer.Option(help="What requests call the base. Default: its name.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
+    api_key: Annotated[
+        list[str] | None, typer.Option(envvar="GRAFTLM_API_KEY", help="Key that requests need. May be repeated.")
+    ] = None,
+    admin_key: Annotated[
+        str | None,
+        typer.Option(envvar="GRAFTLM_ADMIN_KEY", help="Key that loads and unloads adapters; without: nobody can."),
+    ] = None,
+    max_adapters: Annotated[int, typer.Option(help="Adapters in memory at a time; the others wait on disk.")] = 16,
+    max_rows: Annotated[int, typer.Option(help="Completions that are written at a time.")] = 16,
+    cache_tokens: Annotated[int | None, typer.Option(help="Places of the key-value cache. Default: 16384.")] = None,
+    max_prompt: Annotated[int | None, typer.Option(help="Tokens of a prompt. Default: the base's context.")] = None,
+    max_choices: Annotated[int, typer.Option(help="Completions of one request.")] = 16,
+    queue: Annotated[int, typer.Option(help="Requests that may wait.")] = 256,
+    timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
+    log_prompts: Annotated[bool, typer.Option(help="Write prompts into the log.")] = False,
+) -> None:
+    """Serve a base and its adapters over HTTP, as OpenAI's API; requests of all adapters go through the base together.
+
+    A request names its adapter as `model`, several as `a+b`, the base by its own name. Stop with Ctrl-C or SIGTERM: what
+    runs may end first.
+    """
+    try:
+        from ..serving.run import run
+        from ..serving.settings import Settings
+        from ..serving.start import service_of
+    except ImportError as error:
+        raise ConfigError(f"The server needs more packages ({error.name}): {EXTRA}") from error
+    adapters = _base.named_adapters(adapter)
+    chosen = _base.base_for(base, adapters)
+    settings = Settings(
+        base_name=name or base_name(chosen), adapters=adapters, adapter_dirs=tuple(adapter_dir or ()),
+        api_keys=frozenset(api_key or ()), admin_key=admin_key, max_prompt=max_prompt, max_choices=max_choices,
+        queue_requests=queue, timeout=timeout, log_prompts=log_prompts,
+    )  # fmt: skip
+    limits = {"max_adapters": max_adapters, "max_rows": max_rows, "cache_tokens": cache_tokens}
+    model, tokenizer = _base.load_base(chosen, quantization)
+    service = service_of(model, tokenizer, settings, **{k: v for k, v in limits.items() if v is not None})
+    names = ", ".join([settings.base_name, *service.adapters.names()])
+    typer.echo(f"Serving {names} at http://{host}:{port}/v1", err=True)
+    run(service, host, port)
+
+
+def base_name(base: str) -> str:
+    """What a base is called: its name, or that of its folder or file."""
+    return Path(base).name.removesuffix(".gguf")

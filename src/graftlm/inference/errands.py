@@ -1,0 +1,51 @@
+"""What is asked of a server's model beside completions: the engine's thread does it between two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .registry import Version
+
+
+@dataclass(eq=False, kw_only=True)
+class Errand:
+    """Something to be done with adapters attached.
+
+    Args:
+        versions: these.
+        what: does it, given their names in the model.
+        deadline: when nobody wants it any more, by the engine's clock.
+    """
+
+    versions: tuple[Version, ...]
+    what: Callable[[tuple[str, ...]], Any]
+    deadline: float | None = None
+    done: Future = field(default_factory=Future)
+
+
+@torch.no_grad()
+def embedded(model: Any, group: tuple[str, ...], rows: Sequence[Sequence[int]], pooling: str, at_once: int = 8) -> list:
+    """One vector a row: the mean of the last hidden states of its tokens, or the last token's, under some adapters.
+
+    Args:
+        rows: token ids.
+        pooling: "mean" or "last".
+    """
+    vectors: list[list[float]] = []
+    for start in range(0, len(rows), at_once):
+        part = rows[start : start + at_once]
+        longest = max(map(len, part))
+        ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in part])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in part])
+        names: list = [list(group) if group else "__base__"] * len(part)
+        out = model(input_ids=ids, attention_mask=mask, adapter_names=names, output_hidden_states=True, use_cache=False)
+        hidden = out.hidden_states[-1][:, -longest:].float()
+        kept = mask[..., None].to(hidden.device)
+        pooled = hidden[:, -1] if pooling == "last" else (hidden * kept).sum(1) / kept.sum(1)
+        vectors += pooled.cpu().tolist()
+    return vectors

@@ -1,0 +1,127 @@
+"""A request on its way: the events of its prompts' completions, in one stream."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from ..inference.requests import Event
+from .answers import Choice, Piece, Token, Usage
+from .errors import ApiError
+
+Indexed = tuple[int, Piece]
+ENDED = {"timeout": "The request took longer than it may.", "cancelled": "The request was cancelled."}
+
+
+class Running:
+    """Completions of several prompts, `n` each.
+
+    Args:
+        handles: the engine's, one a prompt.
+        n: completions of each.
+        token: makes a token of an id and a log probability.
+        done: called once, at the end, with this and what went wrong, if anything did.
+    """
+
+    def __init__(
+        self,
+        handles: Sequence[Any],
+        n: int,
+        token: Callable[[int, float | None], Token],
+        done: Callable[[Running, Exception | None], None],
+    ) -> None:
+        self.handles = handles
+        self.n = n
+        self.count = len(handles) * n
+        self.usage = Usage()
+        self.begun = time.monotonic()
+        self.times: list[float] = []  # at which something came
+        self.wrong: Exception | None = None
+        self._token = token
+        self._done: Callable[[Running, Exception | None], None] | None = done
+        self._stream = self._merged()
+
+    async def first(self) -> Indexed:
+        """The first that comes; what goes wrong before it is raised here."""
+        return await anext(self._stream)
+
+    async def after(self, first: Indexed) -> AsyncIterator[Indexed]:
+        """That one, and all that come behind it."""
+        yield first
+        async for item in self._stream:
+            yield item
+
+    async def whole(self) -> list[Choice]:
+        """All choices, when they are finished."""
+        choices = [Choice() for _ in range(self.count)]
+        async for index, piece in self._stream:
+            choices[index].add(piece)
+        return choices
+
+    def failed(self, error: Exception) -> ApiError:
+        """What a client is told of an error in the midst of a stream."""
+        from .errors import of
+
+        self.wrong = error
+        return of(error)
+
+    def close(self) -> None:
+        """Nobody waits for more: what is not finished is cancelled."""
+        for handle in self.handles:
+            handle.cancel()
+        if self._done is not None:
+            done, self._done = self._done, None
+            done(self, self.wrong)
+
+    async def _merged(self) -> AsyncIterator[Indexed]:
+        """Events of all prompts as they come."""
+        queue: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue()
+
+        async def drain(place: int, handle: Any) -> None:
+            try:
+                async for event in handle:
+                    queue.put_nowait((place, event))
+                queue.put_nowait((place, None))
+            except Exception as error:  # told to whoever reads the stream
+                queue.put_nowait((place, error))
+
+        tasks = [asyncio.ensure_future(drain(i, handle)) for i, handle in enumerate(self.handles)]
+        try:
+            left = len(tasks)
+            while left:
+                place, event = await queue.get()
+                if event is None:
+                    left -= 1
+                elif isinstance(event, Exception):
+                    self.wrong = event
+                    raise event
+                else:
+                    yield place * self.n + event.index, self._piece(event)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def _piece(self, event: Event) -> Piece:
+        now = time.monotonic()
+        self.times += [now] * len(event.tokens)
+        if event.usage is not None:
+            self.usage.prompt += event.usage.prompt_tokens
+            self.usage.cached += event.usage.cached_tokens
+            self.usage.completion += event.usage.completion_tokens
+        if event.finish in ENDED:
+            status = 408 if event.finish == "timeout" else 499
+            self.wrong = ApiError(status, ENDED[event.finish], code=event.finish)
+            raise self.wrong
+        return Piece(event.text, tuple(self._tokens(event)), event.finish)
+
+    def _tokens(self, event: Event) -> list[Token]:
+        if not event.logprobs:
+            return []
+        made = []
+        for found in event.logprobs:
+            plain = self._token(found.token, found.logprob)
+            top = tuple(self._token(i, p) for i, p in found.top.items())
+            made.append(Token(plain.id, plain.text, plain.data, plain.logprob, top))
+        return made

@@ -1,0 +1,50 @@
+"""From a base and settings to a service: the wrapper, the engine, the adapters that are there from the start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import CheckpointError, GraftError
+from ..inference.engine import Engine, EngineConfig
+from ..methods import PromptTuningConfig
+from ..model import get_peft_model
+from .service import Service
+from .settings import Settings
+
+
+def service_of(base: Any, tokenizer: Any, settings: Settings, **limits: Any) -> Service:
+    """A service over a base, running, its adapters loaded.
+
+    Args:
+        base: a transformers model in evaluation mode.
+        limits: fields of `EngineConfig`.
+
+    Raises:
+        CheckpointError: an adapter cannot be loaded.
+        UnsupportedError: a base that cannot be served step by step.
+    """
+    wanted = max(limits.pop("max_adapters", 8), len(settings.adapters))
+    config = EngineConfig(
+        max_adapters=wanted, max_n=settings.max_choices, max_waiting=settings.queue_requests,
+        max_waiting_tokens=settings.queue_tokens, **limits,
+    )  # fmt: skip
+    engine = Engine(without_adapters(base), tokenizer, config)
+    service = Service(engine, tokenizer, settings)
+    service.start()
+    try:
+        for name, folder in settings.adapters.items():
+            try:
+                engine.load(name, folder).result()
+            except GraftError as error:
+                raise CheckpointError(f"The adapter {name}={folder} cannot be served: {error}") from error
+    except BaseException:
+        service.stop()
+        raise
+    return service
+
+
+def without_adapters(base: Any) -> Any:
+    """A wrapper over a base that has no adapter yet."""
+    made = get_peft_model(base, PromptTuningConfig(num_virtual_tokens=1, task_type="CAUSAL_LM"), "first")
+    made.delete_adapter("first")
+    return made.eval()
