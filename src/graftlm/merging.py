@@ -238,17 +238,20 @@ def untie(host: AdapterSet, names: list[str]) -> list[list[str]]:
 
 
 def tie_equal(host: AdapterSet, groups: list[list[str]]) -> None:
-    """Modules of a group, by path, whose weights are equal share one again; where they differ, the configuration says so."""
+    """Modules of a group, by path, whose weights are all equal share one again; else the configuration says they do not."""
     base = host.base
     own = () if host.plain else (base.config, base.config.get_text_config())
     for first, *others in ([base.get_submodule(path) for path in group] for group in groups):
-        for module in others:
-            alike = all(getattr(module.weight, n) == getattr(first.weight, n) for n in ("shape", "dtype", "device"))
-            if alike and torch.equal(module.weight, first.weight):
+        if all(same(module.weight, first.weight) for module in others):
+            for module in others:
                 module.weight = first.weight
-                continue
-            for config in {id(c): c for c in own}.values():
-                config.tie_word_embeddings = False
+            continue
+        for config in {id(c): c for c in own}.values():
+            config.tie_word_embeddings = False
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 def tied_alike(host: AdapterSet, modules: list[nn.Module], names: list[str]) -> bool:

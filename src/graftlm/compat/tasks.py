@@ -122,7 +122,7 @@ class AutoPeftModel:
             )
         base = cls._base_class(found).from_pretrained(resolve(path), revision=found.revision, **kwargs)
         fit_vocabulary(base, pretrained_model_name_or_path)
-        options = {**hub, **({} if revision is None else {"revision": revision})}
+        options: dict[str, Any] = {**hub, **({} if revision is None else {"revision": revision})}
         return PeftModel.from_pretrained(
             base, pretrained_model_name_or_path, adapter_name, is_trainable=is_trainable, config=config, **options
         )

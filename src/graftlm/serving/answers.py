@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .tools import may_be_call, read_calls
+from .tools import Call, may_be_call, read_calls
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,8 @@ class ChatForm(Form):
 
     def delta(self, index: int, choice: Choice, piece: Piece) -> list[dict[str, Any]]:
         made: list[dict[str, Any]] = []
-        finish, calls, until = piece.finish, [], len(choice.text)
+        calls: list[Call] = []
+        finish, until = piece.finish, len(choice.text)
         if self.tools:
             until = may_be_call(choice.text)
             if finish:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 from .errors import ApiError
 
-Scope = dict[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 OPEN = frozenset({"/health", "/ready"})
 ADMIN = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
@@ -67,11 +67,11 @@ class Doors:
             more = last.get("more_body", False)
             if len(read) > self.max_body:
                 raise too_large
-        first: list[dict[str, Any]] = [{"type": "http.request", "body": read, "more_body": False}]
+        first: list[MutableMapping[str, Any]] = [{"type": "http.request", "body": read, "more_body": False}]
         if last is not None and last["type"] != "http.request":
             first.append(last)
 
-        async def again() -> dict[str, Any]:
+        async def again() -> MutableMapping[str, Any]:
             return first.pop(0) if first else await receive()
 
         return again

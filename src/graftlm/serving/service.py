@@ -145,7 +145,7 @@ class Service:
             missing = next(part for part in parts if part not in known)
             raise ApiError(
                 404,
-                f"There is no model {model!r}{nearest(missing, [self.settings.base_name, *known])}. GET /v1/models lists them.",
+                f"There is no model {model!r}{nearest(missing, [self.settings.base_name, *known])}. See GET /v1/models.",
                 param="model", code="model_not_found",
             )  # fmt: skip
         if len(set(parts)) < len(parts):
