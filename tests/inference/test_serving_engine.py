@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 import pytest
 import torch
 from engine_helpers import alone, crowd, engine_of, run, some_params, some_prompt
 from families import CAUSAL, VOCAB, build
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import graftlm
+from graftlm.bundled import base_path
+from graftlm.inference.engine import Engine, EngineConfig
 from graftlm.inference.requests import Request, SamplingParams
 
 STEPPED = [name for name in CAUSAL if name != "falcon"]
@@ -162,3 +167,33 @@ def test_events_come_one_a_token() -> None:
     assert [e.finish for e in events] == [None] * 4 + ["length"]
     assert [e.usage is not None for e in events] == [False] * 4 + [True]
     assert all(len(e.tokens) == 1 for e in events) and max(t for e in events for t in e.tokens) < VOCAB
+
+
+def test_forms_through_the_engine() -> None:
+    """On the bundled base, beside a free request, which writes what it writes alone; stop ids of one are not another's."""
+    pytest.importorskip("llguidance")
+    base = AutoModelForCausalLM.from_pretrained(base_path(), dtype="float32")
+    names = AutoTokenizer.from_pretrained(base_path())
+    model = graftlm.get_peft_model(base, graftlm.LoraConfig(task_type="CAUSAL_LM"), "lora").eval()
+    engine = Engine(model, names, EngineConfig(prepack=False))
+    prompt = tuple(names("The answer is")["input_ids"])
+    stop = names("7", add_special_tokens=False)["input_ids"][-1]
+    form = {"type": "regex", "pattern": "[0-9]{3}-[a-c]{2}"}
+    asked = [
+        Request(
+            prompt=prompt,
+            params=SamplingParams(max_new_tokens=20, response_format=form, stop_ids=stops, seed=i, temperature=t),
+        )
+        for i, (stops, t) in enumerate([((stop,), 0.0), ((), 0.0), ((), 1.0)])
+    ]
+    free = Request(prompt=prompt, adapter="lora", params=SamplingParams(max_new_tokens=8))
+    handles = [engine.submit(request) for request in (*asked, free)]
+    run(engine)
+    for handle in handles[1:3]:
+        made = handle.result().completions[0]
+        assert re.fullmatch(form["pattern"], made.text) and made.finish == "stop"
+    ids = torch.tensor([prompt])
+    wanted = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    got = handles[3].result().completions[0]
+    assert list(got.tokens) == wanted[0, len(prompt) :].tolist()
+    assert got.text == names.decode(got.tokens, skip_special_tokens=True)

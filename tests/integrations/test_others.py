@@ -40,14 +40,16 @@ def test_sentence_transformers(tiny: Path) -> None:
     sentence_transformers = pytest.importorskip(
         "sentence_transformers", reason="sentence-transformers is not installed (pip install sentence-transformers)"
     )
-    transformer = sentence_transformers.models.Transformer(str(tiny))
-    transformer.auto_model = wrapped(transformer.auto_model, "FEATURE_EXTRACTION")
-    width = transformer.get_word_embedding_dimension()
-    encoder = sentence_transformers.SentenceTransformer(
-        modules=[transformer, sentence_transformers.models.Pooling(width, "mean")], device="cpu"
-    )
-    made = torch.tensor(encoder.encode(["a good friend"]))
-    ids = transformer.tokenizer(["a good friend"], return_tensors="pt")
-    with torch.no_grad():
-        expected = transformer.auto_model(**ids).last_hidden_state.mean(1)
-    torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-4)
+    encoder = sentence_transformers.SentenceTransformer(str(tiny), device="cpu")
+    name = "model" if "model" in encoder[0]._modules else "auto_model"
+    base = getattr(encoder[0], name)
+    texts = ["a good friend", "the old house by the river"]
+    plain = torch.tensor(encoder.encode(texts))
+    model = wrapped(base, "FEATURE_EXTRACTION")
+    setattr(encoder[0], name, model)
+    adapted = torch.tensor(encoder.encode(texts))
+    assert not torch.allclose(adapted, plain, atol=1e-4)
+    with model.disable_adapter():
+        torch.testing.assert_close(torch.tensor(encoder.encode(texts)), plain)
+    setattr(encoder[0], name, model.merge_and_unload())
+    torch.testing.assert_close(torch.tensor(encoder.encode(texts)), adapted, atol=1e-5, rtol=1e-4)
