@@ -275,7 +275,7 @@ def test_unknown_method_in_a_configuration(saved: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"use_qalora": True}, {"trainable_token_indices": [1]}, {"use_bdlora": {"nblocks": 2}},
+    "option", [{"use_qalora": True}, {"arrow_config": {"top_k": 2}}, {"use_bdlora": {"nblocks": 2}},
                {"kasa_config": {"beta": 0.1}}, {"velora_config": {"scale": 1.0}}, {"brand_new": 0.5}],
 )  # fmt: skip
 def test_unknown_options_that_are_on_are_refused(saved: Path, option: dict[str, Any]) -> None:
