@@ -129,6 +129,7 @@ CONFIGS: dict[str, Any] = {
 
 # Those that not every model or call takes: by families, or with `task_ids`.
 PARTIAL: dict[str, Any] = {
+    "adaption": lambda lib, n: lib.AdaptionPromptConfig(task_type=task(n), adapter_len=3, adapter_layers=2),
     "multitask": lambda lib, n: lib.MultitaskPromptTuningConfig(
         task_type=task(n), num_virtual_tokens=3, num_tasks=3, num_ranks=2
     ),
