@@ -26,6 +26,7 @@ from transformers import (
 
 import graftlm
 from graftlm import gguf
+from graftlm.bundled import base_path
 from graftlm.errors import UnsupportedError
 from graftlm.exporting import ollama
 from graftlm.exporting.vocabulary import rule_of, vocabulary
@@ -96,7 +97,9 @@ def refused(result: Any) -> str:
 def test_gguf_of_a_family_gives_the_adapters_logits(cli, made, tmp_path, family):
     base, adapter = made(family, lora())
     said = done(cli("export", adapter, "--to", "gguf", "-b", base, "-o", tmp_path / "out"))
-    assert "Read back: weights and tokens the same" in said and "'smollm'" in said
+    assert "Read back: weights and tokens the same" in said
+    rule = "qwen2" if family == "qwen2" else "smollm"  # transformers gives a Qwen2 its own, whatever its files say
+    assert f"texts split as {rule!r}" in said
     (tmp_path / "empty").mkdir()
     model, words = gguf.read(tmp_path / "out" / "model.gguf", tmp_path / "empty")
     assert model.config.model_type == BASES[family]().config.model_type and model.dtype == torch.float32
@@ -193,11 +196,17 @@ def test_plain_lora_for_vllm_is_copied(cli, made, tmp_path):
     base, adapter = made("llama", lora(lora_alpha=6))
     said = done(cli("export", adapter, "--to", "vllm", "-b", base, "-o", tmp_path / "out"))
     assert "--enable-lora --max-lora-rank 8 --lora-modules out=out" in said
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     one, other = (load_file(f / "adapter_model.safetensors") for f in (adapter, tmp_path / "out"))
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
     assert torch.equal(adapted(base, adapter)(IDS).logits, adapted(base, tmp_path / "out")(IDS).logits)
-    assert "leave --rank out" in refused(cli("export", adapter, "--to", "vllm", "-b", base, "-o", tmp_path / "new", "-r", "2"))
+    assert "leave --rank out" in refused(
+        cli("export", adapter, "--to", "vllm", "-b", base, "-o", tmp_path / "new", "-r", "2")
+    )
 
 
 @pytest.mark.parametrize(
@@ -220,7 +229,9 @@ def test_other_methods_for_vllm_need_a_rank_and_become_lora(cli, made, tmp_path,
     about = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (about["peft_type"], about["r"], about["lora_alpha"], about["use_dora"]) == ("LORA", 32, 32, False)
     assert not about["rank_pattern"] and not about["alpha_pattern"] and about["init_lora_weights"] is True
-    scales = {value.shape[0] for key, value in load_file(tmp_path / "out" / "adapter_model.safetensors").items() if "lora_A" in key}
+    scales = {
+        value.shape[0] for key, value in load_file(tmp_path / "out" / "adapter_model.safetensors").items() if "lora_A" in key
+    }
     assert scales == {32}
     with torch.no_grad():
         wanted, got = (adapted(base, f)(IDS).logits for f in (adapter, tmp_path / "out"))
@@ -301,13 +312,16 @@ def test_modelfile(cli, made, tmp_path):
 
 def go(template: str, messages: list[dict[str, str]]) -> str:
     """What Go makes of the few constructs that the Modelfiles use."""
-    body, opening = re.fullmatch(r"\{\{- range \.Messages \}\}(.*)\{\{- end \}\}(.*)", template, re.S).groups()
+    assert "{{-" not in template and "-}}" not in template  # these would take line breaks away
+    body, opening = re.fullmatch(r"\{\{ range \.Messages \}\}(.*)\{\{ end \}\}(.*)", template, re.S).groups()
     text = ""
     for message in messages:
         turn = body
         if "if eq" in body:
-            parts = re.split(r"\{\{- (?:if|else if) eq \.Role \"(\w+)\" \}\}|\{\{- else \}\}|\{\{- end \}\}", body)
-            cases = {role or "assistant": said for role, said in zip(parts[1::2], parts[2::2], strict=True)}
+            marks = r"\{\{ (?:if|else if) eq \.Role \"(\w+)\" \}\}|\{\{ else \}\}|\{\{ end \}\}"
+            parts = re.split(marks, body)
+            assert parts[0] == parts[-1] == ""
+            cases = {role or "assistant": said for role, said in zip(parts[1:-2:2], parts[2:-1:2], strict=True)}
             turn = cases[message["role"]]
         text += turn.replace("{{ .Role }}", message["role"]).replace("{{ .Content }}", message["content"])
     return text + opening
@@ -321,7 +335,7 @@ def test_forms_are_the_same_in_go(form):
 def test_forms_are_recognised(words):
     from graftlm.data.chat import render_chat
 
-    words = AutoTokenizer.from_pretrained(graftlm.base_path())
+    words = AutoTokenizer.from_pretrained(base_path())
     assert ollama.recognised(words)[0].render(ollama.TALK) == render_chat(ollama.TALK, words)
     chatml = (
         "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
@@ -336,9 +350,14 @@ def test_forms_are_recognised(words):
         "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] + '<|eot_id|>' }}"
         "{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
     )
-    assert ollama.recognised(words)[0].name == "Llama 3"
-    for other in (chatml.replace("Be kind.<|im_end|>", "Be kind."), "{{ raise_exception('no') }}", "{{ messages[0].content }}"):
+    form, _ = ollama.recognised(words)
+    assert form.name == "Llama 3" and form.go.startswith("<s>{{ range")  # the tokenizer does not set it
+    for other in (
+        chatml.replace("Be kind.<|im_end|>", "Be kind."),
+        "{{ raise_exception('no') }}",
+        "{{ messages[0].content }}",
+    ):
         words.chat_template = other
         text, note = ollama.modelfile("m.gguf", words, None)
         assert ollama.recognised(words) == (None, None)
-        assert "no form that is known here" in note and "TEMPLATE \"\"\"" not in text
+        assert "no form that is known here" in note and 'TEMPLATE """' not in text

@@ -22,9 +22,7 @@ def export(
     rank: Annotated[
         int | None, typer.Option("--rank", "-r", help="vllm: rank of the LoRA that another method becomes.")
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="gguf, ollama: auto (the base's own), float32, bfloat16 or float16.")
-    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="gguf, ollama: auto (the base's own), float32, bfloat16 or float16.")] = "auto",
     allow_base_mismatch: Annotated[
         bool, typer.Option("--allow-base-mismatch", help="Export although it was trained on another base.")
     ] = False,

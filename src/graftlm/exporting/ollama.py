@@ -6,7 +6,7 @@ makes of a conversation; of any other one no guess is made.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 TALK = [
@@ -43,10 +43,13 @@ def alike(turn: str) -> dict[str, str]:
 
 
 def go_of(turn: str, opening: str, end: str) -> str:
-    """Ollama's template of turns that are written alike: all messages, then the opening."""
+    """Ollama's template of turns that are written alike: all messages, then the opening.
+
+    Without Go's `{{-`, which would take away the line breaks before it.
+    """
     before, after = turn.split("{content}")
     said = before.format(role="{{ .Role }}") + "{{ .Content }}" + after
-    return "{{- range .Messages }}" + said + "{{- end }}" + opening
+    return "{{ range .Messages }}" + said + "{{ end }}" + opening
 
 
 CHATML = "<|im_start|>{role}\n{content}<|im_end|>\n"
@@ -73,9 +76,9 @@ FORMS = (
 def plain(eos: str) -> Form:
     """How GraftLM writes conversations for tokenizers without a chat template."""
     go = (
-        "{{- range .Messages }}{{- if eq .Role \"system\" }}System: {{ .Content }}\n\n"
-        "{{- else if eq .Role \"user\" }}Human: {{ .Content }}\n\n"
-        f"{{{{- else }}}}Assistant: {{{{ .Content }}}}{eos}{{{{- end }}}}{{{{- end }}}}Assistant: "
+        '{{ range .Messages }}{{ if eq .Role "system" }}System: {{ .Content }}\n\n'
+        '{{ else if eq .Role "user" }}Human: {{ .Content }}\n\n'
+        "{{ else }}Assistant: {{ .Content }}" + eos + "{{ end }}{{ end }}Assistant: "
     )
     turn = PLAIN | {"assistant": PLAIN["assistant"].replace("{eos}", eos)}
     return Form(name="plain", turn=turn, opening="Assistant: ", go=go, stops=("Human:",))
@@ -86,26 +89,36 @@ def recognised(tokenizer: Any) -> tuple[Form | None, str | None]:
     if not tokenizer.chat_template:
         return plain(tokenizer.eos_token or ""), None
     try:
-        whole = rendered(tokenizer, TALK)
-        without = rendered(tokenizer, TALK[1:])
+        whole, without = (written(tokenizer, messages) for messages in (TALK, TALK[1:]))
     except Exception:  # a template refuses roles with errors of its own: then it is of none of these forms
         return None, None
+    bos = tokenizer.bos_token or ""
+    first = bos if bos and whole.startswith(bos) and without.startswith(bos) else ""
+    if adds_bos(tokenizer) and not first:  # llama.cpp would set a token that the template lacks
+        return None, None
+    whole, without = whole.removeprefix(first), without.removeprefix(first)
     for form in FORMS:
         if form.render(TALK) != whole:
             continue
+        found = form if adds_bos(tokenizer) else replace(form, go=first + form.go)
         rest = form.render(TALK[1:])
         if without == rest:
-            return form, None
+            return found, None
         before, after = form.turn["system"].format(role="system", content="\0").split("\0")
         if without.startswith(before) and without.endswith(after + rest):
-            return form, without[len(before) : len(without) - len(after + rest)]
+            return found, without[len(before) : len(without) - len(after + rest)]
     return None, None
 
 
-def rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    """The conversation without the token that llama.cpp sets before it."""
-    text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    return text.removeprefix(tokenizer.bos_token or "") if not text.startswith(("<|im_start|>",)) else text
+def written(tokenizer: Any, messages: list[dict[str, str]]) -> str:
+    """A conversation up to the assistant's next turn, by the chat template."""
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether a text's first token is one that the tokenizer sets, as llama.cpp then does."""
+    ids = tokenizer("a")["input_ids"]
+    return bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
 def modelfile(file: str, tokenizer: Any, context: int | None) -> tuple[str, str]:

@@ -131,8 +131,9 @@ def export_plain(folder: str, output: Path) -> list[str]:
         raise CheckpointError(f"{output} does not hold what was written.")
     most = next(r for r in RANKS if r >= about["r"])
     base = about.get("base_model_name_or_path") or "BASE"
-    line = f"vllm serve {base} --enable-lora --max-lora-rank {most} --lora-modules {output.name}={output.name}"
-    (output / "README.md").write_text(LORA_README.format(name=output.name, line=line), encoding="utf-8")
+    name = output.resolve().name
+    line = f"vllm serve {base} --enable-lora --max-lora-rank {most} --lora-modules {name}={name}"
+    (output / "README.md").write_text(LORA_README.format(name=name, line=line), encoding="utf-8")
     return [f"LoRA of rank {about['r']} in {output}.", line]
 
 
@@ -148,7 +149,7 @@ def export_prompt(folder: str, kind: str, output: Path, model: Any) -> list[str]
     output.mkdir(parents=True, exist_ok=True)
     save_file({"prompt_embeds": tokens}, output / "prompt_embeds.safetensors", {"format": "pt"})
     base = method.config.base_model_name_or_path or "BASE"
-    text = PROMPT_README.format(name=output.name, base=base, count=len(tokens), width=tokens.shape[1], kind=kind)
+    text = PROMPT_README.format(name=output.resolve().name, base=base, count=len(tokens), width=tokens.shape[1], kind=kind)
     (output / "README.md").write_text(text, encoding="utf-8")
     return [f"{len(tokens)} virtual tokens in {output}; its README.md has the lines of a client."]
 

@@ -71,7 +71,9 @@ def byte_level(tokenizer: Any) -> Any:
     model, normalizer = state["model"], state["normalizer"]
     kind = model["type"]
     if kind != "BPE" or model.get("byte_fallback") or "ByteLevel" not in json.dumps(state["pre_tokenizer"]):
-        raise UnsupportedError(f"The tokenizer is {kind} without bytes as its letters; only byte-level BPE is written. {MEND}")
+        raise UnsupportedError(
+            f"The tokenizer is {kind} without bytes as its letters; only byte-level BPE is written. {MEND}"
+        )
     unusual = [k for k in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(k)]
     if normalizer is not None and normalizer["type"] != "NFC":  # llama.cpp takes texts as they come
         unusual.append(f"normalizer {normalizer['type']}")
