@@ -32,10 +32,11 @@ from graftlm.exporting import ollama
 from graftlm.exporting.vocabulary import rule_of, vocabulary
 
 SMALL: dict[str, Any] = {"vocab_size": len(VOCABULARY), "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2}
+ROPE = {"rope_theta": 5e3, "rope_type": "default"}
 BASES: dict[str, Any] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE | SMALL, tie_word_embeddings=False)),
     "wide heads": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE | SMALL | {"head_dim": 32}, tie_word_embeddings=True)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE | SMALL, rope_parameters={"rope_theta": 5e3, "rope_type": "default"})),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE | SMALL, rope_parameters=ROPE)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**SMALL, n_embd=64, n_layer=2, n_head=4, n_positions=128)),
     "bloom": lambda: BloomForCausalLM(BloomConfig(**SMALL, hidden_size=64, n_layer=2, n_head=4)),
 }  # fmt: skip
@@ -346,8 +347,9 @@ def test_forms_are_recognised(words):
     form, system = ollama.recognised(words)
     assert (form.name, system) == ("ChatML", "Be kind.")
     assert 'SYSTEM """Be kind."""' in ollama.modelfile("m.gguf", words, None)[0]
-    words.chat_template = "{{ bos_token }}" + "".join(
-        "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] + '<|eot_id|>' }}"
+    words.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+        "{{ m['content'] + '<|eot_id|>' }}"
         "{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
     )
     form, _ = ollama.recognised(words)

@@ -69,7 +69,8 @@ def as_gguf(output: Path, modelfile: bool, dtype: str, model: Any, tokenizer: An
     written = gguf_file.write_gguf(merged, tokenizer, output / "model.gguf", dtype, name=output.resolve().name)
     lines = [
         f"{written.path} ({gguf_file.size_of(written.path):.1f} MB, {written.dtype}; texts split as {written.rule!r}).",
-        f"Read back: weights and tokens the same, logits up to {written.difference:.3g} apart (largest {written.largest:.3g}).",
+        f"Read back: weights and tokens the same, logits up to {written.difference:.3g} apart (largest "
+        f"{written.largest:.3g}).",
     ]
     if modelfile:
         context = getattr(merged.config, "max_position_embeddings", None)

@@ -82,8 +82,8 @@ def fits(model: Any, kind: torch.dtype) -> None:
     wrong = [key for key, value in model.state_dict().items() if not value.to(kind).isfinite().all()]
     if wrong:
         raise CheckpointError(
-            f"{len(wrong)} weights are not finite in {kind} ({', '.join(wrong[:3])}, …). Write bfloat16 or float32, and look "
-            "whether the adapter diverged."
+            f"{len(wrong)} weights are not finite in {kind} ({', '.join(wrong[:3])}, …). Write bfloat16 or float32, and "
+            "look whether the adapter diverged."
         )
 
 

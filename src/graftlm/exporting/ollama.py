@@ -6,6 +6,7 @@ makes of a conversation; of any other one no guess is made.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,21 +93,19 @@ def recognised(tokenizer: Any) -> tuple[Form | None, str | None]:
         whole, without = (written(tokenizer, messages) for messages in (TALK, TALK[1:]))
     except Exception:  # a template refuses roles with errors of its own: then it is of none of these forms
         return None, None
-    bos = tokenizer.bos_token or ""
-    first = bos if bos and whole.startswith(bos) and without.startswith(bos) else ""
-    if adds_bos(tokenizer) and not first:  # llama.cpp would set a token that the template lacks
-        return None, None
-    whole, without = whole.removeprefix(first), without.removeprefix(first)
-    for form in FORMS:
-        if form.render(TALK) != whole:
+    # llama.cpp sets the first token where the tokenizer does: then the template must begin with it, and only then
+    adds, bos = adds_bos(tokenizer), tokenizer.bos_token or ""
+    for first, form in itertools.product([bos] if adds else dict.fromkeys(["", bos]), FORMS):
+        if first + form.render(TALK) != whole:
             continue
-        found = form if adds_bos(tokenizer) else replace(form, go=first + form.go)
+        found = form if adds else replace(form, go=first + form.go)
         rest = form.render(TALK[1:])
-        if without == rest:
+        if without == first + rest:
             return found, None
         before, after = form.turn["system"].format(role="system", content="\0").split("\0")
-        if without.startswith(before) and without.endswith(after + rest):
-            return found, without[len(before) : len(without) - len(after + rest)]
+        before, after = first + before, after + rest
+        if without.startswith(before) and without.endswith(after):
+            return found, without[len(before) : len(without) - len(after)]
     return None, None
 
 
