@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
 import json
-import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ class Server:
     @property
     def root(self) -> str:
         bare = self.url.rstrip("/")
-        bare = bare if "://" in bare else f"http://{bare}"
+        bare = bare if bare.startswith(("http://", "https://")) else f"http://{bare}"
         return bare if bare.endswith("/v1") else f"{bare}/v1"
 
     @contextmanager
@@ -57,9 +57,11 @@ class Server:
                 yield answer
         except urllib.error.HTTPError as error:
             raise refusal(self.root, error) from error
-        except (OSError, ValueError, socket.timeout) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
-            raise ServerError(f"{self.root} does not answer ({reason}). Is the server running, and is --server its URL?") from error
+            raise ServerError(
+                f"{self.root} does not answer ({reason}). Is the server running, and is --server its URL?"
+            ) from error
 
     def models(self) -> tuple[str, list[str]]:
         """The base's name, and those of the adapters: models that have a parent, or where none has one all but the first."""
@@ -68,7 +70,9 @@ class Server:
                 cards = json.loads(answer.read())["data"]
                 names = [card["id"] for card in cards]
             except (ValueError, KeyError, TypeError) as error:
-                raise ServerError(f"{self.root}/models is no list of models: is {self.url} an OpenAI-compatible server?") from error
+                raise ServerError(
+                    f"{self.root}/models is no list of models: is {self.url} an OpenAI-compatible server?"
+                ) from error
         if not names:
             raise ServerError(f"{self.root} serves no model.")
         base = next((card["id"] for card in cards if not card.get("parent")), names[0])
@@ -79,14 +83,17 @@ class Server:
         with self.asked("chat/completions", request(model, messages, sampling)) as lines:
             for line in lines:
                 field, _, data = line.decode("utf-8").strip().partition(":")
-                if field != "data" or (data := data.strip()) == "[DONE]":
+                if field != "data":
                     continue
+                if (data := data.strip()) == "[DONE]":
+                    return
                 event = json.loads(data)
                 if wrong := event.get("error"):
                     raise ServerError(str(wrong.get("message", wrong)), wrong.get("code"))
                 for choice in event.get("choices", ()):
                     if piece := (choice.get("delta") or {}).get("content"):
                         yield piece
+        raise ServerError(f"{self.root} broke off in the middle of an answer.")
 
 
 def request(model: str, messages: list[dict[str, str]], sampling: Sampling) -> dict[str, Any]:

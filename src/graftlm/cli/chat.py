@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -208,12 +209,13 @@ def from_server(session: Session, server: Server) -> str:
     """The server's next turn, streamed to the terminal; the oldest turns are forgotten where it finds them too many."""
     shown, model = sys.stdout.isatty(), "+".join(session.active) or session.base
     while True:
-        pieces = []
+        pieces: list[str] = []
         try:
-            for piece in server.answer(model, session.messages(), session.sampling):
-                pieces.append(piece)
-                if shown:
-                    typer.echo(piece, nl=False)
+            with closing(server.answer(model, session.messages(), session.sampling)) as answer:  # Ctrl-C ends it there too
+                for piece in answer:
+                    pieces.append(piece)
+                    if shown:
+                        typer.echo(piece, nl=False)
             break
         except ServerError as error:
             if error.code != "context_length_exceeded" or len(session.turns) < 3 or pieces:
