@@ -31,8 +31,8 @@ FLOORS: list[set[str]] = [
     {"data", "planning"},
     {"training", "inference"},
     {
-        "comparison", "serving", "studio", "cli", "utils", "compat", "as_peft", "functional", "registering", "helpers",
-        "__init__", "__main__",
+        "comparison", "serving", "exporting", "studio", "cli", "utils", "compat", "as_peft", "functional", "registering",
+        "helpers", "__init__", "__main__",
     },
 ]  # fmt: skip
 APART = [("training", "inference"), ("inference", "training")]

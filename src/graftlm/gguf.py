@@ -43,6 +43,7 @@ CACHE_VARIABLE = "GRAFTLM_CACHE"
 # transformers knows: GPT-2's rule with every digit by itself, and GPT-2's rule, which is transformers' own default.
 SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
 GPT2_RULE = frozenset({"gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jais"})
+BLOOM_SPLIT = r" ?[^(\s|.,!?…。，、।۔،)]+"
 UNNAMED = (None, "default")  # of older files
 END_TOKENS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
@@ -194,6 +195,8 @@ def read(file: Path, empty: Path) -> tuple[Any, Any]:
         refuse_scaled_positions(about, file)
         given = {"gguf_file": str(file)}
         config = t.AutoConfig.from_pretrained(empty, **given)
+        if config.model_type == "gpt2" and about["context"]:  # transformers leaves it at 1024
+            config.n_positions = about["context"]
         auto = t.AutoModelForSeq2SeqLM if config.is_encoder_decoder else t.AutoModelForCausalLM
         if hasattr(t, "GgufConfig"):
             given = given | {"quantization_config": t.GgufConfig(dequantize=True)}
@@ -238,6 +241,7 @@ def describe(file: Path) -> dict[str, Any]:
     tensors = GgufHeader.from_file(str(file)).tensors
     about = {key: values.get(f"tokenizer.ggml.{key}") for key in ("model", "pre", *END_TOKENS)}
     about["architecture"] = values["general.architecture"]
+    about["context"] = values.get(f"{about['architecture']}.context_length")
     about["scaling"] = values.get(f"{about['architecture']}.rope.scaling.type")
     about["scaled"] = [t.name for t in tensors if t.name.startswith(("rope_freqs", "rope_factors"))]
     plain = {t.ggml_type for t in tensors if len(t.shape) > 1} <= {Kind.F32, Kind.F16}
@@ -282,21 +286,40 @@ def mend_tokenizer(tokenizer: Any, about: dict[str, Any], config: Any, file: Pat
         if about["architecture"] != "gpt2":
             warnings.warn(f"{file} does not name its rule for splitting texts; GPT-2's is used, which may not be its own.")
         return
-    if rule not in SINGLE_DIGITS:
+    splits = splitting(rule)
+    if splits is None:
         raise BaseModelError(
             f"{file} splits texts by the rule {rule!r}, which is not known here: its tokens would not be the model's. Take "
             "the safetensors form of the model, whose tokenizer holds the rule itself."
         )
-    from tokenizers import pre_tokenizers
+    tokenizer.backend_tokenizer.pre_tokenizer = splits
 
-    parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+
+def splitting(rule: str) -> Any:
+    """llama.cpp's rule for splitting texts as a part of a tokenizer; None for one that is not known here."""
+    from tokenizers import Regex, pre_tokenizers
+
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if rule in GPT2_RULE:
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if rule in SINGLE_DIGITS:
+        parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        return pre_tokenizers.Sequence(parts)
+    expression = BLOOM_SPLIT if rule == "bloom" else known_splits().get(rule)
+    if expression is None:
+        return None
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(expression), behavior="isolated"), by_bytes])
+
+
+def known_splits() -> dict[str, str]:
+    """The rules that transformers applies itself: their names and regular expressions."""
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError:
+        return {}
+    return GGUF_PRE_TOKENIZER_SPLITS
 
 
 def knows_rule(rule: str | None) -> bool:
     """Whether transformers applies a rule for splitting texts itself."""
-    try:
-        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-    except ImportError:
-        return False
-    return rule in GGUF_PRE_TOKENIZER_SPLITS
+    return rule in known_splits()

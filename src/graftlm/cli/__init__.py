@@ -31,6 +31,7 @@ COMMANDS = {
     "inspect": ("inspect", "inspect", "What is in an adapter directory, and does it fit a base?"),
     "merge": ("merge", "merge", "Fold an adapter into its base and save a plain model."),
     "convert": ("convert", "convert", "Turn an adapter of another method into LoRA, for servers that know only that."),
+    "export": ("export", "export", "Write an adapter for vLLM, llama.cpp (GGUF) or Ollama."),
     "data": ("data", "app", "Look at data sets."),
     "run": ("run", "run", "Run a Python script that imports peft, with GraftLM in its place."),
 }

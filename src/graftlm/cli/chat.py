@@ -1,15 +1,17 @@
-"""`graftlm chat`: a conversation with one base and its adapters."""
+"""`graftlm chat`: a conversation with one base and its adapters, here or on a server."""
 
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import nearest
+from ..errors import ConfigError, nearest
 from . import _base
+from ._server import Server, ServerError
 
 if TYPE_CHECKING:
     from ..inference import Sampling
@@ -24,7 +26,10 @@ HELP = """/adapter NAME   answer with this adapter (or NAME+NAME together); alon
 
 @dataclass
 class Session:
-    """A conversation's state. `active` holds names of adapters; empty for the plain base."""
+    """A conversation's state. `active` holds names of adapters; empty for the plain base.
+
+    With a `server`, that answers: `base` is what it calls its base, and there is neither model nor tokenizer here.
+    """
 
     model: Any
     tokenizer: Any
@@ -33,10 +38,12 @@ class Session:
     active: list[str] = field(default_factory=list)
     system: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
+    server: Server | None = None
+    base: str = "base"
 
     @property
     def title(self) -> str:
-        return " + ".join(self.active) or "base"
+        return " + ".join(self.active) or self.base
 
     def messages(self) -> list[dict[str, str]]:
         return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns
@@ -53,6 +60,10 @@ def chat(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 avoids repetition.")] = 1.1,
     seed: Annotated[int, typer.Option(help="Of the random numbers.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer. May be repeated.")] = None,
+    server: Annotated[
+        str | None, typer.Option(help="URL of an OpenAI-compatible server (graftlm serve) that answers instead.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="GRAFTLM_API_KEY", help="With --server: its key.")] = None,
 ) -> None:
     """Talk to a model; switch adapters while talking.
 
@@ -64,18 +75,35 @@ def chat(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty,
         seed=seed, stop=tuple(stop or ()),
     )  # fmt: skip
+    if server is not None:
+        talk(remote(Server(server, api_key), sampling, system, base, adapter, quantization))
+        return
     adapters = _base.named_adapters(adapter)
     model, tokenizer = _base.load_base(_base.base_for(base, adapters), quantization)
     model = _base.attach(model, adapters)
     session = Session(model, tokenizer, sampling, list(adapters), list(adapters)[:1], system)
-    say(f"Adapters: {', '.join(adapters) or 'none'}. Answering: {session.title}. /help lists the commands.")
     with _base.ready_to_generate(model):
-        while (line := ask(session)) is not None:
-            if line.startswith("/"):
-                if not command(session, line):
-                    break
-            elif line:
-                answer(session, line)
+        talk(session)
+
+
+def remote(server: Server, sampling: Sampling, system: str | None, *here: Any) -> Session:
+    """A conversation with a server; ConfigError for options about what is loaded here."""
+    if any(here):
+        raise ConfigError("With --server the model is the server's: leave out --base, --adapter and --quantization, and "
+                          "choose with /adapter NAME.")  # fmt: skip
+    base, names = server.models()
+    return Session(None, None, sampling, names, [], system, server=server, base=base)
+
+
+def talk(session: Session) -> None:
+    """Read lines and answer them until the end."""
+    say(f"Adapters: {', '.join(session.names) or 'none'}. Answering: {session.title}. /help lists the commands.")
+    while (line := ask(session)) is not None:
+        if line.startswith("/"):
+            if not command(session, line):
+                break
+        elif line:
+            answer(session, line)
 
 
 def say(text: str) -> None:
@@ -102,7 +130,7 @@ def command(session: Session, line: str) -> bool:
         switch(session, rest)
     elif word == "base":
         session.active = []
-        say("Answering: base.")
+        say(f"Answering: {session.title}.")
     elif word == "system":
         session.system = rest or None
         say("Instruction set." if rest else "Instruction removed.")
@@ -118,7 +146,14 @@ def command(session: Session, line: str) -> bool:
 
 def switch(session: Session, wanted: str) -> None:
     """Make one adapter, or several joined by '+', answer from now on."""
-    names = [n.strip() for n in wanted.split("+") if n.strip()]
+    if session.server is not None:
+        try:
+            session.base, session.names = session.server.models()  # adapters come and go there
+        except ServerError as error:
+            say(str(error))
+            return
+    whole = wanted in session.names  # a server's names may hold a '+'
+    names = [wanted] if whole else [n.strip() for n in wanted.split("+") if n.strip()]
     unknown = [n for n in names if n not in session.names]
     if unknown or not names:
         have = ", ".join(session.names) or "none (start with --adapter DIRECTORY)"
@@ -139,11 +174,17 @@ def answer(session: Session, line: str) -> None:
         say("Stopped; this turn is forgotten.")
         session.turns.pop()
         return
+    except ServerError as error:
+        say(f"{error} This turn is forgotten.")
+        session.turns.pop()
+        return
     session.turns.append({"role": "assistant", "content": text})
 
 
 def reply(session: Session) -> str:
     """The model's next turn, streamed to the terminal."""
+    if session.server is not None:
+        return from_server(session, session.server)
     import dataclasses
 
     from ..inference import complete
@@ -162,6 +203,32 @@ def reply(session: Session) -> str:
     if streamer is None:
         typer.echo(text.strip())
     return text.strip()
+
+
+def from_server(session: Session, server: Server) -> str:
+    """The server's next turn, streamed to the terminal; the oldest turns are forgotten where it finds them too many."""
+    shown, model = sys.stdout.isatty(), "+".join(session.active) or session.base
+    while True:
+        pieces: list[str] = []
+        try:
+            with closing(server.answer(model, session.messages(), session.sampling)) as answer:  # Ctrl-C ends it there too
+                for piece in answer:
+                    pieces.append(piece)
+                    if shown:
+                        typer.echo(piece, nl=False)
+            break
+        except ServerError as error:
+            if error.code != "context_length_exceeded" or len(session.turns) < 3 or pieces:
+                raise
+            forget_oldest(session)
+    text = "".join(pieces).strip()
+    typer.echo("" if shown else text)
+    return text
+
+
+def forget_oldest(session: Session) -> None:
+    del session.turns[:2]
+    say("The conversation is longer than the model's context; its oldest turn is forgotten.")
 
 
 def activated(session: Session) -> Any:
@@ -191,5 +258,4 @@ def fitting_prompt(session: Session) -> tuple[list[int], bool]:
         prompt = chat_prompt_ids(session.messages(), session.tokenizer)
         if len(prompt) <= limit or len(session.turns) < 3:
             return prompt, templated
-        del session.turns[:2]
-        say("The conversation is longer than the model's context; its oldest turn is forgotten.")
+        forget_oldest(session)
