@@ -108,7 +108,8 @@ def _product(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Joint:
-    """The blocks of several weights [out, in] that multiply the same x, one below the other; only while each of them is kept.
+    """The blocks of several weights [out, in] that multiply the same x, one below the other; only while each is kept.
+
     They stand in place of the weights' own forward ones, which a pass by itself makes again."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Steps of a server by a family's lean form (`architectures.lean`), where nothing stands in the way; else by the base itself.
+"""Steps of a server by a family's lean form (`architectures.lean`), where nothing stands in the way; else by the base.
 
 A composition goes this way after its kind was tried out beside the plain step (`Served.admit`). A stranger's hook, a merged
 adapter, something of an adapter that the form does not know, autocast: such steps are the base's own.
