@@ -91,7 +91,7 @@ class Lean:
     def __init__(self, base: Any, own: Collection[tuple[int, int]] = ()) -> None:
         self.base = base
         self.backbone = base.model
-        self.layers = [self._layer(block) for block in self.backbone.layers]
+        self.layers = [self._layer(block) for block in self.backbone.layers[: base.config.num_hidden_layers]]
         called = [self.backbone.embed_tokens, self.backbone.rotary_emb, self.backbone.norm, base.get_output_embeddings()]
         called += [m for layer in self.layers for m in (layer.mlp.act_fn, *self._head_norms(layer.attention))]
         inside = {id(m) for module in called for m in module.modules()}
