@@ -7,7 +7,7 @@ adapter, something of an adapter that the form does not know, autocast: such ste
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,14 +26,13 @@ class LeanSteps:
 
     Attributes:
         kinds: of adapters, for which it was tried out and gives the same.
-        groups: compositions of such kinds.
         forced: within a trial, whether steps go this way.
     """
 
     def __init__(self, host: AdapterSet) -> None:
         self.host = host
         self.kinds: set[str] = set()
-        self.groups: set[Group] = set()
+        self._trusted: dict[Group, list[Any]] = {}  # compositions of such kinds, as their methods were
         self.forced: bool | None = None
         self._known = lean(host.base) is not None
         self._form: Lean | None = None
@@ -41,6 +40,16 @@ class LeanSteps:
         self._acting: OrderedDict[Group, Acting] = OrderedDict()
         self._beside: OrderedDict[tuple[Group, ...], Beside] = OrderedDict()
         self._rows: OrderedDict[tuple, RowsBeside] = OrderedDict()
+
+    def trust(self, *groups: Group) -> None:
+        """Let rows of these compositions go this way from now on."""
+        self._trusted |= {group: [self.host.methods[n] for n in group] for group in groups}
+
+    def trusts(self, group: Group) -> bool:
+        """Whether rows of a composition go this way: none where an adapter is another one than was tried out."""
+        return group in self._trusted and all(
+            self.host.methods.get(n) is method for n, method in zip(group, self._trusted[group], strict=True)
+        )
 
     def form(self) -> Lean | None:
         """The form of the base as it stands now; None where steps are to be the base's own."""
@@ -56,7 +65,7 @@ class LeanSteps:
 
     def rows(self, groups: tuple[Group, ...], counts: tuple[int, ...]) -> RowsBeside | None:
         """What rows of these compositions with so many tokens do beside products; None where steps are the base's own."""
-        if self.forced is False or (self.forced is None and not self.groups.issuperset(groups)):
+        if self.forced is False or (self.forced is None and not all(self.trusts(group) for group in set(groups))):
             return None
         if (form := self.form()) is None:
             return None
@@ -96,7 +105,7 @@ class LeanSteps:
         for kept in (self._acting, self._beside):
             for key in [k for k in kept if not gone or gone & {n for part in k for n in _names(part)}]:
                 del kept[key]  # type: ignore[attr-defined]
-        self.groups = {group for group in self.groups if not gone & set(group)}
+        self._trusted = {g: methods for g, methods in self._trusted.items() if all(n in self.host.methods for n in g)}
 
 
 def _names(part: str | Group) -> tuple[str, ...]:

@@ -112,7 +112,7 @@ class Served:
                 self.forget(*group)  # what was kept is of the trial's values
             self.tried.add(kind)
         if kind in self.lean.kinds:  # with soft prompts in the cache, rows go through the rest
-            self.lean.groups |= {group, tuple(n for n in group if not any(self.host.counts((n,)))), ()}
+            self.lean.trust(group, tuple(n for n in group if not any(self.host.counts((n,)))), ())
         return self.front(group)
 
     @torch.no_grad()
