@@ -149,11 +149,13 @@ def test_fronts_are_computed_once_and_not_touched() -> None:
     assert len(runs) == 1  # its virtual tokens; nothing is tried out again
 
 
-def test_nothing_of_a_plan_is_made_anew_while_the_rows_stay() -> None:
+@pytest.mark.parametrize("lean", [True, False])
+def test_nothing_of_a_plan_is_made_anew_while_the_rows_stay(lean: bool) -> None:
     model = crowd("llama", ["lora", "wide", "prompt"])
     served = Served(model)
     for group in (("lora",), ("wide",)):
         served.admit(group)
+    served.lean.forced = lean
     cache = PlainCache(served)
 
     def step() -> Tensor:
@@ -165,6 +167,8 @@ def test_nothing_of_a_plan_is_made_anew_while_the_rows_stay() -> None:
     before = step()
 
     def factors() -> set[int]:
+        if lean:
+            return {id(a) for beside in served.lean._beside.values() for pair in beside.stacked.values() for a in pair}
         return {id(layer["a"]) for routes in served._sets.values() for layer in routes._kept.values() if layer}
 
     kept = factors()
@@ -175,7 +179,9 @@ def test_nothing_of_a_plan_is_made_anew_while_the_rows_stay() -> None:
     with torch.no_grad():
         for _, parameter in model.adapter_parameters("wide"):
             parameter.add_(0.2)
+    served.lean.forced = None
     served.admit(("wide",))
+    served.lean.forced = lean
     after = step()
     assert torch.equal(after[[0, 2, 3]], before[[0, 2, 3]]) and not torch.allclose(after[1], before[1])
 

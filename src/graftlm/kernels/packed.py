@@ -105,3 +105,27 @@ class _PackedProduct(torch.autograd.Function):
 
 def _product(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, blocks, bias, "none", [], "")
+
+
+class Joint:
+    """The blocks of several weights [out, in] that multiply the same x, one below the other; only while each is kept.
+
+    They stand in place of the weights' own forward ones, which a pass by itself makes again."""
+
+    def __init__(self) -> None:
+        self._made: list[tuple] = []
+        self._blocks: Tensor | None = None
+
+    def product(self, x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor | None:
+        """``x W^T + b``, x [N, in], W [sum of out, in]; None where nothing is kept, or a gradient would be lost."""
+        usable = all(packed(x, weight, bias) is not None for weight in weights)
+        if not usable or (torch.is_grad_enabled() and x.requires_grad):
+            self._blocks = None
+            return None
+        now = [Packed.state(weight) for weight in weights]
+        if self._blocks is None or now != self._made:
+            joined = torch.cat([weight.detach() for weight in weights])
+            self._blocks, self._made = torch.ops.mkldnn._reorder_linear_weight(joined, _ROWS), now
+            for weight in weights:
+                _KEPT[weight].blocks.pop(False, None)
+        return _product(x, self._blocks, bias)

@@ -29,10 +29,11 @@ from ..kernels import HeadForm
 from ..routing import Attention, Group, Plan, Routes, Scope, running
 from .facts import decoder_config
 from .invoked import waits
+from .lean import LeanSteps
 from .refusals import check_room
 from .run import run
 from .state import Call, Memory, Pass, Probe, Run, Step
-from .trial import Trial, kind_of
+from .trial import Trial, kind_of, log
 
 if TYPE_CHECKING:
     from ..adapters import AdapterSet
@@ -84,6 +85,7 @@ class Served:
         self.windows = None if is_encoder_decoder(base) else layer_windows(base)
         self.form: HeadForm | None = None
         self.tried: set[str] = set()
+        self.lean = LeanSteps(host)
         self._sets: OrderedDict[tuple[Group, ...], Routes] = OrderedDict()  # what layers keep of their factors
         self._laid: OrderedDict[tuple, Laid] = OrderedDict()
 
@@ -109,6 +111,8 @@ class Served:
             finally:
                 self.forget(*group)  # what was kept is of the trial's values
             self.tried.add(kind)
+        if kind in self.lean.kinds:  # with soft prompts in the cache, rows go through the rest
+            self.lean.trust(group, tuple(n for n in group if not any(self.host.counts((n,)))), ())
         return self.front(group)
 
     @torch.no_grad()
@@ -125,11 +129,20 @@ class Served:
         tokens = [t for row in rows for t in (row.tokens.tolist() if isinstance(row.tokens, Tensor) else row.tokens)]
         counts = tuple(len(row.tokens) for row in rows)
         places = [p for row, count in zip(rows, counts, strict=True) for p in range(row.start, row.start + count)]
-        laid = self.laid(tuple(row.group for row in rows), counts)
-        now = self.forward(laid, {"input_ids": torch.tensor([tokens])}, torch.tensor(places), attention)
-        assert now.hidden is not None
+        groups, ids, at = tuple(row.group for row in rows), torch.tensor(tokens), torch.tensor(places)
+        laid = self.laid(groups, counts)
+        if (beside := self.lean.rows(groups, counts)) is not None:
+            device = self.host.adapter_device
+            at = (at + self.host.entry.facts.offset).to(device)
+            hidden = self.lean.step(beside, laid.plan, laid.routes, ids.to(device), at, attention, laid.last)
+        elif self.lean.forced:
+            raise RuntimeError("there is no lean form for these rows")
+        else:
+            now = self.forward(laid, {"input_ids": ids[None]}, at, attention)
+            assert now.hidden is not None
+            hidden = now.layout.restore(now.hidden)
         with running(laid.plan):
-            return self.form.apply(self.host.entry.head(now.layout.restore(now.hidden)[:, None]))[:, 0]
+            return self.form.apply(self.host.entry.head(hidden[:, None]))[:, 0]
 
     def laid(self, groups: tuple[Group, ...], counts: tuple[int, ...]) -> Laid:
         """The plan of a step of rows that go through `groups` and have so many new tokens: the last ones are kept, and what
@@ -162,6 +175,8 @@ class Served:
     def forget(self, *names: str) -> None:
         """Keep nothing of these adapters, whose values change or which go."""
         gone = set(names)
+        if names:
+            self.lean.forget(*names)
         self._sets = OrderedDict((k, v) for k, v in self._sets.items() if not gone & {n for group in k for n in group})
         self._laid = OrderedDict((k, v) for k, v in self._laid.items() if not gone & set(v.plan.adapters))
 
@@ -305,7 +320,8 @@ class Steps(Trial):
         self.tokens = [self.ids(n).to(self.host.adapter_device) for n in self.LENGTHS]
 
     def run(self) -> HeadForm:
-        """What the model does to its head's output. UnsupportedError where steps give something else."""
+        """What the model does to its head's output; and whether lean steps give the same. UnsupportedError where plain ones
+        give something else."""
         name = type(self.host.base).__name__
         advice = "Serve it through generate, in batches."
         with self.quiet(), torch.no_grad(), self.disturbed(self.groups):
@@ -319,17 +335,32 @@ class Steps(Trial):
                 raise UnsupportedError(f"{name} makes its logits in an unknown way. {advice}")
             before, self.served.form = self.served.form, form
             try:
-                found = self.steps()
+                found = self.steps(lean=False)
+                self.try_lean(wanted)
             except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
                 raise UnsupportedError(f"{name} could not be tried out step by step ({error}). {advice}") from error
             finally:
                 self.served.form = before
-        off, most = (found - wanted).abs().max(), wanted.abs().max()
-        if not bool(off <= (1e-4 if self.precise else 0.1) * most + 1e-6):
+        if not self.near(found, wanted):
+            off, most = float((found - wanted).abs().max()), float(wanted.abs().max())
             raise UnsupportedError(
-                f"{name}: steps give other values than whole passes (by {float(off):.1e} of {float(most):.1e}). {advice}"
+                f"{name}: steps give other values than whole passes (by {off:.1e} of {most:.1e}). {advice}"
             )
         return form
+
+    def near(self, found: Tensor, wanted: Tensor) -> bool:
+        most = wanted.abs().max()
+        return bool((found - wanted).abs().max() <= (1e-4 if self.precise else 0.1) * most + 1e-6)
+
+    def try_lean(self, wanted: Tensor) -> None:
+        """Let steps of this kind go by the lean form, if that gives the same."""
+        kinds, kind = self.served.lean.kinds, kind_of(self.host, self.groups[0])
+        try:
+            same = self.near(self.steps(lean=True), wanted)
+        except Exception as error:  # whatever it is, the base's own layers do it
+            log.info("%s is served by its own layers: %r", type(self.host.base).__name__, error)
+            same = False
+        kinds.add(kind) if same else kinds.discard(kind)
 
     def alone(self) -> tuple[Tensor, HeadForm | None]:
         """Logits [2, R, V] of the last two tokens of each row, and how the model made them."""
@@ -343,8 +374,15 @@ class Steps(Trial):
             made.append(output.logits[0, -2:].float())
         return torch.stack(made, dim=1), form
 
-    def steps(self) -> Tensor:
-        """The same step by step."""
+    def steps(self, lean: bool) -> Tensor:
+        """The same step by step, by the base's lean form or its own layers."""
+        self.served.lean.forced = lean
+        try:
+            return self._steps()
+        finally:
+            self.served.lean.forced = None
+
+    def _steps(self) -> Tensor:
         cache, starts = PlainCache(self.served), []
         for row, group in enumerate(self.groups):
             front = self.served.front(group)
