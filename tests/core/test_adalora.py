@@ -209,3 +209,9 @@ def test_without_total_step_the_file_has_one_for_hf_peft(tmp_path: Path) -> None
     model.save_pretrained(tmp_path)
     close(logits_of(from_theirs(fresh("llama"), tmp_path), **INPUTS), logits_of(model, **INPUTS))
     assert graftlm.PeftConfig.from_pretrained(tmp_path).total_step is None
+
+
+@pytest.mark.parametrize("options", [{"trainable_token_indices": [1]}, {"target_parameters": ["w"]}, {"lora_bias": True}])
+def test_fields_of_lora_that_have_no_form_here(options: dict) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(options))}=.*AdaLoRA does not support it"):
+        graftlm.AdaLoraConfig(**options)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from training_helpers import save_base, save_tweets
+from training_helpers import NEEDED, save_base, save_tweets
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graftlm import PeftModel
@@ -149,7 +149,8 @@ def test_without_bitsandbytes(place: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("method", sorted(method_names()))
 @pytest.mark.parametrize("scheme", ["int8", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_every_method_learns(method: str, scheme: str, place: Path, tmp_path: Path) -> None:
-    result = run(recipe(place, tmp_path, method=method, quantization=scheme), quiet=True)
+    needed = NEEDED.get(method, {})
+    result = run(recipe(place, tmp_path, method=method, method_options=needed, quantization=scheme), quiet=True)
     assert result.metrics["loss"] < result.metrics["loss_before"] and result.metrics["quantization"] == scheme
 
 

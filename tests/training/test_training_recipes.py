@@ -15,7 +15,7 @@ import transformers as t
 import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
-from training_helpers import Kill, equal, save_base, save_tweets
+from training_helpers import NEEDED, Kill, equal, save_base, save_tweets
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from graftlm import PeftModel, get_peft_model
@@ -214,7 +214,8 @@ def test_kind_of_base_follows_its_configuration(family: str, cls: str, tmp_path:
 def test_a_run_learns_and_gives_the_base_back(method: str, place: Path, tmp_path: Path) -> None:
     model, tokenizer = resolve_base(str(place / "base"))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    result = run(recipe(place, tmp_path, method=method), model=model, tokenizer=tokenizer, quiet=True)
+    needed = NEEDED.get(method, {})
+    result = run(recipe(place, tmp_path, method=method, method_options=needed), model=model, tokenizer=tokenizer, quiet=True)
     m = result.metrics
     assert m["loss"] < m["loss_before"] and m["accuracy"] is not None
     assert m["file_bytes"] == (tmp_path / "adapter_model.safetensors").stat().st_size and m["trainable_parameters"] > 0

@@ -145,3 +145,7 @@ def save_tweets(folder: Path, train: int = 12, test: int = 6) -> Path:
             lines.append("the train was late again,bad" if i % 2 else "great train thanks,good")
         (folder / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+# What recipes of these methods need on tiny bases, or at all.
+NEEDED: dict[str, dict[str, Any]] = {"miss": {"r": 4}, "trainable-tokens": {"token_indices": [5, 6, 7, 8, 9]}}

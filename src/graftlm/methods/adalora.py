@@ -44,6 +44,14 @@ FACTORS = ("lora_A", "lora_B", "lora_E")
 _SCHEDULE = {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"}
 
 
+# LoRA's fields that AdaLoRA's triplets have no form of
+NOT_HERE = (
+    "use_dora", "use_rslora", "alpha_pattern", "init_lora_weights", "lora_bias", "target_parameters", "layer_replication",
+    "alora_invocation_tokens", "ensure_weight_tying", "trainable_token_indices", "eva_config", "corda_config",
+    "lora_ga_config",
+)  # fmt: skip
+
+
 @also_takes(ELSEWHERE)
 @dataclass(kw_only=True)
 class AdaLoraConfig(LoraConfig):
@@ -82,11 +90,9 @@ class AdaLoraConfig(LoraConfig):
             warnings.warn(
                 "Note that `r` is not used in AdaLora and will be ignored. Give init_r and target_r.", stacklevel=3
             )
-        for name, on in (
-            ("use_dora", self.use_dora), ("use_rslora", self.use_rslora), ("alpha_pattern", bool(self.alpha_pattern)),
-            ("init_lora_weights", isinstance(self.init_lora_weights, str)),
-        ):  # fmt: skip
-            if on:
+        for name in NOT_HERE:
+            value = getattr(self, name)
+            if isinstance(value, str) if name == "init_lora_weights" else bool(value):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: AdaLoRA does not support it. Leave it out.")
         if self.orth_reg_weight < 0:
             raise ConfigError(f"orth_reg_weight={self.orth_reg_weight}: expected at least 0.")

@@ -67,8 +67,9 @@ class LNTuning(Method):
         self._refuse_nested(targets)
         self.places = {clean_path(path) for path in targets}
         for path, module in targets.items():
-            wrapper: Any = module
-            if not isinstance(module, ModulesToSaveWrapper) or module.switch is not host.switch:
+            outer = path.removesuffix(".original_module")  # where another adapter has a copy already
+            wrapper: Any = host.base.get_submodule(outer) if outer != path else module
+            if not isinstance(wrapper, ModulesToSaveWrapper) or wrapper.switch is not host.switch:
                 wrapper = ModulesToSaveWrapper(module, host.switch)
                 replace_module(host.base, path, wrapper)
             wrapper.keeps_dtype = True
