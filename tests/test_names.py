@@ -181,7 +181,7 @@ def test_functions_are_hf_pefts() -> None:
         ours, theirs = graftlm.utils.transpose(weight, flag), peft.utils.transpose(weight, flag)
         assert torch.equal(ours, theirs) and type(ours) is type(theirs)
     assert graftlm.utils.infer_device() == peft.utils.infer_device()
-    for method in ("LORA", "IA3", "LOHA"):
+    for method in ("LORA", "IA3", "LOHA", "LNTUNING", "OFT", "VERA"):
         own, hf = (
             getattr(lib, f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING") for lib in (graftlm.utils, peft.utils)
         )
