@@ -26,7 +26,7 @@ FLOORS: list[set[str]] = [
     {"methods", "fingerprint"},
     {"attached", "adapters"},
     {"passes"},
-    {"mixing", "joint", "merging", "checkpoint", "card", "generating", "injecting", "hotswap", "converting"},
+    {"mixing", "joint", "merging", "status", "checkpoint", "card", "generating", "injecting", "hotswap", "converting"},
     {"model", "delegating"},
     {"data", "planning"},
     {"training", "inference"},
