@@ -234,7 +234,7 @@ def names_table() -> str:
     here = {n for n in graftlm.__all__ if n not in OWN}
     below = [n for n in graftlm.utils.__all__ if n not in here]
     absent: dict[str, list[str]] = {}
-    for name in sorted({*names.ABSENT, *names.TO_COME}):
+    for name in sorted(names.ABSENT):
         if name not in here and getattr(graftlm.utils, name, None) is None and not name.startswith(names.MAPPING):
             absent.setdefault(str(names.reason(name)), []).append(name)
     rows = [("the same, in `graftlm`", sorted(here)), ("the same, in `graftlm.utils`", below)]

@@ -181,7 +181,7 @@ def test_functions_are_hf_pefts() -> None:
         ours, theirs = graftlm.utils.transpose(weight, flag), peft.utils.transpose(weight, flag)
         assert torch.equal(ours, theirs) and type(ours) is type(theirs)
     assert graftlm.utils.infer_device() == peft.utils.infer_device()
-    for method in ("LORA", "IA3", "LOHA"):
+    for method in ("LORA", "IA3", "LOHA", "LNTUNING", "OFT", "VERA"):
         own, hf = (
             getattr(lib, f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING") for lib in (graftlm.utils, peft.utils)
         )
@@ -248,3 +248,65 @@ def test_the_version_in_saved_configurations(tmp_path: Path) -> None:
     assert (
         graftlm.PeftConfig.from_pretrained(tmp_path).peft_version == peft.PeftConfig.from_pretrained(tmp_path).peft_version
     )
+
+
+def test_status_speaks_hf_pefts_names() -> None:
+    """The kinds of layers and of the level below the wrapper, in the model's order."""
+
+    def toy() -> nn.Module:
+        torch.manual_seed(0)
+        parts = {"lin": nn.Linear(6, 6), "conv": nn.Conv2d(3, 4, 3), "emb": nn.Embedding(9, 6), "end": nn.Linear(6, 2)}
+        return nn.ModuleDict(parts)
+
+    reports = []
+    for lib in (graftlm, peft):
+        model = lib.get_peft_model(toy(), lib.LoraConfig(target_modules=["emb", "conv"], modules_to_save=["end"]))
+        model.add_adapter("other", lib.LoraConfig(target_modules=["lin"], r=4))
+        fields = ("name", "module_type", "enabled", "merged_adapters", "requires_grad", "available_adapters", "devices")
+        status = [{f: getattr(s, f) for f in (*fields, "quantization_backend")} for s in model.get_layer_status()]
+        whole = model.get_model_status()
+        reports.append((status, whole.adapter_model_type, whole.quantization_backend, whole.num_adapter_layers))
+    assert reports[0] == reports[1] and reports[0][1] == "LoraModel"
+    loha = graftlm.get_peft_model(toy(), graftlm.LoHaConfig(target_modules=["lin"]))
+    assert loha.get_model_status().adapter_model_type == "LoHaModel"
+    assert [s.module_type for s in loha.get_layer_status()] == ["loha.Linear"]
+
+
+def test_targeted_parameters() -> None:
+    for lib in (graftlm, peft):
+        model = lib.get_peft_model(
+            nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 6)}),
+            lib.LoraConfig(target_modules=["b"], target_parameters=["a.weight"]),
+        )
+        assert model.targeted_parameter_names == model.base_model.targeted_parameter_names == ["a.weight"]
+
+
+def test_trained_tokens_are_found_where_hf_peft_has_them() -> None:
+    model = graftlm.get_peft_model(build("llama"), graftlm.LoraConfig(trainable_token_indices=[1, 2], **LORA))
+    layer = model.base_model.model.get_input_embeddings()
+    rows = torch.rand_like(layer.token_adapter.trainable_tokens_delta["default"])
+    layer.token_adapter.trainable_tokens_delta["default"].data = rows
+    torch.testing.assert_close(layer(torch.tensor([2, 1])), rows.flip(0))
+    assert isinstance(layer, graftlm.utils.TrainableTokensWrapper)
+    other = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert not isinstance(other, graftlm.utils.TrainableTokensWrapper) and not hasattr(other, "token_adapter")
+
+
+def test_a_configurations_file_as_it_stands(tmp_path: Path) -> None:
+    config = graftlm.LoraConfig(**LORA)
+    config.save_pretrained(tmp_path)
+    found = graftlm.LoraConfig.from_json_file(tmp_path / "adapter_config.json")
+    assert found.pop("peft_version") == names.VERSION and found == config.to_dict()
+
+
+def test_dora_of_an_embedding_follows_a_scale_of_zero() -> None:
+    """An embedding that multiplies what it gives (Gemma): the adapter's part goes with it, and nothing divides by it."""
+    model = graftlm.get_peft_model(
+        build("gemma3"), graftlm.LoraConfig(r=2, target_modules=["embed_tokens"], use_dora=True, init_lora_weights=False)
+    )
+    layer, ids = model.base_model.model.get_input_embeddings(), torch.arange(5)
+    before = layer(ids)
+    layer.base_layer.embed_scale.mul_(3)
+    torch.testing.assert_close(layer(ids), 3 * before)
+    layer.base_layer.embed_scale.zero_()
+    assert not layer(ids).any()

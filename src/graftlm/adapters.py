@@ -22,7 +22,7 @@ from .attached import _SETS, Attached
 from .bundled import known_as
 from .checkpointing import checkpointed_modules, enable_checkpointing, keep_passes
 from .errors import AdapterError, UnsupportedError, nearest
-from .layers import adapted_layers, save_modules, saved_modules, unfuse, unsave_modules
+from .layers import AdaptedParameter, adapted_layers, save_modules, saved_modules, unfuse, unsave_modules
 from .methods import Method, PeftConfig, method_for
 from .methods.base import TASK_HEADS
 from .preparation import freeze_base
@@ -274,6 +274,12 @@ class AdapterSet(Attached):
     def targeted_module_names(self) -> list[str]:
         """The modules of the base that adapters change, by their names in it."""
         return [clean_path(path) for path, _ in adapted_layers(self.base, self.switch)]
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The parameters of the base that adapters change by `target_parameters`."""
+        found = adapted_layers(self.base, self.switch)
+        return [f"{clean_path(p)}.{m.parameter_name}" for p, m in found if isinstance(m, AdaptedParameter)]
 
     @property
     def prefix(self) -> str:

@@ -27,7 +27,7 @@ OF_TUNER = frozenset(
     {
         "active_adapter", "active_adapters", "add_weighted_adapter", "delete_adapter", "disable_adapter_layers",
         "enable_adapter_layers", "merge_adapter", "merge_and_unload", "peft_config", "prefix", "set_adapter",
-        "set_requires_grad", "targeted_module_names", "unload", "unmerge_adapter",
+        "set_requires_grad", "targeted_module_names", "targeted_parameter_names", "unload", "unmerge_adapter",
     }
 )  # fmt: skip
 

@@ -1,18 +1,18 @@
-"""Adapters folded into the base, combined with each other, and the report of what is attached where."""
+"""Adapters folded into the base, and combined with each other."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .adapters import AdapterSet
-from .architectures import base_modules, clean_path, held_parameters, innermost, replace_module
+from .architectures import base_modules, clean_path, innermost, replace_module
 from .errors import AdapterError, UnsupportedError
 from .layers import Adapted, ModulesToSaveWrapper, adapted_layers, saved_modules
 from .methods.lora import LoraConfig
@@ -333,88 +333,3 @@ def add_weighted_adapter(
     except Exception:
         host.delete_adapter(adapter_name)
         raise
-
-
-@dataclass(frozen=True)
-class LayerStatus:
-    """What is attached at one place. `requires_grad` says it by adapter ("irregular" if its tensors differ)."""
-
-    name: str
-    module_type: str
-    enabled: bool
-    active_adapters: list[str]
-    merged_adapters: list[str]
-    requires_grad: dict[str, bool | str]
-    available_adapters: list[str]
-    devices: dict[str, list[str]]
-
-
-@dataclass(frozen=True)
-class ModelStatus:
-    """The same for a whole model."""
-
-    base_model_type: str
-    adapter_model_type: str
-    peft_types: dict[str, str]
-    trainable_params: int
-    total_params: int
-    num_adapter_layers: int
-    enabled: bool
-    active_adapters: list[str]
-    merged_adapters: list[str]
-    requires_grad: dict[str, bool | str]
-    available_adapters: list[str]
-    devices: dict[str, list[str]]
-
-
-def uniform(values: list[bool]) -> bool | str:
-    return values[0] if len(set(values)) == 1 else "irregular"
-
-
-def layer_status(host: AdapterSet) -> list[LayerStatus]:
-    """One entry for each LoRA layer, each trained module, and each soft prompt or set of bottleneck adapters."""
-    holders = {id(p): f"model.{path}" for path, module in base_modules(host.base) for p in held_parameters(module)}
-    places: dict[str, dict[str, list[nn.Parameter]]] = {}
-    for name in host.methods:
-        for key, parameter in host.adapter_parameters(name):
-            place = holders.get(id(parameter)) or key.split(".")[0]
-            places.setdefault(place, {}).setdefault(name, []).append(parameter)
-    result = []
-    for place, found in places.items():
-        module = host.base_model.get_submodule(place) if place.startswith("model.") else host.get_submodule(place)
-        result.append(
-            LayerStatus(
-                name=place,
-                module_type=type(module).__module__.rpartition(".")[2] + "." + type(module).__name__,
-                enabled=host.switch.enabled,
-                active_adapters=[n for n in host.switch.active if n in found],
-                merged_adapters=list(getattr(module, "merged_adapters", [])),
-                requires_grad={n: uniform([p.requires_grad for p in ps]) for n, ps in found.items()},
-                available_adapters=sorted(found),
-                devices={n: sorted({p.device.type for p in ps}) for n, ps in found.items()},
-            )
-        )
-    if not result:
-        raise UnsupportedError("No adapter is attached.")
-    return result
-
-
-def model_status(host: AdapterSet) -> ModelStatus:
-    """Summary over `layer_status`."""
-    layers = layer_status(host)
-    trainable, total = host.get_nb_trainable_parameters()
-    parameters = {n: [p for _, p in host.adapter_parameters(n)] for n in host.methods}
-    return ModelStatus(
-        base_model_type=type(host.base).__name__,
-        adapter_model_type="PeftModel",
-        peft_types={n: c.peft_type.value for n, c in host.peft_config.items()},  # type: ignore[union-attr]
-        trainable_params=trainable,
-        total_params=total,
-        num_adapter_layers=len(layers),
-        enabled=host.switch.enabled,
-        active_adapters=host.active_adapters,
-        merged_adapters=sorted({n for layer in layers for n in layer.merged_adapters}),
-        requires_grad={n: uniform([p.requires_grad for p in ps]) for n, ps in parameters.items()},
-        available_adapters=sorted(host.methods),
-        devices={n: sorted({p.device.type for p in ps}) for n, ps in parameters.items()},
-    )

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import checkpoint, converting, generating, merging
+from . import checkpoint, converting, generating, merging, status
 from .adapters import AdapterSet
 from .architectures import is_plain
 from .attached import _SETS
@@ -278,11 +278,11 @@ class PeftModel(AdapterSet, PreTrainedModel):
 
     def get_layer_status(self) -> list[Any]:
         """One entry an adapted place: what is attached, active, merged and trainable there."""
-        return merging.layer_status(self)
+        return status.layer_status(self)
 
     def get_model_status(self) -> Any:
         """The same for the model as a whole."""
-        return merging.model_status(self)
+        return status.model_status(self)
 
     # -- files -------------------------------------------------------------------------------------------------------
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:

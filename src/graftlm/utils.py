@@ -22,13 +22,14 @@ from .compat.helpers import IA3_FEEDFORWARD as TRANSFORMERS_MODELS_TO_IA3_FEEDFO
 from .compat.helpers import batch_size as _get_batch_size
 from .compat.helpers import get_submodules as _get_submodules
 from .compat.mappings import register_peft_method
-from .compat.tuners import AuxiliaryTrainingWrapper
+from .compat.tuners import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from .errors import GraftError as PeftError
 from .errors import TargetError as NoMatchingPeftModuleError
 from .files import WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
 from .layers import ModulesToSaveWrapper
 from .methods import METHODS, PeftType, TaskType
 from .methods.base import CONFIG_NAME
+from .methods.ln_tuning import TARGETS as TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
 from .preparation import prepare_model_for_kbit_training
 
 INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
@@ -40,6 +41,7 @@ __all__ = [
     "INCLUDE_LINEAR_LAYERS_SHORTHAND",
     "SAFETENSORS_WEIGHTS_NAME",
     "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING",
+    "TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING",
     "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
     "UPCAST_DTYPES",
     "AuxiliaryTrainingWrapper",
@@ -49,6 +51,7 @@ __all__ = [
     "PeftType",
     "PeftWarning",
     "TaskType",
+    "TrainableTokensWrapper",
     "_get_batch_size",
     "_get_submodules",
     "cast_mixed_precision_params",

@@ -12,9 +12,10 @@ from ..architectures import base_modules, clean_path
 from ..errors import CheckpointError, ConfigError, GraftError
 from ..injecting import adapters_of
 from ..layers import Adapted
-from ..merging import layer_status, model_status, unmerge
+from ..merging import unmerge
 from ..methods import PeftConfig
 from ..methods.ia3 import TARGETS as IA3_TARGETS
+from ..status import layer_status, model_status
 from .tuners import TUNERS
 
 UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")

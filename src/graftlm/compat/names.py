@@ -16,16 +16,11 @@ METHOD = "a method that is not here"
 PART = "a variant of LoRA that is not here"
 SHAPES = "prefix shapes are read from the attention modules"
 INTERNAL = "inner work of HF PEFT's, which has no counterpart here"
-COMING = "coming"
 MAPPING = "TRANSFORMERS_MODELS_TO_"  # each method's default layers by family: there where the method is
 
 _METHODS = (
     "Adamss", "Beft", "C3A", "Deft", "Delora", "Frod", "Glora", "Gralora", "HRA", "Hira", "Lily", "OSF", "Peanut", "Poly",
     "Psoft", "Pvera", "Road", "Shadow", "Shira", "Supertuning", "TinyLora", "UniLora", "VBLoRA", "WaveFT", "XLora",
-)  # fmt: skip
-_COMING = (
-    "AdaLora", "AdaptionPrompt", "BOFT", "FourierFT", "LNTuning", "LoKr", "Miss", "OFT", "RandLora", "TrainableTokens",
-    "Vera",
 )  # fmt: skip
 _VARIANTS = ("ArrowConfig", "BdLoraConfig", "KasaConfig", "MontecloraConfig", "VeloraConfig", "create_arrow_model")
 _INTERNAL = (
@@ -38,6 +33,8 @@ ABSENT: dict[str, str] = {
     **{f"{name}{kind}": METHOD for name in _METHODS for kind in ("Config", "Model")},
     **{f"{MAPPING}{name.upper()}_TARGET_MODULES_MAPPING": METHOD for name in _METHODS},
     **dict.fromkeys(_VARIANTS, PART),
+    **dict.fromkeys(("CPTConfig", "CPTEmbedding"), METHOD),
+    "CartridgeEncoder": "the table of graftlm.CartridgeConfig, which is not built by itself",
     "LoraRuntimeConfig": "offloading while DoRA starts; a start here needs no copy of the base",
     "find_kappa_target_modules": "a choice of layers by the condition of their weights; name them in target_modules",
     "replace_lora_weights_loftq": "LoftQ is done as adapters are attached: LoraConfig(init_lora_weights='loftq')",
@@ -48,22 +45,10 @@ ABSENT: dict[str, str] = {
     **dict.fromkeys(_INTERNAL, INTERNAL),
 }
 
-# Names that are being written. What has come and still stands here counts as come.
-TO_COME: frozenset[str] = frozenset(
-    {
-        *(f"{name}{kind}" for name in _COMING for kind in ("Config", "Model")),
-        *(f"{MAPPING}{name.upper()}_TARGET_MODULES_MAPPING" for name in _COMING),
-        "CPTConfig", "CPTEmbedding", "CartridgeConfig", "CartridgeEncoder", "MultitaskPromptTuningConfig",
-        "MultitaskPromptTuningInit", "compose_cartridge_adapters", "initialize_kv_prefix_from_past_key_values",
-        "initialize_kv_prefix_from_text", "prompt_embeddings_from_past_key_values", "TrainableTokensWrapper",
-        "EvaConfig", "LoraGAConfig", "get_eva_state_dict", "initialize_lora_eva_weights", "preprocess_loraga",
-        "convert_to_lora", "save_as_lora", "inject_adapter_in_model",
-    }
-)  # fmt: skip
-
 # -- what goes by the names of HF PEFT's modules --------------------------------------------------------------------------
 # Every module also has the names of `graftlm` and `graftlm.utils`; here stand those that only it has, and where they live.
 _LAYERS = {name: f"compat.tuners:{name}" for name in ("LoraLayer", "Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")}
+_SWAP = ("hotswap_adapter", "hotswap_adapter_from_state_dict", "check_hotswap_configs_compatible")
 _BASES = {name: f"compat.tuners:{name}" for name in ("BaseTuner", "BaseTunerLayer")}
 _MAPPINGS = {
     name: f"compat.mappings:{name}"
@@ -73,6 +58,11 @@ _MAPPINGS = {
     )
 }  # fmt: skip
 
+_TUNERS = (
+    "adalora", "adaption_prompt", "boft", "cartridge", "fourierft", "ia3", "ln_tuning", "loha", "lokr", "miss",
+    "multitask_prompt_tuning", "oft", "p_tuning", "prefix_tuning", "prompt_tuning", "randlora", "trainable_tokens", "vera",
+)  # fmt: skip
+
 MODULES: dict[str, dict[str, str]] = {
     "": {},
     "auto": {},
@@ -80,26 +70,29 @@ MODULES: dict[str, dict[str, str]] = {
     "functional": {
         name: f"functional:{name}" for name in ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad")
     },
-    "helpers": {"check_if_peft_model": "compat.helpers:check_if_peft_model"},
+    "helpers": {
+        "check_if_peft_model": "compat.helpers:check_if_peft_model",
+        "rescale_adapter_scale": "helpers:rescale_adapter_scale",
+    },
     "import_utils": {},
     "mapping": _MAPPINGS,
     "mapping_func": _MAPPINGS,
     "mixed_model": {},
     "peft_model": {},
     "tuners": {},
-    "tuners.ia3": {},
-    "tuners.loha": {},
+    **{f"tuners.{name}": {} for name in _TUNERS},
     "tuners.lora": _LAYERS,
     "tuners.lora.config": {},
+    "tuners.lora.conversion": {},
+    "tuners.lora.corda": {"preprocess_corda": "methods:preprocess_corda"},
+    "tuners.lora.eva": {},
     "tuners.lora.layer": _LAYERS,
+    "tuners.lora.loraga": {},
     "tuners.lora.model": _LAYERS,
-    "tuners.p_tuning": {},
-    "tuners.prefix_tuning": {},
-    "tuners.prompt_tuning": {},
     "tuners.tuners_utils": _BASES,
     "utils": {},
     "utils.constants": {},
-    "utils.hotswap": {},
+    "utils.hotswap": {name: f"hotswap:{name}" for name in _SWAP},
     "utils.integrations": {},
     "utils.other": {},
     "utils.peft_types": {},
@@ -111,4 +104,4 @@ MODULES: dict[str, dict[str, str]] = {
 
 def reason(name: str) -> str | None:
     """Why a name of HF PEFT's is not here; None for one that HF PEFT does not have either (or that is here)."""
-    return COMING if name in TO_COME else ABSENT.get(name)
+    return ABSENT.get(name)

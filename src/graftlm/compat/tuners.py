@@ -15,6 +15,7 @@ from ..attached import _SETS, AdapterHost
 from ..layers import Adapted, ModulesToSaveWrapper
 from ..methods import PeftType
 from ..methods.lora_change import LoraChange
+from ..methods.tokens import TokenChange
 from ..model import PeftModel
 
 
@@ -74,6 +75,50 @@ class LoHaModel(BaseTuner):
     peft_type, prefix = PeftType.LOHA, "hada_"
 
 
+class AdaLoraModel(BaseTuner):
+    peft_type, prefix = PeftType.ADALORA, "lora_"
+
+
+class AdaptionPromptModel(BaseTuner):
+    peft_type, prefix = PeftType.ADAPTION_PROMPT, "adaption_"
+
+
+class BOFTModel(BaseTuner):
+    peft_type, prefix = PeftType.BOFT, "boft_"
+
+
+class FourierFTModel(BaseTuner):
+    peft_type, prefix = PeftType.FOURIERFT, "fourierft_"
+
+
+class LNTuningModel(BaseTuner):
+    peft_type, prefix = PeftType.LN_TUNING, "ln_tuning_"
+
+
+class LoKrModel(BaseTuner):
+    peft_type, prefix = PeftType.LOKR, "lokr_"
+
+
+class MissModel(BaseTuner):
+    peft_type, prefix = PeftType.MISS, "miss_"
+
+
+class OFTModel(BaseTuner):
+    peft_type, prefix = PeftType.OFT, "oft_"
+
+
+class RandLoraModel(BaseTuner):
+    peft_type, prefix = PeftType.RANDLORA, "randlora_"
+
+
+class TrainableTokensModel(BaseTuner):
+    peft_type, prefix = PeftType.TRAINABLE_TOKENS, "trainable_tokens_"
+
+
+class VeraModel(BaseTuner):
+    peft_type, prefix = PeftType.VERA, "vera_lambda_"
+
+
 TUNERS: dict[Any, type[BaseTuner]] = {cls.peft_type: cls for cls in BaseTuner.__subclasses__()}
 
 
@@ -124,3 +169,11 @@ class AuxiliaryTrainingWrapper(metaclass=Answering):
     @classmethod
     def holds(cls, instance: Any) -> bool:
         return isinstance(instance, ModulesToSaveWrapper)
+
+
+class TrainableTokensWrapper(metaclass=Answering):
+    """A module of which an adapter trains rows."""
+
+    @classmethod
+    def holds(cls, instance: Any) -> bool:
+        return isinstance(instance, Adapted) and any(isinstance(c, TokenChange) for c in instance.changes.values())

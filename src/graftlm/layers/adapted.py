@@ -93,6 +93,13 @@ class Adapted(Switched, nn.Module):
     def merged(self) -> bool:
         return bool(self.merged_adapters)
 
+    @property
+    def token_adapter(self) -> Adapted:
+        """Where an adapter trains rows of tokens: what holds `trainable_tokens_delta`, in HF PEFT a module of its own."""
+        if "trainable_tokens_delta" not in self._modules:
+            raise AttributeError(f"No adapter trains tokens of this {type(self.frozen.layer).__name__}.")
+        return self
+
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
 

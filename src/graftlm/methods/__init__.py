@@ -20,6 +20,7 @@ from .cartridge import (
     compose_cartridge_adapters,
     initialize_kv_prefix_from_past_key_values,
     initialize_kv_prefix_from_text,
+    prompt_embeddings_from_past_key_values,
 )
 from .fourierft import FourierFTConfig
 from .ia3 import IA3Config
@@ -85,4 +86,5 @@ __all__ = [
     "method_for",
     "preprocess_corda",
     "preprocess_loraga",
+    "prompt_embeddings_from_past_key_values",
 ]

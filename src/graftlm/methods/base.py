@@ -189,6 +189,13 @@ class PeftConfig:
         values |= read_header(pretrained_model_name_or_path, **hub).get("config", {})
         return cls.from_dict(values | kwargs, where=str(path))
 
+    @staticmethod
+    def from_json_file(path_json_file: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:
+        """The fields in a file, as they stand there (`from_pretrained` checks them and makes a configuration)."""
+        values = parse_json(read_text(path_json_file, CheckpointError), str(path_json_file), CheckpointError)
+        values.pop("runtime_config", None)
+        return values
+
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
         """Build the configuration of the class that `peft_type` names (HF PEFT's constructor)."""

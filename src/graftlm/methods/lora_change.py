@@ -183,6 +183,7 @@ class LoraChange(Change):
         if self.started:
             start = t["lora_start"]
             added = added - self.product(self.entering(x, start.a.dtype, 0.0), start.a, start.b) * self.scaling
+        added = added if scale is None else added * scale
         if self.dora:
             magnitude = t["lora_magnitude_vector"].weight
             ratio = magnitude / self.norm(t, frozen, magnitude.dtype)
@@ -190,9 +191,8 @@ class LoraChange(Change):
                 plain = F.linear(dropped, frozen.weight(dropped.dtype))
             else:
                 plain = y if bias is None else y - bias
-                plain = plain if scale is None else plain / scale
             added = (ratio - 1) * plain + ratio * added
-        return y + (added if scale is None else added * scale).to(y.dtype)
+        return y + added.to(y.dtype)
 
     def fold(self, t: Held, weight: Tensor, frozen: Frozen) -> Tensor:
         weight = super().fold(t, weight, frozen)
