@@ -178,7 +178,7 @@ def _is_plain(norm: Any) -> bool:
 def lean(base: Any, own: Collection[tuple[int, int]] = ()) -> Lean | None:
     """The form of a base; None for a family without, and for layers that are no plain linear ones."""
     kind = getattr(getattr(base, "config", None), "model_type", "")
-    backbone = getattr(base, "model", None)
+    backbone: Any = getattr(base, "model", None)
     if kind not in FAMILIES or not hasattr(backbone, "layers") or base.get_output_embeddings() is None:
         return None
     home = f"transformers.models.{kind}.modeling_{kind}"

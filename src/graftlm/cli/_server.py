@@ -6,7 +6,7 @@ import http.client
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -78,7 +78,7 @@ class Server:
         base = next((card["id"] for card in cards if not card.get("parent")), names[0])
         return base, [name for name in names if name != base]
 
-    def answer(self, model: str, messages: list[dict[str, str]], sampling: Sampling) -> Iterator[str]:
+    def answer(self, model: str, messages: list[dict[str, str]], sampling: Sampling) -> Generator[str, None, None]:
         """The assistant's next turn in pieces of text. Closing the iterator ends the request."""
         with self.asked("chat/completions", request(model, messages, sampling)) as lines:
             for line in lines:

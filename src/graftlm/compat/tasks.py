@@ -111,7 +111,7 @@ class AutoPeftModel:
                 f"import_allowlist={others}: a configuration imports nothing here. Load the base yourself and call "
                 "PeftModel.from_pretrained(base, adapter)."
             )
-        hub = {k: kwargs[k] for k in ("cache_dir", "token", "local_files_only", "subfolder") if k in kwargs}
+        hub: dict[str, Any] = {k: kwargs[k] for k in ("cache_dir", "token", "local_files_only", "subfolder") if k in kwargs}
         kwargs.pop("subfolder", None)
         found = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision, **hub)
         path = found.base_model_name_or_path

@@ -102,9 +102,10 @@ class LeanSteps:
         """Keep nothing of these adapters (of any)."""
         self._rows.clear()
         gone = set(names)
-        for kept in (self._acting, self._beside):
+        both: tuple[dict[Any, Any], ...] = (self._acting, self._beside)
+        for kept in both:
             for key in [k for k in kept if not gone or gone & {n for part in k for n in _names(part)}]:
-                del kept[key]  # type: ignore[attr-defined]
+                del kept[key]
         self._trusted = {g: methods for g, methods in self._trusted.items() if all(n in self.host.methods for n in g)}
 
 
