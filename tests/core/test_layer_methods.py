@@ -413,7 +413,7 @@ def test_mixed_rows(name: str) -> None:
         close(got[i], logits_of(model, **own, adapter_names=[row])[0], 2e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", pytest.param("t5", marks=pytest.mark.slow)])
 def test_trained_together(name: str) -> None:
     """Wrappers of every method over one base in one training pass, packed where that can be: each as alone."""
     base, models, wanted = still(name), [], []

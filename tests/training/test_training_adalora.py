@@ -139,6 +139,7 @@ def test_schedules_that_do_not_end_are_told(tmp_path: Path) -> None:
         trainer_of(tmp_path, model=model_of(tinit=5)).train()
 
 
+@pytest.mark.slow
 def test_runs_together_have_schedules_of_their_own(tmp_path: Path) -> None:
     def runs(folder: Path) -> list[Any]:
         small = {"target_modules": ["query_key_value"], "lora_dropout": 0.0}
