@@ -106,7 +106,9 @@ def check(trainer: Any, tiny: Path, kind: str) -> None:
     assert all(torch.equal(v, kept[k]) for k, v in untouched.items())
 
 
-QUICK = [(kind, "lora") for kind in KINDS] + [("sft", method) for method in METHODS if method != "lora"]
+QUICK = [(kind, "lora") for kind in KINDS if kind not in ("kto", "reward")] + [
+    ("sft", method) for method in METHODS if method != "lora"
+]
 SLOW = [(kind, m) for kind in KINDS for m in METHODS if (kind, m) not in QUICK and not (kind in PACKED and m in SOFT)]
 
 

@@ -426,7 +426,7 @@ def test_losses_of_labelled_places_only_are_those_of_all_logits(
     few = evaluation_module.loss_metrics(model, tokenizer, rows, 4, False)
     assert asked and all(asked)
     monkeypatch.setattr(evaluation_module, "usual_loss", lambda m: False)
-    assert few == pytest.approx(evaluation_module.loss_metrics(model, tokenizer, rows, 4, False), abs=1e-5)
+    assert few == pytest.approx(evaluation_module.loss_metrics(model, tokenizer, rows, 4, False), rel=1e-6, abs=1e-5)
 
 
 def test_evaluation_does_not_depend_on_batches(place: Path) -> None:
