@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from ..version import __version__
-from .answers import ChatForm, Choice, Form, TextForm, Usage, event
+from .answers import ChatForm, Choice, Form, TextForm, event
 from .doors import Doors
 from .errors import ApiError, not_valid, of
 from .running import Running
@@ -240,6 +240,3 @@ def _add_admin(app: FastAPI, service: Service) -> None:
         with service.errors("unload"):
             await service.unload(body.lora_name)
             return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
-
-
-__all__ = ["Usage", "create_app"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,9 +69,3 @@ class Metrics:
         names = (",".join(load.running_adapters), ",".join(load.waiting_adapters))
         self._adapters.labels(str(load.max_adapters), *names).set_to_current_time()
         return generate_latest(self.registry)
-
-
-def series(text: bytes) -> Iterator[str]:
-    """Names of the measures in such a text."""
-    lines: Iterable[str] = text.decode().splitlines()
-    return (line.split()[2] for line in lines if line.startswith("# TYPE"))

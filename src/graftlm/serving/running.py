@@ -9,7 +9,7 @@ from typing import Any
 
 from ..inference.requests import Event
 from .answers import Choice, Piece, Token, Usage
-from .errors import ApiError
+from .errors import ApiError, of
 
 Indexed = tuple[int, Piece]
 ENDED = {"timeout": "The request took longer than it may.", "cancelled": "The request was cancelled."}
@@ -62,8 +62,6 @@ class Running:
 
     def failed(self, error: Exception) -> ApiError:
         """What a client is told of an error in the midst of a stream."""
-        from .errors import of
-
         self.wrong = error
         return of(error)
 
