@@ -203,14 +203,16 @@ class Registry:
         Raises:
             GraftError: one cannot be read or attached.
         """
-        for version in versions:
-            error, version.error = version.error, None
-            if error is not None:
-                raise error if isinstance(error, GraftError) else CheckpointError(f"{version.path}: {error!r}") from error
-            if version.state is State.COLD:
-                self._read(version)
-        if any(v.state is State.READING or v in self.draining for v in versions):
-            return False
+        with self.lock:  # a thread that reads may end at any moment: what is decided here is decided by one look
+            for version in versions:
+                error, version.error = version.error, None
+                if error is not None:
+                    raise error if isinstance(error, GraftError) else CheckpointError(f"{version.path}: {error!r}") from error
+            for version in versions:
+                if version.state is State.COLD:
+                    self._read(version)
+            if any(v.state is State.READING or v in self.draining for v in versions):
+                return False
         fresh = [v for v in versions if v.state is State.READ]
         if fresh and not self._make_room(len(fresh), set(versions)):
             return False
