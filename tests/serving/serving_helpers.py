@@ -61,9 +61,13 @@ def saved(root: Path, names: Any = KINDS, seed: int = 1) -> dict[str, str]:
 
 
 @contextmanager
-def served(adapters: dict[str, str], limits: dict[str, Any] | None = None, **settings: Any) -> Iterator[tuple[Any, Service]]:
+def served(
+    adapters: dict[str, str], limits: dict[str, Any] | None = None, base: Any = None, **settings: Any
+) -> Iterator[tuple[Any, Service]]:
     """A client of a running app, and its service."""
-    service = service_of(tiny(), tokenizer(), Settings(base_name="tiny", adapters=adapters, **settings), **limits or {})
+    service = service_of(
+        base or tiny(), tokenizer(), Settings(base_name="tiny", adapters=adapters, **settings), **limits or {}
+    )
     with TestClient(create_app(service), raise_server_exceptions=False) as client:
         yield client, service
 

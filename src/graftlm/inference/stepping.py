@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from typing import Any, Protocol
 
@@ -10,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ..architectures import token_embeddings
-from ..errors import RequestError, ServingError
+from ..errors import ServingError
 from ..passes.served import Row, Served
 from .cache import KeyValueCache, Span
 from .constraints import Constraints
 from .detokenize import Detokenizer
 from .jobs import Composition, Job, Writing
-from .registry import Registry, Version
-from .requests import TokenLogprob
+from .registry import Registry, Version, joint_digest
+from .requests import Request, TokenLogprob
 from .sampling import Chooser, choose, logprob
 from .scheduler import Piece, Scheduler, Step
 from .scheduler import Sequence as Tokens
@@ -29,6 +28,9 @@ log = logging.getLogger("graftlm.serving")
 
 class Owner(Protocol):
     """Who is told of requests."""
+
+    def check_length(self, request: Request, front: int = 0) -> None:
+        """It may be too long."""
 
     def started(self, job: Job) -> None:
         """It waits no more."""
@@ -83,7 +85,7 @@ class Stepping:
                 n for n in group
                 if any(host.counts((n,))) and not getattr(host.methods[n].config, "modules_to_save", None)
             }  # fmt: skip
-            digest = hashlib.blake2b("+".join(v.digest for v in versions).encode(), digest_size=16).hexdigest()
+            digest = joint_digest(versions)
             front = self.served.admit(group)
             acting = tuple(n for n in group if n not in soft)
             self.starts.plant(digest, front)
@@ -108,13 +110,7 @@ class Stepping:
         """Let a request's first completion wait for its turn, the others for that one's prompt."""
         request = job.handle.request
         composition = self.composition(job.versions)
-        length = composition.front.length + len(request.prompt) + request.params.max_new_tokens
-        if length > self.limit:
-            raise RequestError(
-                f"A prompt of {len(request.prompt)} tokens, {composition.front.length} places of {request.adapter!r} in "
-                f"front of it and max_new_tokens={request.params.max_new_tokens} are {length} together; this server has "
-                f"room for {self.limit} a request. Shorten the prompt, or ask for fewer tokens."
-            )
+        self.owner.check_length(request, composition.front.length)
         made = [self._writing(job, composition, index) for index in range(request.n)]
         job.composition = composition
         self.registry.take(job.versions)

@@ -210,6 +210,11 @@ class Served:
             )
         return FrontMemory(cache.kept[0], start + (0 if virtual is None else len(virtual)))
 
+    @property
+    def longest_row_matters(self) -> bool:
+        """Whether what a row computes depends on the longest one beside it."""
+        return any(_rope_kinds(c) & {"dynamic", "longrope"} for c in self.configs)
+
     def refuse(self) -> None:
         """UnsupportedError for a base whose rows depend on more than their own tokens and places."""
         base, facts = self.host.base, self.host.entry.facts
@@ -218,7 +223,7 @@ class Served:
         why = None
         if facts.encoder_decoder or self.host.entry.head is None or not getattr(base, "can_generate", lambda: False)():
             why = "is no decoder-only language model"
-        elif any(_rope_kinds(c) & {"dynamic", "longrope"} for c in self.configs):
+        elif self.longest_row_matters:
             why = "turns positions by the length of the longest row"
         elif self.windows is None:
             why = "attends in chunks"

@@ -96,12 +96,11 @@ class Service:
 
     def load_now(self) -> Load:
         """What the engine holds."""
-        health, registry = self.engine.health(), self.engine.registry
-        running = sorted({v.name for v in list(registry.live) if v.users})
-        waiting = sorted({v.name for job in list(self.engine._pending) for v in job.versions})
+        health = self.engine.health()
         return Load(
-            running=health.running, waiting=health.waiting, cache_used=health.cache_usage, max_adapters=registry.most,
-            running_adapters=tuple(running), waiting_adapters=tuple(waiting),
+            running=health.running, waiting=health.waiting, cache_used=health.cache_usage,
+            max_adapters=self.engine.registry.most, running_adapters=health.running_adapters,
+            waiting_adapters=health.waiting_adapters, counts=dict(self.engine.registry.counts),
         )  # fmt: skip
 
     @contextlib.contextmanager
@@ -355,13 +354,8 @@ class Service:
                 400, f"The adapter {body.lora_name!r} is served already; load_inplace: true puts this one in its place.",
                 param="lora_name",
             )  # fmt: skip
-        try:
-            await asyncio.wrap_future(self.engine.load(body.lora_name, folder, body.pinned))
-        except Exception:
-            self.metrics.loads.labels("failed").inc()
-            raise
+        await asyncio.wrap_future(self.engine.load(body.lora_name, folder, body.pinned))
         self.adapters.loaded(body.lora_name)
-        self.metrics.loads.labels("loaded").inc()
 
     def allowed(self, path: str) -> Path:
         """A folder below one of those that adapters may come from, links followed; 403 for any other."""
