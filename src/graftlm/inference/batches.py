@@ -133,6 +133,9 @@ class Batches(Stepping):
     def forget(self, version: Version) -> None:
         self.compositions = {versions: c for versions, c in self.compositions.items() if version not in versions}
 
+    def placed(self, job: Job) -> Composition:
+        return self.composition(job.versions)  # `generate` looks for invocations itself
+
     def begin(self, job: Job) -> None:
         super().begin(job)
         self._add_later(job)  # each reads the prompt itself
