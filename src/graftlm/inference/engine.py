@@ -218,6 +218,13 @@ class Engine:
         self._do(lambda: self._errands.append(errand))
         return errand.done
 
+    def ready(self, adapter: str) -> Future:
+        """Have an adapter (a composition, "" for the base) attached and tried out, as its first request would; a future."""
+        versions = self.registry.resolve(adapter)
+        errand = Errand(versions=versions, what=lambda group: self.stepping.composition(versions))
+        self._do(lambda: self._errands.append(errand))
+        return errand.done
+
     def load(self, name: str, path: str | Path, pinned: bool = False) -> Future:
         """Attach an adapter's directory under a name, in place of what has the name now; see `Registry.load`."""
         return self.registry.load(name, path, pinned)
@@ -397,7 +404,7 @@ class Engine:
     def started(self, job: Job) -> None:
         """A request waits no more."""
         if not job.started:
-            job.started = True
+            job.started, job.handle.begun = True, time.monotonic()
             with self._changed:
                 self._waiting -= 1
                 self._waiting_tokens -= len(job.handle.request.prompt)

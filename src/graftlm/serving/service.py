@@ -144,7 +144,7 @@ class Service:
             missing = next(part for part in parts if part not in known)
             raise ApiError(
                 404,
-                f"There is no model {model!r}{nearest(missing, [self.settings.base_name, *known])}. See GET /v1/models.",
+                f"There is no model {model!r}{nearest(missing, [self.settings.base_name, *known])} (GET /v1/models has all)",
                 param="model", code="model_not_found",
             )  # fmt: skip
         if len(set(parts)) < len(parts):
@@ -265,6 +265,8 @@ class Service:
         name = wanted.model
         if running.times:
             m.of(m.first).observe(running.times[0] - running.begun)
+            for begun in (handle.begun for handle in running.handles if handle.begun is not None):
+                m.of(m.queue).observe(max(0.0, begun - running.begun))
             for before, after in zip(running.times, running.times[1:], strict=False):
                 m.of(m.between).observe(after - before)
         seconds = time.monotonic() - running.begun
@@ -373,7 +375,7 @@ class Service:
         if name not in self.adapters.names():
             known = self.adapters.names()
             raise ApiError(
-                404, f"There is no adapter {name!r}{nearest(name, known)}.", param="lora_name", code="model_not_found"
+                404, f"There is no adapter {name!r}{nearest(name, known)}", param="lora_name", code="model_not_found"
             )
         self.engine.unload(name)
         self.adapters.unloaded(name)

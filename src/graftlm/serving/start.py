@@ -19,7 +19,7 @@ logger = logging.getLogger("graftlm.serving")
 
 
 def service_of(base: Any, tokenizer: Any, settings: Settings, **limits: Any) -> Service:
-    """A service over a base, running, its adapters loaded.
+    """A service over a base, running, its adapters loaded and tried out.
 
     Args:
         base: a transformers model in evaluation mode.
@@ -38,9 +38,11 @@ def service_of(base: Any, tokenizer: Any, settings: Settings, **limits: Any) -> 
     service = Service(engine, tokenizer, settings)
     service.start()
     try:
+        engine.ready("").result()
         for name, folder in settings.adapters.items():
             try:
                 engine.load(name, folder).result()
+                engine.ready(name).result()
             except GraftError as error:
                 raise CheckpointError(f"The adapter {name}={folder} cannot be served: {error}") from error
     except BaseException:
