@@ -34,13 +34,19 @@ def saved(name: str, root: Path, kinds: tuple[str, ...]) -> dict[str, Path]:
     return made
 
 
+def seeded(name: str) -> Any:
+    """The model with two adapters of its own, the same at each call."""
+    torch.manual_seed(0)
+    return crowd(name, ["lora", "prompt"])
+
+
 class Trace:
     """An engine, what its names stand for, and what was asked of it."""
 
     def __init__(self, name: str, root: Path, seed: int, kinds: tuple[str, ...]) -> None:
         self.rng = random.Random(seed)
         self.paths = saved(name, root, kinds)
-        self.model = crowd(name, ["lora", "prompt"])
+        self.model = seeded(name)
         self.engine = engine_of(self.model, max_adapters=3, cache_tokens=192, max_rows=5, kept_tokens=60, step_tokens=7)
         self.stands: dict[str, str] = {}  # for which folder
         self.asked: list[tuple[Request, Any, list[set[str]]]] = []  # with all that each of its names stood for since
@@ -77,6 +83,10 @@ class Trace:
     def swap(self) -> None:
         """A name that stands for another folder once that is live; or for none, and then for one again."""
         name, folder = self.rng.choice(list(self.stands)), self.rng.choice(list(self.paths))
+        for request, handle, stood in self.asked:
+            for own, folders in zip(request.adapter.split("+"), stood, strict=False):
+                if own == name and handle not in self.began:
+                    folders.add(folder)
         if self.rng.random() < 0.3:
             self.engine.unload(name)
             with pytest.raises(UnknownAdapterError):
@@ -89,10 +99,6 @@ class Trace:
                 self.work()
             done.result()
         self.stands[name] = folder
-        for request, handle, stood in self.asked:
-            for own, folders in zip(request.adapter.split("+"), stood, strict=False):
-                if own == name and handle not in self.began:
-                    folders.add(folder)
 
     def work(self) -> None:
         if not self.engine.work():
@@ -104,13 +110,15 @@ class Trace:
         while self.engine._jobs:
             assert time.monotonic() < until, "stuck"
             self.work()
-        reference, compared = crowd(name, ["lora", "prompt"]), 0
+        reference, compared = seeded(name), 0
         for folder, path in self.paths.items():
             reference.load_adapter(path, folder)
+            reference.load_adapter(path, f"{folder}-again")  # two names may stand for it, in one composition
         for request, handle, stood in self.asked:
             folders = self.began.get(handle, [])  # none: it was given up before
             assert all(own in known for own, known in zip(folders, stood, strict=bool(folders)))
             for i, made in enumerate(handle.result().completions if folders or not stood else ()):
+                folders = [f + "-again" * (f in folders[:at]) for at, f in enumerate(folders)]
                 again = Request(prompt=request.prompt, adapter="+".join(folders), params=request.params)
                 wanted = alone(reference, again, i)
                 assert list(made.tokens) == (wanted[: len(made.tokens)] if handle in self.left else wanted), again
