@@ -180,8 +180,14 @@ class AdapterSet(Attached):
             slow_down(self.base)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off the base and forget it."""
+        """Take an adapter off the base and forget it.
+
+        Raises:
+            AdapterError: it is merged.
+        """
         self._known(adapter_name)
+        if any(adapter_name in layer.merged_adapters for _, layer in adapted_layers(self.base, self.switch)):
+            raise AdapterError(f"Adapter {adapter_name!r} is merged into the base; call unmerge_adapter() before deleting it.")
         method = self.methods.pop(adapter_name)
         method.detach(self)
         self._disconnect(*([] if self.handles.get(adapter_name) else [adapter_name]))  # others may share its hooks

@@ -25,7 +25,7 @@ Memory = list[tuple[Tensor, Tensor]]
 # What HF PEFT has one level below the wrapper; asked there, the wrapper answers.
 OF_TUNER = frozenset(
     {
-        "active_adapter", "active_adapters", "add_weighted_adapter", "delete_adapter", "disable_adapter_layers",
+        "active_adapters", "add_weighted_adapter", "delete_adapter", "disable_adapter_layers",
         "enable_adapter_layers", "merge_adapter", "merge_and_unload", "peft_config", "prefix", "set_adapter",
         "set_requires_grad", "targeted_module_names", "targeted_parameter_names", "unload", "unmerge_adapter",
     }
@@ -47,6 +47,12 @@ class AdapterHost(nn.Module):
         for owner in _SETS.get(self.model, ()):
             if owner.base_model is self:
                 owner.update_and_allocate(global_step)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """HF PEFT's: at this level all active adapters, one by itself."""
+        active = next(([*host.switch.active] for host in _SETS.get(self.model, ()) if host.base_model is self), [])
+        return active[0] if len(active) == 1 else active
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -107,6 +113,11 @@ class Attached(nn.Module):
     @property
     def active_adapter(self) -> str:
         return self.switch.active[0] if self.switch.active else next(iter(self.methods), "default")
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter acts."""
+        return self.switch.enabled and bool(self.switch.active)
 
     @property
     def task_type(self) -> Any:

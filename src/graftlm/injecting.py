@@ -100,12 +100,13 @@ def layers_in(model: nn.Module, state_dict: dict[str, Tensor]) -> list[str]:
 
 
 def adapters_of(model: Any) -> AdapterSet:
-    """A wrapper itself, or what hangs on a module that was changed in place.
+    """A wrapper itself, or what hangs on a module that was changed in place; also inside of what compiles or shards it.
 
     Raises:
         AdapterError: a model without adapters.
     """
     model = getattr(model, "_orig_mod", model)
+    model = getattr(model, "_fsdp_wrapped_module", model)
     if isinstance(model, AdapterSet):
         return model
     host = vars(model).get(KEPT) if isinstance(model, nn.Module) else None

@@ -103,6 +103,9 @@ class Adapted(Switched, nn.Module):
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
 
+    def _all_available_adapter_names(self) -> list[str]:  # diffusers' name for it, and HF PEFT's
+        return list(self.changes)
+
     def held(self, name: str) -> Held:
         """The tensors of one adapter."""
         return Held(self, name)
