@@ -1,6 +1,6 @@
 """Tiny models with random weights under the names that HF PEFT's tests ask the hub for, as folders of one folder.
 
-    python models.py FOLDER
+python models.py FOLDER
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def tokenizer() -> Any:
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     trainer = trainers.BpeTrainer(vocab_size=400, show_progress=False, special_tokens=special,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
-    made.train_from_iterator(["the quick brown fox jumps over the lazy dog. This is a test prompt. hello world"] * 3, trainer)
+    made.train_from_iterator(
+        ["the quick brown fox jumps over the lazy dog. This is a test prompt. hello world"] * 3, trainer
+    )
     return t.PreTrainedTokenizerFast(
         tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
@@ -65,9 +67,7 @@ def decoders_only() -> list[tuple[Any, Any, list[str]]]:
 def experts() -> list[tuple[Any, Any, list[str]]]:
     qwen = t.Qwen3MoeConfig(**LLAMA, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, head_dim=16)
     oss = t.GptOssConfig(**LLAMA, head_dim=16, num_local_experts=4, num_experts_per_tok=2, layer_types=LAYERS)
-    llama4 = t.Llama4TextConfig(
-        **LLAMA, intermediate_size_mlp=48, head_dim=16, num_local_experts=4, attention_chunk_size=64
-    )
+    llama4 = t.Llama4TextConfig(**LLAMA, intermediate_size_mlp=48, head_dim=16, num_local_experts=4, attention_chunk_size=64)
     return [
         (t.Qwen3MoeForCausalLM, qwen, [TRL + "tiny-Qwen3MoeForCausalLM", HF + "tiny-qwen3-moe"]),
         (t.MixtralForCausalLM, t.MixtralConfig(**LLAMA, num_local_experts=4), [HF + "Mixtral-tiny"]),

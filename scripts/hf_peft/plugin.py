@@ -7,6 +7,7 @@ HF_TESTS_SAMPLE and HF_TESTS_START (every N-th test, from which on).
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import os
 import re
@@ -22,8 +23,9 @@ CONFIGS = {"LoraConfig", "PromptTuningConfig", "PromptEncoderConfig", "PrefixTun
 OTHERS = (  # in a test's name: a method, a variant of LoRA, a kind of file or of hardware that is not in scope
     r"adalora|ia3_is|bdlora|velora|montecl|kasa|(?<![a-z])mica|qalora|arrow|kappa|xlora|poly(?!gon)|shira|vblora|(?<![a-z])cpt|hira|osf"
     r"|pickle|gptq|awq|aqlm|eetq|hqq|megatron|multi_?gpu|deepspeed|from_hub|push_to_hub|diffus|stable|peft_version_(is|warn)"
-    r"|get_modules_tied|state_dict_by_key_prefix|test_prefixes_|minimal_target_modules|find_target_modules"  # inner functions
+    r"|get_modules_tied|state_dict_by_key_prefix|test_prefixes_|minimal_target_modules|find_target_modules"  # insides
 )
+FUNCTIONS = r"(^|_)(ia3|loha|lokr|oft|boft|vera|miss|randlora|fourierft|ln_tuning|adaption_prompt)(_|$)"
 LIBRARY = os.environ["HF_TESTS_LIBRARY"]
 FOLDER = Path(os.environ["HF_TESTS_FOLDER"])
 torch.set_num_threads(1)
@@ -159,7 +161,9 @@ def in_scope(item: Any) -> bool:
     """By the configurations among a test's parameters, and by its name."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     classes = {v.__name__ for v in parameters.values() if isinstance(v, type) and v.__name__.endswith("Config")}
-    return classes <= CONFIGS and not re.search(OTHERS, f"{item.nodeid} {parameters}".lower())
+    name = getattr(item, "originalname", None) or item.name
+    named = re.search(OTHERS, f"{item.nodeid} {parameters}".lower()) or re.search(FUNCTIONS, name)
+    return classes <= CONFIGS and not named
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
@@ -195,7 +199,18 @@ def outside(error: BaseException) -> str | None:
         from graftlm.compat.names import METHOD, PART, reason
 
         name = str(error).partition(".")[0]
-        methods = ("Shira", "Road", "Hira", "Poly")
-        known = reason(name) in (METHOD, PART) or name.startswith(methods)
-        return "of another method" if known else None
+        if reason(name) in (METHOD, PART):
+            return "of another method"
+        return None if name in public_names() else "of an inner function"
     return None
+
+
+@functools.cache
+def public_names() -> set[str]:
+    """What HF PEFT exports: the names in its packages' `__all__`, and the functions of `peft.helpers`."""
+    root, found = FOLDER / "src" / "peft", set()
+    for path in root.rglob("__init__.py"):
+        for listed in re.findall(r"__all__ = \[(.*?)\]", path.read_text(encoding="utf-8"), re.DOTALL):
+            found |= set(re.findall(r"\w+", listed))
+    helpers = (root / "helpers.py").read_text(encoding="utf-8")
+    return found | set(re.findall(r"^(?:def|class) ([a-zA-Z]\w*)", helpers, re.MULTILINE))

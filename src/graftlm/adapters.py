@@ -187,7 +187,9 @@ class AdapterSet(Attached):
         """
         self._known(adapter_name)
         if any(adapter_name in layer.merged_adapters for _, layer in adapted_layers(self.base, self.switch)):
-            raise AdapterError(f"Adapter {adapter_name!r} is merged into the base; call unmerge_adapter() before deleting it.")
+            raise AdapterError(
+                f"Adapter {adapter_name!r} is merged into the base; call unmerge_adapter() before deleting it."
+            )
         method = self.methods.pop(adapter_name)
         method.detach(self)
         self._disconnect(*([] if self.handles.get(adapter_name) else [adapter_name]))  # others may share its hooks

@@ -125,6 +125,8 @@ class Attached(nn.Module):
 
     @property
     def word_embeddings(self) -> nn.Module:
+        if self.plain:
+            raise AttributeError(f"{type(self.base).__name__} is no transformers model: it has no embeddings of words.")
         return backbone_embeddings(self.base)
 
     @property

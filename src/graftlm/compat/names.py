@@ -79,6 +79,7 @@ MODULES: dict[str, dict[str, str]] = {
     "mapping": _MAPPINGS,
     "mapping_func": _MAPPINGS,
     "mixed_model": {},
+    "optimizers": {"create_loraplus_optimizer": "compat.optimizers:create_loraplus_optimizer"},
     "peft_model": {},
     "tuners": {},
     **{f"tuners.{name}": {} for name in _TUNERS},
