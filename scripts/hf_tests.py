@@ -41,8 +41,8 @@ def run(folder: Path, work: Path, library: str, tests: list[str], options: dict[
     """Run tests with `library` ("graftlm", or "peft" for HF PEFT's own source); one record a test."""
     results = work / f"{library}.jsonl"
     results.unlink(missing_ok=True)
-    source = Path(__file__).resolve().parent.parent / "src" if library == "graftlm" else folder / "src"
-    paths = [str(source), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    own, theirs = str(HERE.parent.parent / "src"), str(folder / "src")
+    paths = [own if library == "graftlm" else theirs, str(HERE), own, *filter(None, [os.environ.get("PYTHONPATH")])]
     told = {"HF_TESTS_LIBRARY": library, "HF_TESTS_FOLDER": str(folder), "HF_TESTS_RESULTS": str(results), **options}
     environment = {**os.environ, **told, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "plugin", "-p", "no:cacheprovider", "-W", "ignore", "--tb=short"]
@@ -84,7 +84,7 @@ def report(records: list[dict], details: bool) -> None:
     """Counts by file, the share, and failures by reason."""
     by_file: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for record in records:
-        counts = by_file[record["id"].partition("::")[0].rpartition("/")[2]]
+        counts = by_file[Path(record["id"].partition("::")[0]).name]
         counts[record["outcome"]] += 1
         counts["passed in other words"] += record["outcome"] == "passed" and record["own_words"]
     total: collections.Counter = sum(by_file.values(), collections.Counter())
@@ -100,7 +100,7 @@ def report(records: list[dict], details: bool) -> None:
     for reason, found in sorted(groups.items(), key=lambda item: -len(item[1])):
         print(f"\n{len(found)}  {reason}")
         for record in found if details else found[:3]:
-            print(f"      {record['id'].rpartition('/')[2]}  ({record['where']})")
+            print(f"      {record['id'].partition('test_')[1]}{record['id'].partition('test_')[2]}  ({record['where']})")
 
 
 def main() -> None:

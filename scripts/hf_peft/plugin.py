@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 import torch
 
+from graftlm.compat import names
+
 CONFIGS = {"LoraConfig", "PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"}
 OTHERS = (  # in a test's name: a method, a variant of LoRA, a kind of file or of hardware that is not in scope
     r"adalora|ia3_is|bdlora|velora|montecl|kasa|(?<![a-z])mica|qalora|arrow|kappa|xlora|poly(?!gon)|shira|vblora|(?<![a-z])cpt|hira|osf"
@@ -26,6 +28,7 @@ OTHERS = (  # in a test's name: a method, a variant of LoRA, a kind of file or o
     r"|get_modules_tied|state_dict_by_key_prefix|test_prefixes_|minimal_target_modules|find_target_modules"  # insides
 )
 FUNCTIONS = r"(^|_)(ia3|loha|lokr|oft|boft|vera|miss|randlora|fourierft|ln_tuning|adaption_prompt)(_|$)"
+CLASSES = rf"::Test\w*({'|'.join(names._METHODS)}|Arrow|Velora|Kasa|MonteC)"
 LIBRARY = os.environ["HF_TESTS_LIBRARY"]
 FOLDER = Path(os.environ["HF_TESTS_FOLDER"])
 torch.set_num_threads(1)
@@ -103,8 +106,8 @@ def without_diffusers() -> None:
             pytest.skip("diffusion models")
 
     module = ModuleType("diffusers")
-    names = ("StableDiffusionPipeline", "UNet2DConditionModel", "AutoModel")
-    module.__dict__.update(__version__="0.30.0", **dict.fromkeys(names, Skips))
+    classes = ("StableDiffusionPipeline", "UNet2DConditionModel", "AutoModel")
+    module.__dict__.update(__version__="0.30.0", **dict.fromkeys(classes, Skips))
     sys.modules["diffusers"] = module
 
 
@@ -122,6 +125,8 @@ class OwnWords:
 
     def __exit__(self, *error: Any) -> Any:
         done = self.inner.__exit__(*error)
+        if error[0] is not None and not done:
+            return done
         texts = [str(w.message) for w in self.found] if hasattr(self.found, "list") else [str(self.found.value)]
         OwnWords.differ |= not any(re.search(self.match, text) for text in texts)
         return done
@@ -161,9 +166,8 @@ def in_scope(item: Any) -> bool:
     """By the configurations among a test's parameters, and by its name."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
     classes = {v.__name__ for v in parameters.values() if isinstance(v, type) and v.__name__.endswith("Config")}
-    name = getattr(item, "originalname", None) or item.name
-    named = re.search(OTHERS, f"{item.nodeid} {parameters}".lower()) or re.search(FUNCTIONS, name)
-    return classes <= CONFIGS and not named
+    named = re.search(OTHERS, f"{item.nodeid} {parameters}".lower()) or re.search(FUNCTIONS, item.originalname)
+    return classes <= CONFIGS and not named and not re.search(CLASSES, item.nodeid)
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
@@ -196,10 +200,8 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Any:
 def outside(error: BaseException) -> str | None:
     """What an error says of a test that is not in scope after all."""
     if isinstance(error, AbsentName):
-        from graftlm.compat.names import METHOD, PART, reason
-
         name = str(error).partition(".")[0]
-        if reason(name) in (METHOD, PART):
+        if names.reason(name) in (names.METHOD, names.PART):
             return "of another method"
         return None if name in public_names() else "of an inner function"
     return None

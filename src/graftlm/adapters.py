@@ -293,10 +293,12 @@ class AdapterSet(Attached):
     def prefix(self) -> str:
         """How the names of the active method's tensors start: "lora_"."""
         layers = (layer for _, layer in adapted_layers(self.base, self.switch) if self.active_adapter in layer.changes)
-        layer = next(layers, None)
-        if layer is None:
+        found = [layer.changes[self.active_adapter].tables[0].partition("_")[0] for layer in layers]
+        if not found:
             raise AttributeError(f"{type(self.methods[self.active_adapter].config).__name__} changes no layer.")
-        return f"{layer.changes[self.active_adapter].tables[0].partition('_')[0]}_"
+        return (
+            f"{next((start for start in found if start != 'trainable'), 'trainable_tokens')}_"  # LoRA may train tokens too
+        )
 
     def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
         """As in torch, without the adapters of other wrappers over the same base."""

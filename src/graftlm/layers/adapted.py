@@ -100,11 +100,13 @@ class Adapted(Switched, nn.Module):
             raise AttributeError(f"No adapter trains tokens of this {type(self.frozen.layer).__name__}.")
         return self
 
+    @property
+    def trainable_tokens_original(self) -> dict[str, Tensor]:
+        """The base's rows [n, H] of the tokens that adapters train here."""
+        return {n: c.originals(self.frozen) for n, c in self.changes.items() if hasattr(c, "originals")}
+
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
-
-    def _all_available_adapter_names(self) -> list[str]:  # diffusers' name for it, and HF PEFT's
-        return list(self.changes)
 
     def held(self, name: str) -> Held:
         """The tensors of one adapter."""

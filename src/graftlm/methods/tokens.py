@@ -54,6 +54,10 @@ class TokenChange(Change):
             rows = token_rows(frozen, self.ids).to(dtype, copy=True)
             t[TABLE] = nn.Parameter(rows if self.from_base or not initialise else torch.randn_like(rows))
 
+    def originals(self, frozen: Frozen) -> Tensor:
+        """The base's rows of these tokens [n, H]."""
+        return token_rows(frozen, self.ids)
+
     def rows(self, t: Held) -> Tensor:
         """The trained rows [n, H]."""
         return t[TABLE]
