@@ -191,6 +191,7 @@ class AdapterSet(Attached):
                 f"Adapter {adapter_name!r} is merged into the base; call unmerge_adapter() before deleting it."
             )
         method = self.methods.pop(adapter_name)
+        self.configs.pop(adapter_name, None)
         method.detach(self)
         self._disconnect(*([] if self.handles.get(adapter_name) else [adapter_name]))  # others may share its hooks
         self.mixed = {m for m in self.mixed if method not in m}
@@ -292,8 +293,8 @@ class AdapterSet(Attached):
     @property
     def prefix(self) -> str:
         """How the names of the active method's tensors start: "lora_"."""
-        layers = (layer for _, layer in adapted_layers(self.base, self.switch) if self.active_adapter in layer.changes)
-        found = [layer.changes[self.active_adapter].tables[0].partition("_")[0] for layer in layers]
+        changes = [layer.changes.get(self.active_adapter) for _, layer in adapted_layers(self.base, self.switch)]
+        found = [change.tables[0].partition("_")[0] for change in changes if change is not None and change.tables]
         if not found:
             raise AttributeError(f"{type(self.methods[self.active_adapter].config).__name__} changes no layer.")
         return (

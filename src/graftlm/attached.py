@@ -77,6 +77,7 @@ class Attached(nn.Module):
         self._modules["base_model"] = AdapterHost(model)
         self.switch = Switch()
         self.methods: dict[str, Method] = {}
+        self.configs: dict[str, PeftConfig] = {}
         self.prompt_encoder = nn.ModuleDict()
         self.bottleneck = nn.ModuleDict()
         self.adapter_biases = nn.ModuleDict()
@@ -103,8 +104,10 @@ class Attached(nn.Module):
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
-        """Configurations by adapter name."""
-        return {name: method.config for name, method in self.methods.items()}
+        """Configurations by adapter name; what was read before follows what is attached."""
+        self.configs.clear()
+        self.configs.update((name, method.config) for name, method in self.methods.items())
+        return self.configs
 
     @property
     def active_adapters(self) -> list[str]:

@@ -111,6 +111,7 @@ def merge_and_unload(host: AdapterSet, safe: bool, names: list[str] | None, requ
     for part in (host.prompt_encoder, host.bottleneck, host.adapter_biases):
         part.clear()
     host.methods.clear()
+    host.configs.clear()
     host.switch.active = ()
     host._forget()
     return host.base

@@ -268,6 +268,7 @@ class PeftModel(AdapterSet, PreTrainedModel):
             self.methods[name].detach(self)
             unsave_modules(self.base, self.switch, name)
         self.methods.clear()
+        self.configs.clear()
         self.switch.active = ()
         self._forget()
         return self.base

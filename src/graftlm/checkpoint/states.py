@@ -13,7 +13,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from ..adapters import AdapterSet
 from ..errors import AdapterError, CheckpointError
 from ..files import WEIGHTS_NAME, find_file
-from ..injecting import Injected, adapters_of
+from ..injecting import Injected, adapters_of, remake
 from ..merging import unmerge
 from .fit import checked
 from .read import assign, load_options, load_training, read_pickle, read_tensors
@@ -109,7 +109,9 @@ def set_peft_model_state_dict(
     host._known(adapter_name)
     if ignore_mismatched_sizes:
         raise AdapterError("ignore_mismatched_sizes would leave tensors untrained; give a state that fits.")
-    assign(host, adapter_name, checked(host, adapter_name, dict(peft_model_state_dict), "This state"))
+    tensors = checked(host, adapter_name, dict(peft_model_state_dict), "This state")
+    remake(host, adapter_name, on_meta=False)
+    assign(host, adapter_name, tensors)
     return nothing_missing()
 
 

@@ -16,7 +16,7 @@ from ..attached import _SETS, AdapterHost
 from ..layers import Adapted, ModulesToSaveWrapper
 from ..methods import PeftType
 from ..methods.lora_change import LoraChange
-from ..methods.tokens import TokenChange
+from ..methods.tokens import TABLE
 from ..model import PeftModel
 
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
@@ -188,4 +188,4 @@ class TrainableTokensWrapper(metaclass=Answering):
 
     @classmethod
     def holds(cls, instance: Any) -> bool:
-        return isinstance(instance, Adapted) and any(isinstance(c, TokenChange) for c in instance.changes.values())
+        return isinstance(instance, Adapted) and TABLE in instance._modules  # not a head whose rows are the embeddings'

@@ -25,6 +25,10 @@ class Switched:
         return list(dict.fromkeys(name for name, _ in self.held_by()))
 
     @property
+    def _adapters(self) -> set[str]:
+        return set(self._all_available_adapter_names())
+
+    @property
     def active_adapter(self) -> list[str]:
         return list(self.switch.active)
 
