@@ -196,6 +196,13 @@ def save_modules(
             f"{' or '.join(heads)}; its head stays frozen. Name it in modules_to_save.",
             stacklevel=4,
         )
+    containers = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+    for path, module in found.items():
+        if isinstance(module, containers):
+            raise UnsupportedError(
+                f"modules_to_save selects {clean_path(path)!r}, a {type(module).__name__}: it is never called, only what is "
+                "in it. Name the modules in it."
+            )
     for path, module in found.items():
         if not isinstance(module, ModulesToSaveWrapper) or module.switch is not switch:
             module = ModulesToSaveWrapper(module, switch)
