@@ -50,6 +50,11 @@ class ModulesToSaveWrapper(Switched, nn.Module):
         return {key: f"modules_to_save.{adapter_name}.{key}" for key in copied.state_dict()}
 
     @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters that have a copy here."""
+        return [name for name in active_adapters(self.switch) if name in self.modules_to_save]
+
+    @property
     def active(self) -> nn.Module:
         """The module that computes now."""
         return self.of(active_adapters(self.switch))

@@ -35,9 +35,10 @@ class TokenChange(Change):
     """
 
     tables: ClassVar[tuple[str, ...]] = (TABLE,)
+    numbers = ("token_indices",)
 
     def __init__(self, ids: list[int], from_base: bool = True, within: str = "") -> None:
-        self.ids = ids
+        self.ids = self.token_indices = ids
         self.from_base = from_base
         self.files = {TABLE: f"{within}{TABLE}"}
         self.places: dict[torch.device, tuple[Tensor, Tensor]] = {}
