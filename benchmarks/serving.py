@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 import workloads
-from mixed_batch import alternate
 from mixed_batch import base as random_base
 
 import graftlm
@@ -133,9 +132,14 @@ class Bench:
 
     def compare(self, work: str, calls: dict[str, Callable[[], Any]], tokens: int) -> None:
         """Speeds of calls that give the same tokens; the ratio is the last one's over the first one's."""
-        first, *others = [call() for call in calls.values()]
-        seconds = dict(zip(calls, alternate(list(calls.values()), self.args.rounds), strict=True))
-        speeds = {name: tokens / s for name, s in seconds.items()}
+        first, *others = [call() for call in calls.values()]  # warms up
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(self.args.rounds):
+            for name, call in calls.items():
+                begun = time.perf_counter()
+                call()
+                seconds[name].append(time.perf_counter() - begun)
+        speeds = {name: tokens / statistics.median(s) for name, s in seconds.items()}
         ratio = list(speeds.values())[-1] / next(iter(speeds.values()))
         self.say(work, ratio, **speeds, same_tokens=all(other == first for other in others))
 
@@ -182,7 +186,7 @@ class Bench:
     def trace(self) -> None:
         asked = trace(self.args.requests, self.vocabulary)
         tokens = sum(r.params.max_new_tokens for r in asked)
-        first = self.stream(asked)  # warms up
+        self.stream(asked[:8])  # warms up
         begun = time.perf_counter()
         first = self.stream(asked)
         ours, ttft = time.perf_counter() - begun, statistics.mean(t[0] for t in first)
