@@ -47,7 +47,7 @@ class EngineConfig:
         max_rows: completions in the batch at a time.
         cache_tokens: places of the key-value cache.
         kept_tokens: places beside it for shared starts; None: half as many.
-        step_tokens: tokens of a step, prompts' chunks and decoding rows together.
+        step_tokens: tokens of a step at most; beside rows that decode, prompts' chunks are sized by time (see `pace`).
         max_length: of prompt and completion together; None: what the base and the cache allow.
         max_waiting, max_waiting_tokens: requests that may wait, and their prompts' tokens.
         max_n: completions of one request.
@@ -58,7 +58,7 @@ class EngineConfig:
     max_rows: int = 16
     cache_tokens: int = 16384
     kept_tokens: int | None = None
-    step_tokens: int = 64
+    step_tokens: int = 256
     max_length: int | None = None
     max_waiting: int = 256
     max_waiting_tokens: int = 1 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from .cache import KeyValueCache, Span
 from .constraints import Constraints
 from .detokenize import Detokenizer
 from .jobs import Composition, Job, Writing
+from .pace import Pace
 from .registry import Registry, Version, joint_digest
 from .requests import Request, TokenLogprob
 from .sampling import Chooser, choose, logprob
@@ -75,7 +77,8 @@ class Stepping:
         self.vocabulary = token_embeddings(served.host.base).weight.shape[0]  # type: ignore[union-attr]
         first, others = end_tokens(tokenizer, served.host)
         self.ends = [*first, *others]
-        scheduler.known = self._known
+        self.pace = Pace(scheduler.step_tokens, scheduler.least_chunk)
+        scheduler.known, scheduler.chunk = self._known, self.pace.tokens
 
     # -- compositions ----------------------------------------------------------------------------------------------------
     def composition(self, versions: tuple[Version, ...]) -> Composition:
@@ -188,7 +191,10 @@ class Stepping:
         # decoding rows whose extents lie side by side attend in one product
         pieces = sorted(step.pieces, key=lambda p: (p.count > 1, p.sequence.extent.start))  # type: ignore[union-attr]
         failed: dict[Piece, Exception] = {}
+        begun = time.perf_counter()
         logits = self._forward(pieces, failed)
+        prompts = sum(p.count for p in pieces if p.sequence.filling)
+        self.pace.took(sum(not p.sequence.filling for p in pieces), prompts, time.perf_counter() - begun)
         ran = [piece for piece in pieces if piece not in failed]
         completes = [piece.completes for piece in ran]
         self.scheduler.ran(ran)
