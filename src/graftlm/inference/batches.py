@@ -164,7 +164,8 @@ class Batches(Stepping):
 
     def _chosen(self) -> list[Tokens]:
         """Who has waited longest, and who may go beside it."""
-        queue, chosen, longest = self.scheduler, [], 0
+        queue, longest = self.scheduler, 0
+        chosen: list[Tokens] = []
         for tokens in queue.waiting:
             longest_now = max(longest, tokens.places + self._most(tokens))
             full = len(chosen) == queue.max_rows or longest_now * (len(chosen) + 1) > queue.space.capacity
@@ -213,7 +214,7 @@ class Batches(Stepping):
                 self._run([tokens])
 
     def _generate(self, rows: list[Tokens]) -> None:
-        host = self.served.host
+        host: Any = self.served.host
         longest, device = max(len(t.tokens) for t in rows), host.adapter_device
         ids = torch.tensor([[0] * (longest - len(t.tokens)) + t.tokens for t in rows], device=device)
         mask = torch.tensor([[0] * (longest - len(t.tokens)) + [1] * len(t.tokens) for t in rows], device=device)
