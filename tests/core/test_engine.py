@@ -340,6 +340,18 @@ def test_mlps_of_another_kind_are_left_alone(twist: str, training: bool) -> None
     assert owner.training and owner.act.training
 
 
+@pytest.mark.parametrize("other", [nn.GELU, nn.Tanh])
+def test_an_activation_that_is_exchanged_later_is_heeded(other: type[nn.Module]) -> None:
+    model = attach("llama", "lora").train()
+    mlp: Any = model.base.model.layers[0].mlp
+    assert isinstance(mlp, fast.Fast)
+    x, before = torch.randn(2, 3, model.config.hidden_size), mlp.act_fn
+    mlp.act_fn = other()
+    assert torch.equal(mlp(x), mlp.plain_class.forward(mlp, x))
+    exchanged, mlp.act_fn = mlp(x), before
+    assert not torch.allclose(mlp(x), exchanged)
+
+
 @pytest.mark.parametrize("large", [True, False])
 @pytest.mark.parametrize("name", ["gpt2", "opt", "bart"])
 def test_dropout_of_the_base(name: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
