@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -196,6 +199,13 @@ def cases(names: Any, methods: Any, quick: Any) -> list[Any]:
     ]
 
 
+def pairs(names: Any, methods: Any) -> list[Any]:
+    """Every family with every method; of one family all methods are quick, and of the others one each, in turn."""
+    names, methods = list(names), list(methods)
+    turn = {name: methods[i % len(methods)] for i, name in enumerate(names[1:])}
+    return cases(names, methods, lambda n, m: n == names[0] or turn[n] == m)
+
+
 def label(method: str | tuple[str, ...]) -> str:
     """Name of a method or a composition in a test's id."""
     return method if isinstance(method, str) else "+".join(method)
@@ -229,6 +239,22 @@ def on_flash(monkeypatch: Any) -> list[tuple]:
     return calls
 
 
+@contextmanager
+def left_behind() -> Iterator[list[Tensor]]:
+    """The tensors that the block made and only the garbage collector would free (found when it has ended). What was there
+    before is frozen meanwhile: to look through all that the libraries hold takes longer than most tests."""
+    left: list[Tensor] = []
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield left
+        left += [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
 def flash(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
     scale: float, window_size: tuple[int, int], enable_gqa: bool,
@@ -248,6 +274,6 @@ def flash(
 
 __all__ = [
     "CAUSAL", "COMPOSITIONS", "CONFIGS", "ENCODERS", "ONE_OF_EACH", "SEQ2SEQ", "attach", "cases", "close", "config",
-    "embedding_name", "fresh", "head_name", "label", "logits_of", "on_flash", "padded", "randomise", "rows",
-    "state_of", "still",
+    "embedding_name", "fresh", "head_name", "label", "left_behind", "logits_of", "on_flash", "padded", "pairs", "randomise",
+    "rows", "state_of", "still",
 ]  # fmt: skip

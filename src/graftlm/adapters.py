@@ -165,7 +165,7 @@ class AdapterSet(Attached):
         keep_passes(self.checkpointing, self.has_memory, keep)
 
     def remember_pass(self) -> None:
-        """Note what acts in the pass that begins, if it has gradients, in each wrapper of the base (see `routing.remember`)."""
+        """Note what acts in the pass that begins, if it has gradients, in the base's wrappers: see `routing.remember`."""
         if torch.is_grad_enabled():
             for host in _SETS.get(self.base, ()):
                 remember(host.switch)

@@ -299,13 +299,13 @@ def remember(switch: Switch) -> None:
 
 
 def _refuse_again(ran: tuple[Group, ...], active: Group) -> None:
-    """UnsupportedError in a backward pass: a model that calls `torch.utils.checkpoint` itself runs its layers again outside of
-    the plan, by what is switched on; where that is something else than in the pass, the gradients would be others."""
+    """UnsupportedError in a backward pass: a model that calls `torch.utils.checkpoint` itself runs its layers again outside
+    of the plan, by what is switched on; where that is something else than in the pass, the gradients would be others."""
     if torch._C._current_graph_task_id() == -1:  # no backward pass
         return
     then, now = (", ".join("+".join(group) or "none" for group in groups) for groups in (ran, (active,)))
     raise UnsupportedError(
-        f"A layer runs again in the backward pass (the model's own activation checkpointing) with other adapters than in its "
+        "A layer runs again in the backward pass (the model's own activation checkpointing) with other adapters than in its "
         f"forward pass: {then} then, {now} now. Keep the same adapters active until backward() is through; for batches of "
         "different adapters, or several wrappers of one base, switch that checkpointing off."
     )

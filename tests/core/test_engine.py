@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 import pickle
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 import transformers as t
 from accelerate.utils.operations import convert_to_fp32
 from families import CAUSAL, SEQ2SEQ, VOCAB, batch, build
-from helpers import CONFIGS, attach, cases, close, config, on_flash, padded, randomise, rows, still
+from helpers import CONFIGS, attach, cases, close, config, left_behind, on_flash, padded, pairs, randomise, rows, still
 from torch import Tensor, nn
 
 import graftlm
@@ -427,28 +426,19 @@ def test_evaluation_and_other_requests_are_plain() -> None:
     assert model.base(**inputs).logits is not None
 
 
-@pytest.mark.parametrize("method", ["lora", "prompt", "prefix_projection", "houlsby"])
-@pytest.mark.parametrize("name", ["bloom", "llama", "falcon", "t5"])
+@pytest.mark.parametrize(
+    ("name", "method"), pairs(["llama", "bloom", "falcon", "t5"], ["lora", "prompt", "prefix_projection", "houlsby"])
+)
 @pytest.mark.parametrize("training", [True, False])
 def test_a_step_leaves_nothing_to_the_garbage_collector(name: str, method: str, training: bool) -> None:
     """What a cycle of references holds lives on into the next steps, and is added to their memory."""
     model = trained(name, method).train(training)
     inputs = batch(name) if name in SEQ2SEQ else ragged()
     model(**inputs).loss.backward()
-
-    def tensors() -> set[int]:
-        return {id(o) for o in gc.get_objects() if issubclass(type(o), Tensor)}
-
     model.zero_grad(set_to_none=False)
-    gc.collect()
-    gc.disable()
-    try:
-        before = tensors()
+    with left_behind() as left:
         model(**inputs).loss.backward()
         model(**inputs)
-        left = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and id(o) not in before]
-    finally:
-        gc.enable()
     assert [tuple(o.shape) for o in left] == []
 
 

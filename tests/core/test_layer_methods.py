@@ -245,8 +245,13 @@ def test_files_both_ways(name: str, method: str, tmp_path: Path) -> None:
     both_ways(lambda: fresh(name), lambda lib: config(method, name, lib), inputs, tmp_path)
 
 
-@pytest.mark.parametrize("method", [m for m in NEW if m != "adalora"])  # its own: test_adalora.py
-@pytest.mark.parametrize("name", ["llama", "bert", pytest.param("opt", marks=pytest.mark.slow)])
+TWENTY = [m for m in NEW if m != "adalora"]  # its own: test_adalora.py
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    cases(["llama", "bert", "opt"], TWENTY, lambda n, m: n == ("bert" if TWENTY.index(m) % 3 == 0 else "llama")),
+)
 def test_twenty_losses(name: str, method: str) -> None:
     losses: dict[str, list[float]] = {}
     for library in (graftlm, peft):

@@ -114,7 +114,7 @@ def test_attributes_come_from_the_base_and_go_to_it() -> None:
 
 
 def test_looking_at_a_module_trained_in_full_never_fails() -> None:
-    """Of attributes that it lacks it says so, also where two copies could not act together, and before it has any of its own."""
+    """Of attributes that it lacks it says so, also where two copies could not act together, and before it has its own."""
     model = graftlm.get_peft_model(fresh("llama"), graftlm.LoraConfig(modules_to_save=["norm"]))
     model.add_adapter("other", graftlm.LoraConfig(modules_to_save=["norm"]))
     saved = model.base.model.norm

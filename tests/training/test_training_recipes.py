@@ -412,8 +412,14 @@ def test_a_constant_answer_is_no_success() -> None:
 @pytest.mark.parametrize(
     ("of", "told"),
     [
-        ({"data": {"max_eval_examples": 4}}, "measured on 4 held-out rows, with answers to 4 of them; this recipe's data has 6"),
-        ({"data": {"format": "completion", "columns": {"prompt": "Tweet text", "completion": "text_label"}}}, "answers to 5"),
+        (
+            {"data": {"max_eval_examples": 4}},
+            "measured on 4 held-out rows, with answers to 4 of them; this recipe's data has 6",
+        ),
+        (
+            {"data": {"format": "completion", "columns": {"prompt": "Tweet text", "completion": "text_label"}}},
+            "answers to 5",
+        ),
         ({"data": {"split": "test", "eval_split": "train", "max_eval_examples": 6}, "swapped": True}, "other held-out rows"),
     ],
     ids=["fewer", "another format", "others"],
@@ -435,7 +441,14 @@ def test_a_baseline_of_other_rows_is_refused_before_training(of: dict, told: str
         none = recipe(place, tmp_path / "none", data=data | {"split": "test", "eval_split": None, "holdout": 0.0})
         run(none, model=model, tokenizer=tokenizer, quiet=True, baseline=baseline, callbacks=[Noted(steps)])
     assert not steps
-    run(mine, model=model, tokenizer=tokenizer, quiet=True, baseline=measure(mine, model, tokenizer), callbacks=[Noted(steps)])
+    run(
+        mine,
+        model=model,
+        tokenizer=tokenizer,
+        quiet=True,
+        baseline=measure(mine, model, tokenizer),
+        callbacks=[Noted(steps)],
+    )
     assert steps
 
 

@@ -54,8 +54,8 @@ def plain(kind: Any) -> Any:
 
 @functools.cache
 def mlp(names: tuple[str, ...], active: tuple[str, type] | None, dropout: str | None) -> Callable:
-    """The forward of gated MLPs with these layers. `active`: name and class of the activation's module; None: SiLU in the MLP's
-    own forward."""
+    """The forward of gated MLPs with these layers. `active`: name and class of the activation's module; None: the MLP calls
+    SiLU itself."""
     activation = "silu" if active is None else ACTIVATIONS[active[1]]
 
     def forward(module: Any, otherwise: Callable, x: Tensor, *more: Any, **named: Any) -> Tensor:
