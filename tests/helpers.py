@@ -6,7 +6,7 @@ import copy
 import functools
 import gc
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +38,8 @@ LN = {n: {"target_modules": names} for n, names in _NORMS.items()}  # not in HF 
 
 @functools.cache
 def _built(name: str, seed: int) -> nn.Module:
-    return build(name, seed)
+    with torch.random.fork_rng(devices=[]):  # what is drawn next does not depend on who was first to ask for it
+        return build(name, seed)
 
 
 def fresh(name: str, seed: int = 0) -> nn.Module:
@@ -239,6 +240,19 @@ def on_flash(monkeypatch: Any) -> list[tuple]:
     return calls
 
 
+def twenty_steps(model: nn.Module, inputs: Callable[[int], dict[str, Any]], lr: float, kind: Any = None) -> list[float]:
+    """Losses of 20 steps of AdamW (or another `kind` of optimiser) in training mode, on `inputs(step)`."""
+    optimiser = (kind or torch.optim.AdamW)([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for step in range(20):
+        loss = model.train()(**inputs(step)).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 @contextmanager
 def left_behind() -> Iterator[list[Tensor]]:
     """The tensors that the block made and only the garbage collector would free (found when it has ended). What was there
@@ -275,5 +289,5 @@ def flash(
 __all__ = [
     "CAUSAL", "COMPOSITIONS", "CONFIGS", "ENCODERS", "ONE_OF_EACH", "SEQ2SEQ", "attach", "cases", "close", "config",
     "embedding_name", "fresh", "head_name", "label", "left_behind", "logits_of", "on_flash", "padded", "pairs", "randomise",
-    "rows", "state_of", "still",
+    "rows", "state_of", "still", "twenty_steps",
 ]  # fmt: skip
