@@ -38,9 +38,9 @@ FLOORS: list[set[str]] = [
 APART = [("training", "inference"), ("inference", "training")]
 # What a method's file may take from another: shared modules, not other methods, but those that it is a variant of.
 SHARED = {
-    "base", "soft_prompt", "layered", "lora_change", "lora_conv", "lora_init", "lora_experts", "lora_combine", "targets",
-    "lora_replicated", "lora_tied", "tokens", "prompt_tuning", "projected", "biased", "orthogonal", "lora_data_config",
-    "lora_data_init", "lora_invoked", "prefix_tuning",
+    "base", "config", "soft_prompt", "layered", "lora_change", "lora_conv", "lora_init", "lora_experts", "lora_combine",
+    "targets", "lora_replicated", "lora_tied", "tokens", "prompt_tuning", "projected", "biased", "orthogonal",
+    "lora_data_config", "lora_data_init", "lora_invoked", "prefix_tuning",
 }  # fmt: skip
 METHOD_IMPORTS = {
     "layered": {"targets"},
