@@ -28,8 +28,9 @@ FLOORS: list[set[str]] = [
     {"passes"},
     {"mixing", "joint", "merging", "status", "checkpoint", "card", "generating", "injecting", "hotswap", "converting"},
     {"model", "delegating"},
-    {"data", "planning"},
+    {"data"},
     {"training", "inference"},
+    {"planning"},
     {
         "comparison", "serving", "exporting", "studio", "cli", "utils", "compat", "as_peft", "functional", "registering",
         "helpers", "__init__", "__main__",

@@ -1,0 +1,1 @@
+"""Memory, time and fit of a run before it is made. See docs/planning.md."""
