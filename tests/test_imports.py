@@ -353,6 +353,7 @@ PUBLIC = [
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "load_peft_weights",
+    "plan",
     "prepacked",
     "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
