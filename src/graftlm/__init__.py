@@ -114,8 +114,8 @@ if TYPE_CHECKING:
         prompt_embeddings_from_past_key_values,
     )
     from .model import PeftModel, get_peft_model
-    from .preparation import prepare_model_for_kbit_training
     from .planning import plan
+    from .preparation import prepare_model_for_kbit_training
     from .training import RankSchedule, Trainer, train_together
     from .utils import (
         NoMatchingPeftModuleError,

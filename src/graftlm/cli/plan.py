@@ -28,9 +28,7 @@ def plan(
     rows: Annotated[int | None, typer.Option(help="Plan for so many rows, in place of the data; with --length.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of each of these rows.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Every method, side by side.")] = False,
-    largest: Annotated[
-        str | None, typer.Option(help="The largest value that fits, of: batch_size, max_length.")
-    ] = None,
+    largest: Annotated[str | None, typer.Option(help="The largest value that fits, of: batch_size, max_length.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="All figures as JSON.")] = False,
 ) -> None:
     """What a run will take: parameters, bytes of files, memory by kind, steps and time, and whether it fits.
@@ -90,8 +88,8 @@ def show(out: Any, found: Plan) -> None:
     for name, count in (
         ("process", found.process_bytes), ("base", step.base), ("adapter", step.adapter), ("gradients", step.gradients),
         ("optimizer", step.optimizer), ("activations kept", step.kept), ("workspace", step.workspace),
-        ("loss (at another moment)", step.loss), ("highest while loading", found.loading_bytes),
-        ("peak of the process", found.peak_bytes),
+        ("allocator", step.allocator), ("loss (at another moment)", step.loss),
+        ("highest while loading", found.loading_bytes), ("peak of the process", found.peak_bytes),
     ):  # fmt: skip
         table.add_row(name, size(count))
     out.print(table)
@@ -99,7 +97,8 @@ def show(out: Any, found: Plan) -> None:
     file = size(s.adapter_tensors) if s.adapter_file is None else f"{s.adapter_file:,} bytes"
     merged = "none" if s.merged is None else size(s.merged)
     for line in (
-        f"{s.trained:,} trained of {s.base:,} parameters; adapter {file}, a checkpoint {size(s.checkpoint)}, merged {merged}",
+        f"{s.trained:,} trained of {s.base:,} parameters",
+        f"Files: adapter {file}, a checkpoint {size(s.checkpoint)}, merged model {merged}",
         f"{r['rows']:,} rows of at most {r['longest']} tokens (nine in ten: {r['quantile']}); {found.updates:,} updates, "
         f"{duration(found.seconds[0])} to {duration(found.seconds[1])}",
         f"{'Fits' if found.fits else 'Does not fit'}: {size(found.device.free_bytes)} free ({found.device.name})",

@@ -1,8 +1,7 @@
-"""What a machine is measured for once: the memory of the process itself, and how fast it multiplies. Kept in the user's cache.
+"""What a machine is measured for once, and kept in the user's cache: memory of the process itself, and how fast it multiplies.
 
-The process (interpreter, libraries, threads' buffers, what the allocator holds and does not use) is measured by a real run: two
-steps on the bundled base in a fresh process, its highest resident memory less what is planned for that step. Quantised and
-16-bit bases bring libraries and buffers of their own, so each form of a base has its own figure.
+The process (interpreter, libraries, threads' buffers) is measured by a real run: two steps on the bundled base in a fresh
+process, its highest resident memory less what is planned for that step. Quantised and 16-bit bases bring libraries and buffers of their own, so each form of a base has its own figure.
 """
 
 from __future__ import annotations

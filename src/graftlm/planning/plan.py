@@ -183,14 +183,16 @@ def joined(plans: list[Plan]) -> Plan:
     for other in plans[1:]:
         if (other.recipe.base, other.recipe.quantization) != (first.recipe.base, first.recipe.quantization):
             raise PlanError(
-                f"base: {first.recipe.base} and {other.recipe.base}: runs that are planned together share one base in one form"
+                f"base: {first.recipe.base} and {other.recipe.base}: runs that are planned together share one base in one "
+                "form"
             )
+
     def add(name: str) -> int:
         return sum(getattr(p.step, name) for p in plans)
 
     step = StepMemory(
-        base=first.step.base, adapter=add("adapter"), gradients=add("gradients"), optimizer=add("optimizer"), kept=add("kept"),
-        workspace=max(p.step.workspace for p in plans), loss=max(p.step.loss for p in plans),
+        base=first.step.base, adapter=add("adapter"), gradients=add("gradients"), optimizer=add("optimizer"),
+        kept=add("kept"), workspace=max(p.step.workspace for p in plans), allocator=add("allocator"), loss=max(p.step.loss for p in plans),
     )  # fmt: skip
     peak = max(first.process_bytes + step.total, first.loading_bytes)
     spent = sum(p.seconds[0] for p in plans), sum(p.seconds[1] for p in plans)

@@ -80,7 +80,11 @@ def rows_given(count: int, length: int) -> Rows:
 def stacked(rows: Sequence[Any]) -> dict[str, Tensor]:
     """A batch of rows of one length."""
     ids = torch.tensor([row["input_ids"] for row in rows])
-    return {"input_ids": ids, "labels": torch.tensor([row["labels"] for row in rows]), "attention_mask": torch.ones_like(ids)}
+    return {
+        "input_ids": ids,
+        "labels": torch.tensor([row["labels"] for row in rows]),
+        "attention_mask": torch.ones_like(ids),
+    }
 
 
 def longest_batch(recipe: Recipe, rows: Rows) -> dict[str, Tensor]:
@@ -92,8 +96,8 @@ def longest_batch(recipe: Recipe, rows: Rows) -> dict[str, Tensor]:
         lengths = rows.lengths
         if max(lengths) > training.tokens:
             raise PlanError(
-                f"an example has {max(lengths)} tokens, more than training.tokens={training.tokens}: raise it, or cut examples "
-                "shorter (data.max_length)"
+                f"an example has {max(lengths)} tokens, more than training.tokens={training.tokens}: raise it, or cut "
+                "examples shorter (data.max_length)"
             )
         packs = first_fit(lengths, training.tokens, training.seed)
         chosen = max(packs, key=lambda pack: sum(lengths[i] for i in pack))

@@ -143,7 +143,10 @@ def pack_4bit(library: Any, layer: Any, scheme: str) -> None:
     blocks = -(-count // block)
     empty = {"device": "meta"}
     inner = library.functional.QuantState(
-        absmax=torch.empty(-(-blocks // nested), **empty), blocksize=nested, code=torch.empty(256, **empty), dtype=torch.float32
+        absmax=torch.empty(-(-blocks // nested), **empty),
+        blocksize=nested,
+        code=torch.empty(256, **empty),
+        dtype=torch.float32,
     )
     state = library.functional.QuantState(
         absmax=torch.empty(blocks, dtype=torch.uint8, **empty), shape=torch.Size((layer.out_features, layer.in_features)),

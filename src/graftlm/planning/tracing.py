@@ -1,8 +1,8 @@
 """A pass of the real engine over tensors that have shapes and no values, with an account of what is alive.
 
-Parameters and activations are torch's fake tensors (on "cpu", or "cuda" without a GPU); token ids, masks and places are small
-and stay real, so that whatever depends on the data (packing, the lengths of sequences) happens as in the run. The account
-counts storages, not tensors: views cost nothing.
+Parameters and activations are torch's fake tensors; token ids, masks and places are small and stay real, so that whatever
+depends on the data (packing, the lengths of sequences) happens as in the run. The account counts storages, not tensors:
+views cost nothing.
 """
 
 from __future__ import annotations
@@ -24,22 +24,16 @@ _DEVICE_OF = torch.ops.prim.device.default
 class Account(TorchDispatchMode):
     """Within the block, operations on fake tensors are made by shape, and storages that come and go are counted.
 
-    Args:
-        device: that fake tensors seem to be on.
-
     Attributes:
-        live: bytes that are alive now.
-        events: (key, bytes) for each storage that came, (key, -bytes) for each that went, in order.
+        live, highest: bytes that are alive now, and were at most.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.device = torch.device(device)
+        self.device = torch.device("cpu")
         self.live = self.highest = 0
-        self.events: list[tuple[int, int]] = []
         self._seen: dict[int, Any] = {}
-        self._last = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE_OF:
@@ -64,17 +58,14 @@ class Account(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if id(storage) in self._seen:
             return
-        self._last += 1
-        key, size = self._last, storage.nbytes()
-        self._seen[id(storage)] = weakref.finalize(storage, self._gone, id(storage), key, size)
+        size = storage.nbytes()
+        self._seen[id(storage)] = weakref.finalize(storage, self._gone, id(storage), size)
         self.live += size
         self.highest = max(self.highest, self.live)
-        self.events.append((key, size))
 
-    def _gone(self, place: int, key: int, size: int) -> None:
+    def _gone(self, place: int, size: int) -> None:
         del self._seen[place]
         self.live -= size
-        self.events.append((key, -size))
 
     def take(self, model: nn.Module) -> None:
         """Turn a meta model's parameters, buffers and quantised values into fake tensors, which are counted."""
