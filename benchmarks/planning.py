@@ -5,8 +5,9 @@
     python benchmarks/planning.py --compare --json planning.json     # plan what was measured, and print the table
 
 A run loads a random checkpoint of a shape (made once, in a folder that is kept), trains two updates and saves the adapter;
-what is measured is the highest resident memory of the process from its start to its end (VmHWM, with what the Trainer's own meter
-resets put together). It exits with an error if a plan is more than 8 % too low, or fewer than 90 % are within 10 %.
+what is measured is the highest resident memory of the process from its start to its end (VmHWM, with what
+the Trainer's own meter resets put together). It exits with an error if a plan is more than 8 % too low, or fewer than 90 %
+are within 10 %.
 """
 
 from __future__ import annotations

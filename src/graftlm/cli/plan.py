@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError, GraftError
-from . import _base
+from . import _base, say
 from .train import build_recipe
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def plan(
     """
     _base.quiet_libraries()
     chosen = [build_recipe(path, {}, override or []) for path in recipes or [None]]  # type: ignore[list-item]
-    settings: dict[str, Any] = {"device": device, "rows": rows, "length": length, "say": _base_say}
+    settings: dict[str, Any] = {"device": device, "rows": rows, "length": length, "say": say}
     out = _base.console()
     if (compare or largest) and len(chosen) > 1:
         raise ConfigError("--compare and --largest are of one recipe; give one")
@@ -60,10 +60,6 @@ def plan(
         out.print(f"{largest}: {value} is the largest that fits.\n{made.line()}", highlight=False)
     else:
         show(out, found)
-
-
-def _base_say(text: str) -> None:
-    typer.secho(text, err=True, fg=typer.colors.YELLOW)
 
 
 def as_numbers(found: Any) -> Any:
@@ -100,7 +96,7 @@ def show(out: Any, found: Plan) -> None:
         f"{s.trained:,} trained of {s.base:,} parameters",
         f"Files: adapter {file}, a checkpoint {size(s.checkpoint)}, merged model {merged}",
         f"{r['rows']:,} rows of at most {r['longest']} tokens (nine in ten: {r['quantile']}); {found.updates:,} updates, "
-        f"{duration(found.seconds[0])} to {duration(found.seconds[1])}",
+        f"at least {duration(found.seconds)}",
         f"{'Fits' if found.fits else 'Does not fit'}: {size(found.device.free_bytes)} free ({found.device.name})",
     ):  # fmt: skip
         out.print(line, highlight=False, markup=False)
@@ -135,7 +131,7 @@ def show_methods(out: Any, found: dict[str, Any]) -> None:
     for name, p in sorted(plans.items(), key=lambda item: item[1].peak_bytes):
         table.add_row(
             name, f"{p.sizes.trained:,}", size(p.sizes.adapter_tensors), size(p.step.kept), size(p.peak_bytes),
-            duration(p.seconds[0]), "yes" if p.fits else "no",
+            duration(p.seconds), "yes" if p.fits else "no",
         )  # fmt: skip
     out.print(table)
     for name, error in found.items():

@@ -37,8 +37,8 @@ def device(name: str = "auto") -> Device:
             raise PlanError(f"--device {name}: expected an amount of memory above 0")
         return Device(name.strip(), int(amount))
     raise PlanError(
-        f"unknown device {name!r}: expected auto, cpu, or an amount of memory such as 16GiB{nearest(name, NAMES)}. Plans are "
-        "of the CPU's engine; GPUs by name are not planned yet."
+        f"unknown device {name!r}: expected auto, cpu, or an amount of memory such as 16GiB{nearest(name, NAMES)}. Plans "
+        "are of the CPU's engine; GPUs by name are not planned yet."
     )
 
 

@@ -1,7 +1,8 @@
-"""What a machine is measured for once, and kept in the user's cache: memory of the process itself, and how fast it multiplies.
+"""What a machine is measured for once: memory of the process itself, and how fast it multiplies. It is kept.
 
 The process (interpreter, libraries, threads' buffers) is measured by a real run: two steps on the bundled base in a fresh
-process, its highest resident memory less what is planned for that step. Quantised and 16-bit bases bring libraries and buffers of their own, so each form of a base has its own figure.
+process, its highest resident memory less what is planned for that step. Quantised and 16-bit bases bring libraries and
+buffers of their own, so each form of a base has its own figure. They are in `machine.json` in the user's cache.
 """
 
 from __future__ import annotations

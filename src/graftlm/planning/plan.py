@@ -12,6 +12,8 @@ import torch
 
 from ..architectures import model_dims
 from ..errors import PlanError
+from ..layers.frozen import KINDS
+from ..quantization import quantized_kind
 from ..training.schema import Recipe
 from .devices import Device, device
 from .machine import Machine, machine
@@ -19,8 +21,6 @@ from .rows import Rows, longest_batch, rows_given, rows_of
 from .sizes import Sizes, sizes
 from .skeleton import Skeleton, config_of, skeleton
 from .step import StepMemory, step_memory
-
-SLOWER = 4.0  # a step takes at least the time of its products, and was never seen to take that many times as long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Plan:
         peak_bytes: highest of the whole process.
         rows: number and lengths of the rows to train on.
         updates: optimizer steps of the whole run.
-        seconds: (at least, at most) of the whole run's steps, evaluations left out.
+        seconds: the least that the run's steps take: the base's products at this machine's best rate.
         device: what it is planned for.
         together: runs that train together.
     """
@@ -49,7 +49,7 @@ class Plan:
     peak_bytes: int
     rows: dict[str, int]
     updates: int
-    seconds: tuple[float, float]
+    seconds: float
     device: Device
     together: int = 1
 
@@ -70,7 +70,7 @@ class Plan:
         fit = "fits" if self.fits else "does not fit"
         return (
             f"Plan: {self.sizes.trained:,} trained of {self.sizes.base:,} parameters, peak memory {size(self.peak_bytes)} "
-            f"({fit}: {size(self.device.free_bytes)} free), {self.updates:,} updates, at least {duration(self.seconds[0])}"
+            f"({fit}: {size(self.device.free_bytes)} free), {self.updates:,} updates, at least {duration(self.seconds)}"
         )
 
 
@@ -132,7 +132,7 @@ def single(recipe: Recipe, place: Device, count: int | None, length: int | None,
     return Plan(
         recipe=recipe, sizes=size_of, step=step, process_bytes=own.process_bytes, loading_bytes=highest,
         peak_bytes=max(own.process_bytes + step.total, highest), rows=found.summary(), updates=total,
-        seconds=seconds(recipe, found, size_of, own, total), device=place,
+        seconds=seconds(recipe, found, made, own, total), device=place,
     )  # fmt: skip
 
 
@@ -165,16 +165,27 @@ def updates(recipe: Recipe, found: Rows) -> int:
     return max(round(-(-steps // t.accumulation) * (t.epochs or 1)), 1)
 
 
-def seconds(recipe: Recipe, found: Rows, size_of: Sizes, own: Machine, total: int) -> tuple[float, float]:
-    """The steps' products over the machine's rate (2 operations a parameter and token forward, 2 backward, as the base is
-    frozen; again 2 where activations are computed again), and `SLOWER` times that."""
+def seconds(recipe: Recipe, found: Rows, made: Skeleton, own: Machine, total: int) -> float:
+    """The base's products over the machine's rate: 2 operations a weight and token forward, 2 backward (the base is frozen),
+    again 2 where activations are computed again. Of adapters in the last blocks alone only the forward pass is counted."""
     t = recipe.training
     mean = sum(found.lengths) / len(found.train)
-    rows = len(found.train) / max(-(-len(found.train) // (t.batch_size or 1)), 1) * t.accumulation
-    tokens = total * (t.tokens if t.packing else rows * mean)
-    passes = 6 if t.gradient_checkpointing else 4
-    least = passes * (size_of.base + size_of.trained) * tokens / own.operations
-    return least, SLOWER * least
+    tokens = total * t.accumulation * min(t.batch_size or 1, len(found.train)) * mean
+    if t.packing:
+        tokens = sum(found.lengths) * (t.epochs or 1) if not t.max_steps else 0.0
+    whole = recipe.method != "adaption-prompt" and not {"layers_to_transform", "target_parameters"} & {
+        *recipe.method_options
+    }
+    passes = (4 if whole else 2) + 2 * (t.gradient_checkpointing is True)
+    return passes * multiplied(made.model.base) * tokens / own.operations
+
+
+def multiplied(base: Any) -> int:
+    """Weights that every token is multiplied by: those of linear layers, without the head (labelled tokens only)."""
+    head = base.get_output_embeddings()
+    layers = {id(m): m for m in base.modules() if isinstance(m, KINDS["linear"]) and m is not head}
+    own = {i: m for i, m in layers.items() if "lora" not in type(m).__name__.lower() and not hasattr(m, "base_layer")}
+    return sum(m.weight.numel() if quantized_kind(m) is None else m.in_features * m.out_features for m in own.values())
 
 
 def joined(plans: list[Plan]) -> Plan:
@@ -192,10 +203,11 @@ def joined(plans: list[Plan]) -> Plan:
 
     step = StepMemory(
         base=first.step.base, adapter=add("adapter"), gradients=add("gradients"), optimizer=add("optimizer"),
-        kept=add("kept"), workspace=max(p.step.workspace for p in plans), allocator=add("allocator"), loss=max(p.step.loss for p in plans),
+        kept=add("kept"), workspace=max(p.step.workspace for p in plans), allocator=add("allocator"),
+        loss=max(p.step.loss for p in plans),
     )  # fmt: skip
     peak = max(first.process_bytes + step.total, first.loading_bytes)
-    spent = sum(p.seconds[0] for p in plans), sum(p.seconds[1] for p in plans)
+    spent = sum(p.seconds for p in plans)
     return dataclasses.replace(first, step=step, peak_bytes=peak, seconds=spent, together=len(plans))
 
 

@@ -16,12 +16,12 @@ from ..errors import PlanError
 from ..methods import TaskType
 from ..model import PeftModel, get_peft_model
 from ..quantization import bitsandbytes, config_scheme, loading_options, quantized_layers
-from ..training.bases import DTYPES, auto_class, auto_dtype, checked_path, cpu_has_bf16, loading
+from ..training.bases import auto_class, auto_dtype, checked_path, cpu_has_bf16, loading, torch_dtype
 from ..training.defaults import config_type, defaults_of
 from ..training.schema import Recipe
 from ..training.setup import INIT_FIELDS
 
-META = torch.device("meta")
+META, CPU = torch.device("meta"), torch.device("cpu")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,43 +61,36 @@ def config_of(recipe: Recipe) -> tuple[Any, str]:
     return loading(recipe.base, path, lambda: AutoConfig.from_pretrained(path)), path
 
 
-def skeleton(recipe: Recipe, config: Any = None, path: str = "", device: torch.device | None = None) -> Skeleton:
+def skeleton(recipe: Recipe, config: Any = None, path: str = "") -> Skeleton:
     """The recipe's base and adapter on the meta device.
 
     Args:
         config: transformers' configuration in place of the recipe's base.
-        device: where the run is to be, for the dtype that `auto` takes.
 
     Raises:
         BaseModelError, ConfigError, UnsupportedError: as loading and attaching would.
     """
     if config is None:
         config, path = config_of(recipe)
-    place = device or torch.device("cpu")
     loader = auto_class(config, recipe.task, recipe.base)
     scheme = recipe.quantization or config_scheme(config)
-    dtype = dtype_of(recipe, config, loader, place)
+    dtype = dtype_of(recipe, config, loader)
     with META:
         base = loader.from_config(without_quantization(config), dtype=dtype)
     if scheme is not None:
-        quantize(base, scheme, compute_dtype(recipe, dtype, place))
+        quantize(base, scheme, compute_dtype(recipe, dtype))
     model = attached(recipe, base)
     return Skeleton(config=config, model=model.train(), dtype=dtype, scheme=scheme, path=path)
 
 
-def dtype_of(recipe: Recipe, config: Any, loader: Any, device: torch.device) -> torch.dtype:
-    """The dtype that `resolve_base` would load the base in; on GPUs that are planned for bf16 is `auto`."""
-    if recipe.dtype != "auto":
-        return DTYPES[recipe.dtype]
-    if device.type == "cuda":
-        return torch.bfloat16
-    return auto_dtype(config, loader, device)
+def dtype_of(recipe: Recipe, config: Any, loader: Any) -> torch.dtype:
+    """The dtype that `resolve_base` would load the base in, on a CPU."""
+    return auto_dtype(config, loader, CPU) if recipe.dtype == "auto" else torch_dtype(recipe.dtype, CPU)
 
 
-def compute_dtype(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def compute_dtype(recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
     """In which 4-bit layers multiply (see `resolve_base`)."""
-    slow = device.type == "cpu" and not cpu_has_bf16()
-    return torch.bfloat16 if recipe.dtype == "auto" and not slow else dtype
+    return torch.bfloat16 if recipe.dtype == "auto" and cpu_has_bf16() else dtype
 
 
 def without_quantization(config: Any) -> Any:
