@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..architectures import model_dims
+from ..data.packing import first_fit
 from ..errors import PlanError
 from ..layers.frozen import KINDS
 from ..quantization import quantized_kind
@@ -18,7 +19,7 @@ from ..training.schema import Recipe
 from .devices import Device, device
 from .machine import Machine, machine
 from .rows import Rows, longest_batch, rows_given, rows_of
-from .sizes import Sizes, sizes
+from .sizes import Sizes, base_ids, sizes
 from .skeleton import Skeleton, config_of, skeleton
 from .step import StepMemory, step_memory
 
@@ -151,41 +152,36 @@ def loading(made: Skeleton, size_of: Sizes, own: Machine) -> int:
     return own.process_bytes + stored + (max(size_of.base_bytes, transient) if copies else 0)
 
 
+def steps_an_epoch(recipe: Recipe, found: Rows) -> int:
+    """Batches, or packs, that the rows make."""
+    t = recipe.training
+    if t.packing:
+        return len(first_fit(found.lengths, t.tokens, t.seed))
+    return -(-len(found.train) // (t.batch_size or 1))
+
+
 def updates(recipe: Recipe, found: Rows) -> int:
     """Optimizer steps of a run."""
     t = recipe.training
-    if t.max_steps:
-        return t.max_steps
-    if t.packing:
-        from ..data.packing import first_fit
-
-        steps = len(first_fit(found.lengths, t.tokens, t.seed))
-    else:
-        steps = -(-len(found.train) // (t.batch_size or 1))
-    return max(round(-(-steps // t.accumulation) * (t.epochs or 1)), 1)
+    return t.max_steps or max(round(-(-steps_an_epoch(recipe, found) // t.accumulation) * (t.epochs or 1)), 1)
 
 
 def seconds(recipe: Recipe, found: Rows, made: Skeleton, own: Machine, total: int) -> float:
     """The base's products over the machine's rate: 2 operations a weight and token forward, 2 backward (the base is frozen),
     again 2 where activations are computed again. Of adapters in the last blocks alone only the forward pass is counted."""
     t = recipe.training
-    mean = sum(found.lengths) / len(found.train)
-    tokens = total * t.accumulation * min(t.batch_size or 1, len(found.train)) * mean
-    if t.packing:
-        tokens = sum(found.lengths) * (t.epochs or 1) if not t.max_steps else 0.0
-    whole = recipe.method != "adaption-prompt" and not {"layers_to_transform", "target_parameters"} & {
-        *recipe.method_options
-    }
-    passes = (4 if whole else 2) + 2 * (t.gradient_checkpointing is True)
-    return passes * multiplied(made.model.base) * tokens / own.operations
+    tokens = total * t.accumulation * sum(found.lengths) / steps_an_epoch(recipe, found)
+    last = recipe.method == "adaption-prompt" or "layers_to_transform" in recipe.method_options
+    passes = (2 if last else 4) + 2 * (t.gradient_checkpointing is True)
+    return passes * multiplied(made.model) * tokens / own.operations
 
 
-def multiplied(base: Any) -> int:
-    """Weights that every token is multiplied by: those of linear layers, without the head (labelled tokens only)."""
-    head = base.get_output_embeddings()
-    layers = {id(m): m for m in base.modules() if isinstance(m, KINDS["linear"]) and m is not head}
-    own = {i: m for i, m in layers.items() if "lora" not in type(m).__name__.lower() and not hasattr(m, "base_layer")}
-    return sum(m.weight.numel() if quantized_kind(m) is None else m.in_features * m.out_features for m in own.values())
+def multiplied(host: Any) -> int:
+    """Weights of the base that every token is multiplied by: those of linear layers, without the head (labelled tokens)."""
+    wanted, head = base_ids(host), host.base.get_output_embeddings()
+    layers = {id(m.weight): m for m in host.base.modules() if isinstance(m, KINDS["linear"]) and m is not head}
+    own = [m for i, m in layers.items() if i in wanted]
+    return sum(m.in_features * m.out_features if quantized_kind(m) else m.weight.numel() for m in own)  # type: ignore[operator]
 
 
 def joined(plans: list[Plan]) -> Plan:
