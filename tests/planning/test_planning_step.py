@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -85,9 +86,8 @@ def test_a_step_over_fake_tensors_takes_what_the_real_one_takes(method: str, for
 
 def test_nothing_of_it_stays_in_the_process() -> None:
     """Ways are timed on real tensors, and the buffer of 16-bit products is not a fake one."""
-    before = vars(linear._kept).get("buffer")
     step_memory(Recipe.from_dict({"dtype": "bf16"}), batch(2, 8))
-    assert vars(linear._kept).get("buffer") is before
+    assert not isinstance(vars(linear._kept).get("buffer"), FakeTensor)
     base, _ = resolve_base("graftlm-base", dtype="bf16")
     assert torch.isfinite(base(**batch(1, 8)).loss)
 
@@ -106,7 +106,7 @@ def test_checkpointing_and_length_show() -> None:
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that was measured before."""
     found = machines.Machine(process_bytes=600 << 20, operations=5e10)
-    monkeypatch.setattr("graftlm.planning.plan.machine", lambda form, say=None: found)
+    monkeypatch.setattr("graftlm.planning.whole.machine", lambda form, say=None: found)
 
 
 def test_a_plan(known: None) -> None:

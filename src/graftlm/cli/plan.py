@@ -75,7 +75,7 @@ def show(out: Any, found: Plan) -> None:
     """A plan as a table."""
     from rich.table import Table
 
-    from ..planning.plan import duration, size
+    from ..planning.whole import duration, size
 
     step = found.step
     table = Table(title=f"{found.recipe.method} on {found.recipe.base}", title_justify="left", show_header=False)
@@ -122,7 +122,7 @@ def show_methods(out: Any, found: dict[str, Any]) -> None:
     """All methods in a table, by their memory."""
     from rich.table import Table
 
-    from ..planning.plan import duration, size
+    from ..planning.whole import duration, size
 
     table = Table(title="Planned, not measured", title_justify="left")
     for name in ("method", "trained", "adapter", "activations", "peak", "at least", "fits"):

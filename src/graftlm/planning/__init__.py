@@ -5,6 +5,6 @@ See docs/planning.md.
 
 from __future__ import annotations
 
-from .plan import Plan, plan
+from .whole import Plan, plan
 
 __all__ = ["Plan", "plan"]
