@@ -17,7 +17,7 @@ PACKAGE = "graftlm"
 # Lower floors first. A module may import from its own floor and from those below it; what it imports for types counts.
 # (Some rooms are still to come.)
 FLOORS: list[set[str]] = [
-    {"errors", "files", "processes", "version", "bundled", "gguf"},
+    {"errors", "files", "processes", "version", "naming", "bundled", "gguf"},
     {"kernels"},
     {"routing"},
     {"placing", "modes"},

@@ -310,3 +310,127 @@ def test_dora_of_an_embedding_follows_a_scale_of_zero() -> None:
     torch.testing.assert_close(layer(ids), 3 * before)
     layer.base_layer.embed_scale.zero_()
     assert not layer(ids).any()
+
+
+# -- at one layer, and one level below the wrapper ----------------------------------------------------------------------
+def test_which_modules_a_configuration_means() -> None:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    from graftlm.compat import helpers
+
+    keys = ("model.layers.0.q_proj", "model.layers.1.q_proj", "q_proj", "lm_head", "model.layers.0.xq_proj")
+    cases: list[dict[str, Any]] = [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ".*q_proj"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        {"target_modules": ["q_proj"], "exclude_modules": ["layers.0.q_proj"]},
+        {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]},
+    ]
+    for options in cases:
+        ours, theirs = graftlm.LoraConfig(**options), peft.LoraConfig(**options)
+        found = [helpers.check_target_module_exists(ours, key) for key in keys]
+        assert found == [bool(check_target_module_exists(theirs, key)) for key in keys], options
+    model = graftlm.get_peft_model(build("llama"), graftlm.LoraConfig(**LORA))
+    inspected = helpers.inspect_matched_modules(model.base_model)
+    assert inspected == helpers.inspect_matched_modules(model)
+    assert inspected["matched"] == model.targeted_module_names and "lm_head" in inspected["unmatched"]
+
+
+def test_active_adapters_below_the_wrapper() -> None:
+    model = graftlm.get_peft_model(build("llama"), graftlm.LoraConfig(**LORA))
+    model.add_adapter("other", graftlm.LoraConfig(**LORA))
+    assert model.base_model.active_adapter == "default" and model.has_active_enabled_adapter
+    model.set_adapter(["default", "other"])
+    assert model.base_model.active_adapter == ["default", "other"]
+    with model.disable_adapter():
+        assert not model.has_active_enabled_adapter
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert layer._all_available_adapter_names() == ["default", "other"]
+
+
+def test_one_layer_is_merged_as_by_hf_peft() -> None:
+    made = []
+    for lib in (graftlm, peft):
+        torch.manual_seed(0)
+        model = lib.get_peft_model(nn.ModuleDict({"a": nn.Linear(6, 6)}), lib.LoraConfig(r=2, target_modules=["a"]))
+        layer = model.base_model.model["a"]
+        layer.lora_B["default"].weight.data.fill_(0.5)
+        layer.lora_A["default"].weight.data.fill_(0.25)
+        layer.merge(safe_merge=True, adapter_names=["default"])
+        made.append(layer.base_layer.weight.detach().clone())
+        layer.unmerge()
+        layer.lora_B["default"].weight.data.fill_(float("inf"))
+        with pytest.raises(ValueError, match=r"(?i)nan"):
+            layer.merge(safe_merge=True)
+        assert layer.merged_adapters == []
+    torch.testing.assert_close(made[0], made[1])
+
+
+def test_lora_plus() -> None:
+    from peft.optimizers import create_loraplus_optimizer
+
+    from graftlm.compat.optimizers import create_loraplus_optimizer as own
+
+    def toy() -> nn.Module:
+        return nn.ModuleDict({"emb": nn.Embedding(9, 6), "lin": nn.Linear(6, 6), "norm": nn.LayerNorm(6)})
+
+    found = []
+    for lib, create in ((graftlm, own), (peft, create_loraplus_optimizer)):
+        options = {"r": 2, "target_modules": ["emb", "lin"], "modules_to_save": ["norm"]}
+        model = lib.get_peft_model(toy(), lib.LoraConfig(**options))
+        optimizer = create(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, loraplus_weight_decay=0.1, eps=1e-6)
+        names = {id(p): n for n, p in model.named_parameters()}
+        groups = [(sorted(names[id(p)] for p in g["params"]), g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
+        found.append(groups)
+    assert found[0] == found[1]
+
+
+def test_the_prefix_of_lora_that_trains_tokens() -> None:
+    config = graftlm.LoraConfig(trainable_token_indices=[1, 2], **LORA)
+    assert graftlm.get_peft_model(build("llama"), config).prefix == "lora_"
+    tokens = graftlm.get_peft_model(build("llama"), graftlm.TrainableTokensConfig(token_indices=[1, 2]))
+    assert tokens.prefix == "trainable_tokens_"
+    layer = tokens.get_input_embeddings().token_adapter
+    assert torch.equal(layer.trainable_tokens_original["default"], layer.base_layer.weight[[1, 2]])
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_an_adapter_out_of_a_sharded_model() -> None:
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = graftlm.get_peft_model(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), graftlm.LoraConfig(r=2, target_modules=["0"]))
+    wanted = {k: v.clone() for k, v in graftlm.get_peft_model_state_dict(model).items()}
+    dist.init_process_group(backend="gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        found = graftlm.get_peft_model_state_dict(sharded)
+    finally:
+        dist.destroy_process_group()
+    assert found.keys() == wanted.keys() and all(torch.equal(v, found[k]) for k, v in wanted.items())
+
+
+def test_an_injected_adapter_on_the_meta_device() -> None:
+    def toy() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"emb": nn.Embedding(9, 6), "lin": nn.Linear(6, 6), "conv": nn.Conv1d(3, 4, 2)})
+
+    config = graftlm.LoraConfig(r=2, target_modules=["emb", "lin", "conv"], init_lora_weights=False)
+    filled = graftlm.inject_adapter_in_model(config, toy())
+    state = graftlm.get_peft_model_state_dict(filled)
+    empty = graftlm.inject_adapter_in_model(config, toy(), low_cpu_mem_usage=True)
+    assert {v.device.type for v in graftlm.get_peft_model_state_dict(empty).values()} == {"meta"}
+    graftlm.set_peft_model_state_dict(empty, state, low_cpu_mem_usage=True)
+    found = graftlm.get_peft_model_state_dict(empty)
+    assert found.keys() == state.keys() and all(torch.equal(v, found[k]) for k, v in state.items())
+    inputs = torch.randn(2, 6)
+    assert torch.equal(empty["lin"](inputs), filled["lin"](inputs))
+
+
+def test_configurations_that_were_read_follow() -> None:
+    model = graftlm.get_peft_model(build("llama"), graftlm.LoraConfig(**LORA))
+    read = model.peft_config
+    model.add_adapter("other", graftlm.LoraConfig(**LORA))
+    assert list(model.peft_config) == ["default", "other"] and read is model.peft_config
+    model.delete_adapter("other")
+    assert list(read) == ["default"]

@@ -180,9 +180,18 @@ class AdapterSet(Attached):
             slow_down(self.base)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off the base and forget it."""
+        """Take an adapter off the base and forget it.
+
+        Raises:
+            AdapterError: it is merged.
+        """
         self._known(adapter_name)
+        if any(adapter_name in layer.merged_adapters for _, layer in adapted_layers(self.base, self.switch)):
+            raise AdapterError(
+                f"Adapter {adapter_name!r} is merged into the base; call unmerge_adapter() before deleting it."
+            )
         method = self.methods.pop(adapter_name)
+        self.configs.pop(adapter_name, None)
         method.detach(self)
         self._disconnect(*([] if self.handles.get(adapter_name) else [adapter_name]))  # others may share its hooks
         self.mixed = {m for m in self.mixed if method not in m}
@@ -284,11 +293,13 @@ class AdapterSet(Attached):
     @property
     def prefix(self) -> str:
         """How the names of the active method's tensors start: "lora_"."""
-        layers = (layer for _, layer in adapted_layers(self.base, self.switch) if self.active_adapter in layer.changes)
-        layer = next(layers, None)
-        if layer is None:
+        changes = [layer.changes.get(self.active_adapter) for _, layer in adapted_layers(self.base, self.switch)]
+        found = [change.tables[0].partition("_")[0] for change in changes if change is not None and change.tables]
+        if not found:
             raise AttributeError(f"{type(self.methods[self.active_adapter].config).__name__} changes no layer.")
-        return f"{layer.changes[self.active_adapter].tables[0].partition('_')[0]}_"
+        return (
+            f"{next((start for start in found if start != 'trainable'), 'trainable_tokens')}_"  # LoRA may train tokens too
+        )
 
     def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
         """As in torch, without the adapters of other wrappers over the same base."""

@@ -26,6 +26,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from . import naming
 from .compat.names import MODULES, VERSION, reason
 
 NAME = "peft"
@@ -132,6 +133,7 @@ def start() -> None:
     for name in [n for n in sys.modules if n.partition(".")[0] == NAME]:
         replace(sys.modules, name, MISSING)
     sys.meta_path.insert(0, FINDER)
+    naming.under_peft = True
     for module in importers():
         import_again(module)
 
@@ -141,6 +143,7 @@ def undo() -> None:
     if not active():
         return
     sys.meta_path.remove(FINDER)
+    naming.under_peft = False
     for name in [n for n in sys.modules if n.partition(".")[0] == NAME]:
         del sys.modules[name]
     told = {id(names) for names, _, _ in _before}

@@ -25,7 +25,7 @@ Memory = list[tuple[Tensor, Tensor]]
 # What HF PEFT has one level below the wrapper; asked there, the wrapper answers.
 OF_TUNER = frozenset(
     {
-        "active_adapter", "active_adapters", "add_weighted_adapter", "delete_adapter", "disable_adapter_layers",
+        "active_adapters", "add_weighted_adapter", "delete_adapter", "disable_adapter_layers",
         "enable_adapter_layers", "merge_adapter", "merge_and_unload", "peft_config", "prefix", "set_adapter",
         "set_requires_grad", "targeted_module_names", "targeted_parameter_names", "unload", "unmerge_adapter",
     }
@@ -47,6 +47,12 @@ class AdapterHost(nn.Module):
         for owner in _SETS.get(self.model, ()):
             if owner.base_model is self:
                 owner.update_and_allocate(global_step)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """HF PEFT's: at this level all active adapters, one by itself."""
+        active = next(([*host.switch.active] for host in _SETS.get(self.model, ()) if host.base_model is self), [])
+        return active[0] if len(active) == 1 else active
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -71,6 +77,7 @@ class Attached(nn.Module):
         self._modules["base_model"] = AdapterHost(model)
         self.switch = Switch()
         self.methods: dict[str, Method] = {}
+        self.configs: dict[str, PeftConfig] = {}
         self.prompt_encoder = nn.ModuleDict()
         self.bottleneck = nn.ModuleDict()
         self.adapter_biases = nn.ModuleDict()
@@ -97,8 +104,10 @@ class Attached(nn.Module):
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
-        """Configurations by adapter name."""
-        return {name: method.config for name, method in self.methods.items()}
+        """Configurations by adapter name; what was read before follows what is attached."""
+        self.configs.clear()
+        self.configs.update((name, method.config) for name, method in self.methods.items())
+        return self.configs
 
     @property
     def active_adapters(self) -> list[str]:
@@ -109,11 +118,18 @@ class Attached(nn.Module):
         return self.switch.active[0] if self.switch.active else next(iter(self.methods), "default")
 
     @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter acts."""
+        return self.switch.enabled and bool(self.switch.active)
+
+    @property
     def task_type(self) -> Any:
         return self.methods[self.active_adapter].config.task_type if self.methods else None
 
     @property
     def word_embeddings(self) -> nn.Module:
+        if self.plain:
+            raise AttributeError(f"{type(self.base).__name__} is no transformers model: it has no embeddings of words.")
         return backbone_embeddings(self.base)
 
     @property

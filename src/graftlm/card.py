@@ -33,7 +33,7 @@ def card_text(host: AdapterSet, name: str) -> str:
     base = config.base_model_name_or_path
     method = str(getattr(config.peft_type, "value", config.peft_type))
     trained = sum(p.numel() for _, p in host.adapter_parameters(name))
-    of_base = f"base_model: {base}\n" if base else ""
+    of_base = f"base_model: {base}\n" if base and hasattr(host.base, "config") else ""  # the hub's id of a model
     # the files are HF PEFT's, and by its name the hub knows an adapter and offers to run it
     front = f"---\nlibrary_name: peft\n{of_base}tags:\n- graftlm\n- {method.lower()}\n---\n"
     settings = {k: v for k, v in config.to_dict().items() if v not in (None, {}, [], False) and k not in HIDDEN}

@@ -125,7 +125,7 @@ def factors(path: str, layer: Adapted, name: str, rank: int | float) -> tuple[tu
     change, t, frozen = layer.changes[name], layer.held(name), layer.frozen
     with torch.no_grad():
         low = change.low_rank(t)
-        dtype = change.dtype(t)
+        dtype = change.dtype(t) if change.tables else frozen.weight().dtype  # a tied head's tensors are the embeddings'
         if low is not None and len(low.a) < min(frozen.shape):  # of the small product of its triangles
             (left, upper), (right, lower) = torch.linalg.qr(low.b.float()), torch.linalg.qr(low.a.float().T)
             u, s, v = torch.linalg.svd(low.scale * (upper @ lower.T), full_matrices=False)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from . import naming
 from .quantization import settle
 
 _CLASSES: dict[tuple[Any, Any, bool, str], Any] = {}
@@ -73,6 +74,13 @@ def _answered_by_base(name: str) -> property:
         setattr(self.base, name, value)
 
     return property(get, put)
+
+
+def skips_a_level(wrapper: Any) -> bool:
+    """Whether `wrapper.model` is the base and not the base's backbone: so it is under HF PEFT's name, whose level between
+    wrapper and base answers first where a method changes layers."""
+    first = next(iter(wrapper.methods.values()), None)
+    return naming.under_peft and not (first is not None and first.config.is_prompt_learning)
 
 
 def reads_backbone(forward: Any) -> bool:

@@ -30,8 +30,8 @@ class CompositionError(AdapterError):
     """Adapters that cannot be active together."""
 
 
-class UnsupportedError(GraftError, NotImplementedError):
-    """Something that a method or an architecture cannot do. Never ignored silently."""
+class UnsupportedError(GraftError, NotImplementedError, ValueError):
+    """Something that a method or an architecture cannot do. Never ignored silently. (HF PEFT raises ValueError for most.)"""
 
 
 class CheckpointError(GraftError, ValueError):

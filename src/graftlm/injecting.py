@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .adapters import AdapterSet
 from .architectures import base_modules, clean_path, innermost
 from .errors import AdapterError
+from .layers import adapted_layers
 from .methods import PeftConfig, method_for
 from .methods.layered import LayerMethod
 from .routing import active_adapters
@@ -45,7 +46,7 @@ def inject_adapter_in_model(
     Args:
         peft_config: of a method that changes layers.
         model: any torch module; it is returned. Another call adds another adapter, which `set_adapter` makes active.
-        low_cpu_mem_usage: HF PEFT's; without meaning here.
+        low_cpu_mem_usage: leave the adapter's tensors on the meta device; `set_peft_model_state_dict` makes them.
         state_dict: an adapter's tensors, whose keys say which layers are changed (instead of `target_modules`). Values are
             not read: `set_peft_model_state_dict` does that.
 
@@ -76,6 +77,8 @@ def inject_adapter_in_model(
     if host is None:
         host = Injected(model)
     host._attach(adapter_name, config)
+    if low_cpu_mem_usage:
+        remake(host, adapter_name, on_meta=True)
     host.set_adapter(adapter_name if first else list(host.switch.active))
     vars(model)[KEPT] = host
     vars(model)["peft_config"] = host.peft_config
@@ -99,13 +102,24 @@ def layers_in(model: nn.Module, state_dict: dict[str, Tensor]) -> list[str]:
     return list(found)
 
 
+def remake(host: AdapterSet, name: str, *, on_meta: bool) -> None:
+    """An adapter's parameters in its layers anew where they are not: on the meta device, or empty beside their layers."""
+    for _, layer in adapted_layers(host.base, host.switch):
+        for key, parameter in list(layer.parts(name)):
+            if parameter.is_meta is not on_meta:
+                path, _, last = key.rpartition(".")
+                empty = torch.empty_like(parameter, device="meta" if on_meta else layer.frozen.device)
+                layer.get_submodule(path)._parameters[last] = nn.Parameter(empty, parameter.requires_grad)
+
+
 def adapters_of(model: Any) -> AdapterSet:
-    """A wrapper itself, or what hangs on a module that was changed in place.
+    """A wrapper itself, or what hangs on a module that was changed in place; also inside of what compiles or shards it.
 
     Raises:
         AdapterError: a model without adapters.
     """
     model = getattr(model, "_orig_mod", model)
+    model = getattr(model, "_fsdp_wrapped_module", model)
     if isinstance(model, AdapterSet):
         return model
     host = vars(model).get(KEPT) if isinstance(model, nn.Module) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,9 @@ def merge(host: AdapterSet, names: list[str], *, safe: bool, keep: bool, requant
         layers = [layer for _, layer in adapted_layers(host.base, host.switch)]
         if safe and not all(layer.finite(names) for layer in layers):
             raise ValueError(f"Merging {', '.join(names)} gives NaN or infinite weights; nothing was changed.")
+        if keep and any(layer.merged for layer in layers) and all(layer.holds(names) for layer in layers):
+            warnings.warn(f"{', '.join(names)}: all of it is merged already; nothing is done.", stacklevel=3)
+            return
         if not keep:
             merge_biases(host, names)
         for layer in layers:
@@ -107,6 +111,7 @@ def merge_and_unload(host: AdapterSet, safe: bool, names: list[str] | None, requ
     for part in (host.prompt_encoder, host.bottleneck, host.adapter_biases):
         part.clear()
     host.methods.clear()
+    host.configs.clear()
     host.switch.active = ()
     host._forget()
     return host.base

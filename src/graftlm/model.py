@@ -15,7 +15,7 @@ from . import checkpoint, converting, generating, merging, status
 from .adapters import AdapterSet
 from .architectures import is_plain
 from .attached import _SETS
-from .delegating import answer_by_base, class_over, moved_to_base, reads_backbone, rebuild
+from .delegating import answer_by_base, class_over, moved_to_base, reads_backbone, rebuild, skips_a_level
 from .errors import AdapterError, ConfigError
 from .generating import refuse_half_on_cpu
 from .layers import unsave_modules
@@ -95,7 +95,7 @@ class PeftModel(AdapterSet, PreTrainedModel):
         except AttributeError:
             if "_modules" not in self.__dict__ or "base_model" not in self._modules:
                 raise
-            return getattr(self.base, name)
+            return self.base if name == "model" and skips_a_level(self) else getattr(self.base, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """What the base has and the wrapper has not is set on the base (`model.generation_config = …`)."""
@@ -268,6 +268,7 @@ class PeftModel(AdapterSet, PreTrainedModel):
             self.methods[name].detach(self)
             unsave_modules(self.base, self.switch, name)
         self.methods.clear()
+        self.configs.clear()
         self.switch.active = ()
         self._forget()
         return self.base

@@ -655,3 +655,12 @@ def test_half_precision(dtype: torch.dtype) -> None:
         exact = wrapped(name)
         graftlm.set_peft_model_state_dict(exact, graftlm.get_peft_model_state_dict(model))
         close(found.float(), exact(inputs(name)).detach(), 0.15)
+
+
+@pytest.mark.parametrize("kind", ["list", "dict"])
+def test_a_container_in_modules_to_save(kind: str) -> None:
+    parts = nn.ModuleList([nn.Linear(3, 3)]) if kind == "list" else nn.ModuleDict({"a": nn.Linear(3, 3)})
+    base = nn.ModuleDict({"other": nn.Linear(3, 3), "parts": parts})
+    with pytest.raises(UnsupportedError, match="selects 'parts', a Module.*never called.*Name the modules in it"):
+        graftlm.get_peft_model(base, graftlm.LoraConfig(target_modules=["other"], modules_to_save=["parts"]))
+    assert type(base["parts"]) is type(parts) and type(base["other"]) is nn.Linear

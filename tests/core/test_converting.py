@@ -131,3 +131,16 @@ def test_what_cannot_become_lora() -> None:
         convert_to_lora(model, 4, "none")
     with pytest.raises(TypeError, match="convert_to_lora takes what get_peft_model"):
         convert_to_lora(fresh("llama"), 4)
+
+
+def test_lora_that_trains_tokens_of_tied_embeddings() -> None:
+    """The head follows the embeddings' rows; as LoRA each has factors of its own."""
+    base = fresh("gpt2")
+    assert base.lm_head.weight is base.transformer.wte.weight
+    made = graftlm.LoraConfig(task_type="CAUSAL_LM", r=2, trainable_token_indices=[5, 6], target_modules=["c_attn"])
+    model = randomise(graftlm.get_peft_model(base, made)).eval()
+    config, state = graftlm.convert_to_lora(model, rank=8)
+    other = graftlm.get_peft_model(fresh("gpt2"), config).eval()
+    graftlm.set_peft_model_state_dict(other, state)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    close(logits_of(other, input_ids=ids), logits_of(model, input_ids=ids), 1e-3)

@@ -333,6 +333,16 @@ def test_what_cannot_be_meant() -> None:
         graftlm.get_peft_model(fresh("t5"), settings(target_modules=["q"]))
 
 
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_a_batch_in_which_nobody_is_invoked_trains(name: str) -> None:
+    """The loss is the base's and the adapter's gradients are zero, in a part of the batch or in all of it."""
+    model, ids = attach(name).train(), torch.tensor([ROWS[2], ROWS[2]])
+    loss = model(input_ids=ids, labels=ids).loss
+    close(loss, fresh(name).train()(input_ids=ids, labels=ids).loss)
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for _, p in model.adapter_parameters("default"))
+
+
 def test_what_cannot_be_done() -> None:
     model = attach()
     with pytest.raises(

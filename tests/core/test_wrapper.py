@@ -582,7 +582,8 @@ def test_merge_and_unmerge(name: str, method: str) -> None:
     wanted, before = logits_of(model, **inputs), state_of(model)
     model.merge_adapter()
     close(logits_of(model, **inputs), wanted, 2e-5)
-    model.merge_adapter()  # nothing is merged twice
+    with pytest.warns(UserWarning, match="merged already"):
+        model.merge_adapter()  # nothing is merged twice
     close(logits_of(model, **inputs), wanted, 2e-5)
     with model.disable_adapter():
         assert torch.equal(logits_of(model, **inputs), logits_of(fresh(name), **inputs))
@@ -728,13 +729,19 @@ def test_merging_names_that_are_not_active() -> None:
     close(logits_of(model, **INPUTS), wanted["a+b"], 2e-5)
 
 
-def test_deleting_one_of_two_merged_adapters_leaves_the_other() -> None:
+def test_a_merged_adapter_is_not_deleted() -> None:
+    """As in HF PEFT; one beside it is, and the merge stays."""
     model, wanted = with_two()
+    model.add_adapter("third", graftlm.LoraConfig(r=2, target_modules=["q_proj"]))
     model.merge_adapter(["a", "b"])
+    with pytest.raises(AdapterError, match=r"'a' is merged into the base; call unmerge_adapter\(\)"):
+        model.delete_adapter("a")
+    model.delete_adapter("third")
+    assert model.get_model_status().merged_adapters == ["a", "b"] and list(model.peft_config) == ["a", "b"]
+    model.unmerge_adapter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.delete_adapter("a")
-    assert model.get_model_status().merged_adapters == ["b"]
     close(logits_of(model, **INPUTS), wanted["b"], 2e-5)
     model.delete_adapter("b")
     assert torch.equal(logits_of(model, **INPUTS), wanted[""])

@@ -78,6 +78,17 @@ def test_with_hf_peft_installed(as_peft: None) -> None:
     assert importlib.metadata.version("peft") == peft.__version__ and importlib.util.find_spec("peft.tuners") is not None
 
 
+def test_the_level_between_wrapper_and_base(as_peft: None, tiny: Path) -> None:
+    """`model.model` is HF PEFT's: the base where a method changes layers, the base's backbone under virtual tokens."""
+    base = t.AutoModelForCausalLM.from_pretrained(tiny, dtype="float32")
+    soft = graftlm.get_peft_model(base, graftlm.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    assert soft.model is base.model
+    model = wrapped(tiny)
+    assert model.model is model.get_base_model()
+    graftlm.as_peft.undo()
+    assert model.model is model.get_base_model().model
+
+
 def test_undo_gives_everything_back() -> None:
     peft = pytest.importorskip("peft", reason="HF PEFT is not installed")
     import transformers.trainer as trainer

@@ -135,7 +135,9 @@ def test_a_wrapped_model_trains_the_same_with_and_without_the_name(
     assert losses(alone) == pytest.approx(losses(named), abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["sft", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k != "sft")])
+@pytest.mark.parametrize(
+    "kind", ["sft", "dpo", *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k not in ("sft", "dpo"))]
+)
 def test_losses_are_hf_pefts(tiny: Path, tmp_path: Path, kind: str) -> None:
     """From the same adapter; where there is a reference model, it is a copy of that adapter in both."""
     peft = pytest.importorskip("peft", reason="HF PEFT is not installed")

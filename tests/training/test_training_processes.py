@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +22,9 @@ from graftlm import processes
 from graftlm.errors import UnsupportedError
 from graftlm.training import Recipe, run, train_together
 from graftlm.training.recipes import only_the_first_speaks
+from graftlm.training.resume import last_complete_checkpoint
 from graftlm.training.search import with_best_rate
+from graftlm.training.surroundings import check_agreement, join_processes
 from graftlm.training.trainer import log
 
 
@@ -73,6 +79,10 @@ def test_other_commands_are_one_process(second: None, monkeypatch: pytest.Monkey
     assert "Process 1:" in result.stderr and "graftlm compare runs in one process, and 2 were started" in result.stderr
 
 
+GRAFTLM = [sys.executable, "-m", "graftlm"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_two_processes_train_what_one_does(accumulation: int, tmp_path: Path) -> None:
@@ -85,9 +95,8 @@ def test_two_processes_train_what_one_does(accumulation: int, tmp_path: Path) ->
          "training": training | {"batch_size": 2}, "method_options": {"lora_dropout": 0.0}}
     )  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone"]
-    command = [*launcher, "-m", "graftlm", "train", str(tmp_path / "recipe.yaml")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    launched = [*TORCHRUN, "-m", "graftlm", "train"] if accumulation == 1 else [*GRAFTLM, "train", "--processes", "2"]
+    done = subprocess.run([*launched, str(tmp_path / "recipe.yaml")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Saved in") == done.stdout.count("held-out loss") == 1
     assert done.stderr.count("train loss") == 2  # a line an epoch
@@ -103,3 +112,108 @@ def test_two_processes_train_what_one_does(accumulation: int, tmp_path: Path) ->
         both = ([e[key] for e in history if key in e] for history in (written["history"], alone.history))
         assert next(both) == pytest.approx(next(both), rel=1e-4), key
     assert {p.name for p in (tmp_path / "two").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
+
+
+def test_processes_on_the_command_line(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from graftlm import cli
+
+    for arguments, told in (
+        (["--processes", "0"], "expected at least 1"),
+        (["a.yaml", "b.yaml", "--processes", "2"], "one recipe"),
+    ):
+        result = CliRunner().invoke(cli.app, ["train", "--output", str(tmp_path / "out"), *arguments])
+        assert result.exit_code == 2 and told in result.stderr and "--processes" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> Path:
+    """A recipe that trains for longer than any test, with a checkpoint every fifth step."""
+    save_base(tmp_path / "base")
+    save_tweets(tmp_path / "tweets")
+    training = {
+        "max_steps": 5000,
+        "batch_size": 2,
+        "threads": 1,
+        "save_strategy": "steps",
+        "interval": 5,
+        "load_best": False,
+    }
+    recipe = Recipe.from_dict(
+        {"base": str(tmp_path / "base"), "data": {"source": str(tmp_path / "tweets")}, "output_dir": str(tmp_path / "out"),
+         "training": training}
+    )  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    return tmp_path
+
+
+def begun(folder: Path, started: subprocess.Popen) -> None:
+    """Wait for a checkpoint."""
+    for _ in range(1200):
+        if any(folder.glob("out/checkpoint-*/trainer_state.json")):
+            return
+        assert started.poll() is None, started.communicate()[1]
+        time.sleep(0.1)
+    raise AssertionError("no checkpoint in two minutes")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_once_and_any_number_of_processes_goes_on(number: signal.Signals, endless: Path) -> None:
+    command = [*GRAFTLM, "train", str(endless / "recipe.yaml"), "--processes", "2"]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    begun(endless, started)
+    started.send_signal(number)
+    out, errors = started.communicate(timeout=120)
+    assert started.returncode and out.count("Stopped. The adapter so far is in") == 1, errors
+    step = max(int(p.name.partition("-")[2]) for p in (endless / "out").glob("checkpoint-*"))
+    assert (endless / "out" / "adapter_model.safetensors").is_file()
+    flags = ["--resume", "--quiet", "--set", f"training.max_steps={step + 2}"]
+    done = subprocess.run(
+        [*GRAFTLM, "train", str(endless / "recipe.yaml"), *flags], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((endless / "out" / "metrics.json").read_text())["history"][-1]["step"] == step + 2
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_all_and_leaves_checkpoints(endless: Path) -> None:
+    import psutil
+
+    command = [*GRAFTLM, "train", str(endless / "recipe.yaml"), "--processes", "2"]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    begun(endless, started)
+    workers = [p for p in psutil.Process(started.pid).children(recursive=True) if "RANK" in p.environ()]
+    next(p for p in workers if p.environ()["RANK"] == "1").kill()
+    _, errors = started.communicate(timeout=120)
+    assert started.returncode and "--resume" in errors
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in workers)
+    assert last_complete_checkpoint(endless / "out", []) is not None
+
+
+def differing(rank: int, port: int, answers: Any) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    join_processes()
+    check_agreement({"recipe's seed": "1"})
+    try:
+        check_agreement({"recipe's seed": "1", "training rows": f"{4 + rank} of digest ab"})
+    except UnsupportedError as error:
+        answers.put(str(error))
+    processes.leave()
+
+
+def test_processes_that_differ_are_noticed() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    started = [context.Process(target=differing, args=(rank, port, answers)) for rank in range(2)]
+    for one in started:
+        one.start()
+    told = [answers.get(timeout=120) for _ in started]
+    for one in started:
+        one.join(timeout=60)
+    assert all("training rows: 4 of digest ab in process 0, 5 of digest ab in process 1" in text for text in told)

@@ -447,6 +447,29 @@ def test_evaluation_does_not_depend_on_batches(place: Path) -> None:
     assert evaluate(model, tokenizer, prepare(rows, tokenizer, "label"))["loss"] == pytest.approx(one["loss"], abs=1e-6)
 
 
+def test_answers_that_the_losses_tell_are_those_of_generation(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from graftlm.data import CausalLMCollator, load_data, prepare
+
+    model, tokenizer = resolve_base(str(place / "base"))
+    rows = load_data(str(place / "tweets"), split="test")
+    model = get_peft_model(model, config_type("lora")(task_type="CAUSAL_LM", r=4))
+    prepared = prepare(rows, tokenizer, "label").select_columns(["input_ids", "attention_mask", "labels"])
+    batch = CausalLMCollator(tokenizer)(list(prepared)[:-1])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    for _ in range(30):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    asked: list[int] = []
+    real = evaluation_module.generate_ids
+    monkeypatch.setattr(evaluation_module, "generate_ids", lambda m, t, p, **o: asked.append(len(p)) or real(m, t, p, **o))
+    few = evaluation_module.evaluation(model, tokenizer, rows)
+    model.generation_config.repetition_penalty = 1.0001  # generation is more than the likeliest token
+    every = evaluation_module.evaluation(model, tokenizer, rows)
+    assert few == every and few.metrics["accuracy"] > 0.5
+    assert asked == [round(len(rows) * (1 - few.metrics["accuracy"])), len(rows)]
+
+
 def test_accuracy_counts_exact_answers(place: Path) -> None:
     from graftlm.data import load_data
 

@@ -130,25 +130,27 @@ def test_what_makes_a_checkpoint_incomplete(damage, told: str, tmp_path: Path) -
 
 
 class Interrupt(t.TrainerCallback):
-    def __init__(self, step: int, times: int = 1) -> None:
-        self.step, self.times = step, times
+    def __init__(self, step: int, *numbers: signal.Signals) -> None:
+        self.step, self.numbers = step, numbers or (signal.SIGINT,)
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         if state.global_step == self.step:
-            for _ in range(self.times):
-                os.kill(os.getpid(), signal.SIGINT)
+            for number in self.numbers:
+                os.kill(os.getpid(), number)
 
 
-def test_ctrl_c_saves_and_resumes(tmp_path: Path) -> None:
+# SIGTERM: a scheduler's, or what a launcher makes of Ctrl-C, after the terminal's own or twice
+@pytest.mark.parametrize("signals", [("SIGINT",), ("SIGTERM",), ("SIGINT", "SIGTERM"), ("SIGTERM", "SIGTERM")])
+def test_a_signal_saves_and_resumes(signals: tuple[str, ...], tmp_path: Path) -> None:
     changes = {"save_strategy": "epoch", "eval_strategy": "epoch"}
     whole = trainer_of(tmp_path / "whole", "p_tuning_lstm_dropout", **changes)
     whole.train()
     stopped = trainer_of(tmp_path / "cut", "p_tuning_lstm_dropout", **changes)
-    stopped.add_callback(Interrupt(2))
-    before = signal.getsignal(signal.SIGINT)
+    stopped.add_callback(Interrupt(2, *(signal.Signals[name] for name in signals)))
+    before = [signal.getsignal(signal.Signals[name]) for name in signals]
     with pytest.raises(TrainingInterrupted, match="step 3 of 4"):
         stopped.train()
-    assert signal.getsignal(signal.SIGINT) is before
+    assert [signal.getsignal(signal.Signals[name]) for name in signals] == before
     names = {p.name for p in (tmp_path / "cut").iterdir()}
     assert {"adapter_model.safetensors", "loss.png", "checkpoint-3"} <= names and "model.safetensors" not in names
     again = trainer_of(tmp_path / "cut", "p_tuning_lstm_dropout", **changes)
@@ -159,7 +161,7 @@ def test_ctrl_c_saves_and_resumes(tmp_path: Path) -> None:
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path)
-    trainer.add_callback(Interrupt(1, times=2))
+    trainer.add_callback(Interrupt(1, signal.SIGINT, signal.SIGINT))
     with pytest.raises(KeyboardInterrupt) as caught:
         trainer.train()
     assert not isinstance(caught.value, TrainingInterrupted)

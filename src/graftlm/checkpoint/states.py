@@ -13,7 +13,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from ..adapters import AdapterSet
 from ..errors import AdapterError, CheckpointError
 from ..files import WEIGHTS_NAME, find_file
-from ..injecting import Injected, adapters_of
+from ..injecting import Injected, adapters_of, remake
 from ..merging import unmerge
 from .fit import checked
 from .read import assign, load_options, load_training, read_pickle, read_tensors
@@ -75,10 +75,15 @@ def get_peft_model_state_dict(
     """An adapter's tensors under the keys of its file (HF PEFT's), adapter name removed; of a module that was changed in
     place under its own names, without the file's prefix.
 
-    `state_dict`, where given, supplies the values under the model's own parameter names.
+    `state_dict`, where given, supplies the values under the model's own parameter names. A model that is sharded by
+    `FullyShardedDataParallel` gives whole tensors, copied; all its processes must call this.
     """
     host = adapters_of(model)
     host._known(adapter_name)
+    if hasattr(model, "_fsdp_wrapped_module") and state_dict is None:
+        with type(model).summon_full_params(model, writeback=False):
+            own = get_peft_model_state_dict(host, None, adapter_name, unwrap_compiled, save_embedding_layers)
+            return {key: value.clone() for key, value in own.items()}
     tensors = embedding_tensors(host, adapter_name, save_embedding_layers) | adapter_tensors(host, adapter_name)
     own = dict(host.adapter_parameters(adapter_name))
     if isinstance(host, Injected):
@@ -104,7 +109,9 @@ def set_peft_model_state_dict(
     host._known(adapter_name)
     if ignore_mismatched_sizes:
         raise AdapterError("ignore_mismatched_sizes would leave tensors untrained; give a state that fits.")
-    assign(host, adapter_name, checked(host, adapter_name, dict(peft_model_state_dict), "This state"))
+    tensors = checked(host, adapter_name, dict(peft_model_state_dict), "This state")
+    remake(host, adapter_name, on_meta=False)
+    assign(host, adapter_name, tensors)
     return nothing_missing()
 
 

@@ -52,6 +52,10 @@ def train(
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     init_from: Annotated[str | None, typer.Option(help="Adapter directory to train further.")] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Directory for the adapter.")] = None,
+    processes_wanted: Annotated[
+        int | None,
+        typer.Option("--processes", help="Train in so many processes of this machine, each on batch_size rows a step."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output directory.")] = False,
     show: Annotated[bool, typer.Option("--show-recipe", help="Print the recipe with all defaults, and stop.")] = False,
@@ -64,7 +68,7 @@ def train(
     Several recipes share every pass over one frozen base, and each adapter comes out as if it were trained alone. A run that
     fails ends alone; the exit code is then 1.
 
-    On several GPUs: torchrun --nproc_per_node N -m graftlm train … (or accelerate launch -m graftlm train …).
+    On several GPUs: --processes N; on several machines torchrun … -m graftlm train … (or accelerate launch …).
     """
     given = locals()
     from rich.console import Console
@@ -80,12 +84,18 @@ def train(
         flags["training.learning_rate"] = "search"
     console = Console(quiet=not processes.is_first())
     if len(recipes or ()) > 1:
+        if processes_wanted is not None:
+            raise ConfigError("--processes is for one recipe: runs that share their passes train in one process.")
         several(console, [build_recipe(path, flags, override or []) for path in recipes or ()], show, quiet)
         return
     chosen = build_recipe(recipes[0] if recipes else None, flags, override or [])
     if show:
         console.print(chosen.to_yaml(), end="", highlight=False, markup=False)
         return
+    if processes_wanted is not None and processes.count() == 1:
+        from ._processes import launch
+
+        raise typer.Exit(launch(chosen, processes_wanted, quiet=quiet))
     try:
         with _base.notices_on_stderr():
             result = run(chosen, quiet=quiet)

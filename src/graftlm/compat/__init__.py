@@ -10,5 +10,6 @@ layer, and programs ask `isinstance` of them; the classes here answer.
 | `tuners.py` | `LoraModel`, `BaseTunerLayer`, `LoraLayer` and their like |
 | `encoders.py` | `PromptEmbedding`, `PromptEncoder`, `PrefixEncoder` in HF PEFT's signature |
 | `mappings.py` | tables by method and by task |
+| `optimizers.py` | `create_loraplus_optimizer` |
 | `helpers.py` | functions of `peft.utils`, `peft.helpers`, `peft.functional` |
 """

@@ -15,8 +15,9 @@ from ..layers import Adapted
 from ..merging import unmerge
 from ..methods import PeftConfig
 from ..methods.ia3 import TARGETS as IA3_TARGETS
+from ..methods.targets import lets_in, matches
 from ..status import layer_status, model_status
-from .tuners import TUNERS
+from .tuners import TUNERS, wrappers_of
 
 UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
 ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -132,6 +133,22 @@ def set_base_model_state_dict(model: Any, state_dict: dict[str, Tensor], strict:
     unmerge(host)
     host.base.load_state_dict({keys[k]: v for k, v in state_dict.items() if k in keys}, strict=False)
     return nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+
+def check_target_module_exists(config: Any, key: str) -> bool:
+    """Whether a configuration means the module of this dotted name (`"all-linear"` is no name here: it needs the model)."""
+    return matches(config.target_modules, key) and lets_in(config, config.target_modules, key)
+
+
+def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[str, list[str]]:
+    """The dotted names of a base's modules, as `"matched"` by an adapter's configuration and `"unmatched"`."""
+    host = next(iter(wrappers_of(tuner)), None) or adapters_of(tuner)
+    config = host.peft_config[adapter_name]
+    names = dict.fromkeys(clean_path(path) for path, _ in base_modules(host.base))
+    found: dict[str, list[str]] = {"matched": [], "unmatched": []}
+    for name in names:
+        found["matched" if check_target_module_exists(config, name) else "unmatched"].append(name)
+    return found
 
 
 def build_peft_weight_mapping(conversions: list[Any] | None, adapter_name: str, peft_config: Any = None) -> list[Any]:

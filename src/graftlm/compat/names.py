@@ -50,6 +50,7 @@ ABSENT: dict[str, str] = {
 _LAYERS = {name: f"compat.tuners:{name}" for name in ("LoraLayer", "Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")}
 _SWAP = ("hotswap_adapter", "hotswap_adapter_from_state_dict", "check_hotswap_configs_compatible")
 _BASES = {name: f"compat.tuners:{name}" for name in ("BaseTuner", "BaseTunerLayer")}
+_MATCHING = {name: f"compat.helpers:{name}" for name in ("check_target_module_exists", "inspect_matched_modules")}
 _MAPPINGS = {
     name: f"compat.mappings:{name}"
     for name in (
@@ -78,6 +79,7 @@ MODULES: dict[str, dict[str, str]] = {
     "mapping": _MAPPINGS,
     "mapping_func": _MAPPINGS,
     "mixed_model": {},
+    "optimizers": {"create_loraplus_optimizer": "compat.optimizers:create_loraplus_optimizer"},
     "peft_model": {},
     "tuners": {},
     **{f"tuners.{name}": {} for name in _TUNERS},
@@ -89,9 +91,9 @@ MODULES: dict[str, dict[str, str]] = {
     "tuners.lora.layer": _LAYERS,
     "tuners.lora.loraga": {},
     "tuners.lora.model": _LAYERS,
-    "tuners.tuners_utils": _BASES,
+    "tuners.tuners_utils": {**_BASES, **_MATCHING},
     "utils": {},
-    "utils.constants": {},
+    "utils.constants": {"DUMMY_MODEL_CONFIG": "compat.tuners:DUMMY_MODEL_CONFIG"},
     "utils.hotswap": {name: f"hotswap:{name}" for name in _SWAP},
     "utils.integrations": {},
     "utils.other": {},

@@ -6,6 +6,7 @@ classes below answer `isinstance` by what is attached: `isinstance(module, LoraL
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, ClassVar
 
 from torch import nn
@@ -15,8 +16,10 @@ from ..attached import _SETS, AdapterHost
 from ..layers import Adapted, ModulesToSaveWrapper
 from ..methods import PeftType
 from ..methods.lora_change import LoraChange
-from ..methods.tokens import TokenChange
+from ..methods.tokens import TABLE
 from ..model import PeftModel
+
+DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 
 
 class Answering(type):
@@ -56,6 +59,15 @@ class BaseTuner(metaclass=Tuner):
 
     peft_type: ClassVar[PeftType | None] = None
     prefix: ClassVar[str] = ""
+    uses_shared_state: ClassVar[bool] = False  # HF PEFT's: whether its adapters cannot be injected without a wrapper
+
+    @staticmethod
+    def get_model_config(model: Any) -> dict[str, Any]:
+        """A model's configuration as a dictionary; of one that has none, a model type."""
+        config = getattr(model, "config", DUMMY_MODEL_CONFIG)
+        if hasattr(config, "to_dict"):
+            return config.to_dict()
+        return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
 
     @classmethod
     def holds(cls, instance: Any) -> bool:
@@ -176,4 +188,4 @@ class TrainableTokensWrapper(metaclass=Answering):
 
     @classmethod
     def holds(cls, instance: Any) -> bool:
-        return isinstance(instance, Adapted) and any(isinstance(c, TokenChange) for c in instance.changes.values())
+        return isinstance(instance, Adapted) and TABLE in instance._modules  # not a head whose rows are the embeddings'

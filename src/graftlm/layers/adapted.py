@@ -100,6 +100,11 @@ class Adapted(Switched, nn.Module):
             raise AttributeError(f"No adapter trains tokens of this {type(self.frozen.layer).__name__}.")
         return self
 
+    @property
+    def trainable_tokens_original(self) -> dict[str, Tensor]:
+        """The base's rows [n, H] of the tokens that adapters train here."""
+        return {n: c.originals(self.frozen) for n, c in self.changes.items() if hasattr(c, "originals")}
+
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
 
@@ -188,19 +193,28 @@ class Adapted(Switched, nn.Module):
         for name in own:
             self.changes[name].check_merge(self.held(name), self.frozen)
 
-    def merge(self, names: Sequence[str], *, requantize: bool = False) -> None:
-        """Fold adapters into the base weight beside what is in it; those that have changed since they were merged, anew.
+    def merge(
+        self, names: Sequence[str] = (), *, requantize: bool = False, safe_merge: bool = False, adapter_names: Any = None
+    ) -> None:
+        """Fold adapters (the active ones) into the base weight beside what is in it; changed ones anew.
 
         A quantised layer is replaced by a bf16 copy, or with `requantize` by a quantised one (which rounds the update away
-        in part).
+        in part). `safe_merge` (ValueError for a weight that is not finite) and `adapter_names`: HF PEFT's for one layer.
         """
+        names = names or adapter_names or self.active_adapters
+        if safe_merge and not self.finite(names):
+            raise ValueError(f"Merging {', '.join(names)} gives NaN or infinite weights; nothing was changed.")
+        if self.holds(names):
+            return
         frozen = self.frozen
         new = [name for name in names if name in self.changes and name not in self.merged_adapters]
-        if not new and frozen.fresh:
-            return
         if new:
             frozen.requantize = requantize
         self.refold([*((fold.owner, fold.name) for fold in frozen.folds), *((self, name) for name in new)])
+
+    def holds(self, names: Sequence[str]) -> bool:
+        """Whether those of these adapters that are here are merged, with the values that they have now."""
+        return self.frozen.fresh and not self.changes.keys() & set(names) - set(self.merged_adapters)
 
     def unmerge(self, name: str | None = None) -> None:
         """Take an adapter, or all of this wrapper's, out of the base weight: bit for bit what it was where none is left."""

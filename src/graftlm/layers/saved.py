@@ -50,6 +50,11 @@ class ModulesToSaveWrapper(Switched, nn.Module):
         return {key: f"modules_to_save.{adapter_name}.{key}" for key in copied.state_dict()}
 
     @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters that have a copy here."""
+        return [name for name in active_adapters(self.switch) if name in self.modules_to_save]
+
+    @property
     def active(self) -> nn.Module:
         """The module that computes now."""
         return self.of(active_adapters(self.switch))
@@ -196,6 +201,13 @@ def save_modules(
             f"{' or '.join(heads)}; its head stays frozen. Name it in modules_to_save.",
             stacklevel=4,
         )
+    containers = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+    for path, module in found.items():
+        if isinstance(module, containers):
+            raise UnsupportedError(
+                f"modules_to_save selects {clean_path(path)!r}, a {type(module).__name__}: it is never called, only what is "
+                "in it. Name the modules in it."
+            )
     for path, module in found.items():
         if not isinstance(module, ModulesToSaveWrapper) or module.switch is not switch:
             module = ModulesToSaveWrapper(module, switch)

@@ -21,6 +21,13 @@ class Switched:
         """The adapters' parameters here, each with its adapter's name."""
         raise NotImplementedError
 
+    def _all_available_adapter_names(self) -> list[str]:
+        return list(dict.fromkeys(name for name, _ in self.held_by()))
+
+    @property
+    def _adapters(self) -> set[str]:
+        return set(self._all_available_adapter_names())
+
     @property
     def active_adapter(self) -> list[str]:
         return list(self.switch.active)

@@ -70,19 +70,20 @@ def find_targets(base: nn.Module, config: Any, skip: tuple[type, ...] = ()) -> d
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         targets = linear_names(base, names, config)
     chosen = {n: m for n, m in names.items() if matches(targets, n)}
-    found = {
-        n: m
-        for n, m in chosen.items()
-        if not matches(config.exclude_modules, n)
-        and not is_reserved(n, config)
-        and (isinstance(targets, str) or n in targets or in_layers(n, config))
-    }
+    found = {n: m for n, m in chosen.items() if lets_in(config, targets, n)}
     if not found:
         raise TargetError(no_match(targets, names, config))
     if not isinstance(targets, str):
         report_unmatched(targets, names, chosen, found)
     report_unused(config, list(chosen), list(found))
     return {place: module for place, module in places.items() if clean_path(place) in found}
+
+
+def lets_in(config: Any, targets: str | Iterable[str], name: str) -> bool:
+    """Whether a module that `targets` match is among those that a configuration's other fields leave in."""
+    if matches(config.exclude_modules, name) or is_reserved(name, config):
+        return False
+    return isinstance(targets, str) or name in targets or in_layers(name, config)
 
 
 def is_reserved(name: str, config: Any) -> bool:

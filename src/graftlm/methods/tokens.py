@@ -35,9 +35,10 @@ class TokenChange(Change):
     """
 
     tables: ClassVar[tuple[str, ...]] = (TABLE,)
+    numbers = ("token_indices",)
 
     def __init__(self, ids: list[int], from_base: bool = True, within: str = "") -> None:
-        self.ids = ids
+        self.ids = self.token_indices = ids
         self.from_base = from_base
         self.files = {TABLE: f"{within}{TABLE}"}
         self.places: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -53,6 +54,10 @@ class TokenChange(Change):
         with torch.no_grad():
             rows = token_rows(frozen, self.ids).to(dtype, copy=True)
             t[TABLE] = nn.Parameter(rows if self.from_base or not initialise else torch.randn_like(rows))
+
+    def originals(self, frozen: Frozen) -> Tensor:
+        """The base's rows of these tokens [n, H]."""
+        return token_rows(frozen, self.ids)
 
     def rows(self, t: Held) -> Tensor:
         """The trained rows [n, H]."""

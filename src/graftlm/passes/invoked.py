@@ -107,6 +107,11 @@ class Invocations:
             origin.append(i)
         if base is None and groups == [self.plan.adapters]:
             return None
+        if torch.is_grad_enabled():  # whom nobody has invoked gets gradients of zero, for which no token goes through it
+            present = {(i, name) for i, group in zip(origin, groups, strict=True) for name in group}
+            idle = [i for i, (_, group) in enumerate(owners) if {(i, n) for n in group} & self.acts.keys() - present]
+            groups += [owners[i][1] for i in idle]
+            origin += idle
         switches = None if base is None or base.switches is None else [base.switches[i] for i in origin]
         draws = None if base is None or base.draws is None else [base.draws[i] for i in origin]
         return Routes(groups, of.cpu(), switches=switches, draws=draws)

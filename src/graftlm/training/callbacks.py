@@ -70,7 +70,7 @@ class StopWhenAsked(TrainerCallback):
     def __init__(self) -> None:
         self.asked = self.stopped = False
 
-    def ask(self, *_: Any) -> None:
+    def ask(self) -> None:
         """The handler of Ctrl-C; a second one interrupts at once."""
         if self.asked:
             raise KeyboardInterrupt

@@ -89,13 +89,15 @@ def evaluation(
     truncation = "end" if fmt.name == "chat" else truncation
     with no_bars():
         prepared = prepare(dataset, tokenizer, fmt, truncation=truncation, seq2seq=seq2seq)  # type: ignore[arg-type]
-    metrics = loss_metrics(model, tokenizer, prepared, batch_size, seq2seq) | {"accuracy": None}
+    right: set[int] = set()
+    metrics = loss_metrics(model, tokenizer, prepared, batch_size, seq2seq, right) | {"accuracy": None}
     if not (fmt.name == LABEL_FORMAT if accuracy is None else accuracy):
         return Evaluation(metrics=metrics)
     with no_bars():
         rows = prepare(dataset, tokenizer, fmt, seq2seq=seq2seq, for_generation=True)
     targets = list(rows["target"])
-    outputs = answers(model, tokenizer, rows, fmt, batch_size, max_new_tokens)
+    known = known_answers(prepared, rows, right) if greedy_only(model) and max_new_tokens is None else {}
+    outputs = answers(model, tokenizer, rows, fmt, batch_size, max_new_tokens, known)
     hits = sum(o.strip() == t.strip() for o, t in zip(outputs, targets, strict=True))
     metrics["accuracy"] = hits / len(targets)
     return Evaluation(metrics=metrics, prompts=tuple(rows["prompt"]), targets=tuple(targets), outputs=tuple(outputs))
@@ -132,9 +134,13 @@ def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
 
 
 def loss_metrics(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prepared: Any, batch_size: int, seq2seq: bool
-) -> dict[str, Any]:
-    """`loss`, `perplexity`, `tokens` and `examples` of prepared rows."""
+    model: Any, tokenizer: PreTrainedTokenizerBase, prepared: Any, batch_size: int, seq2seq: bool,
+    right: set[int] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """`loss`, `perplexity`, `tokens` and `examples` of prepared rows.
+
+    right: gets the numbers of the rows whose every labelled token is the likeliest one, where it can be told.
+    """
     rows = [{k: row[k] for k in ("input_ids", "attention_mask", "labels") if k in row} for row in prepared]
     collator: Any = Seq2SeqCollator(tokenizer) if seq2seq else CausalLMCollator(tokenizer)
     total, tokens = 0.0, 0
@@ -145,26 +151,33 @@ def loss_metrics(
             labels = inputs["labels"] if seq2seq else inputs["labels"][:, 1:]
             count = int(labels.ne(IGNORE_INDEX).sum())
             if count:
-                total += summed_loss(model, inputs, labels, count)
-                tokens += count
+                loss, likeliest = summed_loss(model, inputs, labels, count)
+                total, tokens = total + loss, tokens + count
+                if right is not None and likeliest is not None:
+                    right.update(batch[i] for i in likeliest.nonzero()[:, 0].tolist())
     if not tokens:
         raise DataError("no labelled token in the data set: there is nothing to measure a loss on")
     loss = total / tokens
     return {"loss": loss, "perplexity": perplexity(loss), "tokens": tokens, "examples": len(rows)}
 
 
-def summed_loss(model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor, count: int) -> float:
+def summed_loss(
+    model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor, count: int
+) -> tuple[float, torch.Tensor | None]:
     """The losses of `count` labelled tokens, added up; of a causal model only the logits at such places are made.
 
     labels: [B, T], what each place is compared with (of a causal model [B, T - 1], for the places but the last).
+    Beside it, bool [B]: the rows whose labelled tokens are all the likeliest ones; None where the logits are not at hand.
     """
     places = labels.ne(IGNORE_INDEX).any(0).nonzero()[:, 0]
     if usual_loss(model) and 2 * len(places) < labels.shape[1]:
         given = {k: v for k, v in inputs.items() if k != "labels"}
         logits = model(**given, logits_to_keep=places).logits
         if logits.shape[1] == len(places):
-            return float(F.cross_entropy(logits.flatten(0, 1).float(), labels[:, places].flatten(), reduction="sum"))
-    return float(model(**inputs).loss) * count
+            wanted = labels[:, places]
+            likeliest = (logits.argmax(-1).eq(wanted) | wanted.eq(IGNORE_INDEX)).all(1)
+            return float(F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="sum")), likeliest
+    return float(model(**inputs).loss) * count, None
 
 
 def usual_loss(model: Any) -> bool:
@@ -193,20 +206,56 @@ class FirstTokenMasked:
         return without_first(self.collator(rows))
 
 
+def known_answers(prepared: Any, rows: Any, right: set[int]) -> dict[int, list[int]]:
+    """What greedy generation writes after some prompts, end token and all, by the loss's own pass: the labels that all were
+    the likeliest tokens.
+
+    prepared, rows: the same examples with their answers, and as prompts; right: numbers of such rows.
+    """
+    if len(prepared) != len(rows):  # some were dropped
+        return {}
+    whole, labels, prompts = prepared["input_ids"], prepared["labels"], rows["input_ids"]
+    found = {i: [x for x in labels[i] if x != IGNORE_INDEX] for i in right}
+    return {i: answer for i, answer in found.items() if list(whole[i]) == [*prompts[i], *answer]}
+
+
+# Fields of a generation configuration that change nothing about which token greedy search takes.
+IDLE = {
+    "transformers_version", "_from_model_config", "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id",
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "max_length",
+    "max_new_tokens", "use_cache", "cache_implementation",
+}  # fmt: skip
+
+
+def greedy_only(model: Any) -> bool:
+    """Whether greedy generation takes the likeliest token at every place: nothing penalises, forbids or forces one."""
+    config = getattr(model, "generation_config", None)
+    return config is not None and not {k for k, v in config.to_diff_dict().items() if v} - IDLE
+
+
 def answers(
-    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Any, fmt: Format, batch_size: int, max_new_tokens: int | None
-) -> list[str]:
-    """Greedy answers to prepared prompts (columns `input_ids`, `target`), each up to its end token."""
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Any, fmt: Format, batch_size: int, max_new_tokens: int | None,
+    known: dict[int, list[int]] | None = None,
+) -> list[str]:  # fmt: skip
+    """Greedy answers to prepared prompts (columns `input_ids`, `target`), each up to its end token.
+
+    known: token ids of the answers, by row, that need not be generated; those without an end token are, all the same.
+    """
     if max_new_tokens is None:
         longest = max(len(ids) for ids in tokenizer(list(rows["target"]), add_special_tokens=False)["input_ids"])
         max_new_tokens = longest + 1
     others = getattr(tokenizer, "answer_end_ids", None) or []
     ends = [fmt.end_token_id(tokenizer), tokenizer.eos_token_id, *others, *end_ids(model)]
-    found = generate_ids(
-        model, tokenizer, list(rows["input_ids"]), batch_size=batch_size, do_sample=False, max_new_tokens=max_new_tokens,
-        eos_token_id=sorted({e for e in ends if e is not None}) or None,
+    stops = {e for e in ends if e is not None}
+    found = {i: until(ids, stops) for i, ids in (known or {}).items() if stops.intersection(ids)}
+    prompts = list(rows["input_ids"])
+    left = [i for i in range(len(prompts)) if i not in found]
+    made = generate_ids(
+        model, tokenizer, [prompts[i] for i in left], batch_size=batch_size, do_sample=False, max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(stops) or None,
     )  # fmt: skip
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
+    found.update(zip(left, made, strict=True))
+    return [tokenizer.decode(found[i], skip_special_tokens=True) for i in range(len(prompts))]
 
 
 def generate_ids(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from .. import processes
@@ -19,6 +21,7 @@ from ..model import PeftModel
 from ..preparation import prepare_model_for_kbit_training
 from ..quantization import SCHEMES, is_quantized, scheme_of
 from ..routing import Plan, Switch, running
+from ..version import __version__
 from . import advice
 from .arguments import training_arguments
 from .bases import resolve_base
@@ -31,7 +34,7 @@ from .results import RunResult, finish
 from .resume import last_complete_checkpoint
 from .schema import Recipe
 from .setup import RunData, attach, load_data_of
-from .surroundings import join_processes, log, only_the_first_speaks, threads
+from .surroundings import check_agreement, join_processes, log, only_the_first_speaks, threads
 from .trainer import Trainer
 
 Search = Callable[[Recipe, Any, Any, RunData, Callable[[str], None]], Recipe]
@@ -73,6 +76,7 @@ def run(
             before = baseline if baseline is not None else measure(recipe, model, tokenizer, data)
         dims = model_dims(model)
         recipe = recipe.filled(dims.hidden, len(data.train_rows), dims.layers)
+        check_agreement(facts_of(recipe, data))
         if recipe.training.learning_rate == "search" and recipe.resume:
             recipe = with_earlier_rate(recipe, output)
         if recipe.training.learning_rate == "search" and search is not None:
@@ -92,6 +96,19 @@ def run(
             if recipe.training.gradient_checkpointing and member is None:
                 getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
             wrapped.unload()
+
+
+def facts_of(recipe: Recipe, data: RunData) -> dict[str, str]:
+    """What the processes of a run must agree on; rows by a digest of their token ids."""
+    if processes.count() == 1:
+        return {}
+    found = {"version of graftlm": __version__, "version of torch": str(torch.__version__)}
+    for name, rows in (("training rows", data.train_rows), ("held-out rows", data.held_out_rows)):
+        known = hashlib.sha256()
+        for row in rows if rows is not None else ():
+            known.update(repr((row["input_ids"], row["labels"])).encode())
+        found[name] = f"{0 if rows is None else len(rows)} of digest {known.hexdigest()[:16]}"
+    return found | {f"recipe's {key}": str(value) for key, value in recipe.model_dump().items()}
 
 
 def with_earlier_rate(recipe: Recipe, output: Path) -> Recipe:

@@ -1,4 +1,4 @@
-"""What a training needs of its process: other processes, threads, Ctrl-C, who may print."""
+"""What a training needs of its process: other processes, threads, Ctrl-C and SIGTERM, who may print."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import logging
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
 
 from .. import processes
+from ..errors import UnsupportedError
 from .arguments import has_accelerator
 
 log = logging.getLogger("graftlm.training.trainer")  # of all that is said while a model is trained
@@ -25,6 +26,25 @@ def join_processes() -> None:
         from accelerate import PartialState
 
         PartialState(cpu=not has_accelerator())
+
+
+def check_agreement(facts: dict[str, str]) -> None:
+    """Compare what must be the same in every process of a run, by name: its recipe, rows, versions.
+
+    Raises:
+        UnsupportedError: some process has another.
+    """
+    if processes.count() == 1:
+        return
+    every: list[Any] = [None] * processes.count()
+    torch.distributed.all_gather_object(every, facts)
+    for name, own in every[0].items():
+        other = next((i for i, theirs in enumerate(every) if theirs.get(name) != own), None)
+        if other is not None:
+            raise UnsupportedError(
+                f"{name}: {own[:60]} in process 0, {every[other].get(name, 'none')[:60]} in process {other}. All processes "
+                "of a run must read the same recipe and data, with the same versions; nothing was trained."
+            )
 
 
 @contextmanager
@@ -57,13 +77,24 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def interrupts_go_to(handler: Any) -> Iterator[None]:
-    """Within the block Ctrl-C calls `handler`. Only the main thread can do that; elsewhere nothing changes."""
+def interrupts_go_to(handler: Callable[[], None]) -> Iterator[None]:
+    """Within the block Ctrl-C calls `handler`, and so does SIGTERM (a scheduler's, a container's, a launcher's) where
+    nothing did before: a launcher passes on what the terminal has sent already. Only the main thread can do that; elsewhere
+    nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, handler)
+    came = False
+
+    def told(number: int, frame: Any) -> None:
+        nonlocal came
+        if number == signal.SIGINT or not came:
+            came = True
+            handler()
+
+    before = {number: signal.signal(number, told) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before if before is not None else signal.default_int_handler)
+        for number, own in before.items():
+            signal.signal(number, own if own is not None else signal.default_int_handler)

@@ -206,7 +206,7 @@ class Together:
         if member.done is not None:
             member.done(outcome)
 
-    def _ask(self, *_: Any) -> None:
+    def _ask(self) -> None:
         """The handler of Ctrl-C: every run stops after its step; a second one interrupts at once."""
         if self._interrupted:
             raise KeyboardInterrupt

@@ -40,7 +40,7 @@ class Trainer(transformers.Trainer):
     """A `transformers.Trainer` for adapters; every argument and method of it stays as it is.
 
     * `train(resume_from_checkpoint=True)` takes the last *complete* checkpoint and says which ones it passed over;
-    * Ctrl-C ends the running step, saves a checkpoint and the adapter, and raises `TrainingInterrupted`;
+    * Ctrl-C or SIGTERM ends the running step, saves a checkpoint and the adapter, and raises `TrainingInterrupted`;
     * `save_model()` puts `loss.png` beside the adapter and the measures into its model card;
     * a rich progress bar takes the place of tqdm's (plain lines outside a terminal or with `disable_tqdm=True`).
 

@@ -1,0 +1,52 @@
+"""`graftlm train --processes N`: torch's own launcher over the same recipe."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..training import Recipe
+
+
+def launch(recipe: Recipe, count: int, *, quiet: bool) -> int:
+    """Train a recipe in `count` processes of this machine, each on its share of the batches; the launcher's exit code.
+
+    Each process has its share of the processor's cores, where OMP_NUM_THREADS says nothing else. Ctrl-C and SIGTERM reach
+    all of them: they end the running step and save once.
+
+    Raises:
+        ConfigError: fewer than one process.
+    """
+    if count < 1:
+        raise ConfigError(f"--processes {count}: expected at least 1, the number of processes that train together.")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment = {"OMP_NUM_THREADS": str(max(1, cores // count))} | os.environ
+    with tempfile.TemporaryDirectory(prefix="graftlm-") as folder:
+        file = Path(folder) / "recipe.yaml"
+        file.write_text(recipe.to_yaml(), encoding="utf-8")
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        command = [*launcher, "-m", "graftlm", "train", str(file), *(["--quiet"] if quiet else [])]
+        started = subprocess.Popen(command, env=environment)
+        before = {
+            n: signal.signal(n, lambda number, _: started.send_signal(number)) for n in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            code = started.wait()
+        finally:
+            for number, own in before.items():
+                signal.signal(number, own)
+    if code:
+        print(
+            f"The processes ended with code {code}. Where {recipe.output_dir} has a checkpoint, the same line with --resume "
+            "goes on from it.",
+            file=sys.stderr,
+        )
+    return code
