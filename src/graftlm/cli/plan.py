@@ -42,6 +42,7 @@ def plan(
     out = _base.console()
     if (compare or largest) and len(chosen) > 1:
         raise ConfigError("--compare and --largest are of one recipe; give one")
+    found: Any
     with _base.notices_on_stderr():
         if compare:
             found = methods_side_by_side(chosen[0], settings)

@@ -134,7 +134,7 @@ def pack_4bit(library: Any, layer: Any, scheme: str) -> None:
     four bytes for each 256 of these (arXiv:2305.14314, double quantisation)."""
     count, block, nested = layer.in_features * layer.out_features, 64, 256
     blocks = -(-count // block)
-    empty = {"device": "meta"}
+    empty: dict[str, Any] = {"device": "meta"}
     inner = library.functional.QuantState(
         absmax=torch.empty(-(-blocks // nested), **empty),
         blocksize=nested,
