@@ -71,7 +71,8 @@ class Account(TorchDispatchMode):
         """Turn a meta model's parameters, buffers and quantised values into fake tensors, which are counted."""
         memo: dict[int, tuple[Tensor, Tensor]] = {}
         for module in model.modules():
-            for held in (module._parameters, module._buffers):
+            holders: list[dict[str, Any]] = [module._parameters, module._buffers]  # type: ignore[list-item]
+            for held in holders:
                 for name, value in held.items():
                     if value is not None:
                         held[name] = self._faked(value, memo)
