@@ -1,26 +1,42 @@
 """The engine's speed beside transformers' `generate` and HF PEFT's, on SmolLM2 or a random Llama: ratios of medians.
 
-    python benchmarks/serving.py                      # prints a table; some minutes on two cores
-    python benchmarks/serving.py --base random --rounds 3 --json out.json
+    python benchmarks/serving.py                      # prints a table; many minutes on two cores
+    python benchmarks/serving.py --base random --rounds 3 --only base peft --json out.json
 
-All run in turns in one process: the base alone at several sizes of the batch against `generate`, eight LoRA adapters against
-HF PEFT's `adapter_names`, and a mix of methods against the bare base in the same engine.
+All run in turns in one process. Lines (`--only`):
+
+    base      the base alone at several sizes of the batch, against `generate`
+    peft      eight LoRA adapters, against HF PEFT's `adapter_names`
+    mix       eight LoRA adapters, and a mix of methods, against the bare base in the same engine
+    trace     requests of many lengths over eight adapters, against static batches of 8 and one after the other
+    between   p95 of the time between tokens while long prompts arrive, against the median without
+    shared    the first token behind a shared start of 60 tokens, against the same without it
+    turns     64 adapters in turn, against one
+    prefill   8 prompts of 128, against `generate`
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
+import random
+import statistics
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import workloads
-from mixed_batch import alternate
 from mixed_batch import base as random_base
+
+import graftlm
+from graftlm.inference.engine import Engine, EngineConfig
+from graftlm.inference.requests import Request, SamplingParams
 
 PROMPT, NEW = 32, 64
 
@@ -51,8 +67,6 @@ def through_generate(model: Any, ids: torch.Tensor, new: int, names: Any = None)
 
 
 def through_engine(engine: Any, ids: torch.Tensor, new: int, names: list[str]) -> Callable[[], Any]:
-    from graftlm.inference.requests import Request, SamplingParams
-
     params = SamplingParams(max_new_tokens=new, ignore_end=True)
 
     def run() -> list[list[int]]:
@@ -81,20 +95,190 @@ def with_loras(library: Any, model: Any) -> Any:
     return wrapped.eval()
 
 
-def engine_on(shared: Any) -> Any:
-    import graftlm
-    from graftlm.inference.engine import Engine, EngineConfig
-
+def engine_on(shared: Any, kept: int = 0, extra: Sequence[str] = ()) -> Engine:
+    """All adapters on one base, served. `extra`: names of further LoRA adapters."""
     model = with_loras(graftlm, copy.deepcopy(shared))
     common = {"task_type": "CAUSAL_LM"}
     model.add_adapter("prompt0", graftlm.PromptTuningConfig(num_virtual_tokens=8, **common))
     model.add_adapter("prompt1", graftlm.PromptTuningConfig(num_virtual_tokens=16, **common))
     model.add_adapter("prefix", graftlm.PrefixTuningConfig(num_virtual_tokens=8, **common))
     model.add_adapter("bottleneck", graftlm.BottleneckConfig(reduction_factor=16, **common))
-    return Engine(model, config=EngineConfig(kept_tokens=0)).start()
+    for name in extra:
+        model.add_adapter(name, lora(graftlm))
+    return Engine(model.eval(), config=EngineConfig(kept_tokens=kept)).start()
 
 
 MIX = ["l0", "l1", "l2", "l3", "prompt0", "prompt1", "prefix", "bottleneck"]
+
+
+class Bench:
+    """The lines, one method each.
+
+    Attributes:
+        found: what they measured.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.shared = load(args.base)
+        self.vocabulary = self.shared.config.vocab_size
+        self.engine = engine_on(self.shared)
+        self.found: list[dict[str, Any]] = []
+
+    def say(self, work: str, ratio: float, **figures: Any) -> None:
+        self.found.append({"work": work, "ratio": ratio, **figures})
+        listed = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
+        print(f"{work:44} ratio {ratio:.2f}   {listed}", flush=True)
+
+    def compare(self, work: str, calls: dict[str, Callable[[], Any]], tokens: int) -> None:
+        """Speeds of calls that give the same tokens; the ratio is the last one's over the first one's."""
+        first, *others = [call() for call in calls.values()]  # warms up
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(self.args.rounds):
+            for name, call in calls.items():
+                begun = time.perf_counter()
+                call()
+                seconds[name].append(time.perf_counter() - begun)
+        speeds = {name: tokens / statistics.median(s) for name, s in seconds.items()}
+        ratio = list(speeds.values())[-1] / next(iter(speeds.values()))
+        self.say(work, ratio, **speeds, same_tokens=all(other == first for other in others))
+
+    def stream(self, asked: list[Request], gaps: list[float] | None = None) -> list[list[float]]:
+        """Seconds from now to each token of each request, all submitted together, or `gaps` seconds apart."""
+        times: list[list[float]] = [[] for _ in asked]
+        start = time.perf_counter()
+
+        def read(handle: Any, into: list[float]) -> None:
+            into += [time.perf_counter() - start for event in handle for _ in event.tokens]
+
+        threads = []
+        for request, into, gap in zip(asked, times, gaps or [0.0] * len(asked), strict=True):
+            time.sleep(gap)
+            threads.append(threading.Thread(target=read, args=(self.engine.submit(request), into)))
+            threads[-1].start()
+        for thread in threads:
+            thread.join()
+        return times
+
+    def base(self) -> None:
+        for rows in self.args.rows:
+            ids, new = prompts(rows, self.vocabulary), self.args.new
+            calls = {"generate": through_generate(self.shared, ids, new)}
+            calls["engine"] = through_engine(self.engine, ids, new, [""] * rows)
+            self.compare(f"base, {rows} rows", calls, rows * new)
+
+    def peft(self) -> None:
+        import peft
+
+        ids, names, new = prompts(8, self.vocabulary), [f"l{i}" for i in range(8)], self.args.new
+        theirs = with_loras(peft, copy.deepcopy(self.shared))
+        calls = {"HF PEFT": through_generate(theirs, ids, new, names)}
+        calls["engine"] = through_engine(self.engine, ids, new, names)
+        self.compare("8 LoRA adapters", calls, 8 * new)
+
+    def mix(self) -> None:
+        ids, new = prompts(8, self.vocabulary), self.args.new
+        for work, chosen in (("8 LoRA adapters / base", [f"l{i}" for i in range(8)]), ("mixed methods / base", MIX)):
+            calls = {"base": through_engine(self.engine, ids, new, [""] * 8)}
+            calls["adapters"] = through_engine(self.engine, ids, new, chosen)
+            self.compare(work, calls, 8 * new)
+
+    def trace(self) -> None:
+        asked = trace(self.args.requests, self.vocabulary)
+        tokens = sum(r.params.max_new_tokens for r in asked)
+        self.stream(asked[:8])  # warms up
+        begun = time.perf_counter()
+        first = self.stream(asked)
+        ours, ttft = time.perf_counter() - begun, statistics.mean(t[0] for t in first)
+        for work, size in (("batches of 8", 8), ("one after the other", 1)):
+            begun, firsts = time.perf_counter(), []
+            for start in range(0, len(asked), size):
+                part = asked[start : start + size]
+                batch_through_generate(self.engine.model, part)
+                firsts += [time.perf_counter() - begun] * len(part)  # `generate` shows nothing before its end
+            theirs = time.perf_counter() - begun
+            figures = {"engine": tokens / ours, "generate": tokens / theirs}
+            self.say(f"{len(asked)} requests / {work}", theirs / ours, **figures, ttft_ratio=ttft / statistics.mean(firsts))
+
+    def between(self) -> None:
+        long, short = prompt(400, self.vocabulary, 7), [request(32, 64, "", self.vocabulary, i) for i in range(8)]
+        alone = statistics.median(b - a for t in self.stream(short) for a, b in itertools.pairwise(t))
+        late = [
+            replace(short[0], prompt=(*long[:-1], 10 + i), params=replace(short[0].params, max_new_tokens=1))
+            for i in range(3)
+        ]
+        times = self.stream([*short, *late], [0.0] * 8 + [1.0] * 3)
+        gaps = sorted(b - a for t in times[:8] for a, b in itertools.pairwise(t))
+        p95 = gaps[int(0.95 * len(gaps))]
+        self.say("p95 between tokens, long prompts / median", p95 / statistics.median(gaps), p95=p95, median_alone=alone)
+
+    def shared_start(self) -> None:
+        kept = engine_on(self.shared, kept=8192)
+        start = prompt(60, self.vocabulary, 5)
+
+        def first(lead: tuple[int, ...], seed: int) -> float:
+            asked = request(32, 1, "", self.vocabulary, seed)
+            begun = time.perf_counter()
+            kept.submit(replace(asked, prompt=(*lead, *asked.prompt))).result()
+            return time.perf_counter() - begun
+
+        first(start, 0)
+        pairs = [(first((), 100 + i), first(start, 200 + i)) for i in range(15)]
+        bare, behind = (statistics.median(side) for side in zip(*pairs, strict=True))
+        self.say("first token behind a shared start / without", behind / bare, bare=bare, behind=behind)
+        kept.close()
+
+    def turns(self) -> None:
+        names = [f"t{i}" for i in range(64)]
+        many = engine_on(self.shared, extra=names)
+        self.engine.close()
+        self.engine = many
+        seconds: dict[str, list[float]] = {"one": [], "turns": []}
+        for round_ in range(self.args.rounds + 1):
+            for kind, found in seconds.items():
+                asked = [request(32, 24, names[i] if kind == "turns" else "t0", self.vocabulary, i) for i in range(64)]
+                begun = time.perf_counter()
+                self.stream(asked)
+                found += [time.perf_counter() - begun] * (round_ > 0)
+        one, turns = (statistics.median(s) for s in seconds.values())
+        self.say("64 adapters in turn / one", one / turns, one=64 * 24 / one, turns=64 * 24 / turns)
+
+    def prefill(self) -> None:
+        ids = torch.stack([torch.tensor(prompt(128, self.vocabulary, i)) for i in range(8)])
+        calls = {"generate": through_generate(self.shared, ids, 1)}
+        calls["engine"] = through_engine(self.engine, ids, 1, [""] * 8)
+        self.compare("prefill 8 x 128", calls, 8 * 128)
+
+
+def prompt(length: int, vocabulary: int, seed: int) -> tuple[int, ...]:
+    return tuple(torch.randint(10, vocabulary - 10, (length,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+def request(length: int, new: int, adapter: str, vocabulary: int, seed: int) -> Request:
+    params = SamplingParams(max_new_tokens=new, ignore_end=True)
+    return Request(prompt=prompt(length, vocabulary, seed), adapter=adapter, params=params)
+
+
+def trace(count: int, vocabulary: int) -> list[Request]:
+    """Prompts of 10 to 200 tokens, 10 to 120 new ones, the eight adapters by Zipf's law."""
+    rng = random.Random(0)
+    names, weights = [f"l{i}" for i in range(8)], [1 / (i + 1) for i in range(8)]
+    return [
+        request(rng.randint(10, 200), rng.randint(10, 120), rng.choices(names, weights)[0], vocabulary, i)
+        for i in range(count)
+    ]
+
+
+def batch_through_generate(model: Any, asked: list[Request]) -> None:
+    """A static batch, padded on the left, that ends with its longest."""
+    width, new = max(len(r.prompt) for r in asked), max(r.params.max_new_tokens for r in asked)
+    ids = torch.tensor([[0] * (width - len(r.prompt)) + list(r.prompt) for r in asked])
+    mask = torch.tensor([[0] * (width - len(r.prompt)) + [1] * len(r.prompt) for r in asked])
+    options = {"do_sample": False, "min_new_tokens": new, "max_new_tokens": new, "pad_token_id": 0}
+    model.generate(input_ids=ids, attention_mask=mask, adapter_names=[r.adapter for r in asked], **options)
+
+
+LINES = ["base", "peft", "mix", "trace", "between", "shared", "prefill", "turns"]  # `turns` changes the engine: last
 
 
 def main() -> None:
@@ -103,40 +287,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--new", type=int, default=NEW, help="tokens that each request writes")
+    parser.add_argument("--requests", type=int, default=48, help="of the trace")
+    parser.add_argument("--only", nargs="+", choices=LINES, default=LINES, help="lines of the table")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    shared, new = load(args.base), args.new
-    vocabulary = shared.config.vocab_size
-    engine, found = engine_on(shared), []
-
-    def compare(work: str, calls: dict[str, Callable[[], Any]], rows: int) -> None:
-        first, *others = [call() for call in calls.values()]
-        same = all(other == first for other in others)
-        seconds = dict(zip(calls, alternate(list(calls.values()), args.rounds), strict=True))
-        speeds = {name: rows * new / s for name, s in seconds.items()}
-        ratio = speeds["engine"] / next(iter(speeds.values()))
-        found.append({"work": work, "tokens_per_second": speeds, "ratio": ratio, "same_tokens": same})
-        listed = ", ".join(f"{name} {speed:.0f}" for name, speed in speeds.items())
-        print(f"{work:34} {listed} tokens/s  ratio {ratio:.2f}  {'the same tokens' if same else 'other tokens'}", flush=True)
-
-    start = time.perf_counter()
-    for rows in args.rows:
-        ids = prompts(rows, vocabulary)
-        calls = {"generate": through_generate(shared, ids, new), "engine": through_engine(engine, ids, new, [""] * rows)}
-        compare(f"base, {rows} rows", calls, rows)
-    import peft
-
-    ids, names = prompts(8, vocabulary), [f"l{i}" for i in range(8)]
-    theirs = with_loras(peft, copy.deepcopy(shared))
-    calls = {"HF PEFT": through_generate(theirs, ids, new, names), "engine": through_engine(engine, ids, new, names)}
-    compare("8 LoRA adapters", calls, 8)
-    for work, chosen in (("8 LoRA adapters", names), ("four LoRA, two prompt, prefix, bottleneck", MIX)):
-        calls = {"base rows": through_engine(engine, ids, new, [""] * 8), "engine": through_engine(engine, ids, new, chosen)}
-        compare(f"{work} / base", calls, 8)
-    engine.close()
+    bench, start = Bench(args), time.perf_counter()
+    for line in LINES:
+        if line in args.only:
+            getattr(bench, "shared_start" if line == "shared" else line)()
+    bench.engine.close()
     print(f"{time.perf_counter() - start:.0f} s")
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        args.json.write_text(json.dumps(bench.found, indent=1), encoding="utf-8")
     workloads.synchronize()
 
 

@@ -70,7 +70,7 @@ def mixed_plan(
     routes = Routes.by_row(rows)
     adapters = tuple(dict.fromkeys(n for row in rows for n in row))
     plan = Plan(host.switch, adapters, routes=routes)
-    _try_mixed(host, routes.groups, plan, call)
+    try_mixed(host, routes.groups, plan, call)
     return plan
 
 
@@ -104,7 +104,7 @@ def with_tasks(host: AdapterSet, plan: Plan, tasks: Any, batch: int) -> Plan:
     if len(different) == 1:
         return Plan(host.switch, plan.adapters, tasks=(different[0][1],))
     routes = Routes([group for group, _ in different], torch.tensor([different.index(row) for row in rows]))
-    _try_mixed(host, list(dict.fromkeys(routes.groups)))
+    try_mixed(host, list(dict.fromkeys(routes.groups)))
     return Plan(host.switch, plan.adapters, routes=routes, tasks=tuple(task for _, task in different))
 
 
@@ -144,10 +144,10 @@ def try_out(host: AdapterSet, names: Sequence[str | Sequence[str]] | None = None
     for group in groups:
         host.entry.shortcuts.training_form(Plan(host.switch, group))
     if len(set(groups)) > 1:
-        _try_mixed(host, list(dict.fromkeys(groups)))
+        try_mixed(host, list(dict.fromkeys(groups)))
 
 
-def _try_mixed(
+def try_mixed(
     host: AdapterSet, groups: list[Group], plan: Plan | None = None, call: tuple[tuple, dict] | None = None
 ) -> None:
     """UnsupportedError unless rows of such compositions, mixed, equal themselves alone on this model. Tried once a kind."""

@@ -231,6 +231,27 @@ def test_a_broken_directory_fails_its_own_requests_only(served: Any, tmp_path: P
     assert finished(engine, mended) == [written_by(path)]
 
 
+def test_a_directory_that_fails_at_once(served: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reading that is over before the engine looks again is not taken for an adapter that is there."""
+    engine = served()
+
+    class AtOnce:
+        def submit(self, what: Any, *args: Any) -> None:
+            thread = threading.Thread(target=what, args=args)
+            thread.start()
+            thread.join(0.2)  # over, or waiting for the registry's lock
+
+        def shutdown(self, **options: Any) -> None:
+            pass
+
+    monkeypatch.setattr(engine.registry, "_pool", AtOnce())
+    engine.registry.add("gone", tmp_path / "nowhere")
+    handle = engine.submit(request("gone"))
+    with pytest.raises(CheckpointError, match="not a directory"):
+        finished(engine, handle)
+    assert finished(engine, engine.submit(request("lora"))) == [tuple(alone(engine.model, request("lora")))]
+
+
 def test_a_failed_replacement_leaves_the_old_one(served: Any, tmp_path: Path) -> None:
     engine, path = served(), saved(tmp_path / "a")
     settled(engine, engine.load("a", path))

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from fastapi.testclient import TestClient
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -61,9 +67,13 @@ def saved(root: Path, names: Any = KINDS, seed: int = 1) -> dict[str, str]:
 
 
 @contextmanager
-def served(adapters: dict[str, str], limits: dict[str, Any] | None = None, **settings: Any) -> Iterator[tuple[Any, Service]]:
+def served(
+    adapters: dict[str, str], limits: dict[str, Any] | None = None, base: Any = None, **settings: Any
+) -> Iterator[tuple[Any, Service]]:
     """A client of a running app, and its service."""
-    service = service_of(tiny(), tokenizer(), Settings(base_name="tiny", adapters=adapters, **settings), **limits or {})
+    service = service_of(
+        base or tiny(), tokenizer(), Settings(base_name="tiny", adapters=adapters, **settings), **limits or {}
+    )
     with TestClient(create_app(service), raise_server_exceptions=False) as client:
         yield client, service
 
@@ -76,3 +86,40 @@ def alone(folder: str | None, prompt: str, most: int) -> str:
     given = tokenizer()(prompt, return_tensors="pt")
     out = model.generate(**given, max_new_tokens=most, do_sample=False, pad_token_id=0)
     return tokenizer().decode(out[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@contextmanager
+def process(root: Path, *options: str, port: int | None = None, log: str | None = None) -> Iterator[tuple[str, Any]]:
+    """A server in a process of its own, as a user starts it, once it is ready: its address, and the process.
+
+    Args:
+        root: where the tiny base is, or is put, and the log.
+        log: a file for its messages.
+    """
+    if not (root / "tiny").exists():
+        tiny().save_pretrained(root / "tiny")
+        tokenizer().save_pretrained(root / "tiny")
+    port = port or free_port()
+    command = [sys.executable, "-m", "graftlm", "serve", "--base", str(root / "tiny"), f"--port={port}", *options]
+    paths = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with open(log or root / "log", "wb") as messages:
+        running = subprocess.Popen(command, stderr=messages, env=paths)
+    try:
+        until = time.monotonic() + 300
+        while True:
+            assert running.poll() is None and time.monotonic() < until, log or (root / "log").read_text()
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}", running
+    finally:
+        running.kill()
+        running.wait()

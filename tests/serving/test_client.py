@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,44 +15,17 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 
-from serving_helpers import saved, tiny, tokenizer  # noqa: E402
+from serving_helpers import process, saved  # noqa: E402
 
 KEY = "secret"
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Any]]:
     root = tmp_path_factory.mktemp("served")
-    tiny().save_pretrained(root / "tiny")
-    tokenizer().save_pretrained(root / "tiny")
     adapters = [f"--adapter={name}={folder}" for name, folder in saved(root / "adapters").items()]
-    port = free_port()
-    command = [
-        sys.executable, "-m", "graftlm", "serve", "--base", str(root / "tiny"), *adapters, f"--port={port}",
-        f"--api-key={KEY}",
-    ]  # fmt: skip
-    log = (root / "log").open("wb")
-    process = subprocess.Popen(command, stderr=log, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}", api_key=KEY, max_retries=0)
-    try:
-        until = time.monotonic() + 180
-        while True:
-            try:
-                if client.get("/ready", cast_to=object):
-                    break
-            except openai.APIConnectionError:
-                assert process.poll() is None and time.monotonic() < until, (root / "log").read_text()
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/v1", process
-    finally:
-        process.kill()
-        process.wait()
+    with process(root, *adapters, f"--api-key={KEY}") as (address, running):
+        yield f"{address}/v1", running
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ Shapes: N tokens, H hidden size, Q query and G key heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.linear import product
-from ..kernels.packed import Joint, packed, packed_product
+from ..kernels.packed import Joint, block_product
 from ..routing import Attention
 from .gated import plain
 from .walk import base_modules, innermost
@@ -25,8 +25,10 @@ from .walk import base_modules, innermost
 FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-#: what is beside a product: (y [N, out], x [N, in], layer, site) -> y; y may be written into
-Beside = Callable[[Tensor, Tensor, int, str], Tensor]
+#: what is beside a product: writes into y [N, out], x [N, in]
+Acts = Callable[[Tensor, Tensor], None]
+#: the same for a whole step, by layer and site
+Beside = Mapping[tuple[int, str], Sequence[Acts]]
 
 
 class Site:
@@ -42,6 +44,7 @@ class Site:
         self.layers: list[Any] = [innermost(module) for module in modules]
         ends = torch.tensor([layer.weight.shape[0] for layer in self.layers]).cumsum(0).tolist()
         self.columns = [slice(end - layer.weight.shape[0], end) for layer, end in zip(self.layers, ends, strict=True)]
+        self.biased = self.layers[0].bias is not None
         self.joint = Joint()
 
     def usable(self) -> bool:
@@ -56,28 +59,39 @@ class Site:
             for layer in self.layers
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [N, in] -> [N, out], in memory of its own."""
-        if len(self.layers) == 1:
-            layer = self.layers[0]
-            kept = packed(x, layer.weight, layer.bias)
-            if kept is None:
-                return product(x, layer.weight, layer.bias)
-            return packed_product(x, kept, layer.weight, layer.bias)
-        bias = None if self.layers[0].bias is None else torch.cat([layer.bias for layer in self.layers])
-        if (made := self.joint.product(x, [layer.weight for layer in self.layers], bias)) is not None:
-            return made
-        return torch.cat([product(x, layer.weight, layer.bias) for layer in self.layers], dim=1)
+    def __call__(self, x: Tensor, beside: Sequence[Acts] = ()) -> Tensor:
+        """x [N, in] -> [N, out], in memory of its own, what is `beside` included."""
+        layers = self.layers
+        biases = [layer.bias for layer in layers] if self.biased else []
+        blocks = self.joint.of([layer.weight for layer in layers])
+        if blocks is not None and x.dtype is blocks.dtype:
+            y = block_product(x, blocks, torch.cat(biases) if len(biases) > 1 else biases[0] if biases else None)
+        elif len(layers) == 1:
+            y = product(x, layers[0].weight, layers[0].bias)
+        else:
+            y = torch.cat([product(x, layer.weight, layer.bias) for layer in layers], dim=1)
+        for act in beside:
+            act(y, x)
+        return y
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer's parts."""
+    """One layer's parts.
 
-    attention: Any
-    mlp: Any
-    norms: tuple[Any, Any]
+    Args:
+        values: heads of values, and of keys.
+        head_norms: of queries and of keys; none in most families.
+        norms: before the attention and before the MLP.
+    """
+
     sites: dict[str, Site]
+    norms: tuple[Any, Any]
+    head_norms: tuple[Any, ...]
+    activation: Any
+    size: int
+    values: int
+    scale: float
 
 
 class Lean:
@@ -93,7 +107,7 @@ class Lean:
         self.backbone = base.model
         self.layers = [self._layer(block) for block in self.backbone.layers[: base.config.num_hidden_layers]]
         called = [self.backbone.embed_tokens, self.backbone.rotary_emb, self.backbone.norm, base.get_output_embeddings()]
-        called += [m for layer in self.layers for m in (layer.mlp.act_fn, *self._head_norms(layer.attention))]
+        called += [m for layer in self.layers for m in (layer.activation, *layer.head_norms)]
         inside = {id(m) for module in called for m in module.modules()}
         self._watched: list[Any] = [m for _, m in base_modules(base) if id(m) not in inside]
         self._tables = [m.__dict__[name] for m in self._watched for name in _HOOKS]
@@ -109,11 +123,12 @@ class Lean:
             "qkv": Site([attention.q_proj, attention.k_proj, attention.v_proj]), "o": Site([attention.o_proj]),
             "gate_up": Site([mlp.gate_proj, mlp.up_proj]), "down": Site([mlp.down_proj]),
         }  # fmt: skip
-        return Layer(attention, mlp, (block.input_layernorm, block.post_attention_layernorm), sites)
-
-    @staticmethod
-    def _head_norms(attention: Any) -> list[Any]:
-        return [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+        size = attention.head_dim
+        return Layer(
+            sites, (block.input_layernorm, block.post_attention_layernorm),
+            (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else (),
+            mlp.act_fn, size, sites["qkv"].layers[1].weight.shape[0] // size, attention.scaling,
+        )  # fmt: skip
 
     def unchanged(self) -> bool:
         """Whether the base consists of the modules, with the hooks, that it had."""
@@ -138,14 +153,11 @@ class Lean:
         half = cos.shape[-1] // 2
         sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)  # the turned half's sign
         for index, layer in enumerate(self.layers):
-            y = self._norm(layer.norms[0], x)
-            z = beside(layer.sites["qkv"](y), y, index, "qkv")
-            y = self._attend(layer.attention, z, cos, sin, half, attention, index)
-            x = x + beside(layer.sites["o"](y), y, index, "o")
-            y = self._norm(layer.norms[1], x)
-            gate, up = beside(layer.sites["gate_up"](y), y, index, "gate_up").chunk(2, dim=1)
-            y = layer.mlp.act_fn(gate) * up
-            x = x + beside(layer.sites["down"](y), y, index, "down")
+            qkv, o, gate_up, down = ((site, beside.get((index, name), ())) for name, site in layer.sites.items())
+            z = qkv[0](self._norm(layer.norms[0], x), qkv[1])
+            x = x + o[0](self._attend(layer, z, cos, sin, half, attention, index), o[1])
+            gate, up = gate_up[0](self._norm(layer.norms[1], x), gate_up[1]).chunk(2, dim=1)
+            x = x + down[0](layer.activation(gate) * up, down[1])
         return self.backbone.norm(x[last][None])[0]
 
     def _norm(self, norm: Any, x: Tensor) -> Tensor:
@@ -154,19 +166,17 @@ class Lean:
         return norm(x[None])[0]
 
     def _attend(
-        self, module: Any, z: Tensor, cos: Tensor, sin: Tensor, half: int, attention: Attention, index: int
+        self, layer: Layer, z: Tensor, cos: Tensor, sin: Tensor, half: int, attention: Attention, index: int
     ) -> Tensor:
         """z [N, (Q + 2 G) D] -> [N, Q D]."""
-        size = module.head_dim
-        z = z.view(len(z), -1, size)
-        values = z.shape[1] // (module.num_key_value_groups + 2)  # heads of values, and of keys
-        turned = z[:, :-values]
-        if norms := self._head_norms(module):
-            parts = turned[:, :-values], turned[:, -values:]
-            turned = torch.cat([norm(part[None])[0] for norm, part in zip(norms, parts, strict=True)], dim=1)
-        turned = turned * cos + turned.roll(half, -1) * sin
-        q, k, v = (t.transpose(0, 1) for t in (turned[:, :-values], turned[:, -values:], z[:, -values:]))
-        return attention.attend(q, k, v, index, module.scaling).reshape(len(z), -1)
+        z = z.view(len(z), -1, layer.size)
+        turned, v = z[:, : -layer.values], z[:, -layer.values :]
+        if layer.head_norms:
+            parts = turned[:, : -layer.values], turned[:, -layer.values :]
+            turned = torch.cat([norm(part[None])[0] for norm, part in zip(layer.head_norms, parts, strict=True)], dim=1)
+        turned = torch.addcmul(turned * cos, turned.roll(half, -1), sin).transpose(0, 1)
+        q, k = turned[: -layer.values], turned[-layer.values :]
+        return attention.attend(q, k, v.transpose(0, 1), index, layer.scale).reshape(len(z), -1)
 
 
 def _is_plain(norm: Any) -> bool:

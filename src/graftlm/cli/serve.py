@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -66,7 +67,8 @@ def serve(
     model, tokenizer = _base.load_base(chosen, quantization)
     service = service_of(model, tokenizer, settings, **{k: v for k, v in limits.items() if v is not None})
     names = ", ".join([settings.base_name, *service.adapters.names()])
-    typer.echo(f"Serving {names} at http://{host}:{port}/v1", err=True)
+    with contextlib.suppress(OSError):  # a full disk costs lines of the log, and nothing else
+        typer.echo(f"Serving {names} at http://{host}:{port}/v1", err=True)
     run(service, host, port)
 
 

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class EngineConfig:
         max_rows: completions in the batch at a time.
         cache_tokens: places of the key-value cache.
         kept_tokens: places beside it for shared starts; None: half as many.
-        step_tokens: tokens of a step, prompts' chunks and decoding rows together.
+        step_tokens: tokens of a step at most; beside rows that decode, prompts' chunks are sized by time (see `pace`).
         max_length: of prompt and completion together; None: what the base and the cache allow.
         max_waiting, max_waiting_tokens: requests that may wait, and their prompts' tokens.
         max_n: completions of one request.
@@ -58,7 +58,7 @@ class EngineConfig:
     max_rows: int = 16
     cache_tokens: int = 16384
     kept_tokens: int | None = None
-    step_tokens: int = 64
+    step_tokens: int = 256
     max_length: int | None = None
     max_waiting: int = 256
     max_waiting_tokens: int = 1 << 20
@@ -89,6 +89,7 @@ class Health:
     Args:
         error: what it died of.
         silent: seconds since it last said anything, while there is work.
+        running_adapters, waiting_adapters: names that requests go through, and that requests wait for.
     """
 
     alive: bool
@@ -98,6 +99,8 @@ class Health:
     running: int
     cache_usage: float
     adapters: tuple[str, ...]
+    running_adapters: tuple[str, ...]
+    waiting_adapters: tuple[str, ...]
 
 
 class Engine:
@@ -123,15 +126,13 @@ class Engine:
         self.tokenizer = tokenizer
         self.config = config or EngineConfig()
         self.clock = clock
-        self.served = Served(model)
-        self.served.refuse()
         space = Space(self.config.cache_tokens)
         kept = self.config.kept_tokens
         self.limit = self._limit(space)
         self.starts = Starts(space.capacity // 2 if kept is None else kept)
         self.registry = Registry(model, self.config.max_adapters, self.wake, self._gone)
-        self.scheduler = Scheduler(space, self.config.max_rows, self.config.step_tokens)
-        self.stepping = Stepping(self, self.served, self.scheduler, self.starts, self.registry, tokenizer, self.limit)
+        self.served = Served(model)
+        self.scheduler, self.stepping = self._parts(space)
         self._inbox: deque[Callable[[], None]] = deque()
         self._pending: list[Job] = []  # their adapters are not ready
         self._errands: list[Errand] = []
@@ -142,6 +143,12 @@ class Engine:
         self._stopping = self._draining = self._news = False
         self._beat = clock()
         self.error: BaseException | None = None
+
+    def _parts(self, space: Space) -> tuple[Scheduler, Stepping]:
+        """Who decides what goes through the model next, and who does it."""
+        self.served.refuse()
+        scheduler = Scheduler(space, self.config.max_rows, self.config.step_tokens)
+        return scheduler, Stepping(self, self.served, scheduler, self.starts, self.registry, self.tokenizer, self.limit)
 
     def _limit(self, space: Space) -> int:
         """Tokens that a row may have at most."""
@@ -211,6 +218,13 @@ class Engine:
         self._do(lambda: self._errands.append(errand))
         return errand.done
 
+    def ready(self, adapter: str) -> Future:
+        """Have an adapter (a composition, "" for the base) attached and tried out, as its first request would; a future."""
+        versions = self.registry.resolve(adapter)
+        errand = Errand(versions=versions, what=lambda group: self.stepping.composition(versions))
+        self._do(lambda: self._errands.append(errand))
+        return errand.done
+
     def load(self, name: str, path: str | Path, pinned: bool = False) -> Future:
         """Attach an adapter's directory under a name, in place of what has the name now; see `Registry.load`."""
         return self.registry.load(name, path, pinned)
@@ -225,14 +239,22 @@ class Engine:
         running = self._thread is None or self._thread.is_alive()
         return running and self.error is None and not self._stopping
 
+    @property
+    def stopping(self) -> bool:
+        """Whether it is to end at once."""
+        return self._stopping
+
     def health(self) -> Health:
         """How it does, at any time and from any thread."""
         space, rows = self.scheduler.space, len(self.scheduler.rows)
-        busy = bool(self._jobs)
+        with self._changed:
+            jobs = list(self._jobs)
         return Health(
             alive=self.alive, error=None if self.error is None else repr(self.error),
-            silent=max(0.0, self.clock() - self._beat) if busy else 0.0, waiting=self._waiting, running=rows,
+            silent=max(0.0, self.clock() - self._beat) if jobs else 0.0, waiting=self._waiting, running=rows,
             cache_usage=1 - space.free / space.capacity, adapters=tuple(self.registry.names),
+            running_adapters=_names([v for job in jobs if job.started for v in job.versions]),
+            waiting_adapters=_names([v for job in jobs if not job.started for v in job.versions]),
         )  # fmt: skip
 
     def close(self, drain: bool = False, timeout: float | None = None) -> None:
@@ -267,14 +289,23 @@ class Engine:
         ]
         if wrong:
             raise RequestError(f"Token ids {wrong[:5]}: expected 0 to {vocabulary - 1}.")
-        length = len(request.prompt) + p.max_new_tokens
-        if length > self.limit:
-            raise RequestError(
-                f"A prompt of {len(request.prompt)} tokens and max_new_tokens={p.max_new_tokens} are {length} together; "
-                f"this server has room for {self.limit} a request. Shorten the prompt, or ask for fewer tokens."
-            )
+        self.check_length(request)
         if self.tokenizer is None and (p.stop or p.formatted):
             raise UnsupportedError("Stop texts and response_format need the engine to have a tokenizer.")
+
+    def room(self, prompt: int, front: int = 0) -> int:
+        """Tokens that may be written behind a prompt of so many, and so many places in front of it."""
+        return self.limit - front - prompt
+
+    def check_length(self, request: Request, front: int = 0) -> None:
+        """RequestError where prompt and completion are too long."""
+        prompt, new = len(request.prompt), request.params.max_new_tokens
+        if new > self.room(prompt, front):
+            before = f", {front} places of {request.adapter!r} in front of it" if front else ""
+            raise RequestError(
+                f"A prompt of {prompt} tokens{before} and max_new_tokens={new} are {front + prompt + new} together; this "
+                f"server has room for {self.limit} a request. Shorten the prompt, or ask for fewer tokens."
+            )
 
     def _do(self, what: Callable[[], None]) -> None:
         self._inbox.append(what)
@@ -289,7 +320,6 @@ class Engine:
             packing: AbstractContextManager = prepacked_if_free(self.model, 1) if self.config.prepack else nullcontext()
             with torch.no_grad(), packing:
                 while not self._stopping:
-                    self._beat = self.clock()
                     if not self.work():
                         self._rest()
         except BaseException as error:  # whatever it is, nobody may wait for what will not come
@@ -308,9 +338,7 @@ class Engine:
 
     def work(self) -> bool:
         """Whatever there is to do, one step at most. False where there is nothing."""
-        self._news = False
-        while self._inbox:
-            self._inbox.popleft()()
+        self.listen()
         self.registry.tend()
         for job in list(self._pending):
             self._admit(job)
@@ -320,6 +348,12 @@ class Engine:
             return False
         self.stepping.step(self.clock())
         return True
+
+    def listen(self) -> None:
+        """Take what callers have said."""
+        self._beat, self._news = self.clock(), False
+        while self._inbox:
+            self._inbox.popleft()()
 
     def _admit(self, job: Job) -> None:
         """Let a request in whose adapters are ready."""
@@ -370,7 +404,7 @@ class Engine:
     def started(self, job: Job) -> None:
         """A request waits no more."""
         if not job.started:
-            job.started = True
+            job.started, job.handle.begun = True, time.monotonic()
             with self._changed:
                 self._waiting -= 1
                 self._waiting_tokens -= len(job.handle.request.prompt)
@@ -407,3 +441,7 @@ class Engine:
         for errand in errands:
             if not errand.done.done():
                 errand.done.set_exception(error)
+
+
+def _names(versions: Iterable[Version]) -> tuple[str, ...]:
+    return tuple(sorted({version.name for version in versions}))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..architectures import is_encoder_decoder
 from .registry import Version
 
 
@@ -30,7 +31,8 @@ class Errand:
 
 @torch.no_grad()
 def embedded(model: Any, group: tuple[str, ...], rows: Sequence[Sequence[int]], pooling: str, at_once: int = 8) -> list:
-    """One vector a row: the mean of the last hidden states of its tokens, or the last token's, under some adapters.
+    """One vector a row: the mean of the last hidden states of its tokens, or the last token's, under some adapters; of an
+    encoder-decoder model its encoder's.
 
     Args:
         rows: token ids.
@@ -43,8 +45,11 @@ def embedded(model: Any, group: tuple[str, ...], rows: Sequence[Sequence[int]], 
         ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in part])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in part])
         names: list = [list(group) if group else "__base__"] * len(part)
-        out = model(input_ids=ids, attention_mask=mask, adapter_names=names, output_hidden_states=True, use_cache=False)
-        hidden = out.hidden_states[-1][:, -longest:].float()
+        options: dict[str, Any] = {"use_cache": False}
+        if encodes := is_encoder_decoder(model.base):
+            options["decoder_input_ids"] = ids[:, :1]  # of which nothing is kept
+        out = model(input_ids=ids, attention_mask=mask, adapter_names=names, output_hidden_states=True, **options)
+        hidden = (out.encoder_last_hidden_state if encodes else out.hidden_states[-1])[:, -longest:].float()
         kept = mask[..., None].to(hidden.device)
         pooled = hidden[:, -1] if pooling == "last" else (hidden * kept).sum(1) / kept.sum(1)
         vectors += pooled.cpu().tolist()

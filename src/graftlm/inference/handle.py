@@ -23,6 +23,7 @@ class Handle:
 
     def __init__(self, request: Request, cancelling: Callable[[Handle], None], alive: Callable[[], bool]) -> None:
         self.request = request
+        self.begun: float | None = None  # by time.monotonic, when it waited no more
         self._cancelling = cancelling
         self._alive = alive
         self._events: deque[Event] = deque()

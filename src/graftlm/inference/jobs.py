@@ -41,6 +41,8 @@ class Job:
         handle: its owner's.
         versions: the adapters that it asked for, as they were when it came.
         composition: the same, attached; None before.
+        invoked: from which token on an adapter that waits for its invocation there acts, too, and the composition with it;
+            `composition` is without it then.
         writings: its completions that are on their way.
         later: of these, those that wait for the first one's prompt.
     """
@@ -49,12 +51,18 @@ class Job:
     versions: tuple[Version, ...]
     deadline: float | None
     composition: Composition | None = None
+    invoked: tuple[int, Composition] | None = None
     writings: list[Writing] = field(default_factory=list)
     later: list[Writing] = field(default_factory=list)
     started: bool = False  # counted as waiting no more
     over: int = 0  # completions that have ended
     written: int = 0
     cached: int = 0
+
+    @property
+    def shared(self) -> int | None:
+        """How many tokens at the start of a row may be shared through `composition`; None for all."""
+        return None if self.invoked is None else self.invoked[0]
 
     def put(self, event: dict[str, Any]) -> None:
         """An event of one of its completions; the last one of all comes with the usage."""

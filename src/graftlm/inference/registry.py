@@ -90,6 +90,7 @@ class Registry:
         self.wanted: set[Version] = set()  # what the first request needs that found no room
         self.draining: set[Version] = set()  # no new request is let through these, so that they become free for it
         self.coming: dict[str, Version] = {}  # of names that are loaded anew, what they will stand for
+        self.counts = {"loaded": 0, "failed": 0, "evicted": 0}  # since the start
         self._numbers = count(1)
         self._clock = count(1)
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="graftlm-adapter")
@@ -182,6 +183,7 @@ class Registry:
         except Exception as reason:  # whatever is wrong with a directory is its requests' matter
             error = reason
         with self.lock:
+            self.counts["failed"] += error is not None
             version.error = error
             version.state = State.COLD if error else State.READ
         self.woken()
@@ -203,14 +205,18 @@ class Registry:
         Raises:
             GraftError: one cannot be read or attached.
         """
-        for version in versions:
-            error, version.error = version.error, None
-            if error is not None:
-                raise error if isinstance(error, GraftError) else CheckpointError(f"{version.path}: {error!r}") from error
-            if version.state is State.COLD:
-                self._read(version)
-        if any(v.state is State.READING or v in self.draining for v in versions):
-            return False
+        with self.lock:  # a thread that reads may end at any moment: what is decided here is decided by one look
+            for version in versions:
+                error, version.error = version.error, None
+                if error is not None:
+                    raise (
+                        error if isinstance(error, GraftError) else CheckpointError(f"{version.path}: {error!r}")
+                    ) from error
+            for version in versions:
+                if version.state is State.COLD:
+                    self._read(version)
+            if any(v.state is State.READING or v in self.draining for v in versions):
+                return False
         fresh = [v for v in versions if v.state is State.READ]
         if fresh and not self._make_room(len(fresh), set(versions)):
             return False
@@ -242,10 +248,12 @@ class Registry:
             version.digest = digest_of(self.model, version.attached)
         except Exception as error:
             version.state = State.COLD
+            self.counts["failed"] += 1
             if version.attached in self.model.methods:
                 self.model.delete_adapter(version.attached)
             raise error if isinstance(error, GraftError) else CheckpointError(f"{version.path}: {error!r}") from error
         version.state, version.used = State.LIVE, next(self._clock)
+        self.counts["loaded"] += 1
         self.live.append(version)
 
     def _come(self, name: str, version: Version) -> None:
@@ -280,6 +288,7 @@ class Registry:
         excess = len(self.live) + needed - self.most
         for version in [v for v in others if not v.users][: max(excess, 0)]:
             self.detach(version)
+            self.counts["evicted"] += 1
             excess -= 1
         if excess > 0 and not self.wanted:
             self.wanted = own
@@ -297,6 +306,11 @@ def read(path: Path) -> None:
         with weights.open("rb") as file:
             while file.read(1 << 24):
                 pass
+
+
+def joint_digest(versions: Sequence[Version]) -> str:
+    """A digest of what live versions compute together."""
+    return hashlib.blake2b("+".join(v.digest for v in versions).encode(), digest_size=16).hexdigest()
 
 
 def digest_of(model: Any, name: str) -> str:

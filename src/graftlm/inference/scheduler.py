@@ -112,6 +112,7 @@ class Scheduler:
         step_tokens: tokens of a step, decoding rows included; a chunk has at least `least_chunk`, however many rows decode.
         quantum: tokens of prompts that a composition may have in one turn.
         known: how many of a sequence's first tokens need not be computed, at most all but one.
+        chunk: tokens of prompts in a step in which so many rows decode; None: what is left of `step_tokens`.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class Scheduler:
         least_chunk: int = 16,
         quantum: int = 256,
         known: Callable[[Sequence], int] = lambda sequence: 0,
+        chunk: Callable[[int], int] | None = None,
     ) -> None:
         self.space = space
         self.max_rows = max_rows
@@ -129,6 +131,7 @@ class Scheduler:
         self.least_chunk = least_chunk
         self.quantum = quantum
         self.known = known
+        self.chunk = chunk
         self.rows: list[Sequence] = []  # in the cache, in the order in which they joined
         self.turns: dict[Hashable, Turn] = {}  # compositions with something to prefill
         self.order: deque[Hashable] = deque()  # whose turn it is
@@ -174,7 +177,8 @@ class Scheduler:
                 step.pieces.append(Piece(sequence, sequence.pending))
         gone = set(step.preempted)
         step.pieces = [piece for piece in step.pieces if piece.sequence not in gone]
-        self._prefill(step, max(self.least_chunk, self.step_tokens - len(step.pieces)))
+        decoding = len(step.pieces)
+        self._prefill(step, self.chunk(decoding) if self.chunk else max(self.least_chunk, self.step_tokens - decoding))
         return step
 
     def _expire(self, step: Step, now: float) -> None:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import time
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..architectures import token_embeddings
-from ..errors import RequestError, ServingError
+from ..errors import ServingError
 from ..passes.served import Row, Served
+from ..routing import Group
 from .cache import KeyValueCache, Span
 from .constraints import Constraints
 from .detokenize import Detokenizer
 from .jobs import Composition, Job, Writing
-from .registry import Registry, Version
-from .requests import TokenLogprob
+from .pace import Pace
+from .registry import Registry, Version, joint_digest
+from .requests import Request, TokenLogprob
 from .sampling import Chooser, choose, logprob
 from .scheduler import Piece, Scheduler, Step
 from .scheduler import Sequence as Tokens
@@ -29,6 +32,9 @@ log = logging.getLogger("graftlm.serving")
 
 class Owner(Protocol):
     """Who is told of requests."""
+
+    def check_length(self, request: Request, front: int = 0) -> None:
+        """It may be too long."""
 
     def started(self, job: Job) -> None:
         """It waits no more."""
@@ -71,7 +77,8 @@ class Stepping:
         self.vocabulary = token_embeddings(served.host.base).weight.shape[0]  # type: ignore[union-attr]
         first, others = end_tokens(tokenizer, served.host)
         self.ends = [*first, *others]
-        scheduler.known = self._known
+        self.pace = Pace(scheduler.step_tokens, scheduler.least_chunk)
+        scheduler.known, scheduler.chunk = self._known, self.pace.tokens
 
     # -- compositions ----------------------------------------------------------------------------------------------------
     def composition(self, versions: tuple[Version, ...]) -> Composition:
@@ -83,7 +90,7 @@ class Stepping:
                 n for n in group
                 if any(host.counts((n,))) and not getattr(host.methods[n].config, "modules_to_save", None)
             }  # fmt: skip
-            digest = hashlib.blake2b("+".join(v.digest for v in versions).encode(), digest_size=16).hexdigest()
+            digest = joint_digest(versions)
             front = self.served.admit(group)
             acting = tuple(n for n in group if n not in soft)
             self.starts.plant(digest, front)
@@ -107,14 +114,8 @@ class Stepping:
     def begin(self, job: Job) -> None:
         """Let a request's first completion wait for its turn, the others for that one's prompt."""
         request = job.handle.request
-        composition = self.composition(job.versions)
-        length = composition.front.length + len(request.prompt) + request.params.max_new_tokens
-        if length > self.limit:
-            raise RequestError(
-                f"A prompt of {len(request.prompt)} tokens, {composition.front.length} places of {request.adapter!r} in "
-                f"front of it and max_new_tokens={request.params.max_new_tokens} are {length} together; this server has "
-                f"room for {self.limit} a request. Shorten the prompt, or ask for fewer tokens."
-            )
+        composition = self.placed(job)
+        self.owner.check_length(request, composition.front.length)
         made = [self._writing(job, composition, index) for index in range(request.n)]
         job.composition = composition
         self.registry.take(job.versions)
@@ -122,6 +123,15 @@ class Stepping:
         for writing in made:
             self.writings[writing.tokens] = writing
         self.scheduler.add(made[0].tokens)
+
+    def placed(self, job: Job) -> Composition:
+        """What a request's rows go through from their start on; and from its invocation on where an adapter waits for it."""
+        calls = {v: call for v in job.versions if (call := self.served.host.methods[v.attached].invocation)}
+        job.invoked = None
+        for call in calls.values():
+            whole, at = self.composition(job.versions), last_place(job.handle.request.prompt, call)
+            job.invoked = None if at is None else (at, whole)
+        return self.composition(tuple(v for v in job.versions if v not in calls))
 
     def _writing(self, job: Job, composition: Composition, index: int) -> Writing:
         request = job.handle.request
@@ -132,7 +142,10 @@ class Stepping:
             assert p.response_format is not None
             constraint = self.constraints.of(p.response_format, ends)
         tokens = Tokens(
-            tokens=list(request.prompt), group=composition.digest, front=composition.front.length, deadline=job.deadline
+            tokens=list(request.prompt),
+            group=joint_digest(job.versions),
+            front=composition.front.length,
+            deadline=job.deadline,
         )
         device = self.served.host.adapter_device
         chooser = Chooser(p, request.prompt, ends, p.seed + index, self.vocabulary, device, constraint)
@@ -178,7 +191,10 @@ class Stepping:
         # decoding rows whose extents lie side by side attend in one product
         pieces = sorted(step.pieces, key=lambda p: (p.count > 1, p.sequence.extent.start))  # type: ignore[union-attr]
         failed: dict[Piece, Exception] = {}
+        begun = time.perf_counter()
         logits = self._forward(pieces, failed)
+        prompts = sum(p.count for p in pieces if p.sequence.filling)
+        self.pace.took(sum(not p.sequence.filling for p in pieces), prompts, time.perf_counter() - begun)
         ran = [piece for piece in pieces if piece not in failed]
         completes = [piece.completes for piece in ran]
         self.scheduler.ran(ran)
@@ -228,15 +244,29 @@ class Stepping:
         return made
 
     def _logits(self, pieces: list[Piece]) -> Tensor:
-        rows, spans = [], []
+        rows, spans, last = [], [], []
         for piece in pieces:
             tokens = piece.sequence
-            composition = self.writings[tokens].job.composition
-            assert tokens.extent is not None and composition is not None
-            filled = tokens.front + tokens.done
-            rows.append(Row(composition.acting, tokens.tokens[tokens.done : tokens.done + piece.count], filled))
-            spans.append(Span(tokens.extent, filled, piece.count))
-        return self.served.step(rows, self.cache.over(spans))
+            assert tokens.extent is not None
+            for group, at, count in self._parts(self.writings[tokens].job, tokens.done, piece.count):
+                filled = tokens.front + at
+                rows.append(Row(group, tokens.tokens[at : at + count], filled))
+                spans.append(Span(tokens.extent, filled, count))
+            last.append(len(rows) - 1)
+        logits = self.served.step(rows, self.cache.over(spans))
+        return logits if len(last) == len(rows) else logits[last]
+
+    @staticmethod
+    def _parts(job: Job, start: int, count: int) -> list[tuple[Group, int, int]]:
+        """The adapters that act on `count` tokens of a row from `start` on: group, first token, tokens. Two where an
+        invocation lies in their midst."""
+        assert job.composition is not None
+        if job.invoked is None:
+            return [(job.composition.acting, start, count)]
+        at, whole = job.invoked
+        before = min(max(at - start, 0), count)
+        parts = [(job.composition.acting, start, before), (whole.acting, start + before, count - before)]
+        return [part for part in parts if part[2]]
 
     def _write(self, rows: list[tuple[Piece, Tensor]]) -> None:
         """Choose the next token of each row; logits [V] a row."""
@@ -276,19 +306,27 @@ class Stepping:
 
     # -- shared starts ---------------------------------------------------------------------------------------------------
     def _known(self, tokens: Tokens) -> int:
-        composition = self.writings[tokens].job.composition
-        assert composition is not None
-        return self.starts.known(composition.digest, tokens.tokens[:-1])
+        job = self.writings[tokens].job
+        assert job.composition is not None
+        return self.starts.known(job.composition.digest, tokens.tokens[:-1][: job.shared])
 
     def _keep(self, tokens: Tokens) -> None:
         """Keep a row's tokens for those that begin alike."""
-        composition = self.writings[tokens].job.composition
+        job = self.writings[tokens].job
+        composition = job.composition
         assert composition is not None and tokens.extent is not None
-        held = tokens.tokens[: tokens.done]
+        held = tokens.tokens[: tokens.done][: job.shared]
         new = self.starts.missing(composition.digest, held)
         if new:
-            start = tokens.extent.start + tokens.front + tokens.done - new
+            start = tokens.extent.start + tokens.front + len(held) - new
             self.starts.add(composition.digest, held, self.cache.read(start, new))
+
+
+def last_place(tokens: Sequence[int], wanted: Sequence[int]) -> int | None:
+    """Where a sequence of tokens stands for the last time; None where it does not."""
+    size = len(wanted)
+    places = (i for i in range(len(tokens) - size, -1, -1) if list(tokens[i : i + size]) == list(wanted))
+    return next(places, None)
 
 
 def _no_numbers(logits: Tensor) -> Exception:

@@ -10,6 +10,7 @@ Shapes: x [..., in], W [out, in], g [..., out].
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -87,7 +88,7 @@ def packed_product(x: Tensor, kept: Packed, weight: Tensor, bias: Tensor | None)
     """``x W^T + b``; the gradient goes to x."""
     if torch.is_grad_enabled() and x.requires_grad:
         return _PackedProduct.apply(x, kept, weight, bias)
-    return _product(x, kept.of(weight, backward=False), bias)
+    return block_product(x, kept.of(weight, backward=False), bias)
 
 
 class _PackedProduct(torch.autograd.Function):
@@ -95,16 +96,17 @@ class _PackedProduct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, kept: Packed, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.kept = kept
-        return _product(x, kept.of(weight, backward=False), bias)
+        return block_product(x, kept.of(weight, backward=False), bias)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return _product(gradient.contiguous(), ctx.kept.of(ctx.saved_tensors[0], backward=True), None), None, None, None
+        return block_product(gradient.contiguous(), ctx.kept.of(ctx.saved_tensors[0], backward=True), None), None, None, None
 
 
-def _product(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, blocks, bias, "none", [], "")
+def block_product(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + b`` without a gradient, by the blocks of W."""
+    return torch.ops.mkldnn._linear_pointwise.default(x, blocks, bias, "none", [], "")
 
 
 class Joint:
@@ -113,19 +115,25 @@ class Joint:
     They stand in place of the weights' own forward ones, which a pass by itself makes again."""
 
     def __init__(self) -> None:
+        self._weights: list[Tensor] = []
+        self._kept: list[Packed] = []
         self._made: list[tuple] = []
         self._blocks: Tensor | None = None
 
-    def product(self, x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Tensor | None:
-        """``x W^T + b``, x [N, in], W [sum of out, in]; None where nothing is kept, or a gradient would be lost."""
-        usable = all(packed(x, weight, bias) is not None for weight in weights)
-        if not usable or (torch.is_grad_enabled() and x.requires_grad):
-            self._blocks = None
-            return None
+    def of(self, weights: list[Tensor]) -> Tensor | None:
+        """The blocks of weights as they stand now; None where not all are kept."""
+        same = len(self._weights) == len(weights) and all(map(operator.is_, self._weights, weights))
+        if not same or not all(kept.users for kept in self._kept):
+            self._weights, self._kept, self._blocks = [], [], None
+            if not all(weight in _KEPT for weight in weights):
+                return None
+            self._weights, self._kept = weights, [_KEPT[weight] for weight in weights]
+        if len(weights) == 1:
+            return self._kept[0].of(weights[0], backward=False)
         now = [Packed.state(weight) for weight in weights]
         if self._blocks is None or now != self._made:
             joined = torch.cat([weight.detach() for weight in weights])
             self._blocks, self._made = torch.ops.mkldnn._reorder_linear_weight(joined, _ROWS), now
-            for weight in weights:
-                _KEPT[weight].blocks.pop(False, None)
-        return _product(x, self._blocks, bias)
+            for kept in self._kept:
+                kept.blocks.pop(False, None)
+        return self._blocks

@@ -1,21 +1,26 @@
 """What adapters do in a lean step (see `architectures.lean`) beside each of its products, for rows of several compositions.
 
 Low-rank updates of a composition are joined over the layers of a product: A [in, r] and B [r, out] with zeros where a
-layer's rank meets another layer's columns. Rows of one token each go through two batched products, each row by its own
-factors; several tokens of a row, and rows that all share a composition, by plain ones. Other changes and bottlenecks go by
-their own functions, composition by composition.
+layer's rank meets another layer's columns. Those of all compositions of a step lie in one `Stack`, a slot each:
+
+    tokens    x0 (slot 1)  x1 (slot 0)  x2 (slot 1)  x3 (base)
+    by slot   [[x1, .], [x0, x2]]  [S, m, in] ─A→ [S, m, r] ─B→ [S, m, out]  added to x1, x0, x2
+
+A composition of many tokens goes through its slot by itself. Other changes and bottlenecks go by their own functions,
+composition by composition.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..architectures.lean import Lean
+from ..architectures.lean import Acts, Lean
 from ..layers.adapted import Adapted
 from ..layers.change import Change, Held, LowRank
 from ..layers.frozen import Frozen
@@ -26,7 +31,8 @@ if TYPE_CHECKING:
     from ..adapters import AdapterSet
 
 Place = tuple[int, str]  # a layer, and a product in it
-Factors = tuple[Tensor, Tensor]  # A [in, r] and B [r, out], or of several rows [rows, in, r] and [rows, r, out]
+Low = list[tuple[slice, LowRank]]  # updates of the layers of a product, each with its columns
+FEW = 4  # tokens of a composition that go with those of others
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Other:
     columns: slice
     parts: list[tuple[Change, Held]]
 
-    def apply(self, y: Tensor, x: Tensor, index: Index) -> None:
+    def apply(self, index: Index, y: Tensor, x: Tensor) -> None:
         """Change y [N, out], in place, where `index` says; x [N, in]."""
         columns = y[:, self.columns]
         came = x[index]
@@ -50,14 +56,16 @@ class Acting:
     """One composition in a lean form.
 
     Attributes:
-        factors: of its low-rank updates, by place.
+        lows: its low-rank updates, by place.
+        shapes: of their joint factors, by place: in, r, out.
         others: other changes, by place.
         tails: bottlenecks behind a product, by place.
         whole: whether that is all that the composition does.
     """
 
     def __init__(self, host: AdapterSet, form: Lean, group: Group) -> None:
-        self.factors: dict[Place, Factors] = {}
+        self.lows: dict[Place, Low] = {}
+        self.shapes: dict[Place, tuple[int, int, int]] = {}
         self.others: dict[Place, list[Other]] = {}
         self.tails: dict[Place, tuple[OutputHook, list[str]]] = {}
         soft = [host.prompt_encoder[n] for n in group if any(host.counts((n,)))]  # in the cache, in front of rows
@@ -70,7 +78,7 @@ class Acting:
     def _read(self, host: AdapterSet, group: Group, place: Place, site: Any) -> set[int]:
         """What the composition does at a product; the ids of its parameters there."""
         found: set[int] = set()
-        lows: list[tuple[slice, LowRank]] = []
+        lows: Low = []
         for module, columns in zip(site.modules, site.columns, strict=True):
             adapted = next((m for m in _around(module) if m.switch is host.switch), None)
             parts = [] if adapted is None else [(adapted.changes[n], adapted.held(n)) for n in group if n in adapted.changes]
@@ -87,7 +95,9 @@ class Acting:
                     if names:
                         self.tails[place] = hook, names
         if lows:
-            self.factors[place] = joined(lows, site.columns[-1].stop)
+            self.lows[place] = lows
+            a = lows[0][1].a
+            self.shapes[place] = a.shape[1], sum(len(low.a) for _, low in lows), site.columns[-1].stop
         return found
 
 
@@ -119,113 +129,182 @@ def frozen_in(form: Lean) -> list[Frozen] | None:
     return found
 
 
-def joined(lows: Sequence[tuple[slice, LowRank]], width: int) -> Factors:
-    """A [in, r] and B [r, width] of updates of several layers, each of which has its columns."""
-    a = torch.cat([low.a for _, low in lows]).t().contiguous()
-    b = a.new_zeros(a.shape[1], width)
-    start = 0
-    for columns, low in lows:
-        end = start + low.a.shape[0]
-        b[start:end, columns] = low.b.t() * low.scale
-        start = end
-    return a, b
+class Stack:
+    """Joint factors of the low-rank updates of compositions, by place: A [slots, in, r] and B [slots, r, out], the smaller
+    ranks filled with zeros. Slots are written as compositions come, and taken by others once their own are not wanted.
+
+    Attributes:
+        slots: whose each is.
+        changes: how often something was written.
+    """
+
+    def __init__(self) -> None:
+        self.slots: list[Acting | None] = []
+        self.changes = 0
+        self._room = 0  # slots that there is memory for
+        self._factors: dict[Place, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def factors(self) -> dict[Place, tuple[Tensor, Tensor]]:
+        """Of all slots."""
+        return {place: (a[: len(self.slots)], b[: len(self.slots)]) for place, (a, b) in self._factors.items()}
+
+    @torch.no_grad()
+    def hold(self, wanted: Sequence[Acting]) -> None:
+        """Have the factors of these."""
+        missing = [acting for acting in wanted if acting not in self.slots]
+        if not missing:
+            return
+        self.changes += 1
+        spare = [i for i, acting in enumerate(self.slots) if acting not in wanted]
+        more = max(0, len(missing) - len(spare))
+        if len(self.slots) + more > self._room or not self._fit(missing):
+            self._make(wanted)
+            return
+        spare += range(len(self.slots), len(self.slots) + more)
+        self.slots += [None] * more
+        for slot, acting in zip(spare, missing, strict=False):
+            self._write(slot, acting)
+
+    def drop(self, gone: Sequence[Acting]) -> None:
+        """Forget these: their values change."""
+        self.slots = [None if acting in gone else acting for acting in self.slots]
+
+    def _fit(self, new: Sequence[Acting]) -> bool:
+        """Whether there is place for the factors of these."""
+        for acting in new:
+            for place, (_, rank, _) in acting.shapes.items():
+                a = self._factors[place][0] if place in self._factors else None
+                if a is None or a.shape[2] < rank or any(low.a.dtype is not a.dtype for _, low in acting.lows[place]):
+                    return False
+        return True
+
+    def _make(self, wanted: Sequence[Acting]) -> None:
+        self.slots, self._factors = [None] * len(wanted), {}
+        self._room = 1 << (len(wanted) - 1).bit_length()  # they come one by one
+        for place in {place for acting in wanted for place in acting.lows}:
+            own = [acting for acting in wanted if place in acting.lows]
+            rank = max(acting.shapes[place][1] for acting in own)
+            size, _, width = own[0].shapes[place]
+            factors = [low.a for acting in own for _, low in acting.lows[place]]
+            dtype = factors[0].dtype if len({f.dtype for f in factors}) == 1 else torch.float32
+            made = (factors[0].new_zeros(self._room, *shape, dtype=dtype) for shape in ((size, rank), (rank, width)))
+            self._factors[place] = tuple(made)  # type: ignore[assignment]
+        for slot, acting in enumerate(wanted):
+            self._write(slot, acting)
+
+    def _write(self, slot: int, acting: Acting) -> None:
+        self.slots[slot] = acting
+        for place, (a, b) in self._factors.items():
+            a[slot], b[slot] = 0, 0
+            start = 0
+            for columns, low in acting.lows.get(place, ()):
+                end = start + len(low.a)
+                a[slot, :, start:end] = low.a.t()
+                torch.mul(low.b.t(), low.scale, out=b[slot, start:end, columns])
+                start = end
 
 
-class Beside:
-    """What compositions do beside the products of a form, for rows in any order.
+class RowsBeside(dict[Place, list[Acts]]):
+    """What the compositions of a step's rows do: by place, what is called beside the product there.
 
     Args:
         acting: of each group.
+        of: each row's group.
+        counts: its tokens.
     """
 
-    def __init__(self, groups: Sequence[Group], acting: Sequence[Acting]) -> None:
-        self.groups = list(groups)
+    def __init__(
+        self, stack: Stack, acting: Sequence[Acting], of: Sequence[int], counts: Sequence[int], device: torch.device
+    ) -> None:
+        super().__init__()
         self.acting = list(acting)
-        self.low = [i for i, a in enumerate(acting) if a.factors]  # groups with low-rank updates
-        self.stacked = self._stacked()
-        self._gathered: dict[tuple[int, ...], dict[Place, Factors]] = {}
+        self.stack = stack
+        tokens: list[list[int]] = [[] for _ in acting]
+        end = 0
+        for group, count in zip(of, counts, strict=True):
+            tokens[group] += range(end, end + count)
+            end += count
+        stack.hold([a for a in acting if a.lows])
+        self.changes = stack.changes
+        slots = {stack.slots.index(a): own for a, own in zip(acting, tokens, strict=True) if a.lows}
+        few = {slot: own for slot, own in slots.items() if len(own) <= FEW}
+        few = few if len(few) > 1 and 2 * len(few) >= len(stack.slots) else {}  # all slots would be multiplied
+        for slot, own in slots.items():
+            if slot not in few:
+                self._add(partial(update, _index(own, device, end)), slice(slot, slot + 1))
+        if few:
+            self._add(grouped(few, len(stack.slots), end, device), slice(None))
+        for a, own in zip(acting, tokens, strict=True):
+            self._add_others(a, _index(own, device, end))
 
-    def _stacked(self) -> dict[Place, Factors]:
-        """Factors of all groups that have some [groups, in, r] and [groups, r, out], the smaller ranks filled with zeros."""
-        if len(self.low) < 2:
-            return {}
-        made: dict[Place, Factors] = {}
-        for place in {place for i in self.low for place in self.acting[i].factors}:
-            own = [self.acting[i].factors.get(place) for i in self.low]
-            a, b = next(f for f in own if f is not None)
-            rank, dtype = max(f[0].shape[1] for f in own if f is not None), _widest(own)
-            shape = len(self.low), a.shape[0], rank, b.shape[1]
-            made[place] = a.new_zeros(shape[:3], dtype=dtype), a.new_zeros(shape[0], *shape[2:], dtype=dtype)
-            for i, factors in enumerate(own):
-                if factors is not None:
-                    made[place][0][i, :, : factors[0].shape[1]] = factors[0]
-                    made[place][1][i, : factors[0].shape[1]] = factors[1]
-        return made
+    @property
+    def current(self) -> bool:
+        """Whether the stack still is what it was made for."""
+        return self.changes == self.stack.changes
 
-    def gathered(self, which: tuple[int, ...]) -> dict[Place, Factors]:
-        """The factors of rows, each of one of `self.low`; those of the last rows are kept."""
-        if which == tuple(range(len(self.low))):
-            return self.stacked
-        if which not in self._gathered:
-            self._gathered.clear()
-            at = torch.tensor(which, device=next(iter(self.stacked.values()))[0].device)
-            self._gathered[which] = {place: (a[at], b[at]) for place, (a, b) in self.stacked.items()}
-        return self._gathered[which]
+    def _add(self, what: Any, slots: slice) -> None:
+        for place, (a, b) in self.stack.factors.items():
+            if any(acting is not None and place in acting.lows for acting in self.stack.slots[slots]):
+                self.setdefault(place, []).append(partial(what, a[slots], b[slots]))
 
-    def over(self, of: Sequence[int], counts: Sequence[int], device: torch.device) -> RowsBeside:
-        """For rows of these groups with so many tokens each."""
-        return RowsBeside(self, of, counts, device)
-
-
-def _widest(factors: Sequence[Factors | None]) -> torch.dtype:
-    dtype = torch.float32 if len({f[0].dtype for f in factors if f is not None}) > 1 else None
-    return dtype or next(f[0].dtype for f in factors if f is not None)
+    def _add_others(self, acting: Acting, index: Index) -> None:
+        for place, others in acting.others.items():
+            self.setdefault(place, []).extend(partial(other.apply, index) for other in others)
+        for place, (hook, names) in acting.tails.items():
+            self.setdefault(place, []).append(partial(tail, index, hook, names))
 
 
-class RowsBeside:
-    """The same for the rows of a step; it is called beside each product."""
-
-    def __init__(self, beside: Beside, of: Sequence[int], counts: Sequence[int], device: torch.device) -> None:
-        ends = torch.tensor(counts).cumsum(0).tolist()
-        tokens = {i: [] for i in set(of)}  # type: dict[int, list[int]]
-        for group, end, count in zip(of, ends, counts, strict=True):
-            tokens[group] += range(end - count, end)
-        self.places = {group: _index(at, device) for group, at in tokens.items()}
-        self.acting = {group: beside.acting[group] for group in tokens}
-        single = [(end - 1, g) for g, end, count in zip(of, ends, counts, strict=True) if count == 1 and g in beside.low]
-        self.steps: list[tuple[Index, dict[Place, Factors]]] = []
-        taken: set[int] = set()
-        if len({g for _, g in single}) > 1:
-            which = tuple(beside.low.index(g) for _, g in single)
-            taken = {at for at, _ in single}
-            self.steps.append((_index([at for at, _ in single], device), beside.gathered(which)))
-        for group, at in tokens.items():
-            rest = [t for t in at if t not in taken]
-            if rest and group in beside.low:
-                self.steps.append((_index(rest, device), beside.acting[group].factors))
-
-    def __call__(self, y: Tensor, x: Tensor, layer: int, site: str) -> Tensor:
-        place = layer, site
-        for index, factors in self.steps:
-            if (pair := factors.get(place)) is not None:
-                update(y, x, index, *pair)
-        for group, acting in self.acting.items():
-            index = self.places[group]
-            for other in acting.others.get(place, ()):
-                other.apply(y, x, index)
-            if (tail := acting.tails.get(place)) is not None:
-                y[index] = tail[0].added(tail[1], y[index], {})
-        return y
+def grouped(few: dict[int, list[int]], slots: int, count: int, device: torch.device) -> Any:
+    """How tokens, of `count`, go through all slots at once: by slot those that are its."""
+    most = max(map(len, few.values()))
+    tokens = [token for own in few.values() for token in own]
+    places = [slot * most + i for slot, own in few.items() for i in range(len(own))]
+    if most == 1 and len(few) == slots == count and all(own == [slot] for slot, own in few.items()):
+        return update_each
+    source = torch.zeros(slots * most, dtype=torch.long)
+    source[torch.tensor(places)] = torch.tensor(tokens)
+    everyone = tokens == list(range(count))
+    rows = None if everyone else torch.tensor(tokens, device=device)
+    return partial(update_grouped, source.to(device), torch.tensor(places, device=device), rows)
 
 
-def _index(places: list[int], device: torch.device) -> Index:
-    """A slice where places lie side by side."""
+def _index(places: list[int], device: torch.device, count: int) -> Index:
+    """A slice where places, of `count`, lie side by side."""
     first, last = places[0], places[-1] + 1
     return slice(first, last) if last - first == len(places) else torch.tensor(places, device=device)
 
 
-def update(y: Tensor, x: Tensor, index: Index, a: Tensor, b: Tensor) -> None:
-    """``y[index] += x[index] A B`` in place; y [N, out], x [N, in]; A and B of all these tokens, or of each."""
-    part = x[index].to(a.dtype)
-    added = part @ a @ b if a.dim() == 2 else torch.bmm(torch.bmm(part[:, None], a), b)[:, 0]
-    y[index] += added.to(y.dtype)
+# in place: y [N, out], x [N, in]; A [S, in, r], B [S, r, out]
+def update(index: Index, a: Tensor, b: Tensor, y: Tensor, x: Tensor) -> None:
+    """Tokens of one slot."""
+    part = x[index].to(a.dtype) @ a[0]
+    if isinstance(index, slice) and y.dtype is b.dtype:
+        y[index].addmm_(part, b[0])
+    else:
+        y[index] += (part @ b[0]).to(y.dtype)
+
+
+def update_each(a: Tensor, b: Tensor, y: Tensor, x: Tensor) -> None:
+    """One token of each slot, in their order."""
+    part = torch.bmm(x[:, None].to(a.dtype), a)
+    if y.dtype is b.dtype:
+        y[:, None].baddbmm_(part, b)
+    else:
+        y += torch.bmm(part, b)[:, 0].to(y.dtype)
+
+
+def update_grouped(source: Tensor, places: Tensor, rows: Tensor | None, a: Tensor, b: Tensor, y: Tensor, x: Tensor) -> None:
+    """Tokens of all slots: `source` [S m] says which goes where, `places` where those that count have gone, `rows` who they
+    are, None for all."""
+    part = x.index_select(0, source).view(len(a), -1, x.shape[1]).to(a.dtype)
+    added = torch.bmm(torch.bmm(part, a), b).view(len(source), -1).index_select(0, places).to(y.dtype)
+    if rows is None:
+        y.add_(added)
+    else:
+        y.index_add_(0, rows, added)
+
+
+def tail(index: Index, hook: OutputHook, names: list[str], y: Tensor, x: Tensor) -> None:
+    """Bottlenecks behind a product."""
+    y[index] = hook.added(names, y[index], {})

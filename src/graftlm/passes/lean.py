@@ -15,10 +15,13 @@ from torch import Tensor
 from ..architectures.lean import Lean, lean
 from ..layers.frozen import Frozen
 from ..routing import Attention, Group, Plan, Routes, Scope, within
-from .beside import Acting, Beside, RowsBeside, frozen_in
+from .beside import Acting, RowsBeside, Stack, frozen_in
 
 if TYPE_CHECKING:
     from ..adapters import AdapterSet
+
+
+KEPT = 64  # compositions of which it is known what they do; their factors are those of the adapters themselves
 
 
 class LeanSteps:
@@ -38,7 +41,7 @@ class LeanSteps:
         self._form: Lean | None = None
         self._frozen: list[Frozen] | None = None
         self._acting: OrderedDict[Group, Acting] = OrderedDict()
-        self._beside: OrderedDict[tuple[Group, ...], Beside] = OrderedDict()
+        self._stack = Stack()
         self._rows: OrderedDict[tuple, RowsBeside] = OrderedDict()
 
     def trust(self, *groups: Group) -> None:
@@ -63,25 +66,25 @@ class LeanSteps:
         form, frozen = self._form, self._frozen
         return form if form is not None and frozen is not None and form.free() and not any(f.folds for f in frozen) else None
 
+    @torch.no_grad()
     def rows(self, groups: tuple[Group, ...], counts: tuple[int, ...]) -> RowsBeside | None:
         """What rows of these compositions with so many tokens do beside products; None where steps are the base's own."""
         if self.forced is False or (self.forced is None and not all(self.trusts(group) for group in set(groups))):
             return None
         if (form := self.form()) is None:
             return None
-        if (key := (groups, counts)) not in self._rows:
-            different = tuple(sorted(set(groups)))
-            if different not in self._beside:
-                self._beside[different] = Beside(different, [self._acts(form, group) for group in different])
-            self._beside.move_to_end(different)
+        key, different = (groups, counts), tuple(sorted(set(groups)))
+        acting = [self._acts(form, group) for group in different]
+        if not all(a.whole for a in acting):
+            return None
+        if key not in self._rows or not self._rows[key].current:
             of = [different.index(group) for group in groups]
-            self._rows[key] = self._beside[different].over(of, counts, self.host.adapter_device)
+            self._rows[key] = RowsBeside(self._stack, acting, of, counts, self.host.adapter_device)
         self._rows.move_to_end(key)
-        for kept, most in ((self._rows, 2), (self._beside, 2), (self._acting, 16)):
+        for kept, most in ((self._rows, 2), (self._acting, max(KEPT, len(different)))):
             while len(kept) > most:
                 kept.popitem(last=False)
-        rows = self._rows[key]
-        return rows if all(acting.whole for acting in rows.acting.values()) else None
+        return self._rows[key]
 
     def _acts(self, form: Lean, group: Group) -> Acting:
         if group not in self._acting:
@@ -101,13 +104,6 @@ class LeanSteps:
     def forget(self, *names: str) -> None:
         """Keep nothing of these adapters (of any)."""
         self._rows.clear()
-        gone = set(names)
-        both: tuple[dict[Any, Any], ...] = (self._acting, self._beside)
-        for kept in both:
-            for key in [k for k in kept if not gone or gone & {n for part in k for n in _names(part)}]:
-                del kept[key]
+        gone = [group for group in self._acting if not names or set(names) & set(group)]
+        self._stack.drop([self._acting.pop(group) for group in gone])
         self._trusted = {g: methods for g, methods in self._trusted.items() if all(n in self.host.methods for n in g)}
-
-
-def _names(part: str | Group) -> tuple[str, ...]:
-    return (part,) if isinstance(part, str) else part

@@ -28,7 +28,6 @@ from ..errors import AdapterError, UnsupportedError
 from ..kernels import HeadForm
 from ..routing import Attention, Group, Plan, Routes, Scope, running
 from .facts import decoder_config
-from .invoked import waits
 from .lean import LeanSteps
 from .refusals import check_room
 from .run import run
@@ -90,7 +89,8 @@ class Served:
         self._laid: OrderedDict[tuple, Laid] = OrderedDict()
 
     def admit(self, group: Group) -> FrontMemory:
-        """Make a composition ready for steps: tried out (once a kind), and its front computed.
+        """Make a composition ready for steps: tried out (once a kind), and its front computed. An adapter that waits for its
+        invocation acts on all tokens of a row that goes through it: what is before the invocation goes without it.
 
         Raises:
             UnsupportedError: on this base steps do not give what passes give.
@@ -99,8 +99,10 @@ class Served:
         self.host._known(*group)
         self.forget(*group)
         self.refuse()
-        if waits(self.host, Plan(self.host.switch, group)):
-            raise UnsupportedError("Adapters with alora_invocation_tokens are served through generate, in batches.")
+        if len([name for name in group if self.host.methods[name].invocation]) > 1:
+            raise UnsupportedError(
+                "Adapters with alora_invocation_tokens are not composed with each other here: use generate."
+            )
         for name in group:
             if self.host.methods[name].tasks > 1:
                 raise UnsupportedError(f"Adapter {name!r} has several tasks, which steps do not tell apart: use generate.")
@@ -204,11 +206,16 @@ class Served:
         cache.join(0, FrontMemory(prefix or [], start))
         if virtual is not None:
             places = torch.arange(start, start + len(virtual))
+            acting = tuple(n for n in group if not self.host.methods[n].invocation)  # these come before every invocation
             embeds = virtual.to(self.host._compute_dtype())[None]
-            self.forward(
-                self.laid((group,), (len(virtual),)), {"inputs_embeds": embeds}, places, cache.over([(0, len(virtual))])
-            )
+            laid = self.laid((acting,), (len(virtual),))
+            self.forward(laid, {"inputs_embeds": embeds}, places, cache.over([(0, len(virtual))]))
         return FrontMemory(cache.kept[0], start + (0 if virtual is None else len(virtual)))
+
+    @property
+    def longest_row_matters(self) -> bool:
+        """Whether what a row computes depends on the longest one beside it."""
+        return any(_rope_kinds(c) & {"dynamic", "longrope"} for c in self.configs)
 
     def refuse(self) -> None:
         """UnsupportedError for a base whose rows depend on more than their own tokens and places."""
@@ -218,7 +225,7 @@ class Served:
         why = None
         if facts.encoder_decoder or self.host.entry.head is None or not getattr(base, "can_generate", lambda: False)():
             why = "is no decoder-only language model"
-        elif any(_rope_kinds(c) & {"dynamic", "longrope"} for c in self.configs):
+        elif self.longest_row_matters:
             why = "turns positions by the length of the longest row"
         elif self.windows is None:
             why = "attends in chunks"
@@ -318,6 +325,10 @@ class Steps(Trial):
         super().__init__(served.host)
         self.served, self.groups = served, [group, ()]
         self.tokens = [self.ids(n).to(self.host.adapter_device) for n in self.LENGTHS]
+        for call in (self.host.methods[name].invocation for name in group):
+            if call:  # at the start, so that it acts on the whole row
+                rest, invocation = self.tokens[0], torch.tensor(call).to(self.tokens[0])
+                self.tokens[0] = torch.cat((invocation, rest[~torch.isin(rest, invocation)]))
 
     def run(self) -> HeadForm:
         """What the model does to its head's output; and whether lean steps give the same. UnsupportedError where plain ones

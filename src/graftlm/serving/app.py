@@ -87,7 +87,10 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        made = ApiError(error.status_code, str(error.detail)).response()
+        text = str(error.detail)
+        if error.status_code in (404, 405):
+            text = f"There is no {request.method} {request.url.path} here; GET /openapi.json has all that there is."
+        made = ApiError(error.status_code, text).response()
         made.headers.update(error.headers or {})
         return made
 

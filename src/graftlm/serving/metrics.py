@@ -22,6 +22,7 @@ class Load:
     max_adapters: int
     running_adapters: tuple[str, ...]
     waiting_adapters: tuple[str, ...]
+    counts: dict[str, int]  # adapters loaded, failed and evicted since the start
 
 
 class Metrics:
@@ -52,8 +53,9 @@ class Metrics:
         self.by_adapter = Counter("graftlm_tokens", "Tokens by adapter", ["adapter", "kind"], **named)
         self.cached = Counter("graftlm_prefix_cache_hit_tokens", "Tokens of prompts that were in the cache", **named)
         self.requests = Counter("graftlm_requests", "Requests by how they ended", ["endpoint", "status"], **named)
-        self.loads = Counter("graftlm_adapter_loads", "Adapters read from disk", ["outcome"], **named)
-        self.evictions = Counter("graftlm_adapter_evictions", "Adapters put out to make room", **named)
+        self._loads = Counter("graftlm_adapter_loads", "Adapters read from disk", ["outcome"], **named)
+        self._evictions = Counter("graftlm_adapter_evictions", "Adapters put out to make room", **named)
+        self._counted = dict.fromkeys(("loaded", "failed", "evicted"), 0)
 
     def of(self, measure: Any) -> Any:
         """A measure of this base."""
@@ -68,4 +70,8 @@ class Metrics:
         self._adapters.clear()
         names = (",".join(load.running_adapters), ",".join(load.waiting_adapters))
         self._adapters.labels(str(load.max_adapters), *names).set_to_current_time()
+        for name, before in self._counted.items():
+            counter = self._evictions if name == "evicted" else self._loads.labels(name)
+            counter.inc(load.counts[name] - before)
+        self._counted = load.counts
         return generate_latest(self.registry)

@@ -39,6 +39,7 @@ class Running:
         self.begun = time.monotonic()
         self.times: list[float] = []  # at which something came
         self.wrong: Exception | None = None
+        self.ended = False  # all that was asked for has come
         self._token = token
         self._done: Callable[[Running, Exception | None], None] | None = done
         self._stream = self._merged()
@@ -69,6 +70,8 @@ class Running:
         """Nobody waits for more: what is not finished is cancelled."""
         for handle in self.handles:
             handle.cancel()
+        if not self.ended and self.wrong is None:
+            self.wrong = ApiError(499, "The client left.", code="cancelled")
         if self._done is not None:
             done, self._done = self._done, None
             done(self, self.wrong)
@@ -97,6 +100,7 @@ class Running:
                     raise event
                 else:
                     yield place * self.n + event.index, self._piece(event)
+            self.ended = True
         finally:
             for task in tasks:
                 task.cancel()

@@ -96,12 +96,11 @@ class Service:
 
     def load_now(self) -> Load:
         """What the engine holds."""
-        health, registry = self.engine.health(), self.engine.registry
-        running = sorted({v.name for v in list(registry.live) if v.users})
-        waiting = sorted({v.name for job in list(self.engine._pending) for v in job.versions})
+        health = self.engine.health()
         return Load(
-            running=health.running, waiting=health.waiting, cache_used=health.cache_usage, max_adapters=registry.most,
-            running_adapters=tuple(running), waiting_adapters=tuple(waiting),
+            running=health.running, waiting=health.waiting, cache_used=health.cache_usage,
+            max_adapters=self.engine.registry.most, running_adapters=health.running_adapters,
+            waiting_adapters=health.waiting_adapters, counts=dict(self.engine.registry.counts),
         )  # fmt: skip
 
     @contextlib.contextmanager
@@ -145,7 +144,7 @@ class Service:
             missing = next(part for part in parts if part not in known)
             raise ApiError(
                 404,
-                f"There is no model {model!r}{nearest(missing, [self.settings.base_name, *known])}. See GET /v1/models.",
+                f"There is no model {model!r}{nearest(missing, [self.settings.base_name, *known])} (GET /v1/models has all)",
                 param="model", code="model_not_found",
             )  # fmt: skip
         if len(set(parts)) < len(parts):
@@ -266,6 +265,8 @@ class Service:
         name = wanted.model
         if running.times:
             m.of(m.first).observe(running.times[0] - running.begun)
+            for begun in (handle.begun for handle in running.handles if handle.begun is not None):
+                m.of(m.queue).observe(max(0.0, begun - running.begun))
             for before, after in zip(running.times, running.times[1:], strict=False):
                 m.of(m.between).observe(after - before)
         seconds = time.monotonic() - running.begun
@@ -355,13 +356,8 @@ class Service:
                 400, f"The adapter {body.lora_name!r} is served already; load_inplace: true puts this one in its place.",
                 param="lora_name",
             )  # fmt: skip
-        try:
-            await asyncio.wrap_future(self.engine.load(body.lora_name, folder, body.pinned))
-        except Exception:
-            self.metrics.loads.labels("failed").inc()
-            raise
+        await asyncio.wrap_future(self.engine.load(body.lora_name, folder, body.pinned))
         self.adapters.loaded(body.lora_name)
-        self.metrics.loads.labels("loaded").inc()
 
     def allowed(self, path: str) -> Path:
         """A folder below one of those that adapters may come from, links followed; 403 for any other."""
@@ -379,7 +375,7 @@ class Service:
         if name not in self.adapters.names():
             known = self.adapters.names()
             raise ApiError(
-                404, f"There is no adapter {name!r}{nearest(name, known)}.", param="lora_name", code="model_not_found"
+                404, f"There is no adapter {name!r}{nearest(name, known)}", param="lora_name", code="model_not_found"
             )
         self.engine.unload(name)
         self.adapters.unloaded(name)

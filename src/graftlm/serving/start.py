@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-from ..errors import CheckpointError, GraftError
+from ..architectures import is_encoder_decoder
+from ..errors import CheckpointError, GraftError, UnsupportedError
+from ..inference.batches import BatchEngine
 from ..inference.engine import Engine, EngineConfig
 from ..methods import PromptTuningConfig
 from ..model import get_peft_model
+from ..passes.served import Served
 from .service import Service
 from .settings import Settings
 
+logger = logging.getLogger("graftlm.serving")
+
 
 def service_of(base: Any, tokenizer: Any, settings: Settings, **limits: Any) -> Service:
-    """A service over a base, running, its adapters loaded.
+    """A service over a base, running, its adapters loaded and tried out.
 
     Args:
         base: a transformers model in evaluation mode.
@@ -21,20 +27,22 @@ def service_of(base: Any, tokenizer: Any, settings: Settings, **limits: Any) -> 
 
     Raises:
         CheckpointError: an adapter cannot be loaded.
-        UnsupportedError: a base that cannot be served step by step.
+        UnsupportedError: a base that writes no text.
     """
     wanted = max(limits.pop("max_adapters", 8), len(settings.adapters))
     config = EngineConfig(
         max_adapters=wanted, max_n=settings.max_choices, max_waiting=settings.queue_requests,
         max_waiting_tokens=settings.queue_tokens, **limits,
     )  # fmt: skip
-    engine = Engine(without_adapters(base), tokenizer, config)
+    engine = engine_for(without_adapters(base), tokenizer, config)
     service = Service(engine, tokenizer, settings)
     service.start()
     try:
+        engine.ready("").result()
         for name, folder in settings.adapters.items():
             try:
                 engine.load(name, folder).result()
+                engine.ready(name).result()
             except GraftError as error:
                 raise CheckpointError(f"The adapter {name}={folder} cannot be served: {error}") from error
     except BaseException:
@@ -43,8 +51,19 @@ def service_of(base: Any, tokenizer: Any, settings: Settings, **limits: Any) -> 
     return service
 
 
+def engine_for(model: Any, tokenizer: Any, config: EngineConfig) -> Engine:
+    """An engine that goes step by step where the base can, which is tried out; one of whole batches where it cannot."""
+    try:
+        Served(model).admit(())
+    except UnsupportedError as why:
+        logger.warning("Served in whole batches: %s", why)
+        return BatchEngine(model, tokenizer, config)
+    return Engine(model, tokenizer, config)
+
+
 def without_adapters(base: Any) -> Any:
     """A wrapper over a base that has no adapter yet."""
-    made = get_peft_model(base, PromptTuningConfig(num_virtual_tokens=1, task_type="CAUSAL_LM"), "first")
+    task = "SEQ_2_SEQ_LM" if is_encoder_decoder(base) else "CAUSAL_LM"
+    made = get_peft_model(base, PromptTuningConfig(num_virtual_tokens=1, task_type=task), "first")
     made.delete_adapter("first")
     return made.eval()

@@ -1,0 +1,187 @@
+"""What can go wrong around a server: adapters that break, clients that leave, disks that are full, processes that die."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
+httpx = pytest.importorskip("httpx", reason="the test client of fastapi needs httpx")
+
+import psutil  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from serving_helpers import alone, process, saved, served  # noqa: E402
+
+PROMPT = "The river is long and the"
+BODY: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+ADMIN = {"Authorization": "Bearer admin"}
+
+
+def said(found: Any) -> str:
+    assert found.status_code == 200, found.text
+    return str(found.json()["choices"][0]["text"])
+
+
+def test_adapters_that_break(tmp_path: Path) -> None:
+    """Values that are no numbers, a folder that is deleted before its first use or after it: only their requests fail."""
+    root = tmp_path / "roots"
+    folders = saved(root, ["style", "task", "memory"])
+    weights = root / "style" / "adapter_model.safetensors"
+    save_file({k: torch.full_like(v, float("nan")) for k, v in load_file(weights).items()}, weights)
+    with served({}, {"max_adapters": 1}, adapter_dirs=[root]) as (client, _):
+        plain = said(client.post("/v1/completions", json=BODY))
+        found = client.post("/v1/completions", json=BODY | {"model": "style"})
+        assert (found.status_code, "NaN or infinite" in found.json()["error"]["message"]) == (400, True), found.text
+        assert said(client.post("/v1/completions", json=BODY | {"model": "task"})) == alone(folders["task"], PROMPT, 8)
+        shutil.rmtree(root / "task")
+        memory = alone(folders["memory"], PROMPT, 8)
+        assert said(client.post("/v1/completions", json=BODY | {"model": "memory"})) == memory  # task is out now
+        gone = client.post("/v1/completions", json=BODY | {"model": "task"})
+        assert (gone.status_code, "not a directory" in gone.json()["error"]["message"]) == (400, True), gone.text
+        shutil.rmtree(root / "memory")
+        assert said(client.post("/v1/completions", json=BODY | {"model": "memory"})) == memory  # in memory still
+        assert said(client.post("/v1/completions", json=BODY)) == plain
+        listed = {m["id"]: m["kind"] for m in client.get("/v1/models").json()["data"]}
+        assert listed["task"] == "unreadable"
+
+
+def quiet(url: str) -> bool:
+    """Whether nothing runs or waits."""
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    found = [float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_")]
+    return found == [0.0, 0.0]
+
+
+def settles(url: str) -> None:
+    until = time.monotonic() + 60
+    while not quiet(url):
+        assert time.monotonic() < until, httpx.get(f"{url}/metrics").text
+        time.sleep(0.1)
+
+
+def test_a_process_that_loses_its_clients_its_disk_and_its_life(tmp_path: Path) -> None:
+    """Clients leave before, in the midst of and behind their streams; the log's disk is full; kill -9, and again."""
+    root = tmp_path / "roots"
+    folders = saved(root, ["style"])
+    options = (f"--adapter-dir={root}", "--max-rows=4")
+    log = "/dev/full" if os.path.exists("/dev/full") else None
+    wanted = alone(folders["style"], PROMPT, 8)
+    with process(tmp_path, *options, log=log) as (url, running):
+        long = BODY | {"max_tokens": 400, "ignore_eos": True, "stream": True, "n": 2}
+        for i in range(12):
+            with httpx.stream("POST", f"{url}/v1/completions", json=long | {"model": ("tiny", "style")[i % 2]}) as stream:
+                for _, _line in zip(range(i % 4 * 2), stream.iter_lines(), strict=False):
+                    pass
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/completions", json=long | {"stream": False}, timeout=0.2)
+        settles(url)
+        for _ in range(3):
+            assert said(httpx.post(f"{url}/v1/completions", json=BODY | {"model": "style"}, timeout=60)) == wanted
+        running.send_signal(signal.SIGKILL)
+        assert running.wait(30) == -signal.SIGKILL
+    port = int(url.rpartition(":")[2])
+    with process(tmp_path, *options, port=port) as (url, _):  # at the same address, at once
+        assert said(httpx.post(f"{url}/v1/completions", json=BODY | {"model": "style"}, timeout=60)) == wanted
+        (line,) = [json.loads(x) for x in (tmp_path / "log").read_text().splitlines() if x.startswith("{") and "style" in x]
+        assert (line["status"], line["completion_tokens"], line["model"]) == (200, 8, "style")
+        assert PROMPT not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("swaps", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_swaps_under_load(tmp_path: Path, swaps: int) -> None:
+    """One name stands for other adapters again and again while clients ask: every answer is one adapter's, whole."""
+    root = tmp_path / "roots"
+    folders = saved(root, ["style", "task", "memory", "block"])
+    wanted = {alone(folder, PROMPT, 8) for folder in folders.values()}
+    found: list[str] = []
+    failed: list[str] = []
+    stop = threading.Event()
+    with served({}, {"max_adapters": 3}, adapter_dirs=[root], admin_key="admin") as (client, service):
+
+        def swap(name: str) -> None:
+            body = {"lora_name": "it", "lora_path": str(root / name), "load_inplace": True}
+            done = client.post("/v1/load_lora_adapter", json=body, headers=ADMIN)
+            assert done.status_code == 200, done.text
+
+        def ask() -> None:
+            while not stop.is_set():
+                made = client.post("/v1/completions", json=BODY | {"model": "it"})
+                (found if made.status_code == 200 else failed).append(made.text)
+
+        swap("style")
+        threads = [threading.Thread(target=ask) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for i in range(swaps):
+            swap(list(folders)[i % 4])
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+        assert not failed, failed[:3]
+        texts = {json.loads(text)["choices"][0]["text"] for text in found}
+        assert texts <= wanted and len(texts) > 1
+        assert len(service.engine.model.methods) <= 3
+        assert len(service.engine.stepping.starts.roots) <= 5
+
+
+@pytest.mark.slow
+def test_soak(tmp_path: Path) -> None:
+    """Ten minutes of everything at once, or SOAK_SECONDS: answers stay right, nothing is stuck, memory stays flat."""
+    seconds, root = float(os.environ.get("SOAK_SECONDS", "600")), tmp_path / "roots"
+    folders = saved(root)
+    wanted = {name: alone(folder, PROMPT, 8) for name, folder in folders.items()} | {"tiny": alone(None, PROMPT, 8)}
+    options = (f"--adapter-dir={root}", "--max-adapters=2", "--max-rows=4", "--cache-tokens=2048", "--admin-key=admin")
+    wrong: list[str] = []
+    counts = {"answers": 0, "streams": 0, "swaps": 0}
+    with process(tmp_path, *options) as (url, running):
+        end = time.monotonic() + seconds
+        sizes: list[tuple[float, int]] = []
+
+        def asks(seed: int) -> None:
+            rng = random.Random(seed)
+            with httpx.Client(base_url=url, timeout=120) as client:
+                while time.monotonic() < end:
+                    name = rng.choice(list(wanted))
+                    if rng.random() < 0.3:
+                        body = BODY | {"model": name, "stream": True, "max_tokens": 60, "prompt": f"{rng.random()} is"}
+                        with client.stream("POST", "/v1/completions", json=body) as stream:
+                            for _ in zip(range(rng.randrange(20)), stream.iter_lines(), strict=False):
+                                counts["streams"] += 1
+                        continue
+                    made = client.post("/v1/completions", json=BODY | {"model": name})
+                    if made.status_code != 200 or made.json()["choices"][0]["text"] != wanted[name]:
+                        wrong.append(made.text)
+                    counts["answers"] += 1
+
+        def swaps() -> None:
+            while time.monotonic() < end:
+                body = {"lora_name": "other", "lora_path": str(root / "style"), "load_inplace": True}
+                made = httpx.post(f"{url}/v1/load_lora_adapter", json=body, headers=ADMIN, timeout=120)
+                if made.status_code != 200:
+                    wrong.append(made.text)
+                counts["swaps"] += 1
+                sizes.append((time.monotonic(), psutil.Process(running.pid).memory_info().rss))
+                time.sleep(0.5)
+
+        threads = [threading.Thread(target=asks, args=(i,)) for i in range(6)] + [threading.Thread(target=swaps)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(seconds + 180)
+        assert not wrong, wrong[:3]
+        settles(url)
+        assert httpx.get(f"{url}/health").status_code == 200
+    assert min(counts.values()) > seconds / 30, counts
+    third = len(sizes) // 3
+    middle, last = (sorted(size for _, size in part)[third // 2] for part in (sizes[third : 2 * third], sizes[-third:]))
+    assert last < middle * 1.05 + 2**24, (counts, middle, last)
