@@ -28,8 +28,9 @@ FLOORS: list[set[str]] = [
     {"passes"},
     {"mixing", "joint", "merging", "status", "checkpoint", "card", "generating", "injecting", "hotswap", "converting"},
     {"model", "delegating"},
-    {"data", "planning"},
+    {"data"},
     {"training", "inference"},
+    {"planning"},
     {
         "comparison", "serving", "exporting", "studio", "cli", "utils", "compat", "as_peft", "functional", "registering",
         "helpers", "__init__", "__main__",
@@ -352,6 +353,7 @@ PUBLIC = [
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "load_peft_weights",
+    "plan",
     "prepacked",
     "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
