@@ -17,10 +17,10 @@ demo: setup  ## set up, then train every method on a small real base and bundled
 	$(BIN)/graftlm demo
 
 test: setup-dev lint types  ## set up, then lint, types and the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 check-all: setup-dev lint types  ## the same with the long checks and the coverage floor (it takes as long again)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -35,7 +38,8 @@ LN = {n: {"target_modules": names} for n, names in _NORMS.items()}  # not in HF 
 
 @functools.cache
 def _built(name: str, seed: int) -> nn.Module:
-    return build(name, seed)
+    with torch.random.fork_rng(devices=[]):  # what is drawn next does not depend on who was first to ask for it
+        return build(name, seed)
 
 
 def fresh(name: str, seed: int = 0) -> nn.Module:
@@ -196,6 +200,13 @@ def cases(names: Any, methods: Any, quick: Any) -> list[Any]:
     ]
 
 
+def pairs(names: Any, methods: Any) -> list[Any]:
+    """Every family with every method; of one family all methods are quick, and of the others one each, in turn."""
+    names, methods = list(names), list(methods)
+    turn = {name: methods[i % len(methods)] for i, name in enumerate(names[1:])}
+    return cases(names, methods, lambda n, m: n == names[0] or turn[n] == m)
+
+
 def label(method: str | tuple[str, ...]) -> str:
     """Name of a method or a composition in a test's id."""
     return method if isinstance(method, str) else "+".join(method)
@@ -229,6 +240,35 @@ def on_flash(monkeypatch: Any) -> list[tuple]:
     return calls
 
 
+def twenty_steps(model: nn.Module, inputs: Callable[[int], dict[str, Any]], lr: float, kind: Any = None) -> list[float]:
+    """Losses of 20 steps of AdamW (or another `kind` of optimiser) in training mode, on `inputs(step)`."""
+    optimiser = (kind or torch.optim.AdamW)([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for step in range(20):
+        loss = model.train()(**inputs(step)).loss
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@contextmanager
+def left_behind() -> Iterator[list[Tensor]]:
+    """The tensors that the block made and only the garbage collector would free (found when it has ended). What was there
+    before is frozen meanwhile: to look through all that the libraries hold takes longer than most tests."""
+    left: list[Tensor] = []
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield left
+        left += [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
 def flash(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
     scale: float, window_size: tuple[int, int], enable_gqa: bool,
@@ -248,6 +288,6 @@ def flash(
 
 __all__ = [
     "CAUSAL", "COMPOSITIONS", "CONFIGS", "ENCODERS", "ONE_OF_EACH", "SEQ2SEQ", "attach", "cases", "close", "config",
-    "embedding_name", "fresh", "head_name", "label", "logits_of", "on_flash", "padded", "randomise", "rows",
-    "state_of", "still",
+    "embedding_name", "fresh", "head_name", "label", "left_behind", "logits_of", "on_flash", "padded", "pairs", "randomise",
+    "rows", "state_of", "still", "twenty_steps",
 ]  # fmt: skip

@@ -114,6 +114,7 @@ if TYPE_CHECKING:
         prompt_embeddings_from_past_key_values,
     )
     from .model import PeftModel, get_peft_model
+    from .planning import plan
     from .preparation import prepare_model_for_kbit_training
     from .training import RankSchedule, Trainer, train_together
     from .utils import (
@@ -212,6 +213,7 @@ _HOME = {
     "initialize_lora_eva_weights": ".methods",
     "inject_adapter_in_model": ".injecting",
     "load_peft_weights": ".checkpoint",
+    "plan": ".planning",
     "prepacked": ".architectures.prepacked",
     "prepare_model_for_compiled_hotswap": ".hotswap",
     "prepare_model_for_kbit_training": ".preparation",
@@ -318,6 +320,7 @@ __all__ = [
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "load_peft_weights",
+    "plan",
     "prepacked",
     "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",

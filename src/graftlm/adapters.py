@@ -27,7 +27,7 @@ from .methods import Method, PeftConfig, method_for
 from .methods.base import TASK_HEADS
 from .preparation import freeze_base
 from .quantization import settle
-from .routing import BASE_NAME
+from .routing import BASE_NAME, remember
 
 
 class AdapterSet(Attached):
@@ -163,6 +163,12 @@ class AdapterSet(Attached):
         if self.checkpointing is None:
             self.checkpointing = checkpointed_modules(self.base)
         keep_passes(self.checkpointing, self.has_memory, keep)
+
+    def remember_pass(self) -> None:
+        """Note what acts in the pass that begins, if it has gradients, in the base's wrappers: see `routing.remember`."""
+        if torch.is_grad_enabled():
+            for host in _SETS.get(self.base, ()):
+                remember(host.switch)
 
     def _disconnect(self, *names: str) -> None:
         """Take the hooks (of some adapters) off."""

@@ -74,3 +74,7 @@ def nearest(word: str, candidates: Iterable[str], n: int = 3, cutoff: float = 0.
     """A hint such as ``; did you mean 'q_proj'?``, or the empty string where nothing is near."""
     found = difflib.get_close_matches(str(word), [str(c) for c in candidates], n=n, cutoff=cutoff)
     return f"; did you mean {' or '.join(repr(f) for f in found)}?" if found else ""
+
+
+class PlanError(GraftError, ValueError):
+    """A plan that cannot be made: an unknown device, sizes that are none, or a form of the base that is not known."""

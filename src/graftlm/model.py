@@ -145,6 +145,7 @@ class PeftModel(AdapterSet, PreTrainedModel):
         if self.plain:
             plan = plan_of(self, names, None if names is None else rows_of((args, kwargs)), (args, kwargs))
             with running(plan):
+                self.remember_pass()
                 output = self.base_model(*args, **kwargs)
             if self.training and getattr(output, "loss", None) is not None:
                 add_to_loss(output, self.penalty(plan.adapters))

@@ -27,6 +27,7 @@ class Switch:
         self.active: tuple[str, ...] = ()
         self.enabled: bool = True
         self.waiting: set[str] = set()  # adapters that act from a token on, which calls of the wrapper alone know
+        self.ran: tuple[Group, ...] | None = None  # what acted in the last pass with gradients; None: what is switched on
 
 
 BASE_NAME = "__base__"  # a row without adapters, and no adapter's name
@@ -284,8 +285,30 @@ def active_adapters(switch: Switch) -> tuple[str, ...]:
     """Names of the adapters that a layer of the wrapper `switch` belongs to applies now."""
     if _scope.get() is None:
         active = switch.active if switch.enabled else ()
-        return tuple(n for n in active if n not in switch.waiting) if switch.waiting else active
+        active = tuple(n for n in active if n not in switch.waiting) if switch.waiting else active
+        if switch.ran is not None and switch.ran != (active,):
+            _refuse_again(switch.ran, active)
+        return active
     return planned_adapters(switch)
+
+
+def remember(switch: Switch) -> None:
+    """Note what acts in the pass that runs now, for layers that run once more in its backward pass."""
+    routes = active_routes(switch)
+    switch.ran = (planned_adapters(switch),) if routes is None else tuple(dict.fromkeys(routes.groups))
+
+
+def _refuse_again(ran: tuple[Group, ...], active: Group) -> None:
+    """UnsupportedError in a backward pass: a model that calls `torch.utils.checkpoint` itself runs its layers again outside
+    of the plan, by what is switched on; where that is something else than in the pass, the gradients would be others."""
+    if torch._C._current_graph_task_id() == -1:  # no backward pass
+        return
+    then, now = (", ".join("+".join(group) or "none" for group in groups) for groups in (ran, (active,)))
+    raise UnsupportedError(
+        "A layer runs again in the backward pass (the model's own activation checkpointing) with other adapters than in its "
+        f"forward pass: {then} then, {now} now. Keep the same adapters active until backward() is through; for batches of "
+        "different adapters, or several wrappers of one base, switch that checkpointing off."
+    )
 
 
 def planned_adapters(switch: Switch) -> Group:

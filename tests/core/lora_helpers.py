@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from families import batch
-from helpers import still
+from helpers import still, twenty_steps
 from test_parity import theirs
 
 import graftlm
@@ -26,14 +26,7 @@ def twenty(name: str, make: Any, lr: float = 0.003) -> tuple[list[float], list[f
             peft.set_peft_model_state_dict(model, start)
         else:
             start = {k: v.detach().clone() for k, v in graftlm.get_peft_model_state_dict(model).items()}
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-        losses = []
-        for step in range(20):
-            loss = model.train()(**batch(name, seed=step % 4)).loss
-            loss.backward()
-            optimiser.step()
-            optimiser.zero_grad()
-            losses.append(loss.item())
+        losses = twenty_steps(model, lambda step: batch(name, seed=step % 4), lr)
         found.append(losses)
     assert found[0] == pytest.approx(found[1], abs=1e-4)
     assert sum(found[0][-4:]) < sum(found[0][:4])

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from families import CAUSAL, ENCODERS, batch, build
-from helpers import attach, close, config, fresh, logits_of, padded, randomise, rows, state_of, still
+from helpers import attach, close, config, fresh, logits_of, padded, randomise, rows, state_of, still, twenty_steps
 from test_parity import both_ways, from_theirs, theirs
 from test_quantized import folders, load  # noqa: F401  (a fixture)
 from torch import nn
@@ -41,13 +41,7 @@ def test_twenty_losses(name: str) -> None:
     for library in (graftlm, peft):
         torch.manual_seed(3)
         model = (theirs if library is peft else graftlm.get_peft_model)(still(name), config("adaption", name, library))
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
-        for step in range(20):
-            loss = model.train()(**batch(name, seed=step % 4)).loss
-            loss.backward()
-            optimiser.step()
-            optimiser.zero_grad()
-            losses.setdefault(library.__name__, []).append(loss.item())
+        losses[library.__name__] = twenty_steps(model, lambda step: batch(name, seed=step % 4), 0.03)
     assert losses["graftlm"] == pytest.approx(losses["peft"], abs=1e-4)
     assert sum(losses["graftlm"][-4:]) < sum(losses["graftlm"][:4])
 

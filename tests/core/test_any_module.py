@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import attach, close, config, fresh, logits_of, randomise, state_of
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import graftlm
@@ -561,6 +562,56 @@ def test_what_cannot_be_injected() -> None:
 
 
 # -- bad input -----------------------------------------------------------------------------------------------------------
+class Recomputes(nn.Module):
+    """Calls torch's activation checkpointing itself: x [B, 8] -> [B, 4]."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+        self.out = nn.Linear(8, 4)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
+        return self.out(x)
+
+
+def two_over(base: nn.Module) -> tuple[Any, Any]:
+    """Two wrappers, the first with adapters `default` and `b`, all trainable; each call gives the same values."""
+    made = lambda: graftlm.LoraConfig(r=2, target_modules=r"blocks\.\d\.0")  # noqa: E731
+    one, other = (randomise(graftlm.get_peft_model(base, made())) for _ in range(2))
+    one.add_adapter("b", made())
+    for name, parameter in (*one.named_parameters(), *other.named_parameters()):
+        parameter.requires_grad_("lora_" in name)
+    return randomise(one, seed=3).train(), other.train()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_models_own_checkpointing_goes_through_the_same_adapters_or_says_so(reentrant: bool) -> None:
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+    def gradients(how: str, reentrant: bool | None) -> dict[str, Tensor]:
+        one, other = two_over(Recomputes(reentrant))
+        rows = ["default", "b", "__base__"] * 2 if how == "mixed" else None
+        if how != "two wrappers":
+            other.disable_adapter_layers()
+        made = one(x) if rows is None else one(x, adapter_names=rows)
+        if how == "switched":
+            one.set_adapter("b")
+        made.square().sum().backward()
+        return {n: p.grad for n, p in one.named_parameters() if p.grad is not None}
+
+    wanted = gradients("alone", None)
+    assert any(g.abs().max() > 1e-3 for g in wanted.values())
+    got = gradients("alone", reentrant)
+    assert got.keys() == wanted.keys() and all(torch.equal(got[n], wanted[n]) for n in wanted)
+    for how in ("mixed", "switched", "two wrappers"):
+        with pytest.raises(UnsupportedError, match="runs again in the backward pass"):
+            gradients(how, reentrant)
+
+
 class Wide(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from families import ALL, batch
-from helpers import attach, cases, close, config, fresh, logits_of, padded, randomise, rows, still
+from helpers import attach, cases, close, config, fresh, logits_of, padded, randomise, rows, still, twenty_steps
 from test_parity import both_ways, theirs
 from test_quantized import folders, load  # noqa: F401  (a fixture)
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,13 +40,7 @@ def test_twenty_losses(name: str) -> None:
         torch.manual_seed(3)
         model = (theirs if library is peft else graftlm.get_peft_model)(still(name), config("cartridge", name, library))
         before = library.get_peft_model_state_dict(model)["prompt_embeddings"].clone()
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
-        for step in range(20):
-            loss = model.train()(**batch(name, seed=step % 4)).loss
-            loss.backward()
-            optimiser.step()
-            optimiser.zero_grad()
-            losses.setdefault(library.__name__, []).append(loss.item())
+        losses[library.__name__] = twenty_steps(model, lambda step: batch(name, seed=step % 4), 0.03)
         after = library.get_peft_model_state_dict(model)["prompt_embeddings"]
         assert torch.equal(after[:1], before[:1])
         assert not torch.equal(after[1:], before[1:])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 import pickle
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 import transformers as t
 from accelerate.utils.operations import convert_to_fp32
 from families import CAUSAL, SEQ2SEQ, VOCAB, batch, build
-from helpers import CONFIGS, attach, cases, close, config, on_flash, padded, randomise, rows, still
+from helpers import CONFIGS, attach, cases, close, config, left_behind, on_flash, padded, pairs, randomise, rows, still
 from torch import Tensor, nn
 
 import graftlm
@@ -340,6 +339,18 @@ def test_mlps_of_another_kind_are_left_alone(twist: str, training: bool) -> None
     assert owner.training and owner.act.training
 
 
+@pytest.mark.parametrize("other", [nn.GELU, nn.Tanh])
+def test_an_activation_that_is_exchanged_later_is_heeded(other: type[nn.Module]) -> None:
+    model = attach("llama", "lora").train()
+    mlp: Any = model.base.model.layers[0].mlp
+    assert isinstance(mlp, fast.Fast)
+    x, before = torch.randn(2, 3, model.config.hidden_size), mlp.act_fn
+    mlp.act_fn = other()
+    assert torch.equal(mlp(x), mlp.plain_class.forward(mlp, x))
+    exchanged, mlp.act_fn = mlp(x), before
+    assert not torch.allclose(mlp(x), exchanged)
+
+
 @pytest.mark.parametrize("large", [True, False])
 @pytest.mark.parametrize("name", ["gpt2", "opt", "bart"])
 def test_dropout_of_the_base(name: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,28 +426,19 @@ def test_evaluation_and_other_requests_are_plain() -> None:
     assert model.base(**inputs).logits is not None
 
 
-@pytest.mark.parametrize("method", ["lora", "prompt", "prefix_projection", "houlsby"])
-@pytest.mark.parametrize("name", ["bloom", "llama", "falcon", "t5"])
+@pytest.mark.parametrize(
+    ("name", "method"), pairs(["llama", "bloom", "falcon", "t5"], ["lora", "prompt", "prefix_projection", "houlsby"])
+)
 @pytest.mark.parametrize("training", [True, False])
 def test_a_step_leaves_nothing_to_the_garbage_collector(name: str, method: str, training: bool) -> None:
     """What a cycle of references holds lives on into the next steps, and is added to their memory."""
     model = trained(name, method).train(training)
     inputs = batch(name) if name in SEQ2SEQ else ragged()
     model(**inputs).loss.backward()
-
-    def tensors() -> set[int]:
-        return {id(o) for o in gc.get_objects() if issubclass(type(o), Tensor)}
-
     model.zero_grad(set_to_none=False)
-    gc.collect()
-    gc.disable()
-    try:
-        before = tensors()
+    with left_behind() as left:
         model(**inputs).loss.backward()
         model(**inputs)
-        left = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and id(o) not in before]
-    finally:
-        gc.enable()
     assert [tuple(o.shape) for o in left] == []
 
 

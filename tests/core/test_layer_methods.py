@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import ALL, batch
-from helpers import attach, cases, close, config, fresh, logits_of, randomise, state_of, still
+from helpers import attach, cases, close, config, fresh, logits_of, randomise, state_of, still, twenty_steps
 from safetensors.torch import load_file
 from test_engine import ragged
 from test_engine import same as packed_as_padded
@@ -245,8 +245,13 @@ def test_files_both_ways(name: str, method: str, tmp_path: Path) -> None:
     both_ways(lambda: fresh(name), lambda lib: config(method, name, lib), inputs, tmp_path)
 
 
-@pytest.mark.parametrize("method", [m for m in NEW if m != "adalora"])  # its own: test_adalora.py
-@pytest.mark.parametrize("name", ["llama", "bert", pytest.param("opt", marks=pytest.mark.slow)])
+TWENTY = [m for m in NEW if m != "adalora"]  # its own: test_adalora.py
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    cases(["llama", "bert", "opt"], TWENTY, lambda n, m: n == ("bert" if TWENTY.index(m) % 3 == 0 else "llama")),
+)
 def test_twenty_losses(name: str, method: str) -> None:
     losses: dict[str, list[float]] = {}
     for library in (graftlm, peft):
@@ -254,13 +259,7 @@ def test_twenty_losses(name: str, method: str) -> None:
         settings = config(method, name, library)
         model = (theirs if library is peft else graftlm.get_peft_model)(still(name), settings)
         rate = 0.01 if method == "randlora" else 0.03  # at which rounding does not grow
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
-        for step in range(20):
-            loss = model.train()(**batch(name, seed=step % 4)).loss
-            loss.backward()
-            optimiser.step()
-            optimiser.zero_grad()
-            losses.setdefault(library.__name__, []).append(loss.item())
+        losses[library.__name__] = twenty_steps(model, lambda step: batch(name, seed=step % 4), rate)
     assert losses["graftlm"] == pytest.approx(losses["peft"], abs=1e-4)
     assert sum(losses["graftlm"][-4:]) < sum(losses["graftlm"][:4])
 

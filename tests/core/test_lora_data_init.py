@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from families import batch
-from helpers import close, fresh, logits_of, randomise, state_of
+from helpers import close, fresh, logits_of, randomise, state_of, twenty_steps
 from peft.tuners.lora.config import CordaConfig as TheirCorda
 from peft.tuners.lora.corda import preprocess_corda as their_preprocess_corda
 from test_parity import from_theirs, theirs
@@ -105,14 +105,7 @@ def test_starts_and_losses_are_hf_pefts(start: str, options: dict[str, Any], mon
             assert all(
                 torch.equal(before[k.replace("base_layer.", "")], v) for k, v in base.state_dict().items() if "lora" not in k
             )
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.003)
-        found.append([])
-        for step in range(20):
-            loss = model.train()(**batches()[step % 3]).loss
-            loss.backward()
-            optimiser.step()
-            optimiser.zero_grad()
-            found[-1].append(loss.item())
+        found.append(twenty_steps(model, lambda step: batches()[step % 3], 0.003))
     assert factors[0].keys() == factors[1].keys()
     for key, value in factors[0].items():
         close(value, factors[1][key], 1e-4)
@@ -281,14 +274,7 @@ def test_eva_is_hf_pefts(options: dict[str, Any], tmp_path: Path) -> None:
     peft.set_peft_model_state_dict(models[1], graftlm.get_peft_model_state_dict(models[0]))
     losses: list[list[float]] = []
     for model in models:
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-        losses.append([])
-        for step in range(20):
-            loss = model.train()(**eva_data()[step % 3]).loss
-            loss.backward()
-            optimiser.step()
-            optimiser.zero_grad()
-            losses[-1].append(loss.item())
+        losses.append(twenty_steps(model, lambda step: eva_data()[step % 3], 0.01))
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     wanted = logits_of(models[0].eval(), **INPUTS)
     models[0].save_pretrained(tmp_path / "mine")

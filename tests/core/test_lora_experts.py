@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers as t
 from families import SPECIAL
-from helpers import close, logits_of, randomise, state_of
+from helpers import close, logits_of, randomise, state_of, twenty_steps
 from test_parity import both_ways, theirs
 from torch import nn
 
@@ -96,6 +96,11 @@ def test_choices_both_ways(options: dict[str, Any], tmp_path: Path) -> None:
     both_ways(lambda: fresh("mixtral"), lambda lib: settings(lib, **options), INPUTS, tmp_path)
 
 
+def labelled(seed: int) -> dict[str, torch.Tensor]:
+    inputs = rows(seed=seed)
+    return inputs | {"labels": inputs["input_ids"]}
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_twenty_losses(name: str) -> None:
     found: list[list[float]] = []
@@ -106,15 +111,7 @@ def test_twenty_losses(name: str) -> None:
             peft.set_peft_model_state_dict(model, start)
         else:
             start = {k: v.detach().clone() for k, v in graftlm.get_peft_model_state_dict(model).items()}
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-        found.append([])
-        for step in range(20):
-            inputs = rows(seed=step % 4)
-            loss = model.train()(**inputs, labels=inputs["input_ids"]).loss
-            loss.backward()
-            optimiser.step()
-            optimiser.zero_grad()
-            found[-1].append(loss.item())
+        found.append(twenty_steps(model, lambda step: labelled(seed=step % 4), 0.01))
     assert found[0] == pytest.approx(found[1], abs=1e-4)
     assert sum(found[0][-4:]) < sum(found[0][:4])
 

@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from families import batch
-from helpers import close, fresh, logits_of, padded, randomise, still
+from helpers import close, fresh, logits_of, padded, randomise, still, twenty_steps
 from lora_helpers import OPTIONS
 from test_parity import both_ways, theirs
 
@@ -92,14 +92,7 @@ def test_twenty_losses() -> None:
             peft.set_peft_model_state_dict(model, start)
         else:
             start = {k: v.detach().clone() for k, v in graftlm.get_peft_model_state_dict(model).items()}
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.003)
-        found.append([])
-        for _ in range(20):
-            loss = model.train()(**inputs).loss
-            loss.backward()
-            optimiser.step()
-            optimiser.zero_grad()
-            found[-1].append(loss.item())
+        found.append(twenty_steps(model, lambda _: inputs, 0.003))
     assert found[0] == pytest.approx(found[1], abs=1e-4)
     assert found[0][-1] < found[0][0]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers as t
 from families import _GQA, batch
-from helpers import close, fresh, logits_of, randomise, state_of
+from helpers import close, fresh, logits_of, randomise, state_of, twenty_steps
 from lora_helpers import OPTIONS
 from test_parity import both_ways, from_theirs, theirs
 from torch import nn
@@ -72,16 +72,8 @@ def test_twenty_losses(chosen: str) -> None:
             peft.set_peft_model_state_dict(model, start)
         else:
             start = {k: v.detach().clone() for k, v in graftlm.get_peft_model_state_dict(model).items()}
-        optimiser = torch.optim.SGD(
-            [p for p in model.parameters() if p.requires_grad], lr=0.001 if chosen == "embedding" else 0.5
-        )
-        found.append([])
-        for step in range(20):
-            loss = model.train()(**batch("llama", seed=step % 4)).loss
-            loss.backward()
-            optimiser.step()
-            optimiser.zero_grad()
-            found[-1].append(loss.item())
+        rate = 0.001 if chosen == "embedding" else 0.5
+        found.append(twenty_steps(model, lambda step: batch("llama", seed=step % 4), rate, torch.optim.SGD))
     assert found[0] == pytest.approx(found[1], abs=1e-4)
     assert found[0][-1] < found[0][0]
 

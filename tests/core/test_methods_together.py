@@ -8,11 +8,11 @@ import pytest
 import torch
 from families import SEQ2SEQ, task
 from helpers import attach, config, fresh, randomise, still
-from test_joint import batches, gradients
+from test_joint import batches, each_is_as_alone
 from test_served import Server, check, group_of, prompts
 
 import graftlm
-from graftlm.joint import Share, joinable, joint_losses
+from graftlm.joint import joinable
 
 SETS = ("lora_tokens", "tokens", "cartridge", "lora", "adaption", "one_task")
 
@@ -27,23 +27,7 @@ def test_each_share_is_as_alone(name: str) -> None:
     data = batches(name, len(models))
     for inputs in data:
         inputs["input_ids"][:, 1] = 5  # a trained token
-    wanted = []
-    for model, inputs in zip(models, data, strict=True):
-        loss = model(**inputs).loss
-        loss.backward()
-        wanted.append((float(loss.detach()), gradients(model)))
-    assert all(joinable(m, i) for m, i in zip(models, data, strict=True))
-    found = joint_losses([Share(m, i) for m, i in zip(models, data, strict=True)])
-    assert found is not None
-    means = [total / count for total, count in found]
-    torch.stack(means).sum().backward()
-    for model, mean, (loss, expected) in zip(models, means, wanted, strict=True):
-        assert abs(float(mean.detach()) - loss) <= 1e-5 * abs(loss)
-        got = gradients(model)
-        assert any(v.abs().max() > 0 for v in expected.values())
-        for key, value in expected.items():
-            if value.abs().max() > 0:
-                torch.testing.assert_close(got[key], value, rtol=1e-3, atol=2e-6)
+    each_is_as_alone(models, data)
 
 
 def test_virtual_tokens_of_a_decoder_run_alone() -> None:

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from families import batch
-from helpers import close, fresh, logits_of, randomise, state_of, still
+from helpers import close, fresh, logits_of, randomise, state_of, still, twenty_steps
 from peft.tuners.boft import layer as boft_layer
 from test_layer_methods import adapted
 from test_parity import both_ways, theirs
@@ -88,13 +88,7 @@ def test_twenty_losses(case: str) -> None:
     losses: dict[str, list[float]] = {}
     for library in (graftlm, peft):
         model = (theirs if library is peft else graftlm.get_peft_model)(still("llama"), settings(case, library))
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
-        for step in range(20):
-            loss = model.train()(**batch("llama", seed=step % 4)).loss
-            loss.backward()
-            optimiser.step()
-            optimiser.zero_grad()
-            losses.setdefault(library.__name__, []).append(loss.item())
+        losses[library.__name__] = twenty_steps(model, lambda step: batch("llama", seed=step % 4), 0.03)
     assert losses["graftlm"] == pytest.approx(losses["peft"], abs=1e-4)
 
 

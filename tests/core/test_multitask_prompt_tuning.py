@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from families import ALL, CAUSAL, SEQ2SEQ, batch
-from helpers import attach, cases, close, config, fresh, logits_of, padded, randomise, rows, still
+from helpers import attach, cases, close, config, fresh, logits_of, padded, randomise, rows, still, twenty_steps
 from safetensors.torch import load_file
 from test_parity import both_ways, theirs
 from test_quantized import folders, load  # noqa: F401  (a fixture)
@@ -48,13 +48,8 @@ def test_twenty_losses(name: str) -> None:
     for library in (graftlm, peft):
         torch.manual_seed(3)
         model = (theirs if library is peft else graftlm.get_peft_model)(still(name), config("multitask", name, library))
-        optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        for step in range(20):
-            loss = model.train()(**batch(name, seed=step % 4), task_ids=TASKS.roll(step)).loss
-            loss.backward()
-            optimiser.step()
-            optimiser.zero_grad()
-            losses.setdefault(library.__name__, []).append(loss.item())
+        inputs = lambda step: batch(name, seed=step % 4) | {"task_ids": TASKS.roll(step)}  # noqa: E731
+        losses[library.__name__] = twenty_steps(model, inputs, 0.1)
     assert losses["graftlm"] == pytest.approx(losses["peft"], abs=1e-4)
     assert sum(losses["graftlm"][-4:]) < sum(losses["graftlm"][:4])
 

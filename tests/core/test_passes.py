@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 from typing import Any
 
 import pytest
 import torch
 from families import SEQ2SEQ, batch
-from helpers import attach, close, padded, rows, still
+from helpers import attach, close, left_behind, padded, rows, still
 from torch import Tensor
 
 from graftlm.errors import UnsupportedError
@@ -64,17 +63,8 @@ def test_checkpointing_keeps_no_graph_of_a_pass_that_nobody_goes_back_through(na
     model(**inputs).loss.backward()
     model.zero_grad(set_to_none=False)
 
-    def tensors() -> set[int]:
-        return {id(o) for o in gc.get_objects() if issubclass(type(o), Tensor)}
-
-    gc.collect()
-    gc.disable()
-    try:
-        before = tensors()
+    with left_behind() as left:
         model(**inputs)
-        left = [o for o in gc.get_objects() if issubclass(type(o), Tensor) and id(o) not in before]
-    finally:
-        gc.enable()
     assert [tuple(o.shape) for o in left] == []
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
-from helpers import close, randomise, state_of
+from helpers import close, pairs, randomise, state_of
 from test_wrapper import SENSES, sensing
 from torch import Tensor, nn
 
@@ -88,8 +88,7 @@ def layers_of(name: str) -> list[str]:
     return MODELS[name][3] if name in MODELS else LAYERS[name]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "method"), pairs(NAMES, METHODS))
 def test_every_layer_method(name: str, method: str, tmp_path: Path) -> None:
     base, inputs = base_of(name)
     plain, keys = output(name, base, inputs).detach(), state_of(base).keys()

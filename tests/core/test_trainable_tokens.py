@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from families import ALL, VOCAB, batch, build
-from helpers import attach, cases, close, config, fresh, logits_of, padded, randomise, rows, state_of
+from helpers import attach, cases, close, config, fresh, logits_of, padded, randomise, rows, state_of, twenty_steps
 from safetensors.torch import load_file
 from test_parity import both_ways, from_theirs, theirs
 from test_quantized import folders, load  # noqa: F401  (a fixture)
@@ -83,14 +83,7 @@ def test_twenty_losses(name: str, method: str, tie: bool) -> None:
         model = (theirs if library is peft else graftlm.get_peft_model)(base, config(method, name, library))
         start = start or {k: v.clone() for k, v in graftlm.get_peft_model_state_dict(model).items()}
         library.set_peft_model_state_dict(model, start)
-        trained = list({id(p): p for p in model.parameters() if p.requires_grad}.values())
-        optimiser = torch.optim.AdamW(trained, lr=0.03)
-        for step in range(20):
-            loss = model.train()(**with_tokens(name, seed=step % 4)).loss
-            loss.backward()
-            optimiser.step()
-            optimiser.zero_grad()
-            losses.setdefault(library.__name__, []).append(loss.item())
+        losses[library.__name__] = twenty_steps(model, lambda step: with_tokens(name, seed=step % 4), 0.03)
     assert losses["graftlm"] == pytest.approx(losses["peft"], abs=1e-4)
     assert sum(losses["graftlm"][-4:]) < sum(losses["graftlm"][:4])
 

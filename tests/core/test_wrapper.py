@@ -113,6 +113,18 @@ def test_attributes_come_from_the_base_and_go_to_it() -> None:
     assert model.peft_type == "PROMPT_TUNING"
 
 
+def test_looking_at_a_module_trained_in_full_never_fails() -> None:
+    """Of attributes that it lacks it says so, also where two copies could not act together, and before it has its own."""
+    model = graftlm.get_peft_model(fresh("llama"), graftlm.LoraConfig(modules_to_save=["norm"]))
+    model.add_adapter("other", graftlm.LoraConfig(modules_to_save=["norm"]))
+    saved = model.base.model.norm
+    model.switch.active = ("default", "other")
+    assert not hasattr(saved, "no_such_thing") and saved.variance_epsilon == saved.original_module.variance_epsilon
+    bare = type(saved).__new__(type(saved))
+    for name in ("no_such_thing", "switch", "modules_to_save"):
+        assert not hasattr(bare, name)
+
+
 def test_module_names_are_those_of_peft() -> None:
     names = []
     for lib in (graftlm, peft):

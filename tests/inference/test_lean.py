@@ -45,8 +45,11 @@ def logits(server: Served, groups: list[tuple[str, ...]], how: bool | None) -> T
     return torch.stack(made)
 
 
-@pytest.mark.parametrize("packs", [False, True])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "packs"),
+    [(n, False) for n in FAMILIES]
+    + [pytest.param(n, True, marks=[pytest.mark.slow] * (i > 0)) for i, n in enumerate(FAMILIES)],
+)
 def test_as_the_layers_themselves(name: str, packs: bool) -> None:
     """Ranks of several sizes, compositions, bottlenecks and changes that are no low-rank updates, in one step."""
     model = crowd(name, ["lora", "wide", "houlsby", "dora", "ia3", "loha"])

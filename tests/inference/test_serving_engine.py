@@ -79,7 +79,7 @@ def test_each_request_equals_itself_alone_when_the_cache_is_full(name: str) -> N
     assert preempted > 2
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_small_steps_and_few_rows(seed: int) -> None:
     model = crowd("llama", ["lora", "wide", "dora", "prompt", "prefix"])
     trace(model, seed, 30, step_tokens=3, max_rows=2, kept_tokens=30)

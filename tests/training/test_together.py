@@ -20,7 +20,7 @@ from graftlm.errors import DivergedError, RecipeError
 from graftlm.kernels import linear
 from graftlm.training import Recipe, Together, TrainingInterrupted, resolve_base, run, train_together
 
-DATA = {"source": "tweets", "max_examples": 48, "max_eval_examples": 16}
+DATA = {"source": "tweets", "max_examples": 48, "max_eval_examples": 6}
 
 
 def recipe(folder: Path, name: str, method: str = "lora", options: dict | None = None, **training: Any) -> Recipe:

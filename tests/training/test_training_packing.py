@@ -39,8 +39,14 @@ def fit(
     return trainer, len(passes)
 
 
-@pytest.mark.parametrize("method", ["lora", "prompt", "p_tuning_mlp", "prefix", "bottleneck"])
-@pytest.mark.parametrize("family, smoothing", [("llama", 0.0), ("bloom", 0.0), ("llama", 0.1)])
+@pytest.mark.parametrize(
+    ("method", "family", "smoothing"),  # quick: every method on one family, with the smoothing in turn
+    [
+        pytest.param(method, *other, marks=[] if j == i % 3 else [pytest.mark.slow])
+        for i, method in enumerate(("lora", "prompt", "p_tuning_mlp", "prefix", "bottleneck"))
+        for j, other in enumerate((("llama", 0.0), ("bloom", 0.0), ("llama", 0.1)))
+    ],
+)
 def test_joined_accumulation_takes_the_same_steps(method: str, family: str, smoothing: float, tmp_path: Path) -> None:
     plain, many = fit(method, tmp_path / "1", family, join=False, label_smoothing_factor=smoothing)
     ours, few = fit(method, tmp_path / "2", family, label_smoothing_factor=smoothing)

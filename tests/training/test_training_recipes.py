@@ -409,6 +409,59 @@ def test_a_constant_answer_is_no_success() -> None:
         assert (advice.verdict(before, after) is None) == learnt
 
 
+@pytest.mark.parametrize(
+    ("of", "told"),
+    [
+        (
+            {"data": {"max_eval_examples": 4}},
+            "measured on 4 held-out rows, with answers to 4 of them; this recipe's data has 6",
+        ),
+        (
+            {"data": {"format": "completion", "columns": {"prompt": "Tweet text", "completion": "text_label"}}},
+            "answers to 5",
+        ),
+        ({"data": {"split": "test", "eval_split": "train", "max_eval_examples": 6}, "swapped": True}, "other held-out rows"),
+    ],
+    ids=["fewer", "another format", "others"],
+)
+def test_a_baseline_of_other_rows_is_refused_before_training(of: dict, told: str, place: Path, tmp_path: Path) -> None:
+    if of.pop("swapped", False):  # as many rows, and others
+        save_tweets(tmp_path / "tweets")
+        rows = (tmp_path / "tweets" / "train.csv").read_text().splitlines()
+        (tmp_path / "tweets" / "train.csv").write_text("\n".join([rows[0], *reversed(rows[1:])]) + "\n")
+        of["data"]["source"] = str(tmp_path / "tweets")
+    data = {"source": str(place / "tweets")}
+    model, tokenizer = resolve_base(str(place / "base"))
+    baseline = measure(recipe(place, tmp_path / "x", **of | {"data": data | of["data"]}), model, tokenizer)
+    mine = recipe(place, tmp_path / "run", data=data)
+    steps: list[Any] = []
+    with pytest.raises(RecipeError, match=told):
+        run(mine, model=model, tokenizer=tokenizer, quiet=True, baseline=baseline, callbacks=[Noted(steps)])
+    with pytest.raises(RecipeError, match="holds out no rows"):
+        none = recipe(place, tmp_path / "none", data=data | {"split": "test", "eval_split": None, "holdout": 0.0})
+        run(none, model=model, tokenizer=tokenizer, quiet=True, baseline=baseline, callbacks=[Noted(steps)])
+    assert not steps
+    run(
+        mine,
+        model=model,
+        tokenizer=tokenizer,
+        quiet=True,
+        baseline=measure(mine, model, tokenizer),
+        callbacks=[Noted(steps)],
+    )
+    assert steps
+
+
+class Noted(t.TrainerCallback):
+    """Keeps the numbers of the steps that began."""
+
+    def __init__(self, steps: list[Any]) -> None:
+        self.steps = steps
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps.append(state.global_step)
+
+
 # -- evaluation --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", [None, "prompt-tuning", "prefix-tuning", "lora"])
 def test_losses_of_labelled_places_only_are_those_of_all_logits(

@@ -34,15 +34,15 @@ def mlp_forward(module: nn.Module, tried: dict | None = None) -> Callable | None
     if names is None or any(t is not None for t in own):
         return None
     others = {name: child for name, child in children.items() if name not in names}
-    active = [ACTIVATIONS.get(plain(type(child)), "") for child in others.values() if not isinstance(child, nn.Dropout)]
+    active = [(name, plain(type(child))) for name, child in others.items() if not isinstance(child, nn.Dropout)]
     dropout = next((name for name, child in others.items() if isinstance(child, nn.Dropout)), None)
-    if len(active) > 1 or (active and not active[0]) or len(others) > 2:
+    if len(active) > 1 or (active and active[0][1] not in ACTIVATIONS) or len(others) > 2:
         return None
     tried = {} if tried is None else tried
     settings = [(n, v if isinstance(v, (int, float, str)) else id(v)) for n, v in vars(module).items() if n[0] != "_"]
     key = type(module), names, *active, dropout, *sorted(settings)
     if key not in tried:
-        forward = mlp(names, active[0] if active else "silu", dropout)
+        forward = mlp(names, *(active or [None]), dropout)
         tried[key] = forward if same(module, names, forward) else None
     return tried[key]
 
@@ -53,11 +53,14 @@ def plain(kind: Any) -> Any:
 
 
 @functools.cache
-def mlp(names: tuple[str, ...], activation: str, dropout: str | None) -> Callable:
-    """The forward of gated MLPs with these layers."""
+def mlp(names: tuple[str, ...], active: tuple[str, type] | None, dropout: str | None) -> Callable:
+    """The forward of gated MLPs with these layers. `active`: name and class of the activation's module; None: the MLP calls
+    SiLU itself."""
+    activation = "silu" if active is None else ACTIVATIONS[active[1]]
 
     def forward(module: Any, otherwise: Callable, x: Tensor, *more: Any, **named: Any) -> Tensor:
-        if more or named:
+        exchanged = active is not None and plain(type(getattr(module, active[0]))) is not active[1]
+        if more or named or exchanged:
             return otherwise(x, *more, **named)
         up = getattr(module, names[1])(x) if len(names) == 3 else None
         made = gated(getattr(module, names[0])(x), up, activation)

@@ -22,6 +22,7 @@ from ..version import __version__
 # name -> (module below this package, attribute, line in the help)
 COMMANDS = {
     "demo": ("demo", "demo", "Fine-tune the bundled model with every method and show before and after (minutes)."),
+    "plan": ("plan", "plan", "Memory, time and fit of a run before it is made; every method side by side."),
     "train": ("train", "train", "Train one adapter, from a YAML recipe or from flags."),
     "evaluate": ("evaluate", "evaluate", "Loss, perplexity and accuracy of a base or an adapter on held-out data."),
     "compare": ("compare", "compare", "Train every method on one data set; table, JSON and HTML report."),

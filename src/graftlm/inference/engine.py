@@ -29,6 +29,7 @@ from ..passes.served import Served
 from .errands import Errand, embedded
 from .handle import Handle
 from .jobs import Job
+from .pace import Pace
 from .registry import Registry, Version
 from .requests import Request
 from .scheduler import Scheduler
@@ -147,8 +148,10 @@ class Engine:
     def _parts(self, space: Space) -> tuple[Scheduler, Stepping]:
         """Who decides what goes through the model next, and who does it."""
         self.served.refuse()
-        scheduler = Scheduler(space, self.config.max_rows, self.config.step_tokens)
-        return scheduler, Stepping(self, self.served, scheduler, self.starts, self.registry, self.tokenizer, self.limit)
+        pace = Pace(self.config.step_tokens)
+        scheduler = Scheduler(space, self.config.max_rows, self.config.step_tokens, chunk=pace.tokens)
+        parts = self.served, scheduler, self.starts, self.registry, self.tokenizer, self.limit
+        return scheduler, Stepping(self, *parts, pace=pace)
 
     def _limit(self, space: Space) -> int:
         """Tokens that a row may have at most."""

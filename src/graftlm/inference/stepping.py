@@ -53,6 +53,7 @@ class Stepping:
         owner: the engine.
         tokenizer: None for token ids only.
         limit: tokens that a row may have at most.
+        pace: is told how long steps took; None: nobody asks.
 
     Attributes:
         vocabulary: ids that the model has rows for.
@@ -61,7 +62,7 @@ class Stepping:
 
     def __init__(
         self, owner: Owner, served: Served, scheduler: Scheduler, starts: Starts, registry: Registry, tokenizer: Any,
-        limit: int,
+        limit: int, pace: Pace | None = None,
     ) -> None:  # fmt: skip
         self.owner = owner
         self.served = served
@@ -77,8 +78,8 @@ class Stepping:
         self.vocabulary = token_embeddings(served.host.base).weight.shape[0]  # type: ignore[union-attr]
         first, others = end_tokens(tokenizer, served.host)
         self.ends = [*first, *others]
-        self.pace = Pace(scheduler.step_tokens, scheduler.least_chunk)
-        scheduler.known, scheduler.chunk = self._known, self.pace.tokens
+        self.pace = pace
+        scheduler.known = self._known
 
     # -- compositions ----------------------------------------------------------------------------------------------------
     def composition(self, versions: tuple[Version, ...]) -> Composition:
@@ -194,7 +195,8 @@ class Stepping:
         begun = time.perf_counter()
         logits = self._forward(pieces, failed)
         prompts = sum(p.count for p in pieces if p.sequence.filling)
-        self.pace.took(sum(not p.sequence.filling for p in pieces), prompts, time.perf_counter() - begun)
+        if self.pace is not None:
+            self.pace.took(sum(not p.sequence.filling for p in pieces), prompts, time.perf_counter() - begun)
         ran = [piece for piece in pieces if piece not in failed]
         completes = [piece.completes for piece in ran]
         self.scheduler.ran(ran)

@@ -131,7 +131,7 @@ class ModulesToSaveWrapper(Switched, nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("original_module", "modules_to_save"):
+            if name in ("original_module", "modules_to_save", "switch", "active"):  # own, and not there yet
                 raise
             try:
                 active = self.active

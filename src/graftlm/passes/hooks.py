@@ -117,6 +117,8 @@ class Hooks:
         """Forward pre-hook of the base model: its pass begins."""
         plan = self.plan()
         if plan is None:
+            if current_plan() is None and torch.is_grad_enabled():
+                self.host.switch.ran = None
             if self.guards:  # else nothing counts it down again
                 _direct.set(_direct.get() + 1)
             return None
@@ -135,6 +137,7 @@ class Hooks:
         if call.gives_tuple and isinstance(now.layout, Placed) and now.layout.moved:
             named["return_dict"] = True  # outputs are put in order by their names
         now.begin()
+        self.host.remember_pass()
         return (), named
 
     def call(self, run: Run, named: dict) -> Call:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .evaluation import Evaluation, answers, evaluation, is_encoder_decoder
+from ..errors import RecipeError
+from .evaluation import LABEL_FORMAT, Evaluation, answers, evaluation, is_encoder_decoder
 from .schema import Recipe
 from .setup import RunData, load_data_of
 
@@ -33,3 +34,23 @@ def measure(recipe: Recipe, model: Any, tokenizer: Any, data: RunData | None = N
     return Evaluation(
         metrics=found.metrics, prompts=tuple(rows["prompt"]), targets=tuple(rows["target"]), outputs=tuple(outputs)
     )
+
+
+def check_baseline(baseline: Evaluation, data: RunData, tokenizer: Any, seq2seq: bool) -> None:
+    """RecipeError where a baseline was measured on other held-out rows than the run's, or written out in another format."""
+    mend = "Give what measure(…) gave on this recipe's data, or leave baseline out: it is then measured."
+    if data.held_out is None:
+        raise RecipeError(f"baseline was given, but the recipe holds out no rows that it could be compared on. {mend}")
+    rows = data.sample_rows(SAMPLES, tokenizer, seq2seq)
+    prompts = list(rows["prompt"]) if rows is not None else []
+    count = len(data.held_out) if data.format.name == LABEL_FORMAT else len(prompts)
+    measured = baseline.metrics["examples"], len(baseline.prompts)
+    if measured != (len(data.held_out), count):
+        raise RecipeError(
+            f"baseline was measured on {measured[0]} held-out rows, with answers to {measured[1]} of them; this recipe's "
+            f"data has {len(data.held_out)}, with answers to {count}. {mend}"
+        )
+    shown = [prompt for prompt in baseline.prompts if prompt.strip()][: len(prompts)]
+    for had, has in zip(shown, prompts, strict=True):
+        if had != has:
+            raise RecipeError(f"baseline was measured on other held-out rows: {had!r} stands where {has!r} does now. {mend}")

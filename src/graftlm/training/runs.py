@@ -27,7 +27,7 @@ from .arguments import training_arguments
 from .bases import resolve_base
 from .compiling import CompiledLayers
 from .evaluation import Evaluation, is_encoder_decoder
-from .measuring import measure
+from .measuring import check_baseline, measure
 from .output import RECIPE_NAME, open_output, write_recipe
 from .progress import RichProgress
 from .results import RunResult, finish
@@ -72,6 +72,8 @@ def run(
         size = model.get_memory_footprint() if member is None else member.base_bytes  # without other runs' adapters
         form = {"quantization": scheme_of(model), "base_bytes": size}
         data = data or load_data_of(recipe, tokenizer, is_encoder_decoder(model))
+        if baseline is not None:
+            check_baseline(baseline, data, tokenizer, is_encoder_decoder(model))
         with running(Plan(Switch(), ())):  # the base may carry the adapters of other runs
             before = baseline if baseline is not None else measure(recipe, model, tokenizer, data)
         dims = model_dims(model)

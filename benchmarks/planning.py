@@ -1,0 +1,235 @@
+"""Planned against real memory: every point is a whole run of a recipe in a process of its own.
+
+    python benchmarks/planning.py                          # measure all points that --json does not hold yet, then compare
+    python benchmarks/planning.py --only llama lora        # points whose names hold all of these words
+    python benchmarks/planning.py --compare --json planning.json     # plan what was measured, and print the table
+
+A run loads a random checkpoint of a shape (made once, in a folder that is kept), trains two updates and saves the adapter;
+what is measured is the highest resident memory of the process from its start to its end (VmHWM, with what
+the Trainer's own meter resets put together). It exits with an error if a plan is more than 8 % too low, or fewer than 90 %
+are within 10 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+TOO_LOW, WITHIN, SHARE = 0.08, 0.10, 0.90
+
+
+def shapes() -> dict[str, Any]:
+    """Configurations by name."""
+    import transformers as t
+
+    small = {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8} | SPECIAL
+    return {
+        "bloom": t.BloomConfig(vocab_size=32_000, hidden_size=512, n_layer=8, n_head=8, **SPECIAL),
+        "llama": t.LlamaConfig(
+            vocab_size=16_384, intermediate_size=1536, num_key_value_heads=4, tie_word_embeddings=True,
+            max_position_embeddings=2048, **small,
+        ),
+        "gpt2": t.GPT2Config(vocab_size=16_384, n_embd=512, n_layer=8, n_head=8, **SPECIAL),
+        "opt": t.OPTConfig(vocab_size=16_384, ffn_dim=2048, word_embed_proj_dim=512, **small),
+        "t5": t.T5Config(
+            vocab_size=16_384, d_model=512, d_kv=64, d_ff=1024, num_layers=6, num_decoder_layers=6, num_heads=8,
+            decoder_start_token_id=0, eos_token_id=2, pad_token_id=0,
+        ),
+        "llama-135m": t.LlamaConfig(
+            vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+            num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=2048, **SPECIAL,
+        ),
+        "llama-0.4b": t.LlamaConfig(
+            vocab_size=32_000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=20, num_attention_heads=16,
+            num_key_value_heads=8, max_position_embeddings=2048, **SPECIAL,
+        ),
+    }  # fmt: skip
+
+
+def points() -> Iterator[dict[str, Any]]:
+    """What is measured: shape, method with its options, form of the base, rows a step, their lengths, and the rest."""
+
+    def point(shape: str, method: str, form: str, batch: int, lengths: tuple[int, int], **rest: Any) -> dict[str, Any]:
+        name = f"{shape} {method} {form} {batch}x{lengths[0]}-{lengths[1]}" + "".join(
+            f" {k}={v}" for k, v in rest.items() if k != "options"
+        )
+        return {"name": name, "shape": shape, "method": method, "form": form, "batch": batch, "lengths": lengths} | rest
+
+    shapes = ("llama", "bloom", "gpt2", "opt", "t5")
+    for shape in shapes:
+        yield point(shape, "lora", "fp32", 4, (128, 128))
+    yield point("llama", "lora", "nf4", 4, (128, 128))
+    yield point("llama", "lora", "int8", 4, (128, 128))
+    yield point("llama", "lora", "bf16", 2, (64, 64))
+    yield point("llama", "lora", "fp32", 4, (128, 128), checkpointing=True)
+    yield point("llama", "lora", "fp32", 16, (128, 128))
+    yield point("llama", "lora", "fp32", 2, (64, 128), joint=4)
+    for shape in shapes:
+        yield point(shape, "prompt-tuning", "fp32", 4, (64, 128))
+        yield point(shape, "prefix-tuning", "fp32", 8, (64, 64))
+        yield point(shape, "bottleneck", "fp32", 4, (128, 128), checkpointing=shape != "llama")
+    for method in ("p-tuning", "ia3", "loha", "lokr", "vera", "randlora", "fourierft", "miss", "oft", "boft", "adalora",
+                   "ln-tuning", "adaption-prompt", "cartridge"):  # fmt: skip
+        yield point("llama", method, "fp32", 4, (64, 64))
+    for shape in shapes[1:]:
+        yield point(shape, "lora", "nf4", 2, (64, 256))
+        yield point(shape, "lora", "int8", 8, (32, 64))
+        yield point(shape, "lora", "bf16", 2, (64, 64))
+    for batch, length in ((1, 32), (1, 512), (16, 64), (2, 512)):
+        yield point("llama", "lora", "fp32", batch, (length, length))
+    yield point("llama", "lora", "fp32", 4, (32, 256), packing=1024)
+    yield point("bloom", "lora", "fp32", 4, (32, 256), packing=512)
+    yield point("bloom", "prompt-tuning", "fp32", 2, (64, 128), joint=4)
+    yield point("llama", "lora", "fp32", 4, (128, 128), checkpointing=2)
+    yield point("llama-135m", "lora", "fp32", 2, (64, 128))
+    yield point("llama-135m", "lora", "fp32", 4, (128, 128))
+    yield point("llama-0.4b", "lora", "fp32", 2, (64, 64))
+    yield point("llama-0.4b", "lora", "nf4", 2, (64, 64), checkpointing=True)
+
+
+def recipe(point: dict[str, Any], folder: Path, number: int = 0) -> Any:
+    """The recipe of a point; `number` of several that train together."""
+    from graftlm.training import Recipe
+
+    form = point["form"]
+    training: dict[str, Any] = {
+        "batch_size": point["batch"], "max_steps": 2, "eval_strategy": "no", "save_strategy": "no",
+        "gradient_checkpointing": point.get("checkpointing", False),
+    }  # fmt: skip
+    if point.get("packing"):
+        training |= {"packing": True, "tokens": point["packing"]}
+    return Recipe.from_dict({
+        "base": str(folder / point["shape"]), "method": point["method"], "method_options": point.get("options", {}),
+        "quantization": form if form in ("int8", "nf4") else None, "dtype": form if form in ("bf16", "fp32") else "fp32",
+        "data": {"source": str(data(point, folder)), "holdout": 0, "max_length": point["lengths"][1]},
+        "training": training, "output_dir": str(folder / f"out-{number}"), "overwrite": True,
+    })  # fmt: skip
+
+
+def data(point: dict[str, Any], folder: Path) -> Path:
+    """Rows of words, of lengths between the point's two."""
+    low, high = point["lengths"]
+    path = folder / f"rows-{low}-{high}-{point['shape'] == 't5'}.jsonl"
+    if not path.is_file():
+        counts = [low + (high - low) * (i % 5) // 4 for i in range(64)]
+        texts = [" ".join(["the"] * (count + (low == high))) for count in counts]
+        named = [{"prompt": x, "completion": "a b c d e f g h"} for x in texts] if point["shape"] == "t5" else None
+        lines = named or [{"text": x} for x in texts]
+        path.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    return path
+
+
+def build(shape: str, folder: Path) -> None:
+    """A random checkpoint of a shape with the bundled tokenizer."""
+    if (folder / shape).is_dir():
+        return
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    from graftlm.bundled import base_path
+
+    torch.manual_seed(0)
+    config = shapes()[shape]
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    kind.from_config(config, dtype=torch.float32).save_pretrained(folder / shape)
+    AutoTokenizer.from_pretrained(base_path()).save_pretrained(folder / shape)
+
+
+def worker(point: dict[str, Any], folder: Path) -> None:
+    """Run a point; prints its figures as JSON."""
+    import time
+
+    start = time.perf_counter()
+    from transformers import TrainerCallback
+
+    from graftlm.training import run, train_together
+    from graftlm.training.meters import memory_now, peak_memory
+
+    class Marks(TrainerCallback):
+        """Memory before the Trainer's meter starts it anew, and the seconds of the second step."""
+
+        def __init__(self) -> None:
+            self.before, self.loaded, self.began, self.seconds = 0, 0, 0.0, 0.0
+
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.before, self.loaded = max(self.before, peak_memory()), memory_now()
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.seconds = time.perf_counter() - self.began
+
+    marks, imported = Marks(), memory_now()
+    if point.get("joint"):
+        train_together([recipe(point, folder, i) for i in range(point["joint"])], quiet=True)
+        marks.before = 0
+    else:
+        run(recipe(point, folder), callbacks=[marks], quiet=True)
+    print(json.dumps({
+        "peak": max(marks.before, peak_memory()), "before": marks.before, "loaded": marks.loaded, "imported": imported,
+        "step_seconds": marks.seconds, "seconds": time.perf_counter() - start,
+    }))  # fmt: skip
+
+
+def measure(point: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Run a point in a process of its own."""
+    build(point["shape"], folder)
+    command = [sys.executable, __file__, "--worker", json.dumps(point), "--folder", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return point | {"error": done.stderr[-1500:]}
+    return point | json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=Path("planning.json"), help="where measured points are kept")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "graftlm-planning", help="checkpoints")
+    parser.add_argument("--only", nargs="+", default=[], help="words that a point's name must hold")
+    parser.add_argument("--compare", action="store_true", help="measure nothing: plan what was measured")
+    parser.add_argument("--worker", default=None, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    if args.worker:
+        worker(json.loads(args.worker), args.folder)
+        return
+    rows = json.loads(args.json.read_text(encoding="utf-8")) if args.json.is_file() else []
+    have = {row["name"] for row in rows if "error" not in row}
+    for point in points():
+        if args.compare or point["name"] in have or not all(word in point["name"] for word in args.only):
+            continue
+        start = time.perf_counter()
+        rows = [r for r in rows if r["name"] != point["name"]] + [measure(point, args.folder)]
+        args.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        print(f"{point['name']}: {rows[-1].get('peak', 0) / 2**20:.0f} MiB, {time.perf_counter() - start:.0f} s", flush=True)
+    if not compare(rows, args.folder):
+        raise SystemExit(1)
+
+
+def compare(rows: list[dict[str, Any]], folder: Path) -> bool:
+    """Plan what was measured and print the table; whether the plans are as close as they are to be."""
+    from graftlm.planning import plan
+
+    print("| run | measured MiB | planned MiB | off |\n|---|--:|--:|--:|")
+    errors = []
+    for row in (r for r in rows if "error" not in r):
+        recipes = [recipe(row, folder, i) for i in range(row.get("joint", 1))]
+        planned = plan(recipes, say=lambda text: print(text, file=sys.stderr)).peak_bytes
+        errors.append(planned / row["peak"] - 1)
+        print(f"| {row['name']} | {row['peak'] >> 20:,} | {planned >> 20:,} | {errors[-1]:+.1%} |", flush=True)
+    close = sum(abs(e) <= WITHIN for e in errors)
+    print(f"{close} of {len(errors)} within {WITHIN:.0%}; lowest {min(errors):+.1%}, highest {max(errors):+.1%}")
+    return close >= SHARE * len(errors) and min(errors) >= -TOO_LOW
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Memory of a training step, by kind, from a pass of the engine over fake tensors.
+
+Blocks that are all alike are run with a few of them, and what grows by block is carried on to all; else all of them run.
+Short cuts (packed rows, the loss in tiles) are tried out on a model of the same kind with tiny widths, as training tries
+them out on the base itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GraftError, PlanError
+from ..kernels import linear
+from ..preparation import enable_checkpointing
+from ..training.bases import auto_class
+from ..training.schema import Recipe
+from .sizes import bytes_of, sizes
+from .skeleton import Skeleton, attached, config_of, skeleton, without_quantization
+from .tracing import Account
+
+LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "encoder_layers", "decoder_layers")
+WIDTHS = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim")
+INNER = ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "ffn_hidden_size", "encoder_ffn_dim", "decoder_ffn_dim")
+HEADS = ("head_dim", "kv_channels", "d_kv")
+VOCABULARY = ("vocab_size", "padded_vocab_size")
+# Share of the kept activations that resident memory grows by besides: fitted to runs of one family in two sizes, 0.29 and
+# 0.33.
+HEAP = 0.3
+TINY = {**dict.fromkeys(LAYERS, 2), **dict.fromkeys(INNER, 64), **dict.fromkeys(HEADS, 8), **dict.fromkeys(VOCABULARY, 512)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMemory:
+    """Bytes of a step, all alive at its highest moment but `loss`.
+
+    Attributes:
+        base, adapter, gradients, optimizer: weights, and what training keeps beside those it trains.
+        kept: activations kept for the backward pass.
+        workspace: what else is alive at the highest moment of the forward or backward pass.
+        allocator: what the heap holds between activations that come and go (`HEAP`).
+        loss: highest in head and loss, above what was alive before (it counts where it is the highest moment).
+    """
+
+    base: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    kept: int
+    workspace: int
+    allocator: int
+    loss: int
+
+    @property
+    def total(self) -> int:
+        weights = self.base + self.adapter + self.gradients + self.optimizer
+        return weights + self.kept + self.workspace + self.allocator
+
+
+@dataclass(frozen=True)
+class Heights:
+    """What one traced step shows, in bytes above the weights: kept activations; highest in forward and backward pass; in the
+    loss."""
+
+    kept: float
+    highest: float
+    loss: float
+
+    def at(self, other: Heights, blocks: float) -> Heights:
+        """Carried on by `blocks` times the difference to `other`, which has one unit more."""
+        parts = ((getattr(self, k), getattr(other, k)) for k in ("kept", "highest", "loss"))
+        return Heights(*(max(a + blocks * (b - a), 0) for a, b in parts))
+
+
+def step_memory(recipe: Recipe, batch: dict[str, Tensor], config: Any = None, path: str = "") -> StepMemory:
+    """The memory of a step on a batch.
+
+    Args:
+        batch: `input_ids`, `labels` and perhaps `attention_mask`, `position_ids`, as the collator gives them.
+        config: of the base, in place of the recipe's.
+
+    Raises:
+        PlanError: this model cannot be run over fake tensors.
+    """
+    if config is None:
+        config, path = config_of(recipe)
+    whole = skeleton(recipe, config, path)
+    try:
+        forms = short_cuts(recipe, config)
+        found = heights(recipe, config, whole, batch, forms)
+    except GraftError:
+        raise
+    except Exception as error:
+        raise PlanError(
+            f"the memory of a step of {config.model_type} with {recipe.method} cannot be planned: its pass does not run "
+            f"over tensors without values ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        ) from error
+    size = sizes(whole)
+    trained = [p for p in whole.model.parameters() if p.requires_grad]
+    gradients = sum(map(bytes_of, trained))
+    return StepMemory(
+        base=size.base_bytes, adapter=size.adapter_bytes, gradients=gradients, optimizer=2 * gradients,
+        kept=round(found.kept), workspace=max(round(found.highest - found.kept) - gradients, 0),
+        allocator=round(HEAP * found.kept), loss=round(found.loss),
+    )  # fmt: skip
+
+
+# -- tracing --------------------------------------------------------------------------------------------------------------
+def heights(recipe: Recipe, config: Any, whole: Skeleton, batch: dict[str, Tensor], forms: Any) -> Heights:
+    """Those of the whole model: of few blocks, carried on, where all are alike."""
+    every = max(int(recipe.training.gradient_checkpointing), 1)
+    blocks = next((getattr(config, k) for k in LAYERS if getattr(config, k, None)), 0)
+    few = 2 * every
+    if not alike(whole.model) or blocks <= few + every:
+        return traced(recipe, whole, batch, forms)
+    low, high = (traced(recipe, skeleton(recipe, with_layers(config, n)), batch, forms) for n in (few, few + every))
+    return low.at(high, (blocks - few) / every)
+
+
+def with_layers(config: Any, count: int) -> Any:
+    """The configuration with fewer layers."""
+    made = copy.deepcopy(config)
+    if isinstance(getattr(made, "layer_types", None), list):
+        made.layer_types = made.layer_types[:count]
+    for name in LAYERS:
+        if getattr(made, name, None):
+            setattr(made, name, count)
+    return made
+
+
+def alike(model: nn.Module) -> bool:
+    """Whether all blocks of each stack hold the same modules and tensors (T5's first one has a table more)."""
+    kinds = getattr(getattr(model, "config", None), "layer_types", None)
+    if kinds and len(set(kinds)) > 1:
+        return False
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 2 and not small(m)]
+    return all(len({outline(block) for block in stack[1:]}) == 1 for stack in map(list, stacks))
+
+
+def small(stack: nn.ModuleList) -> bool:
+    """Whether a list is within a block (T5's halves)."""
+    return len(stack) <= 3 and all(not list(m.children()) for m in stack)
+
+
+def outline(block: nn.Module) -> tuple:
+    """Kinds of modules, and shapes of tensors, of a block."""
+    named = tuple((n, tuple(p.shape), p.dtype, p.requires_grad) for n, p in block.named_parameters())
+    return named, tuple((n, type(m).__name__) for n, m in block.named_modules())
+
+
+def traced(recipe: Recipe, found: Skeleton, batch: dict[str, Tensor], forms: Any) -> Heights:
+    """A step of a skeleton, traced; the skeleton is used up."""
+    model, account = found.model, Account()
+    checkpointing = recipe.training.gradient_checkpointing
+    if checkpointing:
+        options = {"use_reentrant": False} | ({"every_n_layers": int(checkpointing)} if int(checkpointing) > 1 else {})
+        enable_checkpointing(model, options)
+    model.train()
+    account.take(model)
+    ways_known(found.dtype)
+    model.entry.shortcuts.trials.forms = forms.forms
+    model.entry.shortcuts.trials.divides = forms.divides
+    loss_of, lost = model.entry.loss.of, [0]
+
+    def watched(*args: Any) -> Any:
+        start = account.live
+        with account.peak() as top:
+            made = loss_of(*args)
+        lost[0] = top[0] - start
+        return made
+
+    model.entry.loss.of = watched
+    with buffers_apart(), account:
+        weights = account.live
+        with account.peak() as top:
+            output = model(**batch)
+            loss = output.loss
+            del output
+            kept = account.live - weights
+            loss.backward()
+        del loss
+    return Heights(kept, top[0] - weights, lost[0])
+
+
+def ways_known(dtype: torch.dtype) -> None:
+    """Let the ways of products be timed on real tensors before fake ones ask for them."""
+    for kind, most in ((torch.float32, 256), (dtype, 64)):
+        for rows in (n for n in (1, 4, 16, 64, 256) if n <= most):
+            for transposed in (False, True):
+                linear.way(kind, rows, transposed)
+
+
+@contextmanager
+def buffers_apart() -> Iterator[None]:
+    """Within the block the buffer in which 16-bit weights are multiplied is not the process's own."""
+    before = vars(linear._kept).pop("buffer", None)
+    try:
+        yield
+    finally:
+        vars(linear._kept).pop("buffer", None)
+        if before is not None:
+            linear._kept.buffer = before
+
+
+# -- short cuts -----------------------------------------------------------------------------------------------------------
+def short_cuts(recipe: Recipe, config: Any) -> Any:
+    """What trials show of a tiny model of this kind with the recipe's adapter: which short cuts hold.
+
+    Raises:
+        PlanError: there is no tiny model of this kind.
+    """
+    try:
+        loader = auto_class(config, recipe.task, recipe.base)
+        with torch.random.fork_rng(devices=[]):
+            base = loader.from_config(tiny(without_quantization(config)), dtype=torch.float32)
+            model = attached(recipe, base).train()
+            model.try_out()
+            trials = model.entry.shortcuts.trials
+            trials.divides = model.heeds_items()
+    except (ValueError, RuntimeError, AttributeError, TypeError) as error:
+        raise PlanError(
+            f"the memory of a step cannot be planned for {config.model_type}: no small model of its kind could be made to "
+            f"see which short cuts hold ({type(error).__name__}: {error})"
+        ) from error
+    return trials
+
+
+def tiny(config: Any) -> Any:
+    """A configuration of the same kind with tiny widths."""
+    made = copy.deepcopy(config)
+    heads = getattr(config, "num_attention_heads", None) or 4
+    for name, value in {**TINY, **dict.fromkeys(WIDTHS, heads * 8)}.items():
+        if isinstance(getattr(made, name, None), int):
+            setattr(made, name, value)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
+        if isinstance(getattr(made, name, None), int):
+            setattr(made, name, min(getattr(made, name), 511))
+    return with_layers(made, 2)

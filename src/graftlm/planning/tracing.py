@@ -1,0 +1,114 @@
+"""A pass of the real engine over tensors that have shapes and no values, with an account of what is alive.
+
+Parameters and activations are torch's fake tensors; token ids, masks and places are small and stay real, so that whatever
+depends on the data (packing, the lengths of sequences) happens as in the run. The account counts storages, not tensors:
+views cost nothing.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+_DEVICE_OF = torch.ops.prim.device.default
+
+
+class Account(TorchDispatchMode):
+    """Within the block, operations on fake tensors are made by shape, and storages that come and go are counted.
+
+    Attributes:
+        live, highest: bytes that are alive now, and were at most.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.device = torch.device("cpu")
+        self.live = self.highest = 0
+        self._seen: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE_OF:
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
+        kwargs = kwargs or {}
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if any(x.device.type == "meta" and not isinstance(x, FakeTensor) for x in given):  # made with the base, no buffer
+            args, kwargs = tree_map_only(Tensor, self._of_meta, (args, kwargs))
+        elif given and not any(isinstance(x, FakeTensor) for x in given):
+            return func(*args, **kwargs)
+        with self.fake:
+            made = func(*args, **kwargs)
+        if not given and isinstance(made, Tensor) and not made.is_floating_point() and made.device.type == "cpu":
+            return func(*args, **kwargs)  # ids, places, masks
+        for x in tree_leaves(made):
+            if isinstance(x, FakeTensor):
+                self.note(x)
+        return made
+
+    def note(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, if it is new."""
+        storage = tensor.untyped_storage()
+        if id(storage) in self._seen:
+            return
+        size = storage.nbytes()
+        self._seen[id(storage)] = weakref.finalize(storage, self._gone, id(storage), size)
+        self.live += size
+        self.highest = max(self.highest, self.live)
+
+    def _gone(self, place: int, size: int) -> None:
+        del self._seen[place]
+        self.live -= size
+
+    def take(self, model: nn.Module) -> None:
+        """Turn a meta model's parameters, buffers and quantised values into fake tensors, which are counted."""
+        memo: dict[int, tuple[Tensor, Tensor]] = {}
+        for module in model.modules():
+            holders: list[dict[str, Any]] = [module._parameters, module._buffers]  # type: ignore[list-item]
+            for held in holders:
+                for name, value in held.items():
+                    if value is not None:
+                        held[name] = self._faked(value, memo)
+            state = getattr(module._parameters.get("weight"), "quant_state", None)
+            for owner in [state, getattr(state, "state2", None), getattr(module, "state", None)]:
+                for name, value in list(vars(owner).items()) if hasattr(owner, "__dict__") else ():
+                    if isinstance(value, Tensor):
+                        setattr(owner, name, self._faked(value, memo))
+        for value, _ in memo.values():
+            self.note(value)
+
+    def _faked(self, value: Tensor, memo: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
+        if isinstance(value, FakeTensor):
+            return value
+        if id(value) not in memo:
+            made: Any = FakeTensor(self.fake, value.detach().to("meta"), self.device)
+            if isinstance(value, nn.Parameter):
+                kind = type(value)
+                made = nn.Parameter(made, requires_grad=value.requires_grad)
+                if kind is not nn.Parameter:  # bitsandbytes'
+                    made.__class__ = type(kind.__name__, (type(made),), {"__module__": kind.__module__})
+                made.__dict__.update(vars(value))
+            memo[id(value)] = made, value
+        return memo[id(value)][0]
+
+    def _of_meta(self, value: Tensor) -> Tensor:
+        if isinstance(value, FakeTensor) or value.device.type != "meta":
+            return value
+        return FakeTensor(self.fake, value, self.device)
+
+    @contextmanager
+    def peak(self) -> Iterator[list[int]]:
+        """The highest that was alive within the block, filled in at its end."""
+        before, self.highest, found = self.highest, self.live, [0]
+        try:
+            yield found
+        finally:
+            found[0] = self.highest
+            self.highest = max(before, self.highest)

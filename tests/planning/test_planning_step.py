@@ -1,0 +1,160 @@
+"""The account of a step against a real one, and plans of whole runs."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import graftlm
+from graftlm.errors import PlanError
+from graftlm.kernels import linear
+from graftlm.planning import machine as machines
+from graftlm.planning.devices import device
+from graftlm.planning.rows import rows_given
+from graftlm.planning.step import StepMemory, step_memory
+from graftlm.training import Recipe, resolve_base
+from graftlm.training.defaults import config_type, defaults_of
+from graftlm.training.setup import INIT_FIELDS
+
+
+class Counted(TorchDispatchMode):
+    """Bytes of real storages that are alive, counted in another way than the planner's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.highest = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_leaves(made):
+            if isinstance(x, Tensor) and x.is_floating_point() and id(x.untyped_storage()) not in given | self.seen:
+                storage = x.untyped_storage()
+                self.seen.add(id(storage))
+                self.live += storage.nbytes()
+                self.highest = max(self.highest, self.live)
+                weakref.finalize(storage, self.gone, id(storage), storage.nbytes())
+        return made
+
+    def gone(self, place: int, size: int) -> None:
+        self.seen.discard(place)
+        self.live -= size
+
+
+def batch(rows: int = 3, length: int = 40) -> dict[str, Tensor]:
+    ids = torch.randint(3, 900, (rows, length), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
+def real(method: str, form: str | None, inputs: dict[str, Tensor]) -> tuple[int, int]:
+    """Activations kept, and the highest above the weights, of a real second step."""
+    base, _ = resolve_base("graftlm-base", dtype="fp32", quantization=form)
+    options = {k: v for k, v in defaults_of(method).options.items() if k not in INIT_FIELDS}
+    if form is not None:
+        graftlm.prepare_model_for_kbit_training(base, False)
+    model = graftlm.get_peft_model(base, config_type(method)(task_type="CAUSAL_LM", **options)).train()
+    model(**inputs).loss.backward()
+    model.zero_grad()
+    with Counted() as counted:
+        loss = model(**inputs).loss
+        kept = counted.live
+        loss.backward()
+    return kept, counted.highest
+
+
+@pytest.mark.parametrize(
+    ("method", "form"),
+    [("lora", None), ("prefix-tuning", None), ("lora", "nf4")]
+    + [pytest.param(m, None, marks=pytest.mark.slow) for m in ("bottleneck", "loha", "oft", "prompt-tuning")],
+)
+def test_a_step_over_fake_tensors_takes_what_the_real_one_takes(method: str, form: str | None) -> None:
+    planned = step_memory(Recipe.from_dict({"method": method, "quantization": form, "dtype": "fp32"}), batch())
+    kept, highest = real(method, form, batch())
+    assert planned.kept == pytest.approx(kept, rel=0.03)
+    assert planned.kept + planned.workspace + planned.gradients == pytest.approx(highest, rel=0.10)
+
+
+def test_nothing_of_it_stays_in_the_process() -> None:
+    """Ways are timed on real tensors, and the buffer of 16-bit products is not a fake one."""
+    step_memory(Recipe.from_dict({"dtype": "bf16"}), batch(2, 8))
+    assert not isinstance(vars(linear._kept).get("buffer"), FakeTensor)
+    base, _ = resolve_base("graftlm-base", dtype="bf16")
+    assert torch.isfinite(base(**batch(1, 8)).loss)
+
+
+def test_checkpointing_and_length_show() -> None:
+    def planned(**training: Any) -> StepMemory:
+        return step_memory(Recipe.from_dict({"training": training}), batch(2, 64))
+
+    plain, less = planned(), planned(gradient_checkpointing=True)
+    assert less.kept < plain.kept / 4
+    assert less.base == plain.base
+    assert step_memory(Recipe.from_dict({}), batch(4, 64)).kept == pytest.approx(2 * plain.kept, rel=0.1)
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that was measured before."""
+    found = machines.Machine(process_bytes=600 << 20, operations=5e10)
+    monkeypatch.setattr("graftlm.planning.whole.machine", lambda form, say=None: found)
+
+
+def test_a_plan(known: None) -> None:
+    recipe = Recipe.from_dict({"training": {"batch_size": 4, "epochs": 2}})
+    found = graftlm.plan(recipe, rows=10, length=30, device="16GiB")
+    assert found.fits and found.updates == 6
+    assert found.rows == {"rows": 10, "longest": 30, "quantile": 30, "tokens": 300}
+    assert found.peak_bytes == found.process_bytes + found.step.total
+    assert found.seconds == pytest.approx(4 * 6_291_456 * 600 / 5e10)  # 8 blocks of 12 width²; 2 epochs of 300 tokens
+    assert "does not fit" in graftlm.plan(recipe, rows=10, length=30, device="100MiB").line()
+    assert json.loads(json.dumps(found.to_dict(), default=str))["peak_bytes"] == found.peak_bytes
+
+
+def test_together_the_base_counts_once(known: None) -> None:
+    recipes = [Recipe.from_dict({"output_dir": name}) for name in ("a", "b")]
+    one, both = graftlm.plan(recipes[0], rows=8, length=20), graftlm.plan(recipes, rows=8, length=20)
+    assert both.step.base == one.step.base and both.together == 2
+    assert both.step.kept == 2 * one.step.kept
+
+
+@pytest.mark.parametrize("name", ["tpu", "-3GiB", "0", "h100", "3XB"])
+def test_devices_that_are_none(name: str) -> None:
+    with pytest.raises(PlanError, match="expected"):
+        device(name)
+
+
+def test_what_cannot_be_planned(known: None) -> None:
+    assert device("16GiB").free_bytes == 16 << 30 and device("auto").free_bytes > 0
+    with pytest.raises(PlanError, match="at least 1"):
+        rows_given(-1, 20)
+    with pytest.raises(PlanError, match="both"):
+        graftlm.plan(Recipe.from_dict({}), rows=3)
+    with pytest.raises(PlanError, match="no recipe"):
+        graftlm.plan([])
+    with pytest.raises(graftlm.errors.BaseModelError):
+        graftlm.plan(Recipe.from_dict({"base": "./nowhere"}), rows=3, length=4)
+
+
+def test_the_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFTLM_CACHE", str(tmp_path))
+    calls: list[str] = []
+
+    def measured(form: str) -> dict[str, float]:
+        calls.append(form)
+        return {"process_bytes": 7, "operations": 1e9}
+
+    monkeypatch.setattr(machines, "measured", measured)
+    assert machines.machine("fp32") == machines.machine("fp32") == machines.Machine(process_bytes=7, operations=1e9)
+    (tmp_path / "machine.json").write_text("{ broken", encoding="utf-8")
+    machines.machine("fp32")
+    assert calls == ["fp32", "fp32"]
