@@ -22,7 +22,9 @@ from .errors import AdapterError, CheckpointError, ConfigError, nearest
 from .files import WEIGHTS_NAME, find_file, header_of
 from .layers import Adapted
 from .methods import LoraConfig, PeftConfig
-from .methods.lora_change import LoraChange
+from .methods.lora_change import EmbeddingChange, LoraChange
+from .methods.lora_conv import ConvChange
+from .methods.lora_experts import ExpertsChange
 from .methods.lora_init import from_weight
 from .methods.targets import pattern_value
 
@@ -31,6 +33,8 @@ ALIKE = (
     "use_rslora", "lora_dropout", "alpha_pattern", "use_dora", "bias", "lora_bias", "alora_invocation_tokens",
     "target_parameters", "layer_replication", "modules_to_save",
 )  # fmt: skip
+
+PADDED = (LoraChange, ConvChange, EmbeddingChange, ExpertsChange)  # others have factors of those, or none
 
 
 def hotswap_adapter(
@@ -108,16 +112,17 @@ def hotswap_adapter_from_state_dict(
     if fixed := sorted(key for key in found if key not in own):
         raise CheckpointError(f"Hot swapping exchanges LoRA's tensors only; this adapter brings {', '.join(fixed)} as well.")
     for path, layer in layers.items():
-        check_room(path, layer, adapter_name, [v for k, v in found.items() if under(method.file_prefix + path, k)])
+        check_room(path, layer, adapter_name, {k: v for k, v in found.items() if under(method.file_prefix + path, k)})
     with torch.no_grad():
+        blocks = {id(factors_of(layer, adapter_name)[0]): blocks_of(layer, adapter_name) for layer in layers.values()}
         for key, parameter in own.items():
-            fill(parameter, found.get(key))
+            fill(parameter, found.get(key), blocks.get(id(parameter), 1))
         for path, layer in layers.items():
             change: Any = layer.changes[adapter_name]
             tensors = [v for k, v in found.items() if under(method.file_prefix + path, k)]
             r = pattern_value(config.rank_pattern, path, config.r)
             alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
-            rank = change.factors(layer.held(adapter_name))[0].shape[0]
+            rank = len(factors_of(layer, adapter_name)[0]) // getattr(change, "experts", 1)
             change.rescale(rank, alpha / (r**0.5 if config.use_rslora else r) if tensors else change.scaling)
     describe(host.peft_config[adapter_name], {p: layer.changes[adapter_name] for p, layer in layers.items()})
 
@@ -127,14 +132,15 @@ def under(path: str, key: str) -> bool:
     return re.fullmatch(re.escape(path) + r"\.lora_\w+(\.\w+)?", key) is not None
 
 
-def check_room(path: str, layer: Adapted, name: str, tensors: list[Tensor]) -> None:
+def check_room(path: str, layer: Adapted, name: str, tensors: dict[str, Tensor]) -> None:
     """ConfigError where a prepared layer's padded rank is below that of the new tensors."""
     change: Any = layer.changes[name]
-    a, b = change.factors(layer.held(name))
-    for tensor in tensors:
-        if tensor.dim() == 2 and isinstance(change.scaling, Tensor) and min(tensor.shape) > a.shape[0]:
+    a, b = factors_of(layer, name)
+    for key, tensor in tensors.items():
+        if isinstance(change.scaling, Tensor) and re.search(r"\.lora_(embedding_)?A\b", key) and len(tensor) > len(a):
+            experts = getattr(change, "experts", 1)
             raise ConfigError(
-                f"{path!r} was prepared for rank {a.shape[0]}, the new adapter has {min(tensor.shape)}: call "
+                f"{path!r} was prepared for rank {len(a) // experts}, the new adapter has {len(tensor) // experts}: call "
                 "prepare_model_for_compiled_hotswap with the largest target_rank, before compiling."
             )
         fits = tensor.shape in (a.shape, b.shape) or tensor.dim() == 1
@@ -144,8 +150,34 @@ def check_room(path: str, layer: Adapted, name: str, tensors: list[Tensor]) -> N
             )
 
 
-def fill(parameter: nn.Parameter, value: Tensor | None) -> None:
-    """A parameter's new value, in place: zeros for none, and where the new rank is smaller. A larger one makes it grow."""
+def factors_of(layer: Adapted, name: str) -> tuple[Tensor, Tensor]:
+    change: Any = layer.changes[name]
+    return change.factors(layer.held(name))
+
+
+def groups_of(layer: Adapted, name: str) -> int:
+    """In how many groups a layer's convolution reads the channels that A makes."""
+    return getattr(layer.changes[name], "groups", 1)
+
+
+def blocks_of(layer: Adapted, name: str) -> int:
+    """In how many blocks A's rows come: a convolution's groups, stacked experts."""
+    return getattr(layer.changes[name], "experts", groups_of(layer, name))
+
+
+def padded(a: Tensor, rows: int, blocks: int) -> Tensor:
+    """A [r, ...] with rows of zeros up to a number of rows, behind those of each block."""
+    own = a.unflatten(0, (blocks, -1))
+    zeros = own.new_zeros(blocks, rows // blocks - own.shape[1], *own.shape[2:])
+    return torch.cat([own, zeros], 1).flatten(0, 1)
+
+
+def fill(parameter: nn.Parameter, value: Tensor | None, blocks: int = 1) -> None:
+    """A parameter's new value, in place: zeros for none, and where the new rank is smaller. A larger one makes it grow.
+
+    Args:
+        blocks: of an A, in how many its rows come.
+    """
     if value is None:
         parameter.zero_()
         return
@@ -154,6 +186,7 @@ def fill(parameter: nn.Parameter, value: Tensor | None) -> None:
         parameter.data = value.clone()
         return
     if value.shape != parameter.shape:
+        value = padded(value, len(parameter), blocks) if blocks > 1 else value
         parameter.zero_()
     parameter[tuple(slice(n) for n in value.shape)].copy_(value)
 
@@ -201,8 +234,13 @@ def prepare_model_for_compiled_hotswap(
                 f"Trying to pad the adapter to the target rank {target_rank}, but the original rank is larger ({change.r}), "
                 f"in {path!r}. This is not possible."
             )
+        if target_rank is not None and target_rank % groups_of(layer, name):
+            raise ConfigError(
+                f"target_rank={target_rank} on {path!r}, a convolution of {groups_of(layer, name)} groups: expected a rank "
+                "that they divide."
+            )
     for name, _, layer in places:
-        pad(layer, name, target_rank if type(layer.changes[name]) is LoraChange else None)
+        pad(layer, name, target_rank if type(layer.changes[name]) in PADDED else None)
     for name in names:
         layers = host.methods[name].layers(host)  # type: ignore[attr-defined]
         describe(host.peft_config[name], {p: layer.changes[name] for p, layer in layers})
@@ -211,9 +249,10 @@ def prepare_model_for_compiled_hotswap(
 def pad(layer: Adapted, name: str, rank: int | None) -> None:
     """Zeros up to a rank, and the scale as a tensor."""
     change: Any = layer.changes[name]
-    a, b = change.factors(layer.held(name))
-    more = 0 if rank is None else rank - a.shape[0]
-    if more:
-        a.data = nn.functional.pad(a.data, (0, 0, 0, more))
-        b.data = nn.functional.pad(b.data, (0, more))
-    change.rescale(a.shape[0], torch.tensor(float(change.scaling), device=a.device))
+    a, b = factors_of(layer, name)
+    experts = getattr(change, "experts", 1)
+    if rank is not None:
+        rows = rank * experts
+        a.data = padded(a, rows, blocks_of(layer, name))
+        b.data = torch.cat([b, b.new_zeros(len(b), rows // groups_of(layer, name) - b.shape[1], *b.shape[2:])], 1)
+    change.rescale(len(a) // experts, torch.tensor(float(change.scaling), device=a.device))

@@ -86,6 +86,9 @@ class PeftModel(AdapterSet, PreTrainedModel):
         """The base's class name: a plain Trainer shifts the labels of causal language models by it."""
         return self.base._get_name()
 
+    def train(self, mode: bool = True) -> PeftModel:
+        return nn.Module.train(self, mode)  # the base does what a transformers model does beside
+
     def __repr__(self) -> str:
         return nn.Module.__repr__(self).replace(f"{self._get_name()}(", "PeftModel(", 1)
 

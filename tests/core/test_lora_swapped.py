@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lora_helpers import OPTIONS
 from peft.helpers import rescale_adapter_scale as their_rescale
 from peft.utils.hotswap import hotswap_adapter as their_hotswap
 from test_parity import from_theirs
+from torch import Tensor, nn
 
 import graftlm
 from graftlm.errors import AdapterError, CheckpointError, ConfigError
@@ -82,6 +84,62 @@ def test_prepared(tmp_path: Path) -> None:
         close(logits_of(graftlm.PeftModel.from_pretrained(fresh("llama"), tmp_path / "again"), **INPUTS), wanted)
     model.train()(**INPUTS).loss.backward()
     assert weight.grad is not None
+
+
+class Convolutions(nn.Module):
+    """Plain, and in groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(4, 6, 3), nn.Conv2d(6, 8, 3, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu())
+
+
+class Experts(nn.Module):
+    """Three matrices in one parameter, beside an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.stack = nn.Embedding(10, 4), nn.Module()
+        self.stack.weight = nn.Parameter(torch.randn(3, 4, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("btd,edf->btef", self.table(x), self.stack.weight)
+
+
+@pytest.mark.parametrize("cls", [Convolutions, Experts])
+def test_prepared_in_blocks(cls: type, tmp_path: Path) -> None:
+    """Zeros for a larger rank stand behind each group's rows of A, behind each expert's."""
+    x = torch.randn(2, 4, 7, 7) if cls is Convolutions else torch.arange(8).view(2, 4)
+
+    def made(r: int) -> graftlm.PeftModel:
+        targets: dict[str, Any] = {"target_modules": ["first", "second"]}
+        if cls is Experts:
+            targets = {"target_modules": ["table"], "target_parameters": ["stack.weight"]}
+        return randomise(graftlm.get_peft_model(cls(), graftlm.LoraConfig(r=r, **targets)), seed=r, scale=0.3).eval()
+
+    made(2).save_pretrained(tmp_path / "2")
+    made(4).save_pretrained(tmp_path / "4")
+    model, wanted = made(2), {r: made(r)(x) for r in (2, 4)}
+    assert (wanted[2] - wanted[4]).abs().max() > 1e-2
+    with pytest.raises(ConfigError, match="groups") if cls is Convolutions else nullcontext():
+        prepare_model_for_compiled_hotswap(model, target_rank=5)
+    model = made(2)
+    prepare_model_for_compiled_hotswap(model, target_rank=4)
+    close(model(x), wanted[2])
+    tensors = {name: (p, p.shape) for name, p in model.named_parameters()}
+    for r in (4, 2, 4):
+        hotswap_adapter(model, tmp_path / str(r), adapter_name="default")
+        close(model(x), wanted[r])
+    assert all(p is tensors[name][0] and p.shape == tensors[name][1] for name, p in model.named_parameters())
+    made(6).save_pretrained(tmp_path / "6")
+    with pytest.raises(ConfigError, match="prepared for rank 4, the new adapter has 6"):
+        hotswap_adapter(model, tmp_path / "6", adapter_name="default")
+    close(model(x), wanted[4])
 
 
 def test_swapped_without_a_recompile(tmp_path: Path) -> None:

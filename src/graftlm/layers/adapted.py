@@ -95,10 +95,13 @@ class Adapted(Switched, nn.Module):
 
     @property
     def token_adapter(self) -> Adapted:
-        """Where an adapter trains rows of tokens: what holds `trainable_tokens_delta`, in HF PEFT a module of its own."""
-        if "trainable_tokens_delta" not in self._modules:
+        """Where adapters train rows of tokens: what holds `trainable_tokens_delta` (in HF PEFT a module of its own), of a
+        tied layer the embeddings' one."""
+        found = [c for c in self.changes.values() if hasattr(c, "originals")]
+        if not found:
             raise AttributeError(f"No adapter trains tokens of this {type(self.frozen.layer).__name__}.")
-        return self
+        own = any(not hasattr(c, "home") for c in found)
+        return self if own else found[0].home.layer  # type: ignore[attr-defined]
 
     @property
     def trainable_tokens_original(self) -> dict[str, Tensor]:

@@ -236,7 +236,8 @@ class Lora(Biased):
             dtype = host.adapter_dtype(SimpleNamespace(weight=layer.frozen.original))
             layer.add(self.name, ExpertsChange(config, *self._rank(full)), dtype, initialise=not for_loading)
         if unused := unused_patterns(config, names, sorted({name.rpartition(".")[2] for name in names})):
-            warnings.warn(f"These entries select none of the targets and have no effect: {', '.join(unused)}", stacklevel=2)
+            text = f"These entries select none of the targets and have no effect: {', '.join(unused)}"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def layers(self, host: Site) -> Iterator[tuple[str, Adapted]]:
         """This adapter's layers with their dotted names in the bare base; of several parameters of one module, as in HF

@@ -160,7 +160,7 @@ def report_unmatched(
 
 
 def report_unused(config: Any, chosen: list[str], found: list[str]) -> None:
-    """One warning that names layer numbers, exclusions and rank or alpha patterns that select none of the targets."""
+    """A warning that names layer numbers and exclusions that select none of the targets, and one of such patterns."""
     unused = []
     wanted = getattr(config, "layers_to_transform", None)
     for number in [wanted] if isinstance(wanted, int) else wanted or ():
@@ -173,12 +173,14 @@ def report_unused(config: Any, chosen: list[str], found: list[str]) -> None:
     for entry in () if isinstance(exclusions, str) else exclusions or ():
         if not any(matches([entry], n) for n in chosen):
             unused.append(f"exclude_modules: {entry!r}{nearest(entry, leaves, cutoff=0.4)}")
+    patterns = []
     if not getattr(config, "target_parameters", None):  # else patterns may be of parameters, which are looked for later
-        unused += unused_patterns(config, found, leaves)
-    if unused:
-        warnings.warn(
-            "These entries select none of the target modules and have no effect: " + ", ".join(unused), stacklevel=2
-        )
+        patterns = unused_patterns(config, found, leaves)
+    kinds = [(unused, UserWarning), (patterns, RuntimeWarning)]  # HF PEFT's
+    for entries, kind in kinds:
+        if entries:
+            text = "These entries select none of the target modules and have no effect: "
+            warnings.warn(text + ", ".join(entries), kind, stacklevel=2)
 
 
 def unused_patterns(config: Any, found: list[str], leaves: list[str]) -> list[str]:

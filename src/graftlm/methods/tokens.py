@@ -100,10 +100,15 @@ class TiedTokens(TokenChange):
     """
 
     tables = ()
+    numbers = ("token_indices", TABLE)
 
     def __init__(self, ids: list[int], home: Held) -> None:
         super().__init__(ids)
         self.home = home
+
+    @property
+    def trainable_tokens_delta(self) -> Tensor:
+        return self.home[TABLE]
 
     def create(self, t: Held, frozen: Frozen, dtype: torch.dtype, initialise: bool) -> None:
         pass
