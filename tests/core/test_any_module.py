@@ -715,3 +715,22 @@ def test_a_container_in_modules_to_save(kind: str) -> None:
     with pytest.raises(UnsupportedError, match="selects 'parts', a Module.*never called.*Name the modules in it"):
         graftlm.get_peft_model(base, graftlm.LoraConfig(target_modules=["other"], modules_to_save=["parts"]))
     assert type(base["parts"]) is type(parts) and type(base["other"]) is nn.Linear
+
+
+def test_a_module_that_has_a_configuration_of_transformers() -> None:
+    """It is no `PreTrainedModel`, and is trained and evaluated all the same."""
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = fresh("llama")
+            self.config = self.inner.config
+
+        def forward(self, **inputs: Any) -> Any:
+            return self.inner(**inputs)
+
+    base = Around().train()
+    model = graftlm.get_peft_model(base, graftlm.LoraConfig(target_modules=["q_proj"]))
+    assert model.training and base.inner.training
+    assert not model.eval().training and not base.inner.training
+    assert model.train().training and base.inner.training

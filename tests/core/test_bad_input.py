@@ -362,9 +362,9 @@ def test_layers_that_do_not_exist_beside_some_that_do() -> None:
 
 def test_pattern_keys_that_match_nothing() -> None:
     """A rank or alpha for a module that is not there would be silently ignored."""
-    with pytest.warns(UserWarning, match="rank_pattern.*q_prj"):
+    with pytest.warns(RuntimeWarning, match="rank_pattern.*q_prj"):
         graftlm.get_peft_model(fresh("llama"), lora(target_modules=["q_proj"], rank_pattern={"q_prj": 2}))
-    with pytest.warns(UserWarning, match="alpha_pattern.*v_proj"):
+    with pytest.warns(RuntimeWarning, match="alpha_pattern.*v_proj"):
         graftlm.get_peft_model(fresh("llama"), lora(target_modules=["q_proj"], alpha_pattern={"v_proj": 2}))
 
 

@@ -127,6 +127,30 @@ def test_tied_in_mixed_batches() -> None:
     assert state_of(model.base).keys() == state_of(tied()).keys()
 
 
+def test_a_head_that_the_model_does_not_name() -> None:
+    class Unnamed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.out = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+            self.out.weight = self.table.weight
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.table
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.out(self.table(ids))
+
+    model = randomise(
+        graftlm.get_peft_model(Unnamed(), graftlm.LoraConfig(r=2, target_modules=["out"], ensure_weight_tying=True)),
+        scale=0.3,
+    )
+    ids = torch.arange(9)
+    table = model.base.table
+    a, b, scale = (table.lora_embedding_A["default"], table.lora_embedding_B["default"], table.scaling["default"])
+    weight = table.base_layer.weight + scale * (b @ a).T
+    close(model(ids), weight @ weight.T)
+
+
 def test_nothing_to_tie() -> None:
     with pytest.warns(UserWarning, match="this model has no tied embeddings and head; nothing to tie"):
         graftlm.get_peft_model(fresh("llama"), settings(target_modules=["embed_tokens"]))

@@ -342,6 +342,25 @@ def test_a_file_of_hf_peft_with_a_resized_vocabulary(tmp_path: Path) -> None:
         close(logits_of(graftlm.PeftModel.from_pretrained(bases[1], tmp_path / "theirs"), **inputs), wanted)
 
 
+def test_a_tied_head_shows_the_embeddings_rows() -> None:
+    """`token_adapter` as HF PEFT has it; `ensure_weight_tying` asks nothing more of layers that share their rows."""
+    for name in ("llama", "t5"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            settings: dict[str, Any] = {"target_modules": "all-linear", "trainable_token_indices": [1, 2]}
+            model = graftlm.get_peft_model(tied(name), graftlm.LoraConfig(**settings, ensure_weight_tying=True))
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        assert head.token_adapter.trainable_tokens_delta is embedding.token_adapter.trainable_tokens_delta
+        assert head.trainable_tokens_delta["default"] is embedding.trainable_tokens_delta["default"]
+        assert head.token_indices["default"] == [1, 2]
+    untied = graftlm.get_peft_model(tied("llama", False), graftlm.LoraConfig(**settings))
+    assert not hasattr(untied.get_output_embeddings(), "token_adapter")
+    with pytest.raises(UnsupportedError, match="ensure_weight_tying is for decoder-only"):
+        graftlm.get_peft_model(
+            tied("t5"), graftlm.LoraConfig(**settings | {"modules_to_save": ["lm_head"]}, ensure_weight_tying=True)
+        )
+
+
 # -- what cannot be meant ----------------------------------------------------------------------------------------------
 def test_errors() -> None:
     def tokens(**options: Any) -> Any:

@@ -52,10 +52,14 @@ def tied_pair(host: Any) -> tuple[tuple[str, Any], tuple[str, Any]] | None:
     """Input embeddings and head where they share their weight, each with the dotted path of where it stands now."""
     base = host.base
     found = [getattr(base, f"get_{name}_embeddings", lambda: None)() for name in ("input", "output")]
-    if any(m is None for m in found):
+    if found[0] is None:
         return None
-    own = [innermost(m) for m in found]
-    if own[0] is own[1] or own[0]._parameters.get("weight") is not own[1]._parameters.get("weight"):
+    own = [m if m is None else innermost(m) for m in found]
+    weight = own[0]._parameters.get("weight")
+    if own[1] is None:  # a model that does not say which its head is
+        modules = (innermost(m) for _, m in base_modules(base))
+        own[1] = next((m for m in modules if isinstance(m, nn.Linear) and m._parameters.get("weight") is weight), None)
+    if own[0] is own[1] or own[1] is None or own[1]._parameters.get("weight") is not weight:
         return None
     paths = {id(innermost(m)): (path, m) for path, m in reversed(list(base_modules(base)))}  # the outermost last
     return paths[id(own[0])], paths[id(own[1])]
@@ -67,6 +71,8 @@ def tie_targets(host: Any, name: str, config: Any) -> tuple[str, str] | None:
     if not config.ensure_weight_tying:
         return None
     if is_encoder_decoder(host.base):
+        if config.trainable_token_indices is not None and not names_embeddings(host.base, config):
+            return None  # rows of tokens are tied wherever they are
         raise UnsupportedError("ensure_weight_tying is for decoder-only and encoder-only models.")
     pair = tied_pair(host)
     if pair is None:
@@ -78,6 +84,8 @@ def tie_targets(host: Any, name: str, config: Any) -> tuple[str, str] | None:
         tie_copies(host, name, config, pair)
         return None
     if not any(matches(targets, path) for path in (embedding, head)):
+        if config.trainable_token_indices is not None:
+            return None
         warnings.warn(
             "ensure_weight_tying=True: neither target_modules nor modules_to_save name the embeddings or the head; nothing "
             "to tie.",
@@ -90,6 +98,14 @@ def tie_targets(host: Any, name: str, config: Any) -> tuple[str, str] | None:
         kept = [t for t in targets if not matches([t], head)]
         config.target_modules = kept if matches(kept, embedding) else [*kept, embedding]
     return embedding, head
+
+
+def names_embeddings(base: Any, config: Any) -> bool:
+    """Whether `target_modules` or `modules_to_save` select a module that shares the input embeddings' weight."""
+    weight = innermost(base.get_input_embeddings())._parameters.get("weight")
+    tied = [clean_path(path) for path, m in base_modules(base) if innermost(m)._parameters.get("weight") is weight]
+    saved = tuple(config.modules_to_save or ())
+    return any(matches(config.target_modules, path) or path.endswith(saved) for path in tied)
 
 
 def tie_head(host: Any, name: str, config: Any, pair: tuple[str, str], rank: tuple[int, float], dtype: torch.dtype) -> None:
