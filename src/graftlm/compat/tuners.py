@@ -67,7 +67,7 @@ class BaseTuner(metaclass=Tuner):
         config = getattr(model, "config", DUMMY_MODEL_CONFIG)
         if hasattr(config, "to_dict"):
             return config.to_dict()
-        return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+        return dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else config
 
     @classmethod
     def holds(cls, instance: Any) -> bool:
