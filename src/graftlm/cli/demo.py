@@ -41,7 +41,7 @@ PLANS = {
         methods=("lora", "qlora", "prompt-tuning", "p-tuning", "prefix-tuning", "bottleneck"),
         training={"epochs": 4, "batch_size": 4, "eval_batch_size": 50, "eval_strategy": "no"},
         held_out=100,
-        # virtual tokens want many updates: they first learn the form, then waver between the labels; few tokens make them cheap
+        # virtual tokens want many updates: they first learn the form, then waver between the labels; few make a step cheap
         overrides={
             "p-tuning": {"method_options": {"num_virtual_tokens": 8}, "training": {"batch_size": 2, "epochs": 7}},
             "prompt-tuning": {"training": {"batch_size": 2, "epochs": 5}},
