@@ -26,7 +26,9 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from mixed_batch import base as random_base
 import graftlm
 from graftlm.inference.engine import Engine, EngineConfig
 from graftlm.inference.requests import Request, SamplingParams
+from graftlm.inference.threads import apart
 
 PROMPT, NEW = 32, 64
 
@@ -55,15 +58,22 @@ def prompts(count: int, vocabulary: int) -> torch.Tensor:
     return torch.randint(10, vocabulary - 10, (count, PROMPT), generator=torch.Generator().manual_seed(3))
 
 
-def through_generate(model: Any, ids: torch.Tensor, new: int, names: Any = None) -> Callable[[], Any]:
+def there(engine: Engine, work: Callable[[], Any]) -> Any:
+    """What `work` gives in the engine's thread: two threads that multiply hinder each other (see `inference.threads`)."""
+    done: Future = Future()
+    engine._do(lambda: done.set_result(work()))
+    return done.result()
+
+
+def through_generate(engine: Engine, model: Any, ids: torch.Tensor, new: int, names: Any = None) -> Callable[[], Any]:
     options = {} if names is None else {"adapter_names": names}
     options |= {"do_sample": False, "min_new_tokens": new, "max_new_tokens": new, "pad_token_id": 0}
 
     def run() -> list[list[int]]:
         made = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
-        return made[:, PROMPT:].tolist()
+        return made[:, ids.shape[1] :].tolist()
 
-    return run
+    return lambda: there(engine, run)
 
 
 def through_engine(engine: Any, ids: torch.Tensor, new: int, names: list[str]) -> Callable[[], Any]:
@@ -120,9 +130,9 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.shared = load(args.base)
+        self.shared = apart(lambda: load(args.base))
         self.vocabulary = self.shared.config.vocab_size
-        self.engine = engine_on(self.shared)
+        self.engine = apart(lambda: engine_on(self.shared))
         self.found: list[dict[str, Any]] = []
 
     def say(self, work: str, ratio: float, **figures: Any) -> None:
@@ -163,7 +173,7 @@ class Bench:
     def base(self) -> None:
         for rows in self.args.rows:
             ids, new = prompts(rows, self.vocabulary), self.args.new
-            calls = {"generate": through_generate(self.shared, ids, new)}
+            calls = {"generate": through_generate(self.engine, self.shared, ids, new)}
             calls["engine"] = through_engine(self.engine, ids, new, [""] * rows)
             self.compare(f"base, {rows} rows", calls, rows * new)
 
@@ -171,8 +181,8 @@ class Bench:
         import peft
 
         ids, names, new = prompts(8, self.vocabulary), [f"l{i}" for i in range(8)], self.args.new
-        theirs = with_loras(peft, copy.deepcopy(self.shared))
-        calls = {"HF PEFT": through_generate(theirs, ids, new, names)}
+        theirs = apart(lambda: with_loras(peft, copy.deepcopy(self.shared)))
+        calls = {"HF PEFT": through_generate(self.engine, theirs, ids, new, names)}
         calls["engine"] = through_engine(self.engine, ids, new, names)
         self.compare("8 LoRA adapters", calls, 8 * new)
 
@@ -194,7 +204,7 @@ class Bench:
             begun, firsts = time.perf_counter(), []
             for start in range(0, len(asked), size):
                 part = asked[start : start + size]
-                batch_through_generate(self.engine.model, part)
+                there(self.engine, partial(batch_through_generate, self.engine.model, part))
                 firsts += [time.perf_counter() - begun] * len(part)  # `generate` shows nothing before its end
             theirs = time.perf_counter() - begun
             figures = {"engine": tokens / ours, "generate": tokens / theirs}
@@ -213,7 +223,7 @@ class Bench:
         self.say("p95 between tokens, long prompts / median", p95 / statistics.median(gaps), p95=p95, median_alone=alone)
 
     def shared_start(self) -> None:
-        kept = engine_on(self.shared, kept=8192)
+        kept = apart(lambda: engine_on(self.shared, kept=8192))
         start = prompt(60, self.vocabulary, 5)
 
         def first(lead: tuple[int, ...], seed: int) -> float:
@@ -230,8 +240,8 @@ class Bench:
 
     def turns(self) -> None:
         names = [f"t{i}" for i in range(64)]
-        many = engine_on(self.shared, extra=names)
         self.engine.close()
+        many = apart(lambda: engine_on(self.shared, extra=names))
         self.engine = many
         seconds: dict[str, list[float]] = {"one": [], "turns": []}
         for round_ in range(self.args.rounds + 1):
@@ -245,7 +255,7 @@ class Bench:
 
     def prefill(self) -> None:
         ids = torch.stack([torch.tensor(prompt(128, self.vocabulary, i)) for i in range(8)])
-        calls = {"generate": through_generate(self.shared, ids, 1)}
+        calls = {"generate": through_generate(self.engine, self.shared, ids, 1)}
         calls["engine"] = through_engine(self.engine, ids, 1, [""] * 8)
         self.compare("prefill 8 x 128", calls, 8 * 128)
 

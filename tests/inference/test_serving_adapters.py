@@ -17,6 +17,7 @@ import graftlm
 from graftlm.errors import AdapterError, BaseMismatchError, CheckpointError, GraftError, UnknownAdapterError
 from graftlm.inference import registry
 from graftlm.inference.requests import Request, SamplingParams
+from graftlm.inference.threads import begin
 
 PARAMS = SamplingParams(max_new_tokens=6, ignore_end=True)
 KINDS: dict[str, Any] = {
@@ -235,16 +236,10 @@ def test_a_directory_that_fails_at_once(served: Any, tmp_path: Path, monkeypatch
     """A reading that is over before the engine looks again is not taken for an adapter that is there."""
     engine = served()
 
-    class AtOnce:
-        def submit(self, what: Any, *args: Any) -> None:
-            thread = threading.Thread(target=what, args=args)
-            thread.start()
-            thread.join(0.2)  # over, or waiting for the registry's lock
+    def at_once(what: Any, name: str) -> None:
+        begin(what, name).join(0.2)  # over, or waiting for the registry's lock
 
-        def shutdown(self, **options: Any) -> None:
-            pass
-
-    monkeypatch.setattr(engine.registry, "_pool", AtOnce())
+    monkeypatch.setattr("graftlm.inference.registry.begin", at_once)
     engine.registry.add("gone", tmp_path / "nowhere")
     handle = engine.submit(request("gone"))
     with pytest.raises(CheckpointError, match="not a directory"):

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as t
+from families import build
 
 from graftlm import get_peft_model
+from graftlm.architectures.attention import kv_shapes
 from graftlm.methods import TaskType
 from graftlm.planning.sizes import safetensors_bytes, sizes
 from graftlm.planning.skeleton import skeleton
@@ -81,3 +83,11 @@ def test_a_file_is_as_long_as_safetensors_writes_it(tmp_path: Path) -> None:
     tensors = {"b": torch.zeros(3, 5), "a": torch.zeros(7, dtype=torch.bfloat16), "ü": torch.zeros(2, dtype=torch.int64)}
     save_file(tensors, tmp_path / "x", metadata={"k": '{"v": "ä"}'})
     assert safetensors_bytes(tensors, {"k": '{"v": "ä"}'}) == (tmp_path / "x").stat().st_size
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "opt"])
+def test_a_prefix_fits_a_base_with_a_padding_token(name: str) -> None:
+    """transformers looks for it in the batch, to warn; a tensor without values has nothing to look at."""
+    base = build(name, pad_token_id=0)
+    found = kv_shapes(build(name, pad_token_id=0).to("meta"))
+    assert found == kv_shapes(base) and base.config.pad_token_id == 0

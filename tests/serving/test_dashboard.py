@@ -19,14 +19,13 @@ DASHBOARD = Path(__file__).parents[2] / "docs" / "serving-dashboard.json"
 
 def labels() -> dict[str, set[str]]:
     """All series of a server that has answered something, with their labels."""
-    metrics = Metrics("tiny", lambda: Load(1, 0, 0.5, 4, ("a",), ()))
+    metrics = Metrics("tiny", lambda: Load(1, 0, 0.5, 4, ("a",), (), {"loaded": 1, "failed": 0, "evicted": 1}))
     for measure in (metrics.first, metrics.between, metrics.queue, metrics.whole):
         metrics.of(measure).observe(0.1)
     for measure in (metrics.prompts, metrics.written):
         metrics.of(measure).inc()
     metrics.by_adapter.labels("a", "prompt").inc()
     metrics.requests.labels("chat", "200").inc()
-    metrics.loads.labels("ok").inc()
     families = text_string_to_metric_families(metrics.text().decode())
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}
 

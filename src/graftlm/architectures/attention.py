@@ -139,6 +139,7 @@ def _observe(base: Any, run: Any) -> dict[int, tuple[int, int]]:
     try:
         with torch.device("meta"):
             model = type(base)(_plain_config(base.config))
+        model.config.pad_token_id = None  # else transformers looks for it among the token's values, to warn
         target, device = model.eval(), torch.device("meta")
         recorder = _Recorder()
         with torch.no_grad():

@@ -42,7 +42,7 @@ def mlp_forward(module: nn.Module, tried: dict | None = None) -> Callable | None
     settings = [(n, v if isinstance(v, (int, float, str)) else id(v)) for n, v in vars(module).items() if n[0] != "_"]
     key = type(module), names, *active, dropout, *sorted(settings)
     if key not in tried:
-        forward = mlp(names, *(active or [None]), dropout)
+        forward = mlp(names, active[0] if active else None, dropout)
         tried[key] = forward if same(module, names, forward) else None
     return tried[key]
 

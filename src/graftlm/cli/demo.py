@@ -41,8 +41,11 @@ PLANS = {
         methods=("lora", "qlora", "prompt-tuning", "p-tuning", "prefix-tuning", "bottleneck"),
         training={"epochs": 4, "batch_size": 4, "eval_batch_size": 50, "eval_strategy": "no"},
         held_out=100,
-        # few tokens make a step cheap, and P-Tuning wants many: it first learns the form, then wavers between the labels
-        overrides={"p-tuning": {"method_options": {"num_virtual_tokens": 8}, "training": {"batch_size": 2, "epochs": 7}}},
+        # virtual tokens want many updates: they first learn the form, then waver between the labels; few make a step cheap
+        overrides={
+            "p-tuning": {"method_options": {"num_virtual_tokens": 8}, "training": {"batch_size": 2, "epochs": 7}},
+            "prompt-tuning": {"training": {"batch_size": 2, "epochs": 5}},
+        },
         options={"general": None},
     ),
 }

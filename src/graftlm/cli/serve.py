@@ -51,6 +51,7 @@ def serve(
     runs may end first.
     """
     try:
+        from ..inference.threads import apart
         from ..serving.run import run
         from ..serving.settings import Settings
         from ..serving.start import service_of
@@ -64,8 +65,8 @@ def serve(
         queue_requests=queue, timeout=timeout, log_prompts=log_prompts,
     )  # fmt: skip
     limits = {"max_adapters": max_adapters, "max_rows": max_rows, "cache_tokens": cache_tokens}
-    model, tokenizer = _base.load_base(chosen, quantization)
-    service = service_of(model, tokenizer, settings, **{k: v for k, v in limits.items() if v is not None})
+    given = {k: v for k, v in limits.items() if v is not None}
+    service = apart(lambda: service_of(*_base.load_base(chosen, quantization), settings, **given))
     names = ", ".join([settings.base_name, *service.adapters.names()])
     with contextlib.suppress(OSError):  # a full disk costs lines of the log, and nothing else
         typer.echo(f"Serving {names} at http://{host}:{port}/v1", err=True)

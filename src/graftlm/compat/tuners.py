@@ -64,10 +64,10 @@ class BaseTuner(metaclass=Tuner):
     @staticmethod
     def get_model_config(model: Any) -> dict[str, Any]:
         """A model's configuration as a dictionary; of one that has none, a model type."""
-        config = getattr(model, "config", DUMMY_MODEL_CONFIG)
+        config: Any = getattr(model, "config", DUMMY_MODEL_CONFIG)
         if hasattr(config, "to_dict"):
             return config.to_dict()
-        return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+        return dict(config) if isinstance(config, dict) else dataclasses.asdict(config)
 
     @classmethod
     def holds(cls, instance: Any) -> bool:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import count
@@ -26,6 +26,9 @@ import torch
 from ..errors import AdapterError, CheckpointError, GraftError, UnknownAdapterError, nearest
 from ..files import WEIGHTS_NAME
 from ..methods import PeftConfig
+from .threads import begin
+
+READERS = 4  # directories that are read at a time
 
 
 class State(Enum):
@@ -93,7 +96,8 @@ class Registry:
         self.counts = {"loaded": 0, "failed": 0, "evicted": 0}  # since the start
         self._numbers = count(1)
         self._clock = count(1)
-        self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="graftlm-adapter")
+        self._places = threading.Semaphore(READERS)
+        self._closed = False
         for name in model.methods:
             own = Version(name=name, attached=name, path=None, pinned=True, state=State.LIVE, digest=digest_of(model, name))
             self.names[name] = own
@@ -159,7 +163,7 @@ class Registry:
 
     def close(self) -> None:
         """Read no more."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._closed = True
         with self.lock:
             left = list(self.coming.values())
             self.coming.clear()
@@ -173,15 +177,18 @@ class Registry:
 
     def _read(self, version: Version) -> None:
         version.state = State.READING
-        self._pool.submit(self._reading, version)
+        begin(lambda: self._reading(version), "graftlm-adapter")
 
     def _reading(self, version: Version) -> None:
         """In a thread: everything of a directory that takes time and touches no model."""
         error: Exception | None = None
-        try:
-            read(version.path)  # type: ignore[arg-type]
-        except Exception as reason:  # whatever is wrong with a directory is its requests' matter
-            error = reason
+        with self._places:
+            if self._closed:
+                return
+            try:
+                read(version.path)  # type: ignore[arg-type]
+            except Exception as reason:  # whatever is wrong with a directory is its requests' matter
+                error = reason
         with self.lock:
             self.counts["failed"] += error is not None
             version.error = error

@@ -179,10 +179,8 @@ def seconds(recipe: Recipe, found: Rows, made: Skeleton, own: Machine, total: in
 def multiplied(host: Any) -> int:
     """Weights of the base that every token is multiplied by: those of linear layers, without the head (labelled tokens)."""
     wanted, head = base_ids(host), host.base.get_output_embeddings()
-    layers: dict[int, Any] = {
-        id(m.weight): m for m in host.base.modules() if isinstance(m, KINDS["linear"]) and m is not head
-    }
-    own = [m for i, m in layers.items() if i in wanted]
+    layers: list[Any] = [m for m in host.base.modules() if isinstance(m, KINDS["linear"]) and m is not head]
+    own = {id(m.weight): m for m in layers if id(m.weight) in wanted}.values()
     return sum(m.in_features * m.out_features if quantized_kind(m) else m.weight.numel() for m in own)
 
 
