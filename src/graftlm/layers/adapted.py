@@ -95,13 +95,11 @@ class Adapted(Switched, nn.Module):
 
     @property
     def token_adapter(self) -> Adapted:
-        """Where adapters train rows of tokens: what holds `trainable_tokens_delta` (in HF PEFT a module of its own), of a
-        tied layer the embeddings' one."""
+        """What holds the rows of tokens that adapters train here (`trainable_tokens_delta`): of a tied layer, another one."""
         found = [c for c in self.changes.values() if hasattr(c, "originals")]
         if not found:
             raise AttributeError(f"No adapter trains tokens of this {type(self.frozen.layer).__name__}.")
-        own = any(not hasattr(c, "home") for c in found)
-        return self if own else found[0].home.layer  # type: ignore[attr-defined]
+        return found[0].home.layer if all(hasattr(c, "home") for c in found) else self  # type: ignore[attr-defined]
 
     @property
     def trainable_tokens_original(self) -> dict[str, Tensor]:
