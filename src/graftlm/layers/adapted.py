@@ -95,7 +95,7 @@ class Adapted(Switched, nn.Module):
 
     @property
     def token_adapter(self) -> Adapted:
-        """What holds the rows of tokens that adapters train here (`trainable_tokens_delta`): of a tied layer, another one."""
+        """Holds the rows of tokens that adapters train here (`trainable_tokens_delta`): of a tied layer, another one."""
         found = [c for c in self.changes.values() if hasattr(c, "originals")]
         if not found:
             raise AttributeError(f"No adapter trains tokens of this {type(self.frozen.layer).__name__}.")
