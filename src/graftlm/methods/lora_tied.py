@@ -54,7 +54,7 @@ def tied_pair(host: Any) -> tuple[tuple[str, Any], tuple[str, Any]] | None:
     found = [getattr(base, f"get_{name}_embeddings", lambda: None)() for name in ("input", "output")]
     if found[0] is None:
         return None
-    own = [m if m is None else innermost(m) for m in found]
+    own: list[Any] = [m if m is None else innermost(m) for m in found]
     weight = own[0]._parameters.get("weight")
     if own[1] is None:  # a model that does not say which its head is
         modules = (innermost(m) for _, m in base_modules(base))

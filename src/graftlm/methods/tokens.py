@@ -35,7 +35,7 @@ class TokenChange(Change):
     """
 
     tables: ClassVar[tuple[str, ...]] = (TABLE,)
-    numbers = ("token_indices",)
+    numbers: ClassVar[tuple[str, ...]] = ("token_indices",)
 
     def __init__(self, ids: list[int], from_base: bool = True, within: str = "") -> None:
         self.ids = self.token_indices = ids
