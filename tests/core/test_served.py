@@ -168,7 +168,8 @@ def test_nothing_of_a_plan_is_made_anew_while_the_rows_stay(lean: bool) -> None:
 
     def factors() -> set[int]:
         if lean:
-            return {id(a) for beside in served.lean._beside.values() for pair in beside.stacked.values() for a in pair}
+            stack = served.lean._stack
+            return {stack.changes, *(id(a) for pair in stack._factors.values() for a in pair)}
         return {id(layer["a"]) for routes in served._sets.values() for layer in routes._kept.values() if layer}
 
     kept = factors()

@@ -37,8 +37,8 @@ def folder(tmp_path: Path) -> Path:
 def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts the products with kept weights."""
     made: list[int] = []
-    plain = packed._product
-    monkeypatch.setattr(packed, "_product", lambda *a: (made.append(1), plain(*a))[1])
+    plain = packed.block_product
+    monkeypatch.setattr(packed, "block_product", lambda *a: (made.append(1), plain(*a))[1])
     return made
 
 
