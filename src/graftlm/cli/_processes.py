@@ -29,20 +29,16 @@ def launch(recipe: Recipe, count: int, *, quiet: bool) -> int:
         raise ConfigError(f"--processes {count}: expected at least 1, the number of processes that train together.")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment = {"OMP_NUM_THREADS": str(max(1, cores // count))} | os.environ
+    from ..training.surroundings import interrupts_go_to
+
     with tempfile.TemporaryDirectory(prefix="graftlm-") as folder:
         file = Path(folder) / "recipe.yaml"
         file.write_text(recipe.to_yaml(), encoding="utf-8")
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
         command = [*launcher, "-m", "graftlm", "train", str(file), *(["--quiet"] if quiet else [])]
         started = subprocess.Popen(command, env=environment)
-        before = {
-            n: signal.signal(n, lambda number, _: started.send_signal(number)) for n in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
+        with interrupts_go_to(lambda: started.send_signal(signal.SIGTERM)):  # on which the launcher ends its processes
             code = started.wait()
-        finally:
-            for number, own in before.items():
-                signal.signal(number, own)
     if code:
         print(
             f"The processes ended with code {code}. Where {recipe.output_dir} has a checkpoint, the same line with --resume "
