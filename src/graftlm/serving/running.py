@@ -40,6 +40,7 @@ class Running:
         self.times: list[float] = []  # at which something came
         self.wrong: Exception | None = None
         self.ended = False  # all that was asked for has come
+        self.streams = False  # its client has an answer of status 200 already
         self._token = token
         self._done: Callable[[Running, Exception | None], None] | None = done
         self._stream = self._merged()
