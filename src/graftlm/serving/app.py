@@ -25,6 +25,7 @@ from .schema import (
     DetokenizeRequest,
     EmbeddingRequest,
     LoadRequest,
+    StreamOptions,
     TokenizeRequest,
     UnloadRequest,
 )
@@ -138,7 +139,7 @@ async def respond(service: Service, request: Request, wanted: Wanted, form: Form
         if body.stream:
             first = await while_there(request, running.first())  # what goes wrong before it has its own status
             running.streams = True
-            streams = Streams(running, stream(running, form, first, body.usage_last))
+            streams = Streams(running, stream(running, form, first, body.streaming))
             return streams
         choices = await while_there(request, running.whole())
         return JSONResponse(form.whole(best(choices, wanted), running.usage))
@@ -184,17 +185,23 @@ async def left(request: Request) -> None:
         pass
 
 
-async def stream(running: Running, form: Form, first: Any, usage_last: bool) -> AsyncIterator[bytes]:
+async def stream(running: Running, form: Form, first: Any, options: StreamOptions) -> AsyncIterator[bytes]:
     """Server-sent events, [DONE] last; an error in their midst is an event, too."""
     choices = [Choice() for _ in range(running.count)]
+
+    def chunk(made: dict[str, Any]) -> bytes:
+        if options.include_usage:
+            made["usage"] = running.usage.to_dict() if options.continuous_usage_stats else None
+        return event(made)
+
     try:
         for made in form.begin(running.count):
-            yield event(made)
+            yield chunk(made)
         async for index, piece in running.after(first):
             choices[index].add(piece)
             for made in form.delta(index, choices[index], piece):
-                yield event(made)
-        if usage_last:
+                yield chunk(made)
+        if options.include_usage:
             yield event(form.usage(running.usage))
         yield event("[DONE]")
     except Exception as error:

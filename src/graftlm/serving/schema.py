@@ -40,7 +40,10 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
+    """What chunks tell of tokens: the last one of all (`include_usage`), or each of them so far (vLLM's other)."""
+
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
 
@@ -114,8 +117,8 @@ class Generation(Body):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
-    def usage_last(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
+    def streaming(self) -> StreamOptions:
+        return self.stream_options or StreamOptions()
 
 
 class TextPart(BaseModel):
