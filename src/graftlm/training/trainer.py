@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from .joining import Joiner
 from .meters import EpochMeter, TokenLoss, labelled_tokens, peak_memory, perplexity, real_tokens
 from .progress import RichProgress
 from .resume import checkpoints, last_complete_checkpoint
+from .sharing import LABELS, cut, has_classes, own_rows, weighed, without_fillers
 from .surroundings import interrupts_go_to, log
 
 
@@ -107,6 +109,11 @@ class Trainer(transformers.Trainer):
             )
         return str(found)
 
+    def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', without labels on rows that fill up the last batch among several processes."""
+        own = map(partial(without_fillers, self.accelerator), epoch_iterator) if self._plain_loss else epoch_iterator
+        return super().get_batch_samples(own, *args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Short batches that make up one update are trained as one packed batch: the same gradient in fewer passes."""
         if not self._may_join(num_items_in_batch):
@@ -120,11 +127,28 @@ class Trainer(transformers.Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.compute_loss`; a smoothed loss is left to models that need no logits for it."""
-        smoother = self.label_smoother
+        smoother, labels = self.label_smoother, {k: inputs[k] for k in LABELS if k in inputs}
         if smoother is None or not self._smooths_inside(self.accelerator.unwrap_model(model), inputs):
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        with self._unsmoothed():
-            return super().compute_loss(model, {**inputs, "label_smoothing": smoother.epsilon}, *args, **kwargs)
+            found = super().compute_loss(model, inputs, *args, **kwargs)
+        else:
+            with self._unsmoothed():
+                found = super().compute_loss(model, {**inputs, "label_smoothing": smoother.epsilon}, *args, **kwargs)
+        if self.accelerator.num_processes == 1 or not model.training:
+            return found
+        return self._shared_loss(model, inputs | labels, found, kwargs.get("num_items_in_batch"))
+
+    def _shared_loss(self, model: nn.Module, inputs: dict[str, Any], loss: Tensor, items: Any) -> Tensor:
+        """The loss of one process's rows as its part of the loss over all processes' rows (see `sharing`)."""
+        inner, count = self.accelerator.unwrap_model(model), self.accelerator.num_processes
+        if not (isinstance(inner, PeftModel) and self._plain_loss and has_classes(inputs)):
+            return loss
+        scaled = self.args.average_tokens_across_devices and self.model_accepts_loss_kwargs and items is not None
+        penalty = inner.penalty(inner.switch.active) if inner.penalised else 0.0
+        heeded = items is not None and (self.label_smoother is not None or self._heeds_items(model, inputs))
+        if heeded:
+            return loss - (count - 1) * penalty if scaled else loss
+        mean = (loss / count if scaled else loss) - penalty
+        return weighed(self.accelerator, mean, self._weight(inputs)) + penalty
 
     def _smooths_inside(self, model: Any, inputs: dict[str, Any] | None = None) -> bool:
         """Whether transformers' smoothed loss (not someone's own) can be left to the model."""
@@ -244,13 +268,13 @@ class Trainer(transformers.Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
+        inputs = without_fillers(self.accelerator, inputs)
         weight = self._weight(inputs)
         with self._unsmoothed(), self._measured_alone():
             found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-            own = self._own_rows(inputs)
-            if own is inputs:
-                loss = found[0]
-            else:  # a pass that the other processes do not make
+            loss, kept = found[0], None if has_classes(inputs) else own_rows(self.accelerator, inputs)
+            if kept is not None:  # a pass that the other processes do not make
+                own = cut(inputs, kept)
                 weight = self._weight(own) if own else 0
                 loss = super().prediction_step(model, own, True, ignore_keys)[0] if own else None
         if loss is not None:
@@ -270,18 +294,6 @@ class Trainer(transformers.Trainer):
         """As transformers', which counts over all processes."""
         alone = self._measuring and self.accelerator.num_processes > 1
         return None if alone else super()._get_num_items_in_batch(*args, **kwargs)
-
-    def _own_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch without the rows that only fill up the last one among several processes; empty where all do."""
-        state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return inputs
-        size = next((v.shape[0] for v in inputs.values() if isinstance(v, Tensor) and v.dim()), 0)
-        kept = min(max(state.remainder - size * self.accelerator.process_index, 0), size)
-        if kept == size:
-            return inputs
-        cut = {k: v[:kept] if isinstance(v, Tensor) and v.dim() and v.shape[0] == size else v for k, v in inputs.items()}
-        return cut if kept else {}
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         self._evaluated = TokenLoss()

@@ -1,0 +1,117 @@
+"""Runs that two processes and one process make alike: what `test_training_distributed` compares. Both sides run this file."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as t
+from families import build, task
+from training_helpers import NEEDED, PLAIN, trained, uneven
+
+from graftlm import get_peft_model, processes
+from graftlm.kernels import linear
+from graftlm.training import Trainer
+from graftlm.training.defaults import config_type, defaults_of, method_names
+from graftlm.training.surroundings import join_processes
+
+BATCH = 4  # rows an update, over all processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run of `rows` rows. `overrides` are of the base's configuration, `options` of the method's; `arguments` the
+    Trainer's."""
+
+    method: str = "lora"
+    family: str = "llama"
+    rows: int = 11
+    overrides: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+OPTIONS: dict[str, dict[str, Any]] = NEEDED | {
+    "adalora": {"init_r": 6, "target_r": 3, "tinit": 1, "tfinal": 1, "deltaT": 1, "orth_reg_weight": 0.5},
+    "cartridge": {"num_virtual_tokens": 4},
+    "prompt-tuning": {"num_virtual_tokens": 3},
+    "prefix-tuning": {"num_virtual_tokens": 3, "prefix_projection": True, "encoder_hidden_size": 12},
+    "fourierft": {"n_frequency": 100},
+    "p-tuning": {"num_virtual_tokens": 3, "encoder_hidden_size": 12},
+}
+
+CASES = {f"method-{name}": Case(method=name) for name in sorted(method_names())} | {
+    "five-rows": Case(rows=5),  # the second process has none of the last batch
+    "five-rows-padded": Case(rows=5, family="falcon"),
+    "smoothing": Case(arguments={"label_smoothing_factor": 0.1}),
+    "smoothing-padded": Case(family="falcon", arguments={"label_smoothing_factor": 0.1}),
+    "accumulation": Case(rows=21, arguments={"gradient_accumulation_steps": 2}),
+    "accumulation-uneven": Case(rows=13, arguments={"gradient_accumulation_steps": 2}),
+    "checkpointing": Case(arguments={"gradient_checkpointing": True}),
+    "seq2seq": Case(family="t5", overrides={"dropout_rate": 0.0}),
+    "bloom": Case(family="bloom", method="prefix-tuning"),
+}
+
+
+def one_way() -> None:
+    """Products in one way, whatever their rows: ways that are chosen by timing round differently."""
+    linear.way = lambda dtype, rows, transposed: torch.nn.functional.linear  # type: ignore[assignment]
+
+
+def rows_of(case: Case) -> list[dict[str, torch.Tensor]]:
+    rows = uneven(case.rows)
+    return [row | {"labels": row["input_ids"].masked_fill(row["attention_mask"] == 0, -100)} for row in rows]
+
+
+def result_of(case: Case, steps: int, folder: Path) -> dict[str, Any]:
+    """Losses, measures and parameters of a run of so many updates."""
+    base = build(case.family, **case.overrides)
+    torch.manual_seed(3)
+    options = defaults_of(case.method).options | OPTIONS.get(case.method, {}) | case.options
+    model = get_peft_model(base, config_type(case.method)(task_type=task(case.family), **options))
+    rate = min(defaults_of(case.method).rate(32, 2), 1e-2)
+    values = PLAIN | {
+        "output_dir": str(folder), "max_steps": steps, "per_device_train_batch_size": BATCH // processes.count(),
+        "per_device_eval_batch_size": BATCH // processes.count(), "learning_rate": rate, "logging_steps": 1,
+        "adam_epsilon": 1e-4,  # else the last bit of a gradient that is all but zero makes an update of the learning rate
+        "save_strategy": "no", "eval_strategy": "epoch", "seed": 7,
+    }  # fmt: skip
+    trainer = Trainer(
+        model, t.TrainingArguments(**(values | case.arguments)), train_dataset=rows_of(case), eval_dataset=rows_of(case)[:7]
+    )
+    trainer.train()
+    history = trainer.state.log_history
+    keys = ("loss", "grad_norm", "eval_loss", "epoch_train_loss")
+    return {key: [e[key] for e in history if key in e] for key in keys} | {"parameters": trained(model)}
+
+
+def process(rank: int, port: int, names: Sequence[str], steps: int, folder: Path) -> None:
+    """One of two processes: every case, one after the other."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    one_way()
+    join_processes()
+    for name in names:
+        started = time.time()
+        try:
+            found = result_of(CASES[name], steps, folder / f"{name}-out")
+        except Exception as error:  # told by the case's own test
+            found = {"error": f"{type(error).__name__}: {error}"}
+        torch.save(found, folder / f"{name}.{rank}.pt")
+        if os.environ.get("SHOW") and rank == 0:
+            print(name, f"{time.time() - started:.1f}", found.get("error", ""), flush=True)
+    processes.leave()
+
+
+def in_two_processes(work: Callable[..., None], *arguments: Any) -> None:
+    """Run `work(rank, port, …)` in two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(work, (port, *arguments), nprocs=2)
