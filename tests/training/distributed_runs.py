@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import time
+import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from graftlm import get_peft_model, processes
 from graftlm.kernels import linear
 from graftlm.training import Trainer
 from graftlm.training.defaults import config_type, defaults_of, method_names
+from graftlm.training.sharding import shard
 from graftlm.training.surroundings import join_processes
 
 BATCH = 4  # rows an update, over all processes
@@ -31,7 +33,8 @@ class Case:
 
     method: str = "lora"
     family: str = "llama"
-    rows: int = 11
+    rows: int = 7
+    sharded: bool = False
     overrides: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -51,12 +54,15 @@ CASES = {f"method-{name}": Case(method=name) for name in sorted(method_names())}
     "five-rows-padded": Case(rows=5, family="falcon"),
     "smoothing": Case(arguments={"label_smoothing_factor": 0.1}),
     "smoothing-padded": Case(family="falcon", arguments={"label_smoothing_factor": 0.1}),
-    "accumulation": Case(rows=21, arguments={"gradient_accumulation_steps": 2}),
+    "accumulation": Case(rows=16, arguments={"gradient_accumulation_steps": 2}),
     "accumulation-uneven": Case(rows=13, arguments={"gradient_accumulation_steps": 2}),
     "checkpointing": Case(arguments={"gradient_checkpointing": True}),
     "seq2seq": Case(family="t5", overrides={"dropout_rate": 0.0}),
     "bloom": Case(family="bloom", method="prefix-tuning"),
 }
+
+
+CASES |= {f"fsdp2-{name}": replace(case, sharded=True) for name, case in CASES.items()}
 
 
 def one_way() -> None:
@@ -75,11 +81,13 @@ def result_of(case: Case, steps: int, folder: Path) -> dict[str, Any]:
     torch.manual_seed(3)
     options = defaults_of(case.method).options | OPTIONS.get(case.method, {}) | case.options
     model = get_peft_model(base, config_type(case.method)(task_type=task(case.family), **options))
+    if case.sharded and processes.count() > 1:
+        shard(model)
     rate = min(defaults_of(case.method).rate(32, 2), 1e-2)
     values = PLAIN | {
         "output_dir": str(folder), "max_steps": steps, "per_device_train_batch_size": BATCH // processes.count(),
         "per_device_eval_batch_size": BATCH // processes.count(), "learning_rate": rate, "logging_steps": 1,
-        "adam_epsilon": 1e-4,  # else the last bit of a gradient that is all but zero makes an update of the learning rate
+        "adam_epsilon": 1e-3,  # else the last bit of a gradient that is all but zero makes an update of the learning rate
         "save_strategy": "no", "eval_strategy": "epoch", "seed": 7,
     }  # fmt: skip
     trainer = Trainer(
@@ -102,7 +110,7 @@ def process(rank: int, port: int, names: Sequence[str], steps: int, folder: Path
         try:
             found = result_of(CASES[name], steps, folder / f"{name}-out")
         except Exception as error:  # told by the case's own test
-            found = {"error": f"{type(error).__name__}: {error}"}
+            found = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
         torch.save(found, folder / f"{name}.{rank}.pt")
         if os.environ.get("SHOW") and rank == 0:
             print(name, f"{time.time() - started:.1f}", found.get("error", ""), flush=True)

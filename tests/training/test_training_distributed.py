@@ -31,7 +31,7 @@ def of_two(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return found
 
 
-@pytest.mark.parametrize("steps", [4, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [3, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_follow_one(name: str, steps: int, of_two: Any, tmp_path: Path) -> None:
     first, second = of_two(name, steps)

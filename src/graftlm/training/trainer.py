@@ -34,6 +34,7 @@ from .joining import Joiner
 from .meters import EpochMeter, TokenLoss, labelled_tokens, peak_memory, perplexity, real_tokens
 from .progress import RichProgress
 from .resume import checkpoints, last_complete_checkpoint
+from .sharding import Exchange, base_parameters, is_sharded
 from .sharing import LABELS, cut, has_classes, own_rows, weighed, without_fillers
 from .surroundings import interrupts_go_to, log
 
@@ -72,6 +73,7 @@ class Trainer(transformers.Trainer):
         self.member: Any = None  # of several runs that train together
         self._evaluated = TokenLoss()
         self._measuring = False
+        self.exchange: Exchange | None = None  # of gradients, where the model is not wrapped for it
         inner = self.accelerator.unwrap_model(self.model)
         if has_virtual_tokens(inner) and (self.label_smoother is None or self._smooths_inside(inner)):
             self._loss_shifts_labels = False  # the last virtual token predicts the first real one: every label counts
@@ -83,6 +85,7 @@ class Trainer(transformers.Trainer):
             resume_from_checkpoint = self._last_complete_checkpoint()
         self.stop.asked = self.stop.stopped = False
         self.joiner.take()  # what an interrupted update left
+        self._share_out()
         try:
             with interrupts_go_to(self.stop.ask) if self.member is None else nullcontext():
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -95,6 +98,19 @@ class Trainer(transformers.Trainer):
                 f"checkpoint are in {self.args.output_dir}; train(resume_from_checkpoint=True) goes on from there."
             )
         return output
+
+    def _share_out(self) -> None:
+        """Among several processes: adapters' gradients alone travel, by DDP, or by `Exchange` where DDP does not see the
+        passes (joint ones, those of a sharded base)."""
+        inner = self.accelerator.unwrap_model(self.model)
+        if self.accelerator.num_processes == 1 or not isinstance(inner, PeftModel):
+            return
+        own = {id(p) for p in base_parameters(inner.base)}
+        frozen = [name for name, p in inner.named_parameters() if id(p) in own]
+        inner._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in inner.named_buffers())]
+        if self.member is not None or is_sharded(inner):
+            self.exchange = Exchange(inner)
+            self.accelerator.prepare_model = lambda model, *args, **kwargs: model
 
     def _last_complete_checkpoint(self) -> str:
         notes: list[str] = []
@@ -116,13 +132,16 @@ class Trainer(transformers.Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Short batches that make up one update are trained as one packed batch: the same gradient in fewer passes."""
-        if not self._may_join(num_items_in_batch):
-            return self._training_step(model, inputs, num_items_in_batch)
-        batches = self.joiner.add(inputs, self.accelerator.sync_gradients)
+        if self._may_join(num_items_in_batch):
+            batches = self.joiner.add(inputs, self.accelerator.sync_gradients)
+        else:
+            batches = [inputs]
         loss = torch.zeros((), device=self.args.device)
         for i, batch in enumerate(batches, 1):  # processes may have different numbers of them: the last one alone is shared
             with self.accelerator.no_sync(model) if i < len(batches) else nullcontext():
                 loss = loss + self._training_step(model, batch, num_items_in_batch)
+        if self.exchange is not None and self.accelerator.sync_gradients:
+            self.exchange()
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -172,7 +191,7 @@ class Trainer(transformers.Trainer):
         several = self.args.gradient_accumulation_steps > 1 and num_items_in_batch is not None and self.args.n_gpu <= 1
         if not (several and self._plain_loss and self.model_accepts_loss_kwargs and isinstance(model, PeftModel)):
             return False
-        if model.penalised:  # added to the loss of each batch
+        if model.penalised or self.exchange is not None:  # added to the loss of each batch; passes that all make alike
             return False
         with self.accelerator.autocast():  # as in the passes
             return model.can_pack()
