@@ -19,7 +19,7 @@ FLAGS = {
     "base": "base", "quantization": "quantization", "data": "data.source", "data_format": "data.format", "method": "method",
     "epochs": "training.epochs", "steps": "training.max_steps", "lr": "training.learning_rate",
     "budget": "training.budget", "batch_size": "training.batch_size", "max_length": "data.max_length",
-    "seed": "training.seed", "init_from": "init_from", "output": "output_dir",
+    "strategy": "training.strategy", "seed": "training.seed", "init_from": "init_from", "output": "output_dir",
 }  # fmt: skip
 
 
@@ -56,6 +56,9 @@ def train(
         int | None,
         typer.Option("--processes", help="Train in so many processes of this machine, each on batch_size rows a step."),
     ] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="Of several processes: each holds the base (ddp), or a part of it (fsdp2).")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output directory.")] = False,
     show: Annotated[bool, typer.Option("--show-recipe", help="Print the recipe with all defaults, and stop.")] = False,
@@ -83,19 +86,18 @@ def train(
             raise ConfigError(f"--budget searches the learning rate, and --lr {lr:g} names it; leave one out.")
         flags["training.learning_rate"] = "search"
     console = Console(quiet=not processes.is_first())
-    if len(recipes or ()) > 1:
-        if processes_wanted is not None:
-            raise ConfigError("--processes is for one recipe: runs that share their passes train in one process.")
-        several(console, [build_recipe(path, flags, override or []) for path in recipes or ()], show, quiet)
-        return
-    chosen = build_recipe(recipes[0] if recipes else None, flags, override or [])
+    built = [build_recipe(path, flags, override or []) for path in recipes or [None]]  # type: ignore[list-item]
     if show:
-        console.print(chosen.to_yaml(), end="", highlight=False, markup=False)
+        console.print("---\n".join(r.to_yaml() for r in built), end="", highlight=False, markup=False)
         return
-    if processes_wanted is not None and processes.count() == 1:
+    if processes_wanted is not None:
         from ._processes import launch
 
-        raise typer.Exit(launch(chosen, processes_wanted, quiet=quiet))
+        raise typer.Exit(launch(built, processes_wanted, quiet=quiet))
+    if len(built) > 1:
+        several(console, built, quiet)
+        return
+    chosen = built[0]
     try:
         with _base.notices_on_stderr():
             result = run(chosen, quiet=quiet)
@@ -107,7 +109,7 @@ def train(
     processes.leave()
 
 
-def several(console: Any, recipes: list[Recipe], show: bool, quiet: bool) -> None:
+def several(console: Any, recipes: list[Recipe], quiet: bool) -> None:
     """Runs that train together.
 
     Raises:
@@ -115,9 +117,6 @@ def several(console: Any, recipes: list[Recipe], show: bool, quiet: bool) -> Non
     """
     from ..training import TrainingInterrupted, train_together
 
-    if show:
-        console.print("---\n".join(r.to_yaml() for r in recipes), end="", highlight=False, markup=False)
-        return
     try:
         with _base.notices_on_stderr():
             outcomes = train_together(recipes, quiet=quiet)
@@ -133,6 +132,7 @@ def several(console: Any, recipes: list[Recipe], show: bool, quiet: bool) -> Non
         console.print(f"{outcome.recipe.output_dir}: {outcome.error}", style="red", markup=False, highlight=False)
     if failed:
         raise typer.Exit(1)
+    processes.leave()
 
 
 def build_recipe(path: Path | None, flags: dict[str, Any], overrides: list[str]) -> Recipe:

@@ -7,6 +7,7 @@ plain tensors, so files, checkpoints and the optimizer are those of one process;
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,44 @@ from ..errors import UnsupportedError
 from ..quantization import scheme_of
 
 
+def check_strategy(strategy: str, given: bool, together: bool) -> None:
+    """Refuse what this run cannot be shared out by.
+
+    Args:
+        given: the base came loaded, and is to be given back as it was.
+        together: the run shares its passes with others.
+
+    Raises:
+        UnsupportedError: fsdp2 with one of these; DeepSpeed, or accelerate's own FSDP.
+    """
+    wanted = strategy if strategy in ("zero2", "zero3") else None
+    for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "accelerate's FSDP")):
+        wanted = name if os.environ.get(variable, "false").lower() in ("1", "true") else wanted
+    if wanted is not None:
+        raise UnsupportedError(
+            f"{wanted} does not train adapters here: its checkpoints would not be those of one process. training.strategy: "
+            "fsdp2 shares the frozen base out (what ZeRO-3 would); optimizer states and gradients, which ZeRO-2 shares out, are "
+            "those of the adapter only. Start the processes by torchrun, graftlm train --processes, or accelerate launch "
+            "--multi_gpu (--cpu)."
+        )
+    if strategy == "fsdp2" and processes.count() > 1 and (given or together):
+        raise UnsupportedError(
+            "training.strategy: fsdp2 is for a run that loads its own base and trains alone: "
+            + ("runs that train together share one whole base" if together else "a loaded base would come back in parts")
+            + ". Use strategy: ddp, or run one recipe at a time."
+        )
+
+
+def check_base(base: Any) -> None:
+    """UnsupportedError for a base that `shard` cannot hold: a quantised one."""
+    if (scheme := scheme_of(base)) is not None:
+        raise UnsupportedError(
+            f"training.strategy: fsdp2 cannot hold a base in {scheme}: its layers keep scales beside their packed weights, "
+            "which fully_shard does not share out. Use strategy: ddp (each process holds the quantised base), or leave "
+            "quantization out."
+        )
+
+
 def shard(model: Any) -> None:
     """Share a wrapped base's weights out to the processes of this run, block by block. All of them must call this.
 
@@ -29,12 +68,7 @@ def shard(model: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
     base = model.base
-    if (scheme := scheme_of(base)) is not None:
-        raise UnsupportedError(
-            f"training.strategy: fsdp2 cannot hold a base in {scheme}: its layers keep scales beside their packed weights, "
-            "which fully_shard does not share out. Use strategy: ddp (each process holds the quantised base), or leave "
-            "quantization out."
-        )
+    check_base(base)
     fingerprint.keep(base)
     mesh = init_device_mesh(base.device.type, (processes.count(),))
     own = set(base_parameters(base))
@@ -90,14 +124,23 @@ class Exchange:
                 gradient.copy_(part.view_as(gradient))  # type: ignore[union-attr,arg-type]
 
 
-def exchanged_bytes(model: nn.Module) -> int:
-    """Bytes of the gradients that a process exchanges with the others in an update."""
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+def traffic(model: Any) -> dict[str, int]:
+    """What a process exchanges with the others, in bytes: `gradient_bytes` of adapters an update, and `gathered_bytes` of a
+    sharded base that it gets in one pass, forward and backward. Empty for one process."""
+    if processes.count() == 1:
+        return {}
+    parts = [p for p in set(base_parameters(model.base)) if hasattr(p, "placements")]
+    whole = sum(p.numel() * p.element_size() for p in parts)
+    return {
+        "processes": processes.count(),
+        "gradient_bytes": sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
+        "gathered_bytes": 2 * whole * (processes.count() - 1) // processes.count(),
+    }
 
 
-def gathered_bytes(model: Any) -> int:
-    """Bytes of base weights that a process gets from the others in one pass, forward and backward."""
-    if not is_sharded(model):
-        return 0
-    whole = sum(p.numel() * p.element_size() for p in set(base_parameters(model.base)) if hasattr(p, "placements"))
-    return 2 * whole * (processes.count() - 1) // processes.count()
+def in_words(exchanged: dict[str, int]) -> str:
+    """A line about `traffic`."""
+    base = f", and {exchanged['gathered_bytes']:,} bytes of the base gathered a pass" if exchanged["gathered_bytes"] else ""
+    return (
+        f"{exchanged['processes']} processes: gradients of {exchanged['gradient_bytes']:,} bytes exchanged an update{base}."
+    )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .meters import IGNORE_INDEX
@@ -53,11 +52,7 @@ def cut(inputs: dict[str, Any], kept: int) -> dict[str, Any]:
     return first if kept else {}
 
 
-def weighed(accelerator: Any, mean: Tensor, labels: int) -> Tensor:
-    """The mean loss of a process's rows, weighed by its part of the labels of all processes' (see above).
-
-    All processes must call this; one without labels has the mean of nothing, NaN, and gives nothing.
-    """
-    counts = accelerator.gather(torch.tensor([labels], device=accelerator.device))
-    share = accelerator.num_processes * labels / max(int(counts.sum()), 1)
-    return mean.nan_to_num(0.0) * 0.0 if not labels else mean * share
+def weighed(mean: Tensor, labels: int, of_all: int, processes: int) -> Tensor:
+    """The mean loss of a process's rows, weighed by its part of the labels of all processes' (see above). Without labels it is
+    the mean of nothing, NaN, and gives nothing."""
+    return mean * (processes * labels / of_all) if labels else mean.nan_to_num(0.0) * 0.0

@@ -73,6 +73,7 @@ class Trainer(transformers.Trainer):
         self.member: Any = None  # of several runs that train together
         self._evaluated = TokenLoss()
         self._measuring = False
+        self._labels = 0  # of a batch, over all processes
         self.exchange: Exchange | None = None  # of gradients, where the model is not wrapped for it
         inner = self.accelerator.unwrap_model(self.model)
         if has_virtual_tokens(inner) and (self.label_smoother is None or self._smooths_inside(inner)):
@@ -163,11 +164,10 @@ class Trainer(transformers.Trainer):
             return loss
         scaled = self.args.average_tokens_across_devices and self.model_accepts_loss_kwargs and items is not None
         penalty = inner.penalty(inner.switch.active) if inner.penalised else 0.0
-        heeded = items is not None and (self.label_smoother is not None or self._heeds_items(model, inputs))
-        if heeded:
+        if self._heeded(model, items):
             return loss - (count - 1) * penalty if scaled else loss
         mean = (loss / count if scaled else loss) - penalty
-        return weighed(self.accelerator, mean, self._weight(inputs)) + penalty
+        return weighed(mean, self._weight(inputs), self._labels, count) + penalty
 
     def _smooths_inside(self, model: Any, inputs: dict[str, Any] | None = None) -> bool:
         """Whether transformers' smoothed loss (not someone's own) can be left to the model."""
@@ -191,6 +191,8 @@ class Trainer(transformers.Trainer):
         several = self.args.gradient_accumulation_steps > 1 and num_items_in_batch is not None and self.args.n_gpu <= 1
         if not (several and self._plain_loss and self.model_accepts_loss_kwargs and isinstance(model, PeftModel)):
             return False
+        if self.accelerator.num_processes > 1 and not self._heeded(model, num_items_in_batch):
+            return False
         if model.penalised or self.exchange is not None:  # added to the loss of each batch; passes that all make alike
             return False
         with self.accelerator.autocast():  # as in the passes
@@ -203,6 +205,8 @@ class Trainer(transformers.Trainer):
 
     def _training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         counts = self._weight(inputs), real_tokens(inputs)
+        if self.accelerator.num_processes > 1 and not self._heeded(model, num_items_in_batch):
+            self._labels = int(self.accelerator.reduce(torch.tensor(counts[0], device=self.args.device), "sum"))
         loss = self._pass(model, inputs, num_items_in_batch)
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:  # the sum over all tokens of the step
             mean = loss * num_items_in_batch / self.accelerator.num_processes / max(counts[0], 1)
@@ -220,7 +224,9 @@ class Trainer(transformers.Trainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         heeded = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        items = float(num_items_in_batch) if heeded and self._heeds_items(model, inputs) else None
+        items = float(num_items_in_batch) if heeded and self._heeds_items(model) else None
+        if (n := self.accelerator.num_processes) > 1:  # the mean over processes is taken later
+            items = (self._labels if items is None else items) / n
         parts = 1 if heeded else self.current_gradient_accumulation_steps
         request = Request(self, self.accelerator.unwrap_model(self.model), inputs, items, parts, num_items_in_batch)
         return self.member.step(request)
@@ -229,8 +235,12 @@ class Trainer(transformers.Trainer):
         full = not (self.args.fp16 or self.args.bf16)  # no autocast, no gradient scaling
         return full and self._plain_loss and self.label_smoother is None and self.args.n_gpu <= 1
 
-    def _heeds_items(self, model: Any, inputs: dict[str, Any]) -> bool:
-        """Whether the base's loss divides by the number of labels of the whole update, when it is told."""
+    def _heeded(self, model: Any, items: Any) -> bool:
+        """Whether the loss divides by the number of labels of the whole update."""
+        return items is not None and (self.label_smoother is not None or self._heeds_items(model))
+
+    def _heeds_items(self, model: Any) -> bool:
+        """Whether the base's loss does, when it is told."""
         inner = self.accelerator.unwrap_model(model)
         return isinstance(inner, PeftModel) and inner.heeds_items()
 
