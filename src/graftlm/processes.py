@@ -1,4 +1,4 @@
-"""Several processes of one run, as `torchrun`, `accelerate launch` or `srun` start them: which is the first, what they agree on.
+"""Several processes of one run, as `torchrun`, `accelerate launch` or `srun` start them: the first, and what all agree on.
 
 torchrun and accelerate set WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; a step of SLURM (`srun`) has names of
 its own for them.
@@ -30,9 +30,9 @@ def _of_slurm(name: str) -> int:
 def count() -> int:
     """How many processes this run has."""
     started = _started()
-    return (
-        started.get_world_size() if started else int(os.environ.get("WORLD_SIZE") or _of_slurm("SLURM_STEP_NUM_TASKS") or 1)
-    )
+    if started:
+        return int(started.get_world_size())
+    return int(os.environ.get("WORLD_SIZE") or _of_slurm("SLURM_STEP_NUM_TASKS") or 1)
 
 
 def index() -> int:
@@ -67,9 +67,9 @@ def join(cpu: bool) -> None:
         place = ":".join(os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
         text = str(error).strip().splitlines() or [""]
         raise UnsupportedError(
-            f"the {count()} processes of this run do not find each other at {place} ({type(error).__name__}: {text[0]}). Where "
-            "another program has that port, set MASTER_PORT (torchrun: --master-port) to a free one; MASTER_ADDR must be a "
-            "machine that all of them reach."
+            f"the {count()} processes of this run do not find each other at {place} ({type(error).__name__}: {text[0]}). "
+            "Where another program has that port, set MASTER_PORT (torchrun: --master-port) to a free one; MASTER_ADDR must "
+            "be a machine that all of them reach."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Runs that two processes and one process make alike: what `test_training_distributed` compares. Both sides run this file."""
+"""Runs that two processes and one process make alike: what `test_training_distributed` compares."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from typing import Any
 import torch
 import transformers as t
 from families import build, task
-from training_helpers import NEEDED, PLAIN, trained, uneven
+from safetensors.torch import load_file
+from training_helpers import NEEDED, PLAIN, WORDS, trained, uneven
 
 from graftlm import get_peft_model, processes
 from graftlm.kernels import linear
-from graftlm.training import Trainer
+from graftlm.training import Recipe, Together, Trainer, run, runs
 from graftlm.training.defaults import config_type, defaults_of, method_names
 from graftlm.training.sharding import shard
 from graftlm.training.surroundings import join_processes
 
+KEYS = ("loss", "grad_norm", "eval_loss", "epoch_train_loss")
 BATCH = 4  # rows an update, over all processes
 
 
@@ -65,9 +67,19 @@ CASES = {f"method-{name}": Case(method=name) for name in sorted(method_names())}
 CASES |= {f"fsdp2-{name}": replace(case, sharded=True) for name, case in CASES.items()}
 
 
-def one_way() -> None:
-    """Products in one way, whatever their rows: ways that are chosen by timing round differently."""
-    linear.way = lambda dtype, rows, transposed: torch.nn.functional.linear  # type: ignore[assignment]
+EPSILON = 1e-3  # of Adam: else the last bit of a gradient that is all but zero makes an update of the learning rate
+
+
+def exactly(patch: Callable[[Any, str, Any], None]) -> None:
+    """Products in one way, whatever their rows (ways that are chosen by timing round differently), and Adam by EPSILON."""
+    patch(linear, "way", lambda dtype, rows, transposed: torch.nn.functional.linear)
+    arguments = runs.training_arguments
+    patch(runs, "training_arguments", lambda *given: replace_in(arguments(*given)))
+
+
+def replace_in(arguments: t.TrainingArguments) -> t.TrainingArguments:
+    arguments.adam_epsilon = EPSILON
+    return arguments
 
 
 def rows_of(case: Case) -> list[dict[str, torch.Tensor]]:
@@ -87,7 +99,7 @@ def result_of(case: Case, steps: int, folder: Path) -> dict[str, Any]:
     values = PLAIN | {
         "output_dir": str(folder), "max_steps": steps, "per_device_train_batch_size": BATCH // processes.count(),
         "per_device_eval_batch_size": BATCH // processes.count(), "learning_rate": rate, "logging_steps": 1,
-        "adam_epsilon": 1e-3,  # else the last bit of a gradient that is all but zero makes an update of the learning rate
+        "adam_epsilon": EPSILON,
         "save_strategy": "no", "eval_strategy": "epoch", "seed": 7,
     }  # fmt: skip
     trainer = Trainer(
@@ -95,20 +107,89 @@ def result_of(case: Case, steps: int, folder: Path) -> dict[str, Any]:
     )
     trainer.train()
     history = trainer.state.log_history
-    keys = ("loss", "grad_norm", "eval_loss", "epoch_train_loss")
-    return {key: [e[key] for e in history if key in e] for key in keys} | {"parameters": trained(model)}
+    return {key: [e[key] for e in history if key in e] for key in KEYS} | {"parameters": trained(model)}
 
 
-def process(rank: int, port: int, names: Sequence[str], steps: int, folder: Path) -> None:
-    """One of two processes: every case, one after the other."""
+# -- whole recipes -------------------------------------------------------------------------------------------------------
+def save_rows(folder: Path, train: int = 13, test: int = 5) -> Path:
+    """Labelled tweets of different lengths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, count in (("train", train), ("test", test)):
+        lines = [
+            f"{' '.join(WORDS[(i + j) % 15] for j in range(2 + i * 5 % 7))},{'bad' if i % 2 else 'good'}"
+            for i in range(count)
+        ]
+        (folder / f"{name}.csv").write_text("\n".join(["Tweet text,text_label", *lines]) + "\n", encoding="utf-8")
+    return folder
+
+
+RUNS = ("packing", "packing-fsdp2", "early-stop", "int8", "nf4", "joint", "joint-seq2seq", "fsdp2")
+
+
+def recipes_of(name: str, place: Path, steps: int, out: Path) -> list[Recipe]:
+    """The recipes that run together under a name; `place` has base and data."""
+    count = processes.count()
+    often = {"eval_strategy": "steps", "save_strategy": "steps", "interval": 1}
+    training: dict[str, Any] = {
+        "max_steps": steps, "batch_size": BATCH // count, "eval_batch_size": 4 // count, "learning_rate": 1e-2, "threads": 1,
+        "logging_steps": 1, "save_strategy": "no", "load_best": False,
+    }  # fmt: skip
+    values: dict[str, Any] = {"base": str(place / "base"), "data": {"source": str(place / "data")}}
+    methods: list[dict[str, Any]] = [{"method": "lora", "method_options": {"lora_dropout": 0.0}}]
+    if name.startswith("packing"):  # a pack a process and step
+        training |= {"packing": True, "tokens": 32, "accumulation": BATCH // 2 // count}
+    if name.endswith("fsdp2") and count > 1:
+        training["strategy"] = "fsdp2"
+    if name == "early-stop":
+        training |= often | {"early_stopping": 1, "learning_rate": 0.5, "max_steps": 20}
+    if name in ("int8", "nf4"):
+        values |= {"quantization": name, "base": str(place / "wide")}
+    if name.startswith("joint"):
+        penalised = {"tinit": 1, "tfinal": 1, "deltaT": 1, "orth_reg_weight": 0.5}
+        methods += [{"method": "adalora", "method_options": penalised}, {"method": "prompt-tuning"}]
+    if name == "joint-seq2seq":
+        values["base"] = str(place / "seq2seq")
+    return [
+        Recipe.from_dict(values | method | {"training": training, "output_dir": str(out / str(i))})
+        for i, method in enumerate(methods)
+    ]
+
+
+def run_of(name: str, place: Path, steps: int, out: Path) -> dict[str, Any]:
+    """Losses, measures and parameters of the recipes of a name, side by side."""
+    recipes = recipes_of(name, place, steps, out)
+    if len(recipes) > 1:
+        together = Together(quiet=True)
+        for recipe in recipes:
+            together.add(recipe)
+        outcomes = together.run()
+        assert together.passes["joint"] > 0 and [o.error for o in outcomes] == [None] * len(recipes), outcomes
+        results = [outcome.result for outcome in outcomes]
+    else:
+        results = [run(recipes[0], quiet=True)]
+    histories = [result.history for result in results if result is not None]
+    found = {key: [e[key] for history in histories for e in history if key in e] for key in KEYS}
+    found["held_out"] = [result.metrics["loss"] for result in results if result is not None]
+    processes.wait()
+    files = [load_file(out / str(i) / "adapter_model.safetensors") for i in range(len(recipes))]
+    return found | {"parameters": {f"{i} {k}": v for i, file in enumerate(files) for k, v in file.items()}}
+
+
+def made_of(name: str, place: Path, steps: int, out: Path) -> dict[str, Any]:
+    """What came of a case or of a run."""
+    return result_of(CASES[name], steps, out) if name in CASES else run_of(name, place, steps, out)
+
+
+def process(rank: int, port: int, names: Sequence[str], place: Path, steps: int, folder: Path) -> None:
+    """One of two processes: every case and run, one after the other."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    one_way()
+    exactly(setattr)
     join_processes()
     for name in names:
         started = time.time()
         try:
-            found = result_of(CASES[name], steps, folder / f"{name}-out")
+            found = made_of(name, place, steps, folder / f"{name}-out")
         except Exception as error:  # told by the case's own test
             found = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
         torch.save(found, folder / f"{name}.{rank}.pt")

@@ -49,8 +49,8 @@ def launch(recipes: list[Recipe], count: int, *, quiet: bool) -> int:
     if code:
         folders = ", ".join(recipe.output_dir for recipe in recipes)
         print(
-            f"The processes ended with code {code}. Where {folders} has a checkpoint, the same line with --resume goes on from "
-            "it.",
+            f"The processes ended with code {code}. Where {folders} has a checkpoint, the same line with --resume goes on "
+            "from it.",
             file=sys.stderr,
         )
     return code

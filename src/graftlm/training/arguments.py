@@ -45,7 +45,6 @@ def training_arguments(recipe: Recipe, held_out: bool, dtype: torch.dtype) -> Tr
         **checkpointing(t.gradient_checkpointing),
         report_to=t.report_to or "none",
         dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_broadcast_buffers=False,  # the base's, which are the same
         ddp_find_unused_parameters=False,  # looking for them makes the logits of every step
         disable_tqdm=False,
     )

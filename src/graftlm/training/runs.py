@@ -115,7 +115,7 @@ def check_enough(data: RunData) -> None:
     """RecipeError where some process would have nothing to train on."""
     if len(data.train_rows) < processes.count():
         raise RecipeError(
-            f"{processes.count()} processes for {len(data.train_rows)} rows to train on: each needs at least one. Start fewer."
+            f"{processes.count()} processes for {len(data.train_rows)} rows to train on: each needs one; start fewer"
         )
 
 

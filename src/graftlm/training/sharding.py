@@ -1,7 +1,7 @@
 """FSDP2: the frozen base in parts, one a process, and the adapters whole in every process.
 
-torch's `fully_shard` gathers a block's weights when a pass reaches it and drops them behind it. Embeddings, the last norm and
-the head stay whole: `fully_shard` would hold them from the forward to the end of the backward pass all the same. Adapters stay
+torch's `fully_shard` gathers a block's weights when a pass reaches it and drops them behind it. Embeddings, the last norm
+and the head stay whole: `fully_shard` would hold them from the forward to the end of the backward pass too. Adapters stay
 plain tensors, so files, checkpoints and the optimizer are those of one process; `Exchange` takes their gradients' mean.
 """
 
@@ -36,8 +36,8 @@ def check_strategy(strategy: str, given: bool, together: bool) -> None:
     if wanted is not None:
         raise UnsupportedError(
             f"{wanted} does not train adapters here: its checkpoints would not be those of one process. training.strategy: "
-            "fsdp2 shares the frozen base out (what ZeRO-3 would); optimizer states and gradients, which ZeRO-2 shares out, are "
-            "those of the adapter only. Start the processes by torchrun, graftlm train --processes, or accelerate launch "
+            "fsdp2 shares the frozen base out, as ZeRO-3 would; what ZeRO-2 shares out, gradients and optimizer states, is "
+            "the adapter's only. Start the processes by torchrun, graftlm train --processes, or accelerate launch "
             "--multi_gpu (--cpu)."
         )
     if strategy == "fsdp2" and processes.count() > 1 and (given or together):
@@ -138,9 +138,7 @@ def traffic(model: Any) -> dict[str, int]:
     }
 
 
-def in_words(exchanged: dict[str, int]) -> str:
+def in_words(e: dict[str, int]) -> str:
     """A line about `traffic`."""
-    base = f", and {exchanged['gathered_bytes']:,} bytes of the base gathered a pass" if exchanged["gathered_bytes"] else ""
-    return (
-        f"{exchanged['processes']} processes: gradients of {exchanged['gradient_bytes']:,} bytes exchanged an update{base}."
-    )
+    base = f", and {e['gathered_bytes']:,} bytes of the base gathered a pass" if e["gathered_bytes"] else ""
+    return f"{e['processes']} processes: gradients of {e['gradient_bytes']:,} bytes exchanged an update{base}."

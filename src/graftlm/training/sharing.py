@@ -53,6 +53,6 @@ def cut(inputs: dict[str, Any], kept: int) -> dict[str, Any]:
 
 
 def weighed(mean: Tensor, labels: int, of_all: int, processes: int) -> Tensor:
-    """The mean loss of a process's rows, weighed by its part of the labels of all processes' (see above). Without labels it is
-    the mean of nothing, NaN, and gives nothing."""
+    """The mean loss of a process's rows, weighed by its part of the labels of all processes' (see above). Without labels it
+    is the mean of nothing, NaN, and gives nothing."""
     return mean * (processes * labels / of_all) if labels else mean.nan_to_num(0.0) * 0.0

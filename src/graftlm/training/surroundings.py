@@ -21,7 +21,7 @@ log = logging.getLogger("graftlm.training.trainer")  # of all that is said while
 
 
 def join_processes() -> None:
-    """Let the processes that torchrun, accelerate or srun started know each other, each on its own GPU where there are any."""
+    """Let the processes of a run (torchrun, accelerate, srun) know each other, each on its own GPU where there are any."""
     processes.join(cpu=not has_accelerator())
 
 
