@@ -1,7 +1,7 @@
 """Several processes of one run, as `torchrun`, `accelerate launch` or `srun` start them: the first, and what all agree on.
 
-torchrun and accelerate set WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; a step of SLURM (`srun`) has names of
-its own for them.
+torchrun and accelerate set WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; a step of SLURM (`srun`) and MPI
+(`mpirun`) have names of their own for the first three.
 """
 
 from __future__ import annotations
@@ -22,9 +22,20 @@ def _started() -> Any:
     return distributed if distributed is not None and distributed.is_available() and distributed.is_initialized() else None
 
 
-def _of_slurm(name: str) -> int:
-    """A number that `srun` gives each of its tasks; 0 outside of a step."""
-    return int(os.environ.get(name) or 0) if "SLURM_STEP_NUM_TASKS" in os.environ else 0
+# Names by launcher: how many, which, which on its machine.
+LAUNCHERS = (
+    ("WORLD_SIZE", "RANK", "LOCAL_RANK"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID"),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+)
+
+
+def _told() -> tuple[int, int, int]:
+    """What the launcher says of this process: how many there are, which it is, which on its machine."""
+    names = next((names for names in LAUNCHERS if os.environ.get(names[0])), None)
+    size, rank, local = (int(os.environ.get(name) or 0) for name in names) if names else (1, 0, 0)
+    return (size, rank, local) if size > 1 else (1, 0, 0)
 
 
 def count() -> int:
@@ -32,15 +43,13 @@ def count() -> int:
     started = _started()
     if started:
         return int(started.get_world_size())
-    return int(os.environ.get("WORLD_SIZE") or _of_slurm("SLURM_STEP_NUM_TASKS") or 1)
+    return _told()[0]
 
 
 def index() -> int:
     """Which of them this one is, from 0."""
     started = _started()
-    if started:
-        return int(started.get_rank())
-    return int(os.environ.get("RANK") or _of_slurm("SLURM_PROCID")) if count() > 1 else 0
+    return int(started.get_rank()) if started else _told()[1]
 
 
 def is_first() -> bool:
@@ -53,12 +62,18 @@ def join(cpu: bool) -> None:
 
     Raises:
         UnsupportedError: they do not find each other: an address or a port that cannot be had, or a step of SLURM on several
-            nodes without MASTER_ADDR.
+            nodes without MASTER_ADDR. Or accelerate was asked for several processes and started one.
     """
+    if count() == 1 and {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys() and "WORLD_SIZE" not in os.environ:
+        raise UnsupportedError(
+            "accelerate launch was asked for several processes and started one: on CPUs it leaves that to mpirun. Use "
+            "graftlm train --processes N, torchrun --nproc-per-node N -m graftlm train …, or accelerate launch --multi_gpu "
+            "(which starts processes without GPUs, too). For one process, unset MASTER_ADDR."
+        )
     if count() == 1 or _started():
         return
     if "WORLD_SIZE" not in os.environ:
-        os.environ.update(_variables_of_slurm())
+        os.environ.update(_variables())
     from accelerate import PartialState
 
     try:
@@ -73,8 +88,9 @@ def join(cpu: bool) -> None:
         ) from error
 
 
-def _variables_of_slurm() -> dict[str, str]:
-    """What torch.distributed asks for, in a step of SLURM. The port goes with the job, so that two jobs share a node."""
+def _variables() -> dict[str, str]:
+    """What torch.distributed asks for, where SLURM or MPI started this. The port goes with the job, so that two of them can
+    share a node."""
     address = os.environ.get("MASTER_ADDR")
     if address is None:
         if int(os.environ.get("SLURM_STEP_NUM_NODES") or 1) > 1:
@@ -84,8 +100,8 @@ def _variables_of_slurm() -> dict[str, str]:
             )
         address = "127.0.0.1"
     port = os.environ.get("MASTER_PORT") or str(20000 + int(os.environ.get("SLURM_JOB_ID") or 0) % 20000)
-    numbers = {"RANK": index(), "LOCAL_RANK": _of_slurm("SLURM_LOCALID"), "WORLD_SIZE": count()}
-    return {name: str(value) for name, value in numbers.items()} | {"MASTER_ADDR": address, "MASTER_PORT": port}
+    numbers = dict(zip(LAUNCHERS[0], map(str, _told()), strict=True))
+    return numbers | {"MASTER_ADDR": address, "MASTER_PORT": port}
 
 
 def wait() -> None:

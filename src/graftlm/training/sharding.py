@@ -38,7 +38,7 @@ def check_strategy(strategy: str, given: bool, together: bool) -> None:
             f"{wanted} does not train adapters here: its checkpoints would not be those of one process. training.strategy: "
             "fsdp2 shares the frozen base out, as ZeRO-3 would; what ZeRO-2 shares out, gradients and optimizer states, is "
             "the adapter's only. Start the processes by torchrun, graftlm train --processes, or accelerate launch "
-            "--multi_gpu (--cpu)."
+            "--multi_gpu."
         )
     if strategy == "fsdp2" and processes.count() > 1 and (given or together):
         raise UnsupportedError(
