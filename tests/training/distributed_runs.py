@@ -15,13 +15,15 @@ import torch
 import transformers as t
 from families import build, task
 from safetensors.torch import load_file
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.tensor import DTensor
 from training_helpers import NEEDED, PLAIN, WORDS, trained, uneven
 
 from graftlm import get_peft_model, processes
 from graftlm.kernels import linear
 from graftlm.training import Recipe, Together, Trainer, run, runs
 from graftlm.training.defaults import config_type, defaults_of, method_names
-from graftlm.training.sharding import shard
+from graftlm.training.sharding import base_parameters, shard, stacks, traffic
 from graftlm.training.surroundings import join_processes
 
 KEYS = ("loss", "grad_norm", "eval_loss", "epoch_train_loss")
@@ -95,7 +97,7 @@ def result_of(case: Case, steps: int, folder: Path) -> dict[str, Any]:
     model = get_peft_model(base, config_type(case.method)(task_type=task(case.family), **options))
     if case.sharded and processes.count() > 1:
         shard(model)
-    rate = min(defaults_of(case.method).rate(32, 2), 1e-2)
+    rate = min(defaults_of(case.method).rate(32, 2), 2e-3)
     values = PLAIN | {
         "output_dir": str(folder), "max_steps": steps, "per_device_train_batch_size": BATCH // processes.count(),
         "per_device_eval_batch_size": BATCH // processes.count(), "learning_rate": rate, "logging_steps": 1,
@@ -123,7 +125,11 @@ def save_rows(folder: Path, train: int = 13, test: int = 5) -> Path:
     return folder
 
 
-RUNS = ("packing", "packing-fsdp2", "early-stop", "int8", "nf4", "joint", "joint-seq2seq", "fsdp2")
+RUNS = ("packing", "packing-fsdp2", "early-stop", "int8", "nf4", "joint", "joint-seq2seq", "fsdp2", "resumed")
+# Without `slow`: FSDP2 under each of the entry points, and in the cases where the processes differ in what they hold.
+OFTEN = ("lora", "adalora", "prompt-tuning", "prefix-tuning", "bottleneck", "trainable-tokens")
+QUICK = [name for name in CASES if not name.startswith("fsdp2-")]
+QUICK += ["fsdp2-five-rows", "fsdp2-accumulation-uneven", *(f"fsdp2-method-{name}" for name in OFTEN)]
 
 
 def recipes_of(name: str, place: Path, steps: int, out: Path) -> list[Recipe]:
@@ -142,6 +148,9 @@ def recipes_of(name: str, place: Path, steps: int, out: Path) -> list[Recipe]:
         training["strategy"] = "fsdp2"
     if name == "early-stop":
         training |= often | {"early_stopping": 1, "learning_rate": 0.5, "max_steps": 20}
+    if name == "resumed":  # from a sharded run's checkpoint
+        training |= {"save_strategy": "steps", "interval": 1, "schedule": "constant"}
+        training["strategy"] = "fsdp2" if count > 1 else "ddp"
     if name in ("int8", "nf4"):
         values |= {"quantization": name, "base": str(place / "wide")}
     if name.startswith("joint"):
@@ -167,6 +176,9 @@ def run_of(name: str, place: Path, steps: int, out: Path) -> dict[str, Any]:
         results = [outcome.result for outcome in outcomes]
     else:
         results = [run(recipes[0], quiet=True)]
+    if name == "resumed":
+        further = recipes[0].replace(f"training.max_steps={steps + 2}", "training.strategy=ddp", resume=True)
+        results = [run(further, quiet=True)]
     histories = [result.history for result in results if result is not None]
     found = {key: [e[key] for history in histories for e in history if key in e] for key in KEYS}
     found["held_out"] = [result.metrics["loss"] for result in results if result is not None]
@@ -175,8 +187,56 @@ def run_of(name: str, place: Path, steps: int, out: Path) -> dict[str, Any]:
     return found | {"parameters": {f"{i} {k}": v for i, file in enumerate(files) for k, v in file.items()}}
 
 
+def measured() -> dict[str, Any]:
+    """What travels in an update, counted where it is sent, and what the run says of it; what is held of a sharded base."""
+    sent: dict[str, int] = {"gradient_bytes": 0, "gathered_bytes": 0}
+
+    def counting(state: Any, bucket: Any) -> Any:
+        sent["gradient_bytes"] += bucket.buffer().nbytes
+        return allreduce_hook(None, bucket)
+
+    counting.__annotations__ = {}  # torch compares what is said of the bucket, as an object
+
+    class Register(t.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 0:
+                trainer.model_wrapped.register_comm_hook(None, counting)
+
+    def one_update(model: Any, *callbacks: t.TrainerCallback) -> Trainer:
+        arguments = t.TrainingArguments(
+            **PLAIN, output_dir="unused", max_steps=1, per_device_train_batch_size=2, save_strategy="no"
+        )
+        return Trainer(model, arguments, train_dataset=rows_of(Case()), callbacks=list(callbacks))
+
+    model = get_peft_model(build("llama"), config_type("lora")(task_type="CAUSAL_LM"))
+    trainer = one_update(model, Register())
+    trainer.train()
+    told = traffic(model)
+    parts = get_peft_model(build("llama"), config_type("lora")(task_type="CAUSAL_LM"))
+    whole = sum(p.nbytes for _, blocks in stacks(parts.base) for b in blocks for p in base_parameters(b))
+    shard(parts)
+    parts.try_out()
+    held = sum(p.to_local().nbytes for p in base_parameters(parts.base) if isinstance(p, DTensor))
+    name = (
+        "all_gather_single" if hasattr(torch.distributed, "all_gather_single") else "all_gather_into_tensor"
+    )  # fully_shard's
+    gather = getattr(torch.distributed, name)
+
+    def counted(output: torch.Tensor, *given: Any, **named: Any) -> Any:
+        sent["gathered_bytes"] += output.nbytes // 2
+        return gather(output, *given, **named)
+
+    setattr(torch.distributed, name, counted)
+    one_update(parts).train()
+    setattr(torch.distributed, name, gather)
+    told["gathered_bytes"] = traffic(parts)["gathered_bytes"]
+    return {"sent": sent, "told": told, "whole": whole, "held": held}
+
+
 def made_of(name: str, place: Path, steps: int, out: Path) -> dict[str, Any]:
     """What came of a case or of a run."""
+    if name == "measured":
+        return measured()
     return result_of(CASES[name], steps, out) if name in CASES else run_of(name, place, steps, out)
 
 

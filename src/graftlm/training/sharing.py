@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate.data_loader import SkipBatchSampler
 from torch import Tensor
 
 from .meters import IGNORE_INDEX
@@ -21,11 +22,24 @@ def own_rows(accelerator: Any, inputs: dict[str, Any]) -> int | None:
     """How many rows of a batch are there once: the last batch among several processes is filled up with rows from the start
     of the data. None where all are."""
     state = accelerator.gradient_state
-    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+    if accelerator.num_processes == 1 or not state.end_of_dataloader:
+        return None
+    remainder = state.remainder if state.remainder >= 0 else left_over(state.active_dataloader)
+    if not remainder:
         return None
     size = next((v.shape[0] for v in inputs.values() if isinstance(v, Tensor) and v.dim()), 0)
-    kept = min(max(state.remainder - size * accelerator.process_index, 0), size)
+    kept = min(max(remainder - size * accelerator.process_index, 0), size)
     return None if kept == size else kept
+
+
+def left_over(loader: Any) -> int:
+    """Rows in the last batch of an epoch that was resumed in its middle, which accelerate does not count; 0 for a whole one."""
+    skipping = getattr(loader, "batch_sampler", None)
+    if not isinstance(skipping, SkipBatchSampler):
+        return 0
+    own = skipping.batch_sampler
+    whole = own.batch_size * (1 if own.split_batches else own.num_processes)
+    return 0 if own.drop_last else len(loader.dataset) % whole
 
 
 def without_fillers(accelerator: Any, inputs: Any) -> Any:
