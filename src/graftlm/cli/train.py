@@ -71,7 +71,7 @@ def train(
     Several recipes share every pass over one frozen base, and each adapter comes out as if it were trained alone. A run that
     fails ends alone; the exit code is then 1.
 
-    On several GPUs: --processes N; on several machines torchrun … -m graftlm train … (or accelerate launch …).
+    On several GPUs: --processes N; on several machines torchrun … -m graftlm train … (docs/distributed.md).
     """
     given = locals()
     from rich.console import Console

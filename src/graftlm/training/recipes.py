@@ -9,7 +9,8 @@
 
 The same recipe on the same machine gives the same adapter bit for bit, where products are made in the same ways (these are
 chosen by timing, see `kernels.linear`; another choice rounds otherwise). Started by `torchrun` or `accelerate launch`, every
-process trains on its share of each batch (`batch_size` rows a process), and the first one prints and saves.
+process trains on its share of each batch (`batch_size` rows a process), and the first one prints and saves
+(docs/distributed.md).
 """
 
 from __future__ import annotations
