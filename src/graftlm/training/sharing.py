@@ -33,7 +33,7 @@ def own_rows(accelerator: Any, inputs: dict[str, Any]) -> int | None:
 
 
 def left_over(loader: Any) -> int:
-    """Rows in the last batch of an epoch that was resumed in its middle, where accelerate counts none; 0 for a whole batch."""
+    """Rows in the last batch of an epoch that was resumed in its middle, where accelerate counts none; 0: a whole batch."""
     skipping = getattr(loader, "batch_sampler", None)
     if not isinstance(skipping, SkipBatchSampler):
         return 0
