@@ -187,7 +187,7 @@ def run_of(name: str, place: Path, steps: int, out: Path) -> dict[str, Any]:
     return found | {"parameters": {f"{i} {k}": v for i, file in enumerate(files) for k, v in file.items()}}
 
 
-def measured() -> dict[str, Any]:
+def measured(out: Path) -> dict[str, Any]:
     """What travels in an update, counted where it is sent, and what the run says of it; what is held of a sharded base."""
     sent: dict[str, int] = {"gradient_bytes": 0, "gathered_bytes": 0}
 
@@ -197,29 +197,31 @@ def measured() -> dict[str, Any]:
 
     counting.__annotations__ = {}  # torch compares what is said of the bucket, as an object
 
-    class Register(t.TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 0:
-                trainer.model_wrapped.register_comm_hook(None, counting)
+    class Counted(t.TrainerCallback):
+        """Counts the second update alone: the first one tries passes out."""
 
-    def one_update(model: Any, *callbacks: t.TrainerCallback) -> Trainer:
-        arguments = t.TrainingArguments(
-            **PLAIN, output_dir="unused", max_steps=1, per_device_train_batch_size=2, save_strategy="no"
-        )
-        return Trainer(model, arguments, train_dataset=rows_of(Case()), callbacks=list(callbacks))
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            sent[self.key] = 0
+            wrapped = self.trainer.model_wrapped
+            if state.global_step == 0 and hasattr(wrapped, "register_comm_hook"):
+                wrapped.register_comm_hook(None, counting)
+
+    def two_updates(model: Any, key: str) -> None:
+        values = PLAIN | {"output_dir": str(out), "max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no"}
+        counted = Counted()
+        trainer = Trainer(model, t.TrainingArguments(**values), train_dataset=rows_of(Case()), callbacks=[counted])
+        counted.key, counted.trainer = key, trainer
+        trainer.train()
 
     model = get_peft_model(build("llama"), config_type("lora")(task_type="CAUSAL_LM"))
-    trainer = one_update(model, Register())
-    trainer.train()
+    two_updates(model, "gradient_bytes")
     told = traffic(model)
     parts = get_peft_model(build("llama"), config_type("lora")(task_type="CAUSAL_LM"))
     whole = sum(p.nbytes for _, blocks in stacks(parts.base) for b in blocks for p in base_parameters(b))
     shard(parts)
-    parts.try_out()
     held = sum(p.to_local().nbytes for p in base_parameters(parts.base) if isinstance(p, DTensor))
-    name = (
-        "all_gather_single" if hasattr(torch.distributed, "all_gather_single") else "all_gather_into_tensor"
-    )  # fully_shard's
+    # what fully_shard gathers by, in newer and older versions of torch
+    name = "all_gather_single" if hasattr(torch.distributed, "all_gather_single") else "all_gather_into_tensor"
     gather = getattr(torch.distributed, name)
 
     def counted(output: torch.Tensor, *given: Any, **named: Any) -> Any:
@@ -227,7 +229,7 @@ def measured() -> dict[str, Any]:
         return gather(output, *given, **named)
 
     setattr(torch.distributed, name, counted)
-    one_update(parts).train()
+    two_updates(parts, "gathered_bytes")
     setattr(torch.distributed, name, gather)
     told["gathered_bytes"] = traffic(parts)["gathered_bytes"]
     return {"sent": sent, "told": told, "whole": whole, "held": held}
@@ -236,7 +238,7 @@ def measured() -> dict[str, Any]:
 def made_of(name: str, place: Path, steps: int, out: Path) -> dict[str, Any]:
     """What came of a case or of a run."""
     if name == "measured":
-        return measured()
+        return measured(out)
     return result_of(CASES[name], steps, out) if name in CASES else run_of(name, place, steps, out)
 
 

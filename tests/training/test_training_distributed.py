@@ -70,7 +70,7 @@ def test_two_processes_follow_one(name: str, steps: int, of_two: Any, alone: Any
     one = alone(name, steps)
     for key in ("loss", "eval_loss", "epoch_train_loss", *(["held_out"] if name in RUNS else [])):
         # bitsandbytes takes outliers out by columns of the whole batch, so its products depend on what else is in it
-        tolerance = 1e-2 if name == "int8" and key == "eval_loss" else 1e-5
+        tolerance = 1e-2 if name == "int8" and key in ("eval_loss", "held_out") else 1e-5
         assert len(first[key]) and first[key] == pytest.approx(one[key], abs=tolerance), key
     assert first["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
     assert first["parameters"].keys() == one["parameters"].keys()

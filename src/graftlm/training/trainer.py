@@ -262,6 +262,8 @@ class Trainer(transformers.Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._drain()
+        whole = self._over_processes(self.meter.loss)  # the first process saves its sums, and goes on with them
+        self.meter.loss = whole if self.args.process_index == 0 else TokenLoss()
         super()._save_checkpoint(*args, **kwargs)
 
     # -- measures ----------------------------------------------------------------------------------------------------
