@@ -30,9 +30,7 @@ WIDTHS = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim")
 INNER = ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "ffn_hidden_size", "encoder_ffn_dim", "decoder_ffn_dim")
 HEADS = ("head_dim", "kv_channels", "d_kv")
 VOCABULARY = ("vocab_size", "padded_vocab_size")
-# Share of the kept activations that resident memory grows by besides: fitted to runs of one family in two sizes, 0.29 and
-# 0.33.
-HEAP = 0.3
+HEAP = 0.2  # share of the kept activations that resident memory grows by besides: fitted to the runs of benchmarks/planning.py
 TINY = {**dict.fromkeys(LAYERS, 2), **dict.fromkeys(INNER, 64), **dict.fromkeys(HEADS, 8), **dict.fromkeys(VOCABULARY, 512)}
 
 
@@ -194,6 +192,7 @@ def ways_known(dtype: torch.dtype) -> None:
         for rows in (n for n in (1, 4, 16, 64, 256) if n <= most):
             for transposed in (False, True):
                 linear.way(kind, rows, transposed)
+    linear.working_dtype(dtype, torch.device("cpu"))
 
 
 @contextmanager

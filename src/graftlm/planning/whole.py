@@ -149,7 +149,7 @@ def loading(made: Skeleton, size_of: Sizes, own: Machine) -> int:
     copies = made.scheme is not None or abs(stored - plain) > 0.02 * plain
     stored = stored or plain
     transient = size_of.base * 4 if made.scheme in ("nf4", "fp4") else 0
-    return own.process_bytes + stored + (max(size_of.base_bytes, transient) if copies else 0)
+    return own.start_bytes + stored + (max(size_of.base_bytes, transient) if copies else 0)
 
 
 def steps_an_epoch(recipe: Recipe, found: Rows) -> int:
