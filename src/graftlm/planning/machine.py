@@ -59,18 +59,32 @@ def machine(form: str, say: Any = None) -> Machine:
     Raises:
         PlanError: the measuring run failed.
     """
-    path = cache_directory() / "machine.json"
+    path, name = kept_in(), key(form)
     kept = read(path)
-    key = " ".join([form, platform.node(), f"{os.cpu_count()} threads {torch.get_num_threads()}", *versions()])
-    if key not in kept:
+    if name not in kept:
         if say is not None:
             say(f"Measuring this machine once for {form} bases (kept in {path}) …")
-        kept = read(path) | {key: measured(form)}
+        kept = read(path) | {name: measured(form)}
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps(kept, indent=1), encoding="utf-8")
         os.replace(temporary, path)
-    return Machine(**kept[key])
+    return Machine(**kept[name])
+
+
+def known(form: str) -> Machine | None:
+    """The figures, where they were measured before."""
+    found = read(kept_in()).get(key(form))
+    return Machine(**found) if found else None
+
+
+def kept_in() -> Path:
+    return cache_directory() / "machine.json"
+
+
+def key(form: str) -> str:
+    """What the figures hold for: the form, this machine and the versions."""
+    return " ".join([form, platform.node(), f"{os.cpu_count()} threads {torch.get_num_threads()}", *versions()])
 
 
 def versions() -> list[str]:
