@@ -226,18 +226,28 @@ def main() -> None:
 
 
 def compare(rows: list[dict[str, Any]], folder: Path) -> bool:
-    """Plan what was measured and print the table; whether the plans are as close as they are to be."""
+    """Plan what was measured and print the table; whether the plans are as close as they are to be.
+
+    Times are shown beside (of the second step), and do not count: they mean something on a quiet machine only.
+    """
     from graftlm.planning import plan
 
-    print("| run | measured MiB | planned MiB | off |\n|---|--:|--:|--:|")
-    errors = []
+    print("| run | measured MiB | planned MiB | off | measured s a step | planned |\n|---|--:|--:|--:|--:|--:|")
+    errors, ratios = [], []
     for row in (r for r in rows if "error" not in r):
         recipes = [recipe(row, folder, i) for i in range(row.get("joint", 1))]
-        planned = plan(recipes, say=lambda text: print(text, file=sys.stderr)).peak_bytes
-        errors.append(planned / row["peak"] - 1)
-        print(f"| {row['name']} | {row['peak'] >> 20:,} | {planned >> 20:,} | {errors[-1]:+.1%} |", flush=True)
+        planned = plan(recipes, say=lambda text: print(text, file=sys.stderr))
+        errors.append(planned.peak_bytes / row["peak"] - 1)
+        times = "| |"
+        if row.get("step_seconds"):
+            ratios.append(planned.step_seconds / row["step_seconds"] - 1)
+            times = f" {row['step_seconds']:.2f} | {planned.step_seconds:.2f} |"
+        sizes = f"{row['peak'] >> 20:,} | {planned.peak_bytes >> 20:,} | {errors[-1]:+.1%}"
+        print(f"| {row['name']} | {sizes} |{times}", flush=True)
     close = sum(abs(e) <= WITHIN for e in errors)
     print(f"{close} of {len(errors)} within {WITHIN:.0%}; lowest {min(errors):+.1%}, highest {max(errors):+.1%}")
+    if ratios:
+        print(f"Times: {sum(abs(r) <= 0.3 for r in ratios)} of {len(ratios)} within 30 %")
     return close >= SHARE * len(errors) and min(errors) >= -TOO_LOW
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,30 +27,33 @@ LONG = 5.0  # seconds of planning that are told
 BESIDES = 110 << 20  # bytes that a process takes above its libraries, where the machine is not measured
 
 
-def ahead(recipes: Sequence[Recipe], say: Any) -> tuple[Plan | None, Rows | None]:
-    """Say a run's plan in a line; it and the first recipe's rows. Nothing is planned of a small base, and a plan that cannot
-    be made is told: the run says itself what is wrong with it.
+def ahead(recipes: Sequence[Recipe], say: Any, at_once: int | None = None) -> tuple[Plan | None, Rows | None]:
+    """Say the plan of a run, or of several that train together, in a line; it and the first one's rows. Of a small base nothing
+    is planned. What cannot be planned is told: the run says itself what is wrong with it.
 
     Args:
         say: is given the line.
+        at_once: how many train at a time; the heaviest ones are planned so. None: all.
     """
     start, rows = time.perf_counter(), None
     try:
-        recipe = recipes[0]
-        config, path = config_of(recipe)
-        if base_parameters(skeleton(recipe, config, path).model) < SMALL:
+        if not recipes or is_small(recipes[0]):
             return None, None
-        place, plans = device("cuda" if torch.cuda.is_available() else "cpu"), []
+        place, groups = device("cuda" if torch.cuda.is_available() else "cpu"), dict[Any, list[Plan]]()
         for each in recipes:
-            found = rows_of(each)
-            rows = rows or found
-            plans.append(single(each, place, found, measured_or_assumed))
-        planned = joined(plans) if len(plans) > 1 else plans[0]
-    except GraftError as error:
-        say(f"This run is not planned: {error}")
-        return None, None
+            same = rows if rows is not None and like(each, recipes[0]) else rows_of(each)
+            rows = rows if rows is not None else same
+            try:
+                made = single(each, place, same, measured_or_assumed)
+                groups.setdefault((each.base, each.quantization), []).append(made)
+            except GraftError as error:
+                say(f"{each.method} is not planned: {error}")
+        if not groups:
+            return None, rows
+        planned = heaviest(list(groups.values()), at_once)
     except Exception as error:  # planning must not keep a run from being made
-        say(f"This run is not planned: {type(error).__name__}: {error}")
+        kind = "" if isinstance(error, GraftError) else f"{type(error).__name__}: "
+        say(f"This run is not planned: {kind}{error}")
         return None, None
     finally:
         release_freed_memory()
@@ -58,6 +62,25 @@ def ahead(recipes: Sequence[Recipe], say: Any) -> tuple[Plan | None, Rows | None
     advice = "" if planned.fits else "\nIt may end for lack of memory: graftlm plan says what to change."
     say(f"{planned.line()}{long}{advice}")
     return planned, rows
+
+
+def is_small(recipe: Recipe) -> bool:
+    """Whether a base is so small that its plan takes about as long as a short run."""
+    config, path = config_of(recipe)
+    return base_parameters(skeleton(recipe, config, path).model) < SMALL
+
+
+def like(one: Recipe, other: Recipe) -> bool:
+    """Whether two recipes make the same rows."""
+    return (one.data, one.base, one.training.seed) == (other.data, other.base, other.training.seed)
+
+
+def heaviest(groups: Sequence[Sequence[Plan]], at_once: int | None) -> Plan:
+    """The plan of the most memory of runs over one base each; its time is that of all."""
+    made = [joined(sorted(group, key=lambda p: -p.step.kept)[:at_once]) for group in groups]
+    times = [p.seconds for group in groups for p in group]
+    least, expected, most = (sum(column) for column in zip(*times, strict=True))
+    return dataclasses.replace(max(made, key=lambda p: p.peak_bytes), seconds=(least, expected, most))
 
 
 def measured_or_assumed(form: str) -> Machine:

@@ -179,7 +179,7 @@ def loading(made: Skeleton, size_of: Sizes, own: Machine) -> int:
     return own.start_bytes + stored + (max(size_of.base_bytes, transient) if copies else 0)
 
 
-def joined(plans: list[Plan]) -> Plan:
+def joined(plans: Sequence[Plan]) -> Plan:
     """Runs that train together: one base, and all that is each run's own."""
     first = plans[0]
     for other in plans[1:]:
