@@ -28,7 +28,7 @@ BESIDES = 110 << 20  # bytes that a process takes above its libraries, where the
 
 
 def ahead(recipes: Sequence[Recipe], say: Any, at_once: int | None = None) -> tuple[Plan | None, Rows | None]:
-    """Say the plan of a run, or of several that train together, in a line; it and the first one's rows. Of a small base nothing
+    """Say in a line the plan of a run, or of several that train together; it and the first rows. Of a small base nothing
     is planned. What cannot be planned is told: the run says itself what is wrong with it.
 
     Args:
