@@ -178,8 +178,8 @@ def main(form: str, folder: str) -> None:
 
 def step_times(form: str, folder: str) -> dict[str, float]:
     """Operations a second of a large step, and seconds a block of a small one, the best of some."""
-    from .. import get_peft_model
     from ..methods import LoraConfig
+    from ..model import get_peft_model
     from ..training.bases import resolve_base
 
     recipe = measuring_recipe(form, Path(folder))
