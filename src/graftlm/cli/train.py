@@ -9,7 +9,7 @@ import typer
 
 from .. import processes
 from ..errors import ConfigError
-from . import _base
+from . import _base, say
 
 if TYPE_CHECKING:
     from ..training import Recipe, RunResult
@@ -61,6 +61,7 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output directory.")] = False,
+    no_plan: Annotated[bool, typer.Option("--no-plan", help="No plan of memory and time before it begins.")] = False,
     show: Annotated[bool, typer.Option("--show-recipe", help="Print the recipe with all defaults, and stop.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
@@ -77,6 +78,7 @@ def train(
     from rich.console import Console
 
     _base.quiet_libraries()
+    from ..planning.watching import memory_watched
     from ..training import TrainingInterrupted, run
 
     flags = {key: given[flag] for flag, key in FLAGS.items() if given[flag] is not None}
@@ -93,14 +95,16 @@ def train(
     if processes_wanted is not None:
         from ._processes import launch
 
+        planned_before(built, quiet or no_plan, f"Each of {processes_wanted} processes: ")
         raise typer.Exit(launch(built, processes_wanted, quiet=quiet))
     if len(built) > 1:
-        several(console, built, quiet)
+        several(console, built, quiet, no_plan)
         return
     chosen = built[0]
+    planned, rows = planned_before(built, quiet or no_plan or processes.count() > 1)
     try:
-        with _base.notices_on_stderr():
-            result = run(chosen, quiet=quiet)
+        with _base.notices_on_stderr(), memory_watched(planned, chosen.output_dir):
+            result = run(chosen, quiet=quiet, data=None if rows is None else rows.data)
     except TrainingInterrupted:
         folder = chosen.output_dir
         console.print(f"Stopped. The adapter so far is in {folder}; go on with --resume and the same recipe.", markup=False)
@@ -109,16 +113,28 @@ def train(
     processes.leave()
 
 
-def several(console: Any, recipes: list[Recipe], quiet: bool) -> None:
+def planned_before(recipes: list[Recipe], without: bool, before: str = "") -> tuple[Any, Any]:
+    """The plan of a run, said in a line, and its rows; None for both without a plan."""
+    if without:
+        return None, None
+    from ..planning.watching import ahead
+
+    with _base.notices_on_stderr():
+        return ahead(recipes, lambda text: say(before + text))
+
+
+def several(console: Any, recipes: list[Recipe], quiet: bool, no_plan: bool) -> None:
     """Runs that train together.
 
     Raises:
         Exit: code 1 if one failed, 130 after Ctrl-C.
     """
+    from ..planning.watching import memory_watched
     from ..training import TrainingInterrupted, train_together
 
+    planned, _ = planned_before(recipes, quiet or no_plan or processes.count() > 1)
     try:
-        with _base.notices_on_stderr():
+        with _base.notices_on_stderr(), memory_watched(planned, ", ".join(r.output_dir for r in recipes)):
             outcomes = train_together(recipes, quiet=quiet)
     except TrainingInterrupted as stopped:
         console.print(f"{stopped} (--resume)", markup=False)
