@@ -181,10 +181,9 @@ class Part:
 
     def seen(self, kept: Tensor, least: int) -> Tensor:
         """The rows' places [G, A, D] from `least` to the end of the longest: [R, G, M, D], without a copy."""
-        if self.rows == 1:
-            return kept[None, :, self.start + least : self.start + self.end]
-        block = kept[:, self.start : self.start + self.rows * self.size].unflatten(1, (self.rows, self.size))
-        return block[:, :, least : self.end].transpose(0, 1)
+        (groups, _, size), (by_group, by_place, _) = kept.shape, kept.stride()
+        shape, strides = (self.rows, groups, self.end - least, size), (self.size * by_place, by_group, by_place, 1)
+        return kept.as_strided(shape, strides, (self.start + least) * by_place)
 
     def mask(self, q: Tensor, groups: int, shared: int, window: int | None, least: int) -> Tensor | None:
         """What is added to the scores [R, G or 1, queries or 1, M]; the same in all layers with this window."""

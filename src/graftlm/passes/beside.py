@@ -69,7 +69,8 @@ class Acting:
         self.others: dict[Place, list[Other]] = {}
         self.tails: dict[Place, tuple[OutputHook, list[str]]] = {}
         soft = [host.prompt_encoder[n] for n in group if any(host.counts((n,)))]  # in the cache, in front of rows
-        found = {id(p) for module in (*_called(form), *soft) for p in module.parameters()}
+        norms = [norm.module for layer in form.layers for norm in layer.norms]  # with adapters, modules are called
+        found = {id(p) for module in (*form.called, *norms, *soft) for p in module.parameters()}
         for number, layer in enumerate(form.layers):
             for name, site in layer.sites.items():
                 found |= self._read(host, group, (number, name), site)
@@ -99,12 +100,6 @@ class Acting:
             a = lows[0][1].a
             self.shapes[place] = a.shape[1], sum(len(low.a) for _, low in lows), site.columns[-1].stop
         return found
-
-
-def _called(form: Lean) -> list[Any]:
-    """Modules that a lean step calls as they stand, adapters and all."""
-    norms = [norm for layer in form.layers for norm in layer.norms]
-    return [form.backbone.embed_tokens, form.backbone.norm, form.base.get_output_embeddings(), *norms]
 
 
 def _around(module: Any) -> list[Adapted]:

@@ -56,7 +56,7 @@ class LeanSteps:
 
     def form(self) -> Lean | None:
         """The form of the base as it stands now; None where steps are to be the base's own."""
-        if not self._known or self.host.base.training or self.host.entry.facts.room is not None:
+        if not self._known or self.host.base.training:
             return None
         if self._form is None or not self._form.unchanged():
             own = {(id(h.hooks_dict_ref()), h.id) for handles in self.host.handles.values() for h in handles}
