@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from operator import contains
 from typing import Any
 
 import torch
@@ -141,8 +143,8 @@ class Layer:
     def split(self, z: Tensor, turn: Turn | None) -> tuple[Tensor, Tensor, Tensor]:
         """z [N, (Q + 2 G) D] -> q [Q, N, D], k and v [G, N, D], in its memory."""
         if self.by_head:
-            return z.view(len(z), self.heads, 3, self.size).transpose(0, 1).unbind(2)  # type: ignore[return-value]
-        z = z.view(len(z), -1, self.size)
+            return z.view(z.shape[0], self.heads, 3, self.size).transpose(0, 1).unbind(2)  # type: ignore[return-value]
+        z = z.view(z.shape[0], -1, self.size)
         for norm, first, count in zip(self.head_norms, (0, self.heads), (self.heads, self.values), strict=False):
             part = z[:, first : first + count]
             part.copy_(norm(part[None])[0])
@@ -151,14 +153,14 @@ class Layer:
             turned = z[:, : self.heads + self.values]
             other = turned.roll(half, -1)
             turned.mul_(cos).addcmul_(other, sin)
-        return z.transpose(0, 1).split((self.heads, self.values, self.values))  # type: ignore[return-value]
+        return z.transpose(0, 1).split_with_sizes((self.heads, self.values, self.values))  # type: ignore[return-value]
 
     def activated(self, z: Tensor) -> Tensor:
         """What is between the MLP's two products."""
         if len(self.sites["up"].modules) == 1:
             return self.activation(z)
         gate, up = z.chunk(2, dim=1)
-        return self.activation(gate) * up
+        return F.silu(gate).mul_(up) if self.activation is F.silu else self.activation(gate) * up
 
 
 class Lean:
@@ -188,23 +190,23 @@ class Lean:
         self._watched: list[Any] = [m for _, m in base_modules(base) if id(m) not in inside]
         self._tables = [m.__dict__[name] for m in self._watched for name in _HOOKS]
         self._sizes = [len(table) for table in self._tables]
-        self._children = [(m._modules, list(m._modules.values())) for m in self._watched]
+        self._held = [m._modules for m in self._watched]
+        self._children = [list(held.values()) for held in self._held]
         self.strange = any((id(table), key) not in own for table in self._tables for key in table)
         self._taken: list[Any] = []  # what sites have taken up, as it then was
         self._read: list[tuple[dict, str]] = []  # and where it stands
 
     def unchanged(self) -> bool:
         """Whether the base consists of the modules, with the hooks, that it had."""
-        return [len(table) for table in self._tables] == self._sizes and all(
-            list(now.values()) == before for now, before in self._children
-        )
+        # a thousand of them at every step: no loop of ours
+        return [*map(len, self._tables)] == self._sizes and [*map(list, map(dict.values, self._held))] == self._children
 
     def free(self) -> bool:
         """Whether no hook, no forward of a stranger and no autocast would be passed over."""
         everyones = vars(nn.modules.module)
         return (
             not self.strange
-            and not any("forward" in m.__dict__ for m in self._watched)
+            and not any(map(contains, map(vars, self._watched), repeat("forward")))
             and not any(everyones[f"_global{name}"] for name in _HOOKS)
             and not torch.is_autocast_enabled(self.layers[0].sites["o"].layers[0].weight.device.type)
         )
@@ -223,7 +225,7 @@ class Lean:
         for index, layer in enumerate(self.layers):
             qkv, o, up, down = ((site, beside.get((index, name), ())) for name, site in layer.sites.items())
             q, k, v = layer.split(qkv[0](layer.norms[0](x), qkv[1]), turn)
-            y = attention.attend(q, k, v, index, layer.scale).reshape(len(x), -1)
+            y = attention.attend(q, k, v, index, layer.scale).reshape(x.shape[0], -1)
             x = o[0](y, o[1]).add_(x)
             y = layer.activated(up[0](layer.norms[1](x), up[1]))
             x = down[0](y, down[1]).add_(x)

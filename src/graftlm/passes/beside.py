@@ -60,6 +60,7 @@ class Acting:
         shapes: of their joint factors, by place: in, r, out.
         others: other changes, by place.
         tails: bottlenecks behind a product, by place.
+        in_modules: whether something of it is in modules that a step calls as they stand.
         whole: whether that is all that the composition does.
     """
 
@@ -70,7 +71,9 @@ class Acting:
         self.tails: dict[Place, tuple[OutputHook, list[str]]] = {}
         soft = [host.prompt_encoder[n] for n in group if any(host.counts((n,)))]  # in the cache, in front of rows
         norms = [norm.module for layer in form.layers for norm in layer.norms]  # with adapters, modules are called
-        found = {id(p) for module in (*form.called, *norms, *soft) for p in module.parameters()}
+        found = {id(p) for module in (*form.called, *norms) for p in module.parameters()}
+        self.in_modules = any(id(p) in found for n in group for _, p in host.adapter_parameters(n))
+        found |= {id(p) for module in soft for p in module.parameters()}
         for number, layer in enumerate(form.layers):
             for name, site in layer.sites.items():
                 found |= self._read(host, group, (number, name), site)
@@ -232,6 +235,11 @@ class RowsBeside(dict[Place, list[Acts]]):
             self._add(grouped(few, len(stack.slots), end, device), slice(None))
         for a, own in zip(acting, tokens, strict=True):
             self._add_others(a, _index(own, device, end))
+
+    @property
+    def low(self) -> bool:
+        """Whether there are low-rank updates only."""
+        return not any(a.others or a.tails or a.in_modules for a in self.acting)
 
     @property
     def current(self) -> bool:
