@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import activations
 from transformers.pytorch_utils import Conv1D
 
@@ -101,20 +102,30 @@ class Norm:
         epsilon = getattr(module, "variance_epsilon", None)
         self.layer = kind is nn.LayerNorm and not touched
         self.rms = kind.__name__.endswith("RMSNorm") and isinstance(epsilon, float) and not touched
-        self.epsilon = torch.tensor(epsilon) if self.rms else None
+        self.epsilon = epsilon if self.rms else None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [N, H]; the result is new memory."""
+    def __call__(self, x: Tensor, wide: Tensor | None) -> Tensor:
+        """x [N, H], and the same with its epsilon beside it (see `widened`); the result is new memory."""
         module: Any = self.module
         if self.layer:
             return F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
         if not self.rms or x.dtype is not torch.float32 or module.weight.dtype is not torch.float32:
             return module(x[None])[0]
-        if x.device.type != "cpu":
+        if wide is None:
             return F.rms_norm(x, x.shape[1:], module.weight, module.variance_epsilon)
-        length = torch.linalg.vector_norm(x, 2, -1, True)  # a third of torch's own calls
-        inverse = torch.addcmul(self.epsilon, length, length, value=1 / x.shape[1]).rsqrt_()
-        return (x * inverse).mul_(module.weight)
+        length = torch.linalg.vector_norm(wide, 2, -1, True)  # sqrt(H) times what x is divided by: see `widened`
+        return torch.addcdiv(_ZERO, x, length, value=x.shape[1] ** 0.5).mul_(module.weight)
+
+
+_ZERO = torch.zeros(())
+
+
+def widened(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x [N, H] within [N, H + 1], whose last column makes an RMSNorm's root a vector's length: sum(x^2) + H epsilon. Torch's
+    own RMSNorm is nine calls on a CPU; of this three are left."""
+    wide = x.new_full((x.shape[0], x.shape[1] + 1), (x.shape[1] * epsilon) ** 0.5)
+    inner = wide[:, :-1]
+    return inner.copy_(x), wide
 
 
 @dataclass(frozen=True)
@@ -183,6 +194,8 @@ class Lean:
         self.positions, self.first = (None, 0) if family.positions is None else family.positions
         self.positions = None if self.positions is None else part(base, self.positions)
         self.layers = [_layer(block, family) for block in part(base, family.layers)[: base.config.num_hidden_layers]]
+        epsilons = {norm.epsilon for layer in self.layers for norm in layer.norms if norm.rms}
+        self.epsilon = epsilons.pop() if len(epsilons) == 1 else None
         self.called = [self.embed, self.norm, base.get_output_embeddings(), self.embed_norm, self.rotary]
         self.called += [m for layer in self.layers for m in (layer.activation, *layer.head_norms)]
         self.called = [m for m in self.called if isinstance(m, nn.Module)]
@@ -190,6 +203,7 @@ class Lean:
         self._watched: list[Any] = [m for _, m in base_modules(base) if id(m) not in inside]
         self._tables = [m.__dict__[name] for m in self._watched for name in _HOOKS]
         self._sizes = [len(table) for table in self._tables]
+        self._handles = RemovableHandle.next_id
         self._held = [m._modules for m in self._watched]
         self._children = [list(held.values()) for held in self._held]
         self.strange = any((id(table), key) not in own for table in self._tables for key in table)
@@ -198,8 +212,12 @@ class Lean:
 
     def unchanged(self) -> bool:
         """Whether the base consists of the modules, with the hooks, that it had."""
-        # a thousand of them at every step: no loop of ours
-        return [*map(len, self._tables)] == self._sizes and [*map(list, map(dict.values, self._held))] == self._children
+        # thousands of them at every step: no loop of ours, and none where nobody has registered a hook since
+        if self.strange or RemovableHandle.next_id != self._handles:
+            if [*map(len, self._tables)] != self._sizes:
+                return False
+            self._handles = RemovableHandle.next_id
+        return [*map(list, map(dict.values, self._held))] == self._children
 
     def free(self) -> bool:
         """Whether no hook, no forward of a stranger and no autocast would be passed over."""
@@ -221,14 +239,18 @@ class Lean:
         """Hidden states [R, H] that reach the head, of the tokens `last` [R] of ids [N] at `places` [N]."""
         self._take()
         x = self._enter(ids, places)
-        turn = self._turn(x, places)
+        turn, wide = self._turn(x, places), None
+        if self.epsilon is not None and x.dtype is torch.float32 and x.device.type == "cpu":
+            x, wide = widened(x, self.epsilon)
+        else:
+            x = x.clone()  # hooks of the embeddings may have kept it
         for index, layer in enumerate(self.layers):
             qkv, o, up, down = ((site, beside.get((index, name), ())) for name, site in layer.sites.items())
-            q, k, v = layer.split(qkv[0](layer.norms[0](x), qkv[1]), turn)
+            q, k, v = layer.split(qkv[0](layer.norms[0](x, wide), qkv[1]), turn)
             y = attention.attend(q, k, v, index, layer.scale).reshape(x.shape[0], -1)
-            x = o[0](y, o[1]).add_(x)
-            y = layer.activated(up[0](layer.norms[1](x), up[1]))
-            x = down[0](y, down[1]).add_(x)
+            x += o[0](y, o[1])
+            y = layer.activated(up[0](layer.norms[1](x, wide), up[1]))
+            x += down[0](y, down[1])
         return self.norm(x[last][None])[0]
 
     def _take(self) -> None:
