@@ -227,14 +227,15 @@ class RowsBeside(dict[Place, list[Acts]]):
         self.changes = stack.changes
         slots = {stack.slots.index(a): own for a, own in zip(acting, tokens, strict=True) if a.lows}
         few = {slot: own for slot, own in slots.items() if len(own) <= FEW}
-        few = few if len(few) > 1 and 2 * len(few) >= len(stack.slots) else {}  # all slots would be multiplied
+        span = slice(min(few, default=0), max(few, default=0) + 1)  # all slots of it would be multiplied
+        few = few if len(few) > 1 and 2 * len(few) >= span.stop - span.start else {}
         for slot, own in slots.items():
             if slot not in few:
-                self._add(partial(update, _index(own, device, end)), slice(slot, slot + 1))
+                self._add(partial(update, _index(own, device)), slice(slot, slot + 1))
         if few:
-            self._add(grouped(few, len(stack.slots), end, device), slice(None))
+            self._add(grouped({slot - span.start: own for slot, own in few.items()}, span.stop - span.start, end, device), span)
         for a, own in zip(acting, tokens, strict=True):
-            self._add_others(a, _index(own, device, end))
+            self._add_others(a, _index(own, device))
 
     @property
     def low(self) -> bool:
@@ -259,12 +260,12 @@ class RowsBeside(dict[Place, list[Acts]]):
 
 
 def grouped(few: dict[int, list[int]], slots: int, count: int, device: torch.device) -> Any:
-    """How tokens, of `count`, go through all slots at once: by slot those that are its."""
+    """How tokens, of `count`, go through slots at once: by slot those that are its."""
     most = max(map(len, few.values()))
+    if most == 1 and len(few) == slots:
+        return partial(update_each, _index([few[slot][0] for slot in range(slots)], device))
     tokens = [token for own in few.values() for token in own]
     places = [slot * most + i for slot, own in few.items() for i in range(len(own))]
-    if most == 1 and len(few) == slots == count and all(own == [slot] for slot, own in few.items()):
-        return update_each
     source = torch.zeros(slots * most, dtype=torch.long)
     source[torch.tensor(places)] = torch.tensor(tokens)
     everyone = tokens == list(range(count))
@@ -272,10 +273,10 @@ def grouped(few: dict[int, list[int]], slots: int, count: int, device: torch.dev
     return partial(update_grouped, source.to(device), torch.tensor(places, device=device), rows)
 
 
-def _index(places: list[int], device: torch.device, count: int) -> Index:
-    """A slice where places, of `count`, lie side by side."""
-    first, last = places[0], places[-1] + 1
-    return slice(first, last) if last - first == len(places) else torch.tensor(places, device=device)
+def _index(places: list[int], device: torch.device) -> Index:
+    """A slice where places lie side by side in their order."""
+    first, end = places[0], places[0] + len(places)
+    return slice(first, end) if places == list(range(first, end)) else torch.tensor(places, device=device)
 
 
 # in place: y [N, out], x [N, in]; A [S, in, r], B [S, r, out]
@@ -288,13 +289,14 @@ def update(index: Index, a: Tensor, b: Tensor, y: Tensor, x: Tensor) -> None:
         y[index] += (part @ b[0]).to(y.dtype)
 
 
-def update_each(a: Tensor, b: Tensor, y: Tensor, x: Tensor) -> None:
-    """One token of each slot, in their order."""
-    part = torch.bmm(x[:, None].to(a.dtype), a)
-    if y.dtype is b.dtype:
-        y[:, None].baddbmm_(part, b)
+def update_each(index: Index, a: Tensor, b: Tensor, y: Tensor, x: Tensor) -> None:
+    """One token of each slot: `index` says which."""
+    if isinstance(index, slice):
+        part = torch.bmm(x[index].unsqueeze(1).to(a.dtype), a)
+        y[index] += torch.bmm(part, b).squeeze(1).to(y.dtype)
     else:
-        y += torch.bmm(part, b)[:, 0].to(y.dtype)
+        part = torch.bmm(x.index_select(0, index).unsqueeze(1).to(a.dtype), a)  # type: ignore[arg-type]
+        y.index_add_(0, index, torch.bmm(part, b).squeeze(1).to(y.dtype))  # type: ignore[arg-type]
 
 
 def update_grouped(source: Tensor, places: Tensor, rows: Tensor | None, a: Tensor, b: Tensor, y: Tensor, x: Tensor) -> None:
