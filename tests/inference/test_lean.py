@@ -137,7 +137,8 @@ def test_another_adapter_under_the_same_name_is_tried_anew() -> None:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [("bloom", {"apply_residual_connection_post_layernorm": True}), ("opt", {"do_layer_norm_before": False}),
-     ("opt", {"word_embed_proj_dim": 16}), ("opt", {"_remove_final_layer_norm": True}), ("gpt2", {"add_cross_attention": True})],
+     ("opt", {"word_embed_proj_dim": 16}), ("opt", {"_remove_final_layer_norm": True}),
+     ("gpt2", {"add_cross_attention": True})],
 )  # fmt: skip
 def test_what_a_configuration_makes_different(name: str, changes: dict[str, Any]) -> None:
     assert lean(build(name)) is not None

@@ -1,9 +1,9 @@
 """Where the parts of a decoder are that a lean step calls (see `lean`): one description a family.
 
-    x = embed(ids) [+ positions(places)] [embed_norm]
-    each layer    x += o(attention(qkv(norms[0](x))))       queries and keys normed and turned, where a family does
-                  x += down(activation(up(norms[1](x))))    or activation(gate) * up
-    norm(x)       reaches the head
+x = embed(ids) [+ positions(places)] [embed_norm]
+each layer    x += o(attention(qkv(norms[0](x))))       queries and keys normed and turned, where a family does
+              x += down(activation(up(norms[1](x))))    or activation(gate) * up
+norm(x)       reaches the head
 """
 
 from __future__ import annotations

@@ -67,7 +67,9 @@ class KeyValueCache:
         if layer not in self.layers:
             with torch.inference_mode(False):  # lean steps run in that mode, others do not, and both write
                 # zeros: what is masked must be finite
-                made = tuple(torch.zeros(t.shape[0], self.size, t.shape[2], dtype=t.dtype, device=t.device) for t in (keys, values))
+                made = tuple(
+                    torch.zeros(t.shape[0], self.size, t.shape[2], dtype=t.dtype, device=t.device) for t in (keys, values)
+                )
             self.layers[layer] = made  # type: ignore[assignment]
         return self.layers[layer]
 

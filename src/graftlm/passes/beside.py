@@ -233,7 +233,9 @@ class RowsBeside(dict[Place, list[Acts]]):
             if slot not in few:
                 self._add(partial(update, _index(own, device)), slice(slot, slot + 1))
         if few:
-            self._add(grouped({slot - span.start: own for slot, own in few.items()}, span.stop - span.start, end, device), span)
+            self._add(
+                grouped({slot - span.start: own for slot, own in few.items()}, span.stop - span.start, end, device), span
+            )
         for a, own in zip(acting, tokens, strict=True):
             self._add_others(a, _index(own, device))
 
