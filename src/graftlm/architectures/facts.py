@@ -93,7 +93,8 @@ def model_dims(base: Any) -> Dims:
 def token_embeddings(base: Any) -> Any:
     """The module that turns token ids into input embeddings (of the encoder, where there are two halves); None for a model
     that reads features or images instead (Whisper, Wav2Vec2, ViT)."""
-    for half in (base.get_encoder(), base) if is_encoder_decoder(base) else (base,):
+    two = is_encoder_decoder(base) and hasattr(base, "get_encoder")  # a module around such models may have none
+    for half in (base.get_encoder(), base) if two else (base,):
         try:
             found = half.get_input_embeddings()
         except (AttributeError, NotImplementedError):

@@ -69,6 +69,7 @@ def find_targets(base: nn.Module, config: Any, skip: tuple[type, ...] = ()) -> d
     targets = config.target_modules
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         targets = linear_names(base, names, config)
+        report_experts(names, config)
     chosen = {n: m for n, m in names.items() if matches(targets, n)}
     found = {n: m for n, m in chosen.items() if lets_in(config, targets, n)}
     if not found:
@@ -132,6 +133,23 @@ def linear_names(base: Any, names: dict[str, nn.Module], config: Any) -> list[st
         if is_linear(module) and not is_head and not classifies and not is_uncalled(module):
             found.append(name)
     return found
+
+
+def report_experts(names: dict[str, nn.Module], config: Any) -> None:
+    """A warning where "all-linear" leaves out experts, whose weights are stacked in parameters of their module."""
+    found = [
+        f"experts.{key}"
+        for name, module in names.items()
+        if name.rpartition(".")[2] == "experts"
+        for key, value in module._parameters.items()
+        if value is not None and value.dim() == 3
+    ]
+    if found and not getattr(config, "target_parameters", None):
+        warnings.warn(
+            "target_modules='all-linear' takes linear layers only; this model's experts are stacked in parameters, which "
+            f"stay as they are. LoRA changes them with target_parameters={list(dict.fromkeys(found))}.",
+            stacklevel=2,
+        )
 
 
 def report_unmatched(
