@@ -117,14 +117,19 @@ def hotswap_adapter_from_state_dict(
         blocks = {id(factors_of(layer, adapter_name)[0]): blocks_of(layer, adapter_name) for layer in layers.values()}
         for key, parameter in own.items():
             fill(parameter, found.get(key), blocks.get(id(parameter), 1))
+        power, common, idle = 0.5 if config.use_rslora else 1, 0.0, []
         for path, layer in layers.items():
             change: Any = layer.changes[adapter_name]
-            tensors = [v for k, v in found.items() if under(method.file_prefix + path, k)]
-            r = pattern_value(config.rank_pattern, path, config.r)
-            alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
             rank = len(factors_of(layer, adapter_name)[0]) // getattr(change, "experts", 1)
-            r = r if tensors else rank  # a layer that changes nothing now: no rank of the new adapter's
-            change.rescale(rank, alpha / (r**0.5 if config.use_rslora else r))
+            if not any(under(method.file_prefix + path, key) for key in found):
+                idle.append((change, rank))
+                continue
+            scale = pattern_value(config.alpha_pattern, path, config.lora_alpha)
+            scale /= pattern_value(config.rank_pattern, path, config.r) ** power
+            change.rescale(rank, scale)
+            common = common or scale * rank**power
+        for change, rank in idle:  # zero, whatever the scale: no entry of alpha_pattern
+            change.rescale(rank, common / rank**power)
     describe(host.peft_config[adapter_name], {p: layer.changes[adapter_name] for p, layer in layers.items()})
 
 

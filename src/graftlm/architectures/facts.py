@@ -59,7 +59,8 @@ def default_targets(base: nn.Module, table: dict[str, list[str]], config: str) -
 
 
 def is_encoder_decoder(base: nn.Module) -> bool:
-    return bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+    says = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+    return says and hasattr(base, "get_encoder")  # a module around such models is any module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +94,7 @@ def model_dims(base: Any) -> Dims:
 def token_embeddings(base: Any) -> Any:
     """The module that turns token ids into input embeddings (of the encoder, where there are two halves); None for a model
     that reads features or images instead (Whisper, Wav2Vec2, ViT)."""
-    two = is_encoder_decoder(base) and hasattr(base, "get_encoder")  # a module around such models may have none
-    for half in (base.get_encoder(), base) if two else (base,):
+    for half in (base.get_encoder(), base) if is_encoder_decoder(base) else (base,):
         try:
             found = half.get_input_embeddings()
         except (AttributeError, NotImplementedError):
