@@ -45,7 +45,8 @@ def inject_adapter_in_model(
 
     Args:
         peft_config: of a method that changes layers.
-        model: any torch module, compiled or not; it is returned. Another call adds another adapter, which `set_adapter` makes active.
+        model: any torch module, compiled or not; it is returned. Another call adds another adapter, which
+            `set_adapter` makes active.
         low_cpu_mem_usage: leave the adapter's tensors on the meta device; `set_peft_model_state_dict` makes them.
         state_dict: an adapter's tensors, whose keys say which layers are changed (instead of `target_modules`). Values are
             not read: `set_peft_model_state_dict` does that.

@@ -707,6 +707,16 @@ def test_all_linear_leaves_out_what_attention_never_calls() -> None:
     assert sum(isinstance(m, Adapted) for m in chosen.modules()) == 2
 
 
+def test_what_attention_never_calls_beside_layers_of_its_name() -> None:
+    base = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2), "other": nn.ModuleDict({"out_proj": nn.Linear(8, 8)})})
+    for targets in (["out_proj"], r".*out_proj"):
+        with pytest.warns(UserWarning, match=r"mha.out_proj is left out.*Name 'mha' to change it"):
+            model = graftlm.get_peft_model(copy.deepcopy(base), graftlm.LoraConfig(target_modules=targets))
+        assert model.targeted_module_names == ["other.out_proj"]
+    with pytest.raises(TargetError, match=r"selects 'out_proj' of 'mha'"):
+        graftlm.get_peft_model(base, graftlm.LoraConfig(target_modules=["other.out_proj", "mha.out_proj"]))
+
+
 def test_dropout_in_attention_is_said() -> None:
     with pytest.warns(UserWarning, match=r"lora_dropout=0.5 has no effect in 'mha'"):
         wrapped("attends", lora_dropout=0.5)
