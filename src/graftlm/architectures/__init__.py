@@ -5,10 +5,10 @@ Importing this package registers ChatGLM, which transformers itself does not hav
 
 from . import chatglm, chatglm_tokenizer
 from .attention import attention_modules, encoder_kv_shapes, kv_shapes, self_attention_call
+from .blocks import block_sites
 from .facts import (
     LORA_TARGETS,
     backbone_embeddings,
-    block_sites,
     counts_from_ids,
     counts_from_mask,
     default_targets,
