@@ -189,8 +189,8 @@ class Method:
         raise AdapterError(f"{type(self).__name__} has no training state of its own.")
 
     def file_fields(self, host: Site) -> dict[str, Any]:
-        """What `adapter_config.json` says otherwise than the configuration, because of what `tensors` holds; then the file is
-        the whole adapter, without fields of our own."""
+        """What `adapter_config.json` says otherwise than the configuration, because of what `tensors` holds; then the file
+        is the whole adapter, without fields of our own."""
         return {}
 
     def as_plain(self, host: Site) -> AbstractContextManager:
