@@ -29,9 +29,7 @@ class Switch:
         self.enabled: bool = True
         self.waiting: set[str] = set()  # adapters that act from a token on, which calls of the wrapper alone know
         self.ran: tuple[Group, ...] | None = None  # what acted in the last pass with gradients; None: what is switched on
-        self.again: tuple[int, tuple[Group, ...]] | None = (
-            None  # a backward pass, and what acted in the passes it goes through
-        )
+        self.again: tuple[int, tuple[Group, ...]] | None = None  # a backward pass; what acted in passes that it reached
 
 
 BASE_NAME = "__base__"  # a row without adapters, and no adapter's name

@@ -306,8 +306,8 @@ def without_uncalled(config: Any, found: dict[str, nn.Module]) -> dict[str, nn.M
             f"it. Name {alone[0].rpartition('.')[0]!r} to change it along with the attention.",
             stacklevel=2,
         )
-    return {p: m for p, m in found.items() if clean_path(p) not in beside and not (
-        is_uncalled(m) and p.rpartition(".")[0] in found)}  # fmt: skip
+    left = {p: m for p, m in found.items() if clean_path(p) not in beside}
+    return {p: m for p, m in left.items() if not is_uncalled(m) or p.rpartition(".")[0] not in left}
 
 
 def no_match(targets: Any, names: dict[str, nn.Module], config: Any) -> str:
