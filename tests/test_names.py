@@ -12,7 +12,6 @@ from torch import nn
 
 import graftlm
 import graftlm.utils
-from graftlm import as_peft
 from graftlm.compat import names
 from graftlm.compat.tuners import TrainableTokensLayer
 from graftlm.errors import CheckpointError, ConfigError, UnsupportedError
@@ -294,7 +293,7 @@ def test_trained_tokens_are_found_where_hf_peft_has_them() -> None:
     assert not isinstance(other, graftlm.utils.TrainableTokensWrapper) and not hasattr(other, "token_adapter")
     assert isinstance(layer.token_adapter, TrainableTokensLayer) and not isinstance(other, TrainableTokensLayer)
     for module in ("peft.tuners.trainable_tokens", "peft.tuners.trainable_tokens.layer"):
-        assert as_peft.lookup(module, "TrainableTokensLayer") is TrainableTokensLayer
+        assert graftlm.as_peft.lookup(module, "TrainableTokensLayer") is TrainableTokensLayer
 
 
 def test_a_configurations_file_as_it_stands(tmp_path: Path) -> None:
