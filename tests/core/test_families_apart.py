@@ -173,3 +173,99 @@ def test_fresh_norms_are_tried_with_weights_that_tell(kind: type) -> None:
     """Weights of one say nothing about how, or whether, a norm reads them."""
     named = type(kind.__name__ + "RMSNorm", (kind,), {})
     assert fast.forward_for(named().to(torch.bfloat16), {}) is None
+
+
+PER_LAYER: dict[str, Any] = {
+    "head_dim": 8, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96, "sliding_window": 64,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+BY_LAYER = {
+    "gemma3n": lambda: t.Gemma3nForCausalLM(
+        t.Gemma3nTextConfig(
+            **SIZES,
+            **PER_LAYER,
+            num_kv_shared_layers=0,
+            laurel_rank=4,
+            altup_num_inputs=2,
+            activation_sparsity_pattern=[0.0, 0.0],
+        )  # fmt: skip
+    ),
+    "gemma4": lambda: t.Gemma4ForCausalLM(t.Gemma4TextConfig(**SIZES, **PER_LAYER)),
+}
+
+
+@pytest.mark.parametrize("name", BY_LAYER)
+def test_virtual_tokens_leave_embeddings_by_layer_in_place(name: str) -> None:
+    """Real tokens keep theirs (given embeddings, Gemma 3n loses them silently); virtual ones have the padding's."""
+    torch.manual_seed(0)
+    base = BY_LAYER[name]().eval()
+    with torch.no_grad():
+        for parameter in base.parameters():  # Gemma 3n's fresh scales are zero
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    text = base.model
+    ids = torch.randint(5, 96, (2, 7), generator=torch.Generator().manual_seed(1))
+    plain = copy.deepcopy(base)
+    model = graftlm.get_peft_model(base, graftlm.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    prompt = model.get_prompt_embedding_to_save("default").expand(2, -1, -1)
+    embeds = torch.cat([prompt, plain.get_input_embeddings()(ids)], 1)
+    lookup = [torch.cat([torch.zeros(2, 3, dtype=torch.long), ids], 1)] + ([None] if name == "gemma4" else [])
+    inputs = text.get_per_layer_inputs(*lookup)
+    with torch.no_grad():
+        wanted = plain(inputs_embeds=embeds, per_layer_inputs=inputs).logits[:, 3:]
+        model.eval()
+        torch.testing.assert_close(model(input_ids=ids).logits[:, -7:], wanted, rtol=1e-5, atol=1e-5)
+        dropped = plain(inputs_embeds=embeds, per_layer_inputs=inputs * 0).logits[:, 3:]
+        assert (dropped - wanted).abs().max() > 1e-3, "embeddings by layer make no difference here"
+        predicted = plain(inputs_embeds=embeds, per_layer_inputs=inputs).logits[:, 2:-1]
+    loss = float(torch.nn.functional.cross_entropy(predicted.flatten(0, 1), ids.flatten()))
+    model.train()
+    assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(loss, rel=1e-4)
+    model.eval()
+    options: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    cached, recomputed = (model.generate(input_ids=ids, use_cache=use, **options) for use in (True, False))
+    assert torch.equal(cached, recomputed)
+    with pytest.raises(UnsupportedError, match="Pass input_ids, or per_layer_inputs"):
+        model(inputs_embeds=plain.get_input_embeddings()(ids))
+
+
+RECURRENT = {
+    "mamba": lambda: t.MambaForCausalLM(t.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=8)),
+    "mamba2": lambda: t.Mamba2ForCausalLM(
+        t.Mamba2Config(
+            vocab_size=96,
+            hidden_size=32,
+            num_hidden_layers=2,
+            state_size=8,
+            num_heads=8,
+            head_dim=8,
+            n_groups=1,
+            chunk_size=16,
+        )  # fmt: skip
+    ),
+    "rwkv": lambda: t.RwkvForCausalLM(
+        t.RwkvConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32, context_length=64)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_virtual_tokens_enter_a_recurrent_state_once(name: str) -> None:
+    """A state holds what came before: its next token comes alone, and the scores are those of the whole text anew.
+
+    One row: transformers' RWKV itself mixes the states of several.
+    """
+    torch.manual_seed(0)
+    base = RECURRENT[name]().eval()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.mul_(2.0)
+    model = graftlm.get_peft_model(base, graftlm.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    randomise(model, scale=0.5)
+    ids = torch.randint(5, 96, (1, 9), generator=torch.Generator().manual_seed(1))
+    options: dict[str, Any] = {
+        "attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False,
+        "output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0,
+    }  # fmt: skip
+    carried, anew = (model.generate(input_ids=ids, use_cache=use, **options).logits for use in (True, False))
+    for one, other in zip(carried, anew, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
