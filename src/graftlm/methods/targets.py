@@ -255,7 +255,8 @@ def report_read(base: nn.Module, targets: Iterable[str]) -> None:
     found: dict[str, list[str]] = {}
     for path in targets:
         place, _, name = path.removesuffix(".original_module").rpartition(".")
-        if where := read_by_weight(type(base.get_submodule(place)), name):
+        cls: Any = type(base.get_submodule(place))
+        if where := read_by_weight(cls, name):
             found.setdefault(where, []).append(clean_path(path))
     for where, paths in found.items():
         leaves = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths))
