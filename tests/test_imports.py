@@ -53,6 +53,7 @@ METHOD_IMPORTS = {
         "lora_data_config",
         "lora_data_init",
         "lora_experts",
+        "lora_init",
         "lora_invoked",
         "lora_replicated",
         "lora_tied",

@@ -59,7 +59,8 @@ def default_targets(base: nn.Module, table: dict[str, list[str]], config: str) -
 
 
 def is_encoder_decoder(base: nn.Module) -> bool:
-    return bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+    says = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+    return says and hasattr(base, "get_encoder")  # a module around such models is any module
 
 
 @dataclass(frozen=True, kw_only=True)
