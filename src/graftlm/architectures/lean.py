@@ -191,8 +191,8 @@ class Lean:
         self.embed, self.norm = part(base, family.embed), part(base, family.norm)
         self.embed_norm = None if family.embed_norm is None else part(base, family.embed_norm)
         self.rotary = None if family.rotary is None else part(base, family.rotary)
-        self.positions, self.first = (None, 0) if family.positions is None else family.positions
-        self.positions = None if self.positions is None else part(base, self.positions)
+        table, self.first = (None, 0) if family.positions is None else family.positions
+        self.positions = None if table is None else part(base, table)
         self.layers = [_layer(block, family) for block in part(base, family.layers)[: base.config.num_hidden_layers]]
         epsilons = {norm.epsilon for layer in self.layers for norm in layer.norms if norm.rms}
         self.epsilon = epsilons.pop() if len(epsilons) == 1 else None

@@ -66,15 +66,15 @@ def mends(recipe: Recipe, planned: Plan, settings: dict[str, Any]) -> list[Mend]
         if mended and mended.plan.fits:
             return found
     # later entries of the same kind take the place of earlier ones
-    entries: dict[str, str] = {}
+    put: dict[str, str] = {}
     for one in list(found):
-        entries |= {text.partition("=")[0]: text for text in one.overrides}
-        if entries.get("training.packing"):
-            entries.pop("training.batch_size", None)
-            entries.pop("training.accumulation", None)
-        if entries.get("quantization"):
-            entries.pop("dtype", None)
-        mended = tried(recipe, "all of these as far as " + one.what, tuple(entries.values()), settings)
+        put |= {text.partition("=")[0]: text for text in one.overrides}
+        if put.get("training.packing"):
+            put.pop("training.batch_size", None)
+            put.pop("training.accumulation", None)
+        if put.get("quantization"):
+            put.pop("dtype", None)
+        mended = tried(recipe, "all of these as far as " + one.what, tuple(put.values()), settings)
         if mended and mended.plan.fits:
             return [*found, mended]
     return found

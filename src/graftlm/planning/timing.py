@@ -74,7 +74,7 @@ def operations_of(made: Skeleton, rows: Any, passes: int) -> float:
     labelled = sum(sum(label != IGNORE_INDEX for label in row["labels"]) for row in rows)
     pairs = sum(len(row["input_ids"]) ** 2 for row in rows)
     config = made.config
-    width = getattr(config, "hidden_size", None) or getattr(config, "n_embd", None) or getattr(config, "d_model", 0)
+    width: Any = getattr(config, "hidden_size", None) or getattr(config, "n_embd", None) or getattr(config, "d_model", 0)
     head = config.vocab_size * width if made.model.base.get_output_embeddings() is not None else 0
     return passes * (multiplied(made.model) * tokens + head * labelled + 2 * blocks_of(config) * width * pairs)
 

@@ -86,16 +86,17 @@ class Member:
         self.request = request
         self._greenlet.parent.switch()
         self.request = None
-        failed = request.loss is None or not bool(torch.isfinite(request.loss))
+        loss: Any = request.loss
+        failed = loss is None or not bool(torch.isfinite(loss))
         if request.error is not None:
             processes.anywhere(True)
             raise request.error
         if processes.anywhere(failed):
             raise DivergedError(
-                f"{self.outcome.recipe.output_dir}: the loss is {request.loss} at step "
+                f"{self.outcome.recipe.output_dir}: the loss is {loss} at step "
                 f"{request.trainer.state.global_step + 1}; lower training.learning_rate, or look for broken rows in the data"
             )
-        return request.loss
+        return loss
 
 
 class State:

@@ -163,7 +163,7 @@ class Trainer(transformers.Trainer):
         if not (isinstance(inner, PeftModel) and self._plain_loss and has_classes(inputs)):
             return loss
         scaled = self.args.average_tokens_across_devices and self.model_accepts_loss_kwargs and items is not None
-        penalty = inner.penalty(inner.switch.active) if inner.penalised else 0.0
+        penalty: Any = inner.penalty(inner.switch.active) if inner.penalised else 0.0
         if self._heeded(model, items):
             return loss - (count - 1) * penalty if scaled else loss
         mean = (loss / count if scaled else loss) - penalty
