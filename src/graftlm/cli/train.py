@@ -60,6 +60,9 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output directory.")] = False,
     show: Annotated[bool, typer.Option("--show-recipe", help="Print the recipe with all defaults, and stop.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    progress: Annotated[
+        bool, typer.Option("--progress", help="Write progress.jsonl into the output directory, for programs that watch.")
+    ] = False,
 ) -> None:
     """Train an adapter and measure it before and after.
 
@@ -86,7 +89,7 @@ def train(
     if len(recipes or ()) > 1:
         if processes_wanted is not None:
             raise ConfigError("--processes is for one recipe: runs that share their passes train in one process.")
-        several(console, [build_recipe(path, flags, override or []) for path in recipes or ()], show, quiet)
+        several(console, [build_recipe(path, flags, override or []) for path in recipes or ()], show, quiet, progress)
         return
     chosen = build_recipe(recipes[0] if recipes else None, flags, override or [])
     if show:
@@ -95,10 +98,10 @@ def train(
     if processes_wanted is not None and processes.count() == 1:
         from ._processes import launch
 
-        raise typer.Exit(launch(chosen, processes_wanted, quiet=quiet))
+        raise typer.Exit(launch(chosen, processes_wanted, quiet=quiet, progress=progress))
     try:
         with _base.notices_on_stderr():
-            result = run(chosen, quiet=quiet)
+            result = run(chosen, quiet=quiet, progress=progress)
     except TrainingInterrupted:
         folder = chosen.output_dir
         console.print(f"Stopped. The adapter so far is in {folder}; go on with --resume and the same recipe.", markup=False)
@@ -107,7 +110,7 @@ def train(
     processes.leave()
 
 
-def several(console: Any, recipes: list[Recipe], show: bool, quiet: bool) -> None:
+def several(console: Any, recipes: list[Recipe], show: bool, quiet: bool, progress: bool) -> None:
     """Runs that train together.
 
     Raises:
@@ -120,7 +123,7 @@ def several(console: Any, recipes: list[Recipe], show: bool, quiet: bool) -> Non
         return
     try:
         with _base.notices_on_stderr():
-            outcomes = train_together(recipes, quiet=quiet)
+            outcomes = train_together(recipes, quiet=quiet, progress=progress)
     except TrainingInterrupted as stopped:
         console.print(f"{stopped} (--resume)", markup=False)
         raise typer.Exit(130) from None

@@ -1,0 +1,168 @@
+"""The app: what all pages share, and what goes on beside them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse
+from fastapi.staticfiles import StaticFiles
+from jinja2 import Environment, FileSystemLoader
+from starlette.exceptions import HTTPException
+
+from ..version import __version__
+from . import records, shown, words
+from .doors import Doors
+from .errors import PageError
+from .index import Index
+from .jobs import ENDED, STATE, Jobs, settle
+from .server import ChatServer
+from .worker import Worker
+from .workspace import Workspace
+
+HERE = Path(__file__).parent
+log = logging.getLogger("graftlm.studio")
+THEMES = ("auto", "light", "dark")
+THEME = "graftlm-theme"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the studio was started with.
+
+    Args:
+        port: that it listens at.
+        token: of the first address.
+        at_once: jobs at a time.
+        max_upload: bytes.
+        watch: seconds between looks at the queue.
+    """
+
+    port: int
+    token: str
+    at_once: int = 1
+    max_upload: int = 512 * 2**20
+    watch: float = 1.0
+
+
+class Studio:
+    """A workspace with what works on it."""
+
+    def __init__(self, workspace: Workspace, settings: Settings) -> None:
+        self.workspace, self.settings = workspace, settings
+        self.index = Index(workspace)
+        self.jobs = Jobs(workspace, settings.at_once)
+        self.worker = Worker(workspace.root, workspace.own / "worker.log")
+        self.server = ChatServer(workspace)
+        self.templates = Environment(
+            loader=FileSystemLoader(HERE / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        )
+        self.templates.filters |= shown.FILTERS
+        self._seen: set[str] = set()
+
+    # -- pages -------------------------------------------------------------------------------------------------------------
+    def page(self, request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
+        """A template, or with `_` before its name a part of a page, in the language and colours of the request."""
+        return HTMLResponse(self.text(request, template, **values), status)
+
+    def text(self, request: Request, template: str, **values: Any) -> str:
+        """The same as a text."""
+        language = words.chosen(request.cookies.get(words.COOKIE), request.headers.get("accept-language", ""))
+        theme = request.cookies.get(THEME, "auto")
+        return self.templates.get_template(template).render(
+            _=words.translator(language), language=language, languages=words.LANGUAGES, path=request.url.path,
+            theme=theme if theme in THEMES else "auto", csrf=request.scope["state"]["csrf"], version=__version__, **values,
+        )  # fmt: skip
+
+    # -- beside the pages ----------------------------------------------------------------------------------------------------
+    def recover(self) -> None:
+        """After a start: runs that the index holds for unfinished are read again; those without a process are lost."""
+        self.jobs.advance()
+        known = {*self.jobs.going(), *self.jobs.waiting()}
+        for state in ("running", "stopping", "waiting", "unknown"):
+            for row in self.index.runs(limit=10**6, state=state):
+                folder = self.workspace.runs / row.name
+                if row.name not in known and records.read(folder / STATE).get("state", "done") not in ENDED:
+                    settle(folder)
+                if folder.is_dir():
+                    self.index.note(folder)
+        self.index.sync()
+
+    def look(self) -> None:
+        """Let the queue go on, and index what changed."""
+        changed = {folder.name for folder in self.jobs.advance()}
+        now = {*self.jobs.going(), *self.jobs.waiting()}
+        for name in changed | (self._seen ^ now):
+            if (self.workspace.runs / name).is_dir():
+                self.index.note(self.workspace.runs / name)
+        self._seen = now
+
+    async def watch(self) -> None:
+        """`look` again and again."""
+        while True:
+            try:
+                await asyncio.to_thread(self.look)
+                await self.worker.rest()
+            except Exception:  # a full disk, a folder that was taken away: told, and tried again
+                log.exception("looking at the queue failed")
+            await asyncio.sleep(self.settings.watch)
+
+
+def create_app(studio: Studio) -> FastAPI:
+    """The app over a studio."""
+    from .views import ROUTERS
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await asyncio.to_thread(studio.recover)
+        watching = asyncio.create_task(studio.watch())
+        try:
+            yield
+        finally:
+            watching.cancel()
+            await studio.worker.end()
+            await studio.server.end()
+
+    app = FastAPI(title="GraftLM Studio", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    for router in ROUTERS:
+        app.include_router(router(studio))
+    app.mount("/static", StaticFiles(directory=HERE / "static"))
+    add_errors(app, studio)
+    s = studio.settings
+    app.add_middleware(
+        Doors, port=s.port, token=s.token, key=studio.workspace.key(), max_body=s.max_upload + 2**20
+    )  # fmt: skip
+    return app
+
+
+def add_errors(app: FastAPI, studio: Studio) -> None:
+    """Refusals as pages; as lines where a part of a page was asked for."""
+
+    def told(request: Request, status: int, text: str) -> Response:
+        part = "hx-request" in request.headers
+        return studio.page(request, "_refusal.html" if part else "error.html", status, text=text, status_=status)
+
+    @app.exception_handler(PageError)
+    async def refused(request: Request, error: PageError) -> Response:
+        return told(request, error.status, str(error))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        return told(request, error.status_code, "There is no such page." if error.status_code == 404 else str(error.detail))
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        log.exception("%s failed", request.url.path)
+        return told(request, 500, f"{type(error).__name__}: {error}")
+
+
+def go(place: str, **query: Any) -> Response:
+    """Send the browser to a page, from an answer to htmx."""
+    return Response(status_code=204, headers={"HX-Redirect": place + (f"?{urlencode(query)}" if query else "")})
