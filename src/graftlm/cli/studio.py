@@ -27,8 +27,8 @@ def studio(
 ) -> None:
     """Work in the browser: data, training, comparisons, chats, adapters.
 
-    Open the address that is printed; its token lets this browser in. Runs are processes of their own: they go on when the page
-    is closed and when the studio ends, and are there when it is started again.
+    Open the address that is printed; its token lets this browser in. Runs are processes of their own: they go on when the
+    page is closed and when the studio ends, and are there when it is started again.
     """
     try:
         from ..studio import index, running

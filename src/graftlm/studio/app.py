@@ -22,7 +22,7 @@ from . import records, shown, words
 from .doors import Doors
 from .errors import PageError
 from .index import Index
-from .jobs import ENDED, STATE, Jobs, settle
+from .jobs import ENDED, STATE, UNFINISHED, Jobs, settle, state_of
 from .server import ChatServer
 from .worker import Worker
 from .workspace import Workspace
@@ -31,6 +31,7 @@ HERE = Path(__file__).parent
 log = logging.getLogger("graftlm.studio")
 THEMES = ("auto", "light", "dark")
 THEME = "graftlm-theme"
+MANY = 10**6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,6 @@ class Studio:
             loader=FileSystemLoader(HERE / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
         )
         self.templates.filters |= shown.FILTERS
-        self._seen: set[str] = set()
 
     # -- pages -------------------------------------------------------------------------------------------------------------
     def page(self, request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
@@ -81,13 +81,13 @@ class Studio:
             theme=theme if theme in THEMES else "auto", csrf=request.scope["state"]["csrf"], version=__version__, **values,
         )  # fmt: skip
 
-    # -- beside the pages ----------------------------------------------------------------------------------------------------
+    # -- beside the pages -------------------------------------------------------------------------------------------------
     def recover(self) -> None:
         """After a start: runs that the index holds for unfinished are read again; those without a process are lost."""
         self.jobs.advance()
         known = {*self.jobs.going(), *self.jobs.waiting()}
-        for state in ("running", "stopping", "waiting", "unknown"):
-            for row in self.index.runs(limit=10**6, state=state):
+        for state in (*UNFINISHED, "unknown"):
+            for row in self.index.runs(limit=MANY, state=state):
                 folder = self.workspace.runs / row.name
                 if row.name not in known and records.read(folder / STATE).get("state", "done") not in ENDED:
                     settle(folder)
@@ -98,11 +98,13 @@ class Studio:
     def look(self) -> None:
         """Let the queue go on, and index what changed."""
         changed = {folder.name for folder in self.jobs.advance()}
-        now = {*self.jobs.going(), *self.jobs.waiting()}
-        for name in changed | (self._seen ^ now):
+        for state in UNFINISHED:
+            for row in self.index.runs(limit=MANY, state=state):
+                if state_of(self.workspace.runs / row.name).get("state") != state:
+                    changed.add(row.name)
+        for name in changed:
             if (self.workspace.runs / name).is_dir():
                 self.index.note(self.workspace.runs / name)
-        self._seen = now
 
     async def watch(self) -> None:
         """`look` again and again."""
@@ -122,6 +124,7 @@ def create_app(studio: Studio) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(studio.recover)
+        await studio.worker.warm()
         watching = asyncio.create_task(studio.watch())
         try:
             yield

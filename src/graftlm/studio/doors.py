@@ -1,8 +1,8 @@
 """Who may come in, and the headers that every answer carries.
 
-A request passes when its Host is ours (no page of another name can reach us by DNS), its Origin is ours or absent, it carries
-the cookie, and, where it changes something, the CSRF token in a header, which no form of another site can send. The cookie is
-given for the token in the address that the studio prints at its start.
+A request passes when its Host is ours (no page of another name can reach us by DNS), its Origin is ours or absent, it
+carries the cookie, and, where it changes something, the CSRF token in a header, which no form of another site can send. The
+cookie is given for the token in the address that the studio prints at its start.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from starlette.responses import HTMLResponse, RedirectResponse, Response
+
+from .errors import PageError
 
 SAFE = ("GET", "HEAD", "OPTIONS")
 POLICY = (
@@ -43,6 +45,7 @@ class Doors:
 
     def __init__(self, app: Any, *, port: int, token: str, key: bytes, max_body: int) -> None:
         self.app, self.token, self.max_body = app, token, max_body
+        self.too_large = f"Too large: at most {max_body // 2**20} MiB at a time (--upload-limit)."
         names = ("127.0.0.1", "localhost", "[::1]")
         self.hosts = {f"{name}:{port}" for name in names} | (set(names) if port == 80 else set())
         self.origins = {f"http://{host}" for host in self.hosts}
@@ -87,7 +90,7 @@ class Doors:
             return told(403, "Refused: the form is not from this studio. Reload the page and try again.")
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > self.max_body:
-            return told(413, f"Too large: at most {self.max_body // 2**20} MiB at a time (--upload-limit).")
+            return told(413, self.too_large)
         return None
 
     def _welcome(self, path: str, query: dict[str, str]) -> Response:
@@ -105,14 +108,16 @@ class Doors:
         return found.value if found else ""
 
     def _limited(self, receive: Any) -> Any:
-        """`receive`, which ends where a body without a length grows over the limit."""
+        """`receive`, which refuses where a body without a length grows over the limit."""
         taken = 0
 
         async def counted() -> Any:
             nonlocal taken
             message = await receive()
             taken += len(message.get("body", b""))
-            return {"type": "http.disconnect"} if taken > self.max_body else message
+            if taken > self.max_body:
+                raise PageError(413, self.too_large)
+            return message
 
         return counted
 

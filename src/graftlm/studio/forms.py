@@ -1,7 +1,7 @@
 """Between a recipe's schema, a form and YAML.
 
-A form's values are texts by dotted keys, `training.epochs`. What is empty is left out of the recipe, which then has its default;
-so the YAML holds only what was said. Keys that the form does not have stay in the YAML as they are.
+A form's values are texts by dotted keys, `training.epochs`. What is empty is left out of the recipe, which then has its
+default; so the YAML holds only what was said. Keys that the form does not have stay in the YAML as they are.
 """
 
 from __future__ import annotations

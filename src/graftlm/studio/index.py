@@ -1,7 +1,7 @@
 """The SQLite file: runs, data sets and chats, found without opening their folders.
 
-The folders are the truth. What is indexed of a run is read off its folder whenever its state changes; runs that came or went by
-other hands are noticed by their names (`sync`). `rebuild` makes the file anew.
+The folders are the truth. What is indexed of a run is read off its folder whenever its state changes; runs that came or
+went by other hands are noticed by their names (`sync`). `rebuild` makes the file anew.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Index:
             for name in known - there:
                 session.delete(session.get(table, name))
             for name in there - known:
-                session.merge(row(name))
+                session.add(row(name))
             session.commit()
 
     def put(self, row: SQLModel) -> None:
@@ -147,7 +147,7 @@ class Index:
             return session.exec(select(Chat).order_by(col(Chat.changed).desc()).limit(limit)).all()
 
 
-# -- rows out of folders -----------------------------------------------------------------------------------------------------
+# -- rows out of folders ---------------------------------------------------------------------------------------------------
 def run_row(folder: Path) -> Run:
     """A run as its folder has it."""
     job, state = records.read(folder / JOB), state_of(folder)

@@ -1,13 +1,13 @@
 """Jobs: processes of their own, one at a time, that outlive the studio.
 
-A job is a folder of `runs/` with a job.json: what `graftlm …` is called with, in the workspace. What waits or goes on has a file
-in `queue/`, by time; whoever sees that there is room starts the next: the studio, or a job's own process at its end, so the
-queue goes on when nobody watches. A lock keeps two of them apart.
+A job is a folder of `runs/` with a job.json: what `graftlm …` is called with, in the workspace. What waits or goes on has a
+file in `queue/`, by time; whoever sees that there is room starts the next: the studio, or a job's own process at its end, so
+the queue goes on when nobody watches. A lock keeps two of them apart.
 
     state.json   {"state": "waiting" | "running" | "stopping" | "done" | "stopped" | "failed" | "lost", …}
 
-"lost" is a process that ended without a word (killed, out of memory, machine off). A process is known by its id and the time at
-which it began: ids are used again.
+"lost" is a process that ended without a word (killed, out of memory, machine off). A process is known by its id and the time
+at which it began: ids are used again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .errors import PageError
 from .workspace import Workspace
 
 JOB, STATE, LOG = "job.json", "state.json", "log.txt"
-ENDED = ("done", "stopped", "failed", "lost")
+UNFINISHED, ENDED = ("waiting", "running", "stopping"), ("done", "stopped", "failed", "lost")
 LOST = "The process ended without a word: killed, out of memory, or the machine went off."
 
 
@@ -39,6 +39,8 @@ class Jobs:
     Args:
         at_once: jobs that may go on at a time.
     """
+
+    program = (sys.executable, "-m", "graftlm.studio.job")
 
     def __init__(self, workspace: Workspace, at_once: int = 1) -> None:
         self.workspace, self.at_once = workspace, at_once
@@ -143,7 +145,7 @@ class Jobs:
 
     def _start(self, file: Path, entry: dict[str, Any]) -> None:
         folder = self.workspace.runs / entry["folder"]
-        command = [sys.executable, "-m", "graftlm.studio.job", str(self.workspace.root), folder.name, str(self.at_once)]
+        command = [*self.program, str(self.workspace.root), folder.name, str(self.at_once)]
         records.write(folder / STATE, {"state": "running", "queued": entry["queued"], "started": time.time()})
         with (folder / LOG).open("ab") as log:
             child = subprocess.Popen(

@@ -1,7 +1,7 @@
-"""The studio's side of a process that has the libraries imported (`errands` is the other): pages stay quick, whatever it does.
+"""The studio's side of a process that has the libraries imported (`errands` is the other): pages stay quick meanwhile.
 
-It is started at the first question, told in lines of JSON, ended when nothing was asked for a while, and started anew after
-it died.
+It is started with the studio, told in lines of JSON, ended when nothing was asked for a while, and started anew at the next
+question.
 """
 
 from __future__ import annotations
@@ -87,6 +87,11 @@ class Worker:
             for waiting in self._answers.values():
                 if not waiting.done():
                     waiting.set_exception(PageError(500, f"The helper process ended; {self.log} says why. Try again."))
+
+    async def warm(self) -> None:
+        """Start the process ahead of the first question."""
+        self._asked = asyncio.get_running_loop().time()
+        await self._running()
 
     async def rest(self) -> None:
         """End the process where nothing was asked for long."""

@@ -2,11 +2,11 @@
 
     {"event": "begin", "step": 0, "steps": 130, "epochs": 10, "time": …}
     {"event": "step", "step": 12, "loss": 3.1, "tokens_per_second": 270.0, "memory": 7e8, "seconds": 4.2}
-    {"event": "evaluation", "step": 13, "epoch": 1.0, "loss": 2.9, "accuracy": null, "samples": [{"prompt", "target", "text"}]}
+    {"event": "evaluation", "step": 13, "epoch": 1.0, "loss": 2.9, "accuracy": null, "samples": [{"prompt": …, …}]}
     {"event": "end", "step": 130}
 
-Losses are nats a labelled token: a step's is the mean since the line before. Lines become rarer the longer a run takes, so that
-a file has some thousands at most. A run that resumes goes on in the file, from the step that it resumes at.
+Losses are nats a labelled token: a step's is the mean since the line before. Lines become rarer the longer a run takes, so
+that a file has some thousands at most. A run that resumes goes on in the file, from the step that it resumes at.
 """
 
 from __future__ import annotations

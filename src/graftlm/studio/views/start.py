@@ -19,6 +19,7 @@ def router(studio: Studio) -> APIRouter:
 
     @made.get("/")
     def start(request: Request) -> Response:
+        studio.index.sync()
         return studio.page(request, "start.html", **here(studio))
 
     @made.post("/preferences")
