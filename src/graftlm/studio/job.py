@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 
 from . import records
-from .jobs import LOG, STATE, Jobs
+from .jobs import JOB, LOG, OUT, STATE, Jobs
 from .workspace import Workspace
 
 ENDS = {0: "done", 130: "stopped"}  # of exit codes; all others are "failed"
@@ -28,12 +28,21 @@ def main(root: str, name: str, at_once: str, *args: str) -> int:
     code = call(args)
     sys.stdout.flush()
     sys.stderr.flush()
+    if code == 0 and records.read(folder / JOB).get("lift"):
+        lift(folder)
     state = records.read(folder / STATE) | {"state": ENDS.get(code, "failed"), "code": code, "ended": time.time()}
     if state["state"] == "failed":
         state["error"] = last_words(folder / LOG)
     records.write(folder / STATE, state)
     Jobs(workspace, int(at_once)).leave(folder)
     return code
+
+
+def lift(folder: Path) -> None:
+    """Put what a command wrote into its new directory `out` beside the job's own files: an adapter is found by its folder."""
+    for path in (folder / OUT).iterdir():
+        path.rename(folder / path.name)
+    (folder / OUT).rmdir()
 
 
 def call(args: tuple[str, ...]) -> int:

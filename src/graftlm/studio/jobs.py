@@ -28,7 +28,7 @@ from . import records
 from .errors import PageError
 from .workspace import Workspace
 
-JOB, STATE, LOG = "job.json", "state.json", "log.txt"
+JOB, STATE, LOG, OUT = "job.json", "state.json", "log.txt", "out"
 UNFINISHED, ENDED = ("waiting", "running", "stopping"), ("done", "stopped", "failed", "lost")
 LOST = "The process ended without a word: killed, out of memory, or the machine went off."
 

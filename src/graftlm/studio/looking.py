@@ -51,7 +51,9 @@ def tokens(rows: Any, base: str, format: str | None, columns: dict[str, str] | N
     prompts, targets = prompts_and_targets(rows, fmt, tokenizer=tokenizer)
     lengths = [
         len(a) + len(b) + 1
-        for a, b in zip(*(tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in (prompts, targets)), strict=True)
+        for a, b in zip(
+            *(tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in (prompts, targets)), strict=True
+        )
     ]
     prepared = prepare(rows.select(range(min(SHOWN, len(rows)))), tokenizer, fmt)
     return {

@@ -27,7 +27,7 @@ from .jobs import alive, identity
 from .workspace import Workspace
 
 START_S, PAUSE = 300.0, 0.3
-BASE = "base"  # what requests call it
+BASE = "(base)"  # what requests call it; no folder is called so
 
 
 class ChatServer:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from . import run, start, train
+from . import adapters, chat, compare, data, run, start, train
 
-ROUTERS = (start.router, train.router, run.router)
+ROUTERS = (start.router, data.router, train.router, run.router, compare.router, chat.router, adapters.router)

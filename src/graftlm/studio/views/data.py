@@ -61,11 +61,14 @@ def router(studio: Studio) -> APIRouter:
         base = given.get("base") or "graftlm-base"
         if base.startswith(("/", "~", ".")):
             studio.workspace.path(base)
-        roles = {k.removeprefix("role."): v for k, v in given.items() if k.startswith("role.") and v}
+        shown, format = given.get("format_shown", ""), given.get("format", "")
+        same = bool(shown) and format in ("", shown)  # columns that were chosen are those of the format that was shown
+        format = shown if same else format
+        roles = {k.removeprefix("role."): v for k, v in given.items() if same and k.startswith("role.") and v}
         page = int(given["page"]) if given.get("page", "").isdigit() else 1
         found = await studio.worker.ask(
-            "look", source=source_of(studio, name), base=base, split=given.get("split", ""), format=given.get("format", ""),
-            columns=roles if given.get("format") else None, page=page,
+            "look", source=source_of(studio, name), base=base, split=given.get("split", ""), format=format,
+            columns=roles or None, page=page,
         )  # fmt: skip
         return studio.page(request, "_look.html", name=name, source=source_of(studio, name), page=page, **found)
 
@@ -114,4 +117,3 @@ def source_of(studio: Studio, name: str) -> str:
         raise PageError(404, f"There is no data set {name!r} here.")
     studio.workspace.path(found.path)
     return found.path
-

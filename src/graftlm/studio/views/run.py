@@ -19,7 +19,7 @@ from .. import records
 from ..app import Studio, go
 from ..errors import PageError
 from ..index import recipe_in
-from ..jobs import ENDED, LOG, state_of
+from ..jobs import ENDED, LOG, OUT, state_of
 from ..progress import Progress, tail
 
 PAUSE = 0.7  # seconds between looks at a run that goes on
@@ -112,7 +112,7 @@ class View:
             "ended": state.get("state") in ENDED, "place": self._place(), "kind": self.job.get("kind", "train"),
             "resumable": bool(self.job) and any(self.folder.glob("checkpoint-*/trainer_state.json")),
             "adapter": (self.folder / "adapter_config.json").exists(), "took": until - since if since else None,
-            "report": (self.folder / "report.html").exists(),
+            "report": (self.folder / OUT / "report.html").exists(),
         }  # fmt: skip
 
     @property

@@ -78,6 +78,8 @@ def first(studio: Studio, asked: dict[str, str]) -> dict[str, Any]:
     content = dict(recipes.EXAMPLES.get(asked.get("example", ""), {}).get("recipe", {}))  # type: ignore[call-overload]
     if "data" in asked:
         content["data"] = {"source": asked["data"]}
+        if asked.get("format"):
+            content["data"] |= {"format": asked["format"], "columns": recipes.content_of(asked.get("columns", ""))}
     for key in ("base", "init_from"):
         if asked.get(key):
             content[key] = asked[key]
