@@ -39,7 +39,7 @@ def main(root: str, name: str, at_once: str, *args: str) -> int:
 
 
 def lift(folder: Path) -> None:
-    """Put what a command wrote into its new directory `out` beside the job's own files: an adapter is found by its folder."""
+    """Put what a command wrote into its directory `out` beside the job's own files: an adapter is found by its folder."""
     for path in (folder / OUT).iterdir():
         path.rename(folder / path.name)
     (folder / OUT).rmdir()

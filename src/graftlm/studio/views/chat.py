@@ -196,22 +196,19 @@ def keep(file: Path, number: int, texts: dict[str, str], wrong: dict[str, str]) 
 
 
 def as_rows(studio: Studio, name: str) -> str:
-    """A conversation as training rows in data/: of each turn the answer that was voted for, else the only one."""
+    """A conversation as a training row in data/: of each turn the answer that was voted for, else the only one."""
     found = records.read(studio.workspace.chat(name))
-    rows = []
-    history = [{"role": "system", "content": found["system"]}] if found.get("system") else []
+    learnt = [{"role": "system", "content": found["system"]}] if found.get("system") else []
+    begin = len(learnt)
     for turn in found["turns"]:
         best = turn.get("vote")
         kept = [a for a in turn["answers"] if (label(a) == best if best else len(turn["answers"]) == 1)]
         if kept:
-            history = [
-                *history, {"role": "user", "content": turn["prompt"]},
-                {"role": "assistant", "content": turn["answers"][kept[0]]},
-            ]  # fmt: skip
-            rows.append({"messages": history})
-    if not rows:
+            answer = {"role": "assistant", "content": turn["answers"][kept[0]]}
+            learnt += [{"role": "user", "content": turn["prompt"]}, answer]
+    if len(learnt) == begin:
         raise PageError(422, "Vote for an answer of each message that should be learnt from.")
     path = studio.workspace.new_file(f"{name}.jsonl")
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[-1:]), encoding="utf-8")
+    path.write_text(json.dumps({"messages": learnt}, ensure_ascii=False) + "\n", encoding="utf-8")
     studio.index.sync()
     return path.name

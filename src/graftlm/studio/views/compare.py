@@ -18,8 +18,8 @@ from .data import BUNDLED
 from .run import View
 
 METHODS = (
-    "lora", "lora-int8", "qlora", "prompt-tuning", "p-tuning", "prefix-tuning", "bottleneck", "ia3", "adalora", "loha", "lokr",
-    "vera", "randlora", "fourierft", "miss", "oft", "boft", "ln-tuning", "adaption-prompt", "cartridge",
+    "lora", "lora-int8", "qlora", "prompt-tuning", "p-tuning", "prefix-tuning", "bottleneck", "ia3", "adalora", "loha",
+    "lokr", "vera", "randlora", "fourierft", "miss", "oft", "boft", "ln-tuning", "adaption-prompt", "cartridge",
 )  # fmt: skip
 USUAL = ("lora", "prompt-tuning", "p-tuning", "prefix-tuning", "bottleneck")
 MOST = 8  # runs beside each other
@@ -33,8 +33,8 @@ def router(studio: Studio) -> APIRouter:
     def compare(request: Request) -> Response:
         found = [r for r in studio.index.runs(limit=500, text="") if r.kind == "compare"]
         return studio.page(
-            request, "compare.html", runs=found, methods=METHODS, usual=USUAL, bases=bases.known(studio.workspace), bundled=BUNDLED,
-            data_sets=studio.index.data_sets(),
+            request, "compare.html", runs=found, methods=METHODS, usual=USUAL, bundled=BUNDLED,
+            bases=bases.known(studio.workspace), data_sets=studio.index.data_sets(),
         )  # fmt: skip
 
     @made.post("/start")
