@@ -17,11 +17,13 @@ from graftlm.studio.index import recipe_in
 
 
 @pytest.fixture
-def made(tmp_path):
+def made(tmp_path, monkeypatch):
     (tmp_path / "given").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "rows.jsonl").write_text('{"text": "secret"}\n')
-    return studio(tmp_path / "workspace", tmp_path / "given")
+    found = studio(tmp_path / "workspace", tmp_path / "given")
+    monkeypatch.chdir(found.workspace.root)  # as the worker's process has it
+    return found
 
 
 @pytest.fixture
