@@ -84,7 +84,7 @@ def test_form_and_yaml_go_both_ways(browser):
         assert re.search(rf'name="{key}" value="{value}"', shown), key
     assert 'class="problems"' not in shown
     back = checked(browser, "method: lora\n", **{"training.epochs": "5", "data.source": "quotes", "training.seed": ""})
-    text = re.search(r"<textarea.*?>(.*?)</textarea>", back, re.S)[1]
+    text = re.search(r'data-sets="yaml" hidden>(.*?)</div>', back, re.S)[1]
     assert yaml.safe_load(text) == {"method": "lora", "training": {"epochs": 5}, "data": {"source": "quotes"}}
 
 
@@ -107,7 +107,7 @@ def test_mistakes_are_told_as_the_recipe_tells_them(browser):
 def test_options_follow_the_method(browser):
     text = checked(browser, "method: lora\nmethod_options: {r: 4}\n", method="prompt-tuning", options_of="lora")
     assert 'name="method_options.num_virtual_tokens"' in text and 'name="method_options.r"' not in text
-    assert "method_options" not in re.search(r"<textarea.*?>(.*?)</textarea>", text, re.S)[1]
+    assert "method_options" not in re.search(r'data-sets="yaml" hidden>(.*?)</div>', text, re.S)[1]
     same = checked(browser, "method: lora\n", **{"training.epochs": "2", "options_of": "lora"})
     assert 'id="options"' not in same  # a field that is typed into stays
 

@@ -41,6 +41,9 @@
     if ("curve" in (element.dataset || {})) { event.preventDefault(); draw(element, JSON.parse(event.detail.data)); }
   });
   on("htmx:sseMessage", (event) => { if (event.target.classList.contains("log")) event.target.scrollTop = event.target.scrollHeight; });
+  on("htmx:afterSwap", () => {  // a text that is typed into keeps its place and its history
+    for (const text of document.querySelectorAll("[data-sets]")) { document.getElementById(text.dataset.sets).value = text.textContent; text.remove(); }
+  });
   on("htmx:afterSettle", (event) => {
     begin(event.target);
     const keys = new Set([...document.querySelectorAll("#problems [data-key]")].map((item) => item.dataset.key));
