@@ -14,7 +14,8 @@ from typing import Any
 
 from starlette.testclient import TestClient
 
-from graftlm.studio.app import Settings, Studio, create_app
+from graftlm.studio.app import create_app
+from graftlm.studio.studio import Settings, Studio
 from graftlm.studio.workspace import Workspace
 
 PORT, TOKEN = 8765, "a-token-for-tests"

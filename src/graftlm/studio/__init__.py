@@ -17,6 +17,7 @@ an index over them that can be thrown away (`--rebuild`).
 | `worker`, `errands` | a process with the libraries imported, asked for checks, plans and rows |
 | `forms` | between a recipe's schema, a form and YAML |
 | `server` | the child process that chats |
+| `studio`, `app`, `running` | what all pages share; the app; its server |
 | `words` | the pages' language |
 | `views` | one file a page |
 """

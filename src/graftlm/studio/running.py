@@ -11,7 +11,8 @@ from pathlib import Path
 import uvicorn
 
 from ..errors import ConfigError
-from .app import Settings, Studio, create_app
+from .app import create_app
+from .studio import Settings, Studio
 from .workspace import Workspace
 
 GRACE = 2  # seconds that open pages may take to end

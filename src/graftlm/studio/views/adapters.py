@@ -11,8 +11,8 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 
 from .. import records
-from ..app import Studio, go
 from ..errors import PageError
+from ..studio import Studio, go
 from .chat import base_of
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", "recipe.yaml", "metrics.json", "loss.png")

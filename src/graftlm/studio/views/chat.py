@@ -14,9 +14,9 @@ from fastapi.responses import StreamingResponse
 from markupsafe import escape
 
 from .. import bases, records
-from ..app import Studio, go
 from ..errors import PageError
 from ..index import chat_row, recipe_in
+from ..studio import Studio, go
 from ..workspace import slug
 from .run import event
 

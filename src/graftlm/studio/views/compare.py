@@ -9,10 +9,10 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 
 from .. import bases, recipes
-from ..app import Studio, go
 from ..doors import REPORT_POLICY
 from ..errors import PageError
 from ..index import recipe_in
+from ..studio import Studio, go
 from ..workspace import slug
 from .data import BUNDLED
 from .run import View

@@ -8,9 +8,9 @@ from fastapi import APIRouter, Request, Response
 from starlette.datastructures import UploadFile
 
 from .. import bases, records
-from ..app import Studio, go
 from ..errors import PageError
 from ..index import DataSet
+from ..studio import Studio, go
 from ..workspace import slug
 
 ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")

@@ -16,11 +16,11 @@ from fastapi.responses import StreamingResponse
 from markupsafe import escape
 
 from .. import records
-from ..app import Studio, go
 from ..errors import PageError
 from ..index import recipe_in
 from ..jobs import ENDED, LOG, OUT, state_of
 from ..progress import Progress, tail
+from ..studio import Studio, go
 
 PAUSE = 0.7  # seconds between looks at a run that goes on
 BREATH = 15.0  # seconds of silence after which the browser is told that we are there

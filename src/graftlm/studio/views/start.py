@@ -8,7 +8,7 @@ import psutil
 from fastapi import APIRouter, Request, Response
 
 from .. import bases, recipes, words
-from ..app import THEME, THEMES, Studio
+from ..studio import THEME, THEMES, Studio
 
 YEAR = 365 * 24 * 60 * 60
 

@@ -9,9 +9,9 @@ import yaml
 from fastapi import APIRouter, Request, Response
 
 from .. import bases, recipes
-from ..app import Studio, go
 from ..errors import PageError
 from ..index import recipe_in
+from ..studio import Studio, go
 
 OWN = ("output_dir", "overwrite", "resume")
 
