@@ -625,7 +625,7 @@ class Wide(nn.Module):
         (Sound, graftlm.PromptTuningConfig(), UnsupportedError, "PROMPT_TUNING on Sound: virtual tokens.*such as LoRA"),
         (Sound, graftlm.PrefixTuningConfig(), UnsupportedError, "PREFIX_TUNING on Sound"),
         (Sound, graftlm.PromptEncoderConfig(), UnsupportedError, "P_TUNING on Sound"),
-        (Sound, graftlm.BottleneckConfig(), UnsupportedError, "Sound: cannot find the attention"),
+        (Sound, graftlm.BottleneckConfig(), UnsupportedError, "Sound: cannot find the feed_forward"),
         (Sound, graftlm.LoraConfig(), TargetError, "no default target_modules for Sound.*configuration of a family"),
         (Sound, graftlm.LoraConfig(target_modules=["nothing"]), TargetError, "Its linear layers are called head"),
         (lambda: nn.Sequential(nn.Conv1d(2, 2, 2)), graftlm.LoraConfig(target_modules="all-linear"), TargetError,

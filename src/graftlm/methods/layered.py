@@ -19,7 +19,7 @@ from ..architectures import (
     token_embeddings,
 )
 from ..errors import TargetError, UnsupportedError
-from ..layers import Adapted, Change, Frozen, adapted_layers, around
+from ..layers import Adapted, Change, Frozen, adapted_layers, around, is_product
 from .base import Method, PeftConfig, Site
 from .fields import check_expressions
 from .targets import find_targets, is_uncalled
@@ -110,6 +110,11 @@ class LayerMethod(Method):
                     f"target_modules selects {name!r} of {attention!r}, a MultiheadAttention of torch's, which reads its "
                     f"weight without calling it: an adapter of it would never act. Name {attention!r} instead, which "
                     "brings this projection along."
+                )
+            if frozen.kind == "linear" and not is_product(frozen.layer):
+                raise UnsupportedError(
+                    f"{clean_path(path)!r} is a {type(frozen.layer).__name__}, a linear layer that does not compute a plain "
+                    "product, so there is nothing that an adapter could be added to. Leave it out of target_modules."
                 )
             if frozen.kind == "attention" and not frozen.layer._qkv_same_embed_dim:
                 raise UnsupportedError(

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architectures import clean_path, innermost
 from ..errors import TargetError, nearest
+from ..layers import is_product
 from .base import TaskType
 
 ALL_LINEAR = "all-linear"
@@ -219,8 +220,8 @@ def frozen_layer(module: Any) -> Any:
 
 
 def is_linear(module: Any) -> bool:
-    """Whether a module is a linear layer, itself or inside adapter modules."""
-    return isinstance(frozen_layer(module), (nn.Linear, Conv1D))
+    """Whether a module is a linear layer, itself or inside adapter modules, and computes as such."""
+    return isinstance(layer := frozen_layer(module), (nn.Linear, Conv1D)) and is_product(layer)
 
 
 def is_uncalled(module: Any) -> bool:

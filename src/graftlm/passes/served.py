@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..architectures import is_encoder_decoder, model_dims
+from ..architectures import blank_ids, is_encoder_decoder, model_dims, per_layer_inputs
 from ..architectures.fast import alibi_slopes, attention_configs, packed_attention
 from ..errors import AdapterError, UnsupportedError
 from ..kernels import HeadForm
@@ -209,7 +209,9 @@ class Served:
             acting = tuple(n for n in group if not self.host.methods[n].invocation)  # these come before every invocation
             embeds = virtual.to(self.host._compute_dtype())[None]
             laid = self.laid((acting,), (len(virtual),))
-            self.forward(laid, {"inputs_embeds": embeds}, places, cache.over([(0, len(virtual))]))
+            table = self.host.entry.facts.per_layer
+            by_layer = {} if table is None else per_layer_inputs(table, blank_ids(table, 1, len(virtual)))
+            self.forward(laid, {"inputs_embeds": embeds, **by_layer}, places, cache.over([(0, len(virtual))]))
         return FrontMemory(cache.kept[0], start + (0 if virtual is None else len(virtual)))
 
     @property
