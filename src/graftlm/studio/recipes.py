@@ -14,7 +14,7 @@ from .jobs import Jobs
 from .workspace import Workspace, slug
 
 PATHS = ("base", "data.source", "init_from")
-EXAMPLES = {
+EXAMPLES: dict[str, dict[str, Any]] = {
     "tweets": {
         "title": "Sort complaints", "about": "Label short messages as complaint or no complaint. 50 examples.",
         "recipe": {"data": {"source": "tweets"}, "method": "lora"},

@@ -57,7 +57,8 @@ def router(studio: Studio) -> APIRouter:
             studio.workspace.run(adapter)
         name = str(form.get("name", "")) or slug(f"{time.strftime('%Y%m%d-%H%M%S')}-{prompt[:24]}")
         file = studio.workspace.chats / f"{name}.json"
-        found = records.read(studio.workspace.chat(name)) if form.get("name") else {"title": prompt[:80], "turns": []}
+        new: dict[str, Any] = {"title": prompt[:80], "turns": []}
+        found = records.read(studio.workspace.chat(name)) if form.get("name") else new
         found |= {"base": base, "adapters": chosen, "system": str(form.get("system", "")).strip(), "params": limits(form)}
         found["turns"].append({"prompt": prompt, "adapters": chosen, "answers": {}})
         records.write(file, found)

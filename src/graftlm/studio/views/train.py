@@ -75,7 +75,7 @@ def first(studio: Studio, asked: dict[str, str]) -> dict[str, Any]:
     if "from" in asked:
         found = recipe_in(studio.workspace.run(asked["from"])) or {}
         return {k: v for k, v in found.items() if k not in OWN}
-    content = dict(recipes.EXAMPLES.get(asked.get("example", ""), {}).get("recipe", {}))  # type: ignore[call-overload]
+    content: dict[str, Any] = dict(recipes.EXAMPLES.get(asked.get("example", ""), {}).get("recipe", {}))
     if "data" in asked:
         content["data"] = {"source": asked["data"]}
         if asked.get("format"):
