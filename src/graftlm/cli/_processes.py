@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..training import Recipe
 
 
-def launch(recipes: list[Recipe], count: int, *, quiet: bool) -> int:
+def launch(recipes: list[Recipe], count: int, *, quiet: bool, progress: bool = False) -> int:
     """Train recipes in `count` processes of this machine, each on its share of the batches; the launcher's exit code.
 
     Each process has its share of the processor's cores, where OMP_NUM_THREADS says nothing else. Ctrl-C and SIGTERM reach
@@ -43,6 +43,7 @@ def launch(recipes: list[Recipe], count: int, *, quiet: bool) -> int:
             file.write_text(recipe.to_yaml(), encoding="utf-8")
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
         command = [*launcher, "-m", "graftlm", "train", *map(str, files), *(["--quiet"] if quiet else [])]
+        command += ["--progress"] if progress else []
         started = subprocess.Popen(command, env=environment)
         with interrupts_go_to(lambda: started.send_signal(signal.SIGTERM)):  # on which the launcher ends its processes
             code = started.wait()

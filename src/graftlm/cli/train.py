@@ -64,6 +64,9 @@ def train(
     no_plan: Annotated[bool, typer.Option("--no-plan", help="No plan of memory and time before it begins.")] = False,
     show: Annotated[bool, typer.Option("--show-recipe", help="Print the recipe with all defaults, and stop.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    progress: Annotated[
+        bool, typer.Option("--progress", help="Write progress.jsonl into the output directory, for programs that watch.")
+    ] = False,
 ) -> None:
     """Train an adapter and measure it before and after.
 
@@ -96,15 +99,15 @@ def train(
         from ._processes import launch
 
         planned_before(built, quiet or no_plan, f"Each of {processes_wanted} processes: ")
-        raise typer.Exit(launch(built, processes_wanted, quiet=quiet))
+        raise typer.Exit(launch(built, processes_wanted, quiet=quiet, progress=progress))
     if len(built) > 1:
-        several(console, built, quiet, no_plan)
+        several(console, built, quiet, no_plan, progress)
         return
     chosen = built[0]
     planned, rows = planned_before(built, quiet or no_plan or processes.count() > 1)
     try:
         with _base.notices_on_stderr(), memory_watched(planned, chosen.output_dir):
-            result = run(chosen, quiet=quiet, data=None if rows is None else rows.data)
+            result = run(chosen, quiet=quiet, data=None if rows is None else rows.data, progress=progress)
     except TrainingInterrupted:
         folder = chosen.output_dir
         console.print(f"Stopped. The adapter so far is in {folder}; go on with --resume and the same recipe.", markup=False)
@@ -123,7 +126,7 @@ def planned_before(recipes: list[Recipe], without: bool, before: str = "") -> tu
         return ahead(recipes, lambda text: say(before + text))
 
 
-def several(console: Any, recipes: list[Recipe], quiet: bool, no_plan: bool) -> None:
+def several(console: Any, recipes: list[Recipe], quiet: bool, no_plan: bool, progress: bool) -> None:
     """Runs that train together.
 
     Raises:
@@ -135,7 +138,7 @@ def several(console: Any, recipes: list[Recipe], quiet: bool, no_plan: bool) -> 
     planned, _ = planned_before(recipes, quiet or no_plan or processes.count() > 1)
     try:
         with _base.notices_on_stderr(), memory_watched(planned, ", ".join(r.output_dir for r in recipes)):
-            outcomes = train_together(recipes, quiet=quiet)
+            outcomes = train_together(recipes, quiet=quiet, progress=progress)
     except TrainingInterrupted as stopped:
         console.print(f"{stopped} (--resume)", markup=False)
         raise typer.Exit(130) from None

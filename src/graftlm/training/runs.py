@@ -27,7 +27,8 @@ from .arguments import training_arguments
 from .bases import resolve_base
 from .compiling import CompiledLayers
 from .evaluation import Evaluation, is_encoder_decoder
-from .measuring import check_baseline, measure
+from .live import ProgressFile
+from .measuring import check_baseline, measure, samples_of
 from .output import RECIPE_NAME, open_output, write_recipe
 from .progress import RichProgress
 from .results import RunResult, finish
@@ -53,6 +54,7 @@ def run(
     data: RunData | None = None,
     also: Callable[[Any, Any], dict[str, Any]] | None = None,
     search: Search | None = None,
+    progress: bool = False,
 ) -> RunResult:
     """As `recipes.run`, with a `search` for the learning rate of a recipe that leaves it to one."""
     if (model is None) != (tokenizer is None):
@@ -100,6 +102,8 @@ def run(
             write_recipe(recipe, output)
         try:
             trainer = make_trainer(recipe, wrapped, tokenizer, data, callbacks, quiet)
+            if progress:
+                trainer.add_callback(ProgressFile(output, trainer.meter, samples_of(wrapped, tokenizer, data)))
             form |= fit(trainer, wrapped, recipe, output, member)
             after = measure(recipe, wrapped, tokenizer, data)
             form |= also(wrapped, tokenizer) if also is not None else {}

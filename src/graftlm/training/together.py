@@ -93,7 +93,7 @@ class Together:
     def add(
         self, recipe: Recipe, *, callbacks: Sequence[Any] = (), baseline: Evaluation | None = None,
         data: RunData | None = None, also: Callable[[Any, Any], dict[str, Any]] | None = None,
-        done: Callable[[Outcome], None] | None = None,
+        done: Callable[[Outcome], None] | None = None, progress: bool = False,
     ) -> Outcome:  # fmt: skip
         """Take in a run; its outcome is filled in when it has ended, and then given to `done`. The rest as in `recipes.run`.
 
@@ -107,6 +107,7 @@ class Together:
             return run(
                 recipe, model=self.base, tokenizer=self.tokenizer, callbacks=callbacks, quiet=True,
                 baseline=baseline or (self._baseline(recipe) if data is None else None), member=member, data=data, also=also,
+                progress=progress,
             )  # fmt: skip
 
         self.outcomes.append(outcome)
@@ -350,6 +351,7 @@ def train_together(
     tokenizer: Any = None,
     at_once: int | None = None,
     quiet: bool = False,
+    progress: bool = False,
 ) -> list[Outcome]:
     """Train the recipes' adapters at the same time over one base, each as `graftlm.training.run` would alone.
 
@@ -358,6 +360,7 @@ def train_together(
         model, tokenizer: a loaded base, else the recipes' own is loaded once.
         at_once: how many train at a time (memory grows with it); the others join as these end.
         quiet: no lines of progress.
+        progress: write `progress.jsonl` into each output directory.
 
     Returns:
         An outcome each, in the order of the recipes: a result, or the error that ended that run alone.
@@ -370,5 +373,5 @@ def train_together(
         raise RecipeError("train_together(model=…, tokenizer=…): give both, or neither")
     together = Together(model, tokenizer, at_once=at_once, quiet=quiet)
     for recipe in recipes:
-        together.add(recipe)
+        together.add(recipe, progress=progress)
     return together.run()
