@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 import time
@@ -14,6 +13,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
+httpx = pytest.importorskip("httpx", reason="the openai client needs httpx")
 
 from serving_helpers import process, saved  # noqa: E402
 
@@ -88,13 +88,33 @@ def test_many_at_once(client: Any) -> None:
     assert all(text == alone[m] for m, text in found)
 
 
-def test_sigterm_lets_requests_end(client: Any, server: tuple[str, Any], tmp_path: Path) -> None:
-    stream = client.completions.create(
-        model="tiny", prompt="One", max_tokens=60, temperature=0, stream=True, extra_body={"ignore_eos": True}
-    )
-    chunks = [next(iter(stream))]
+def test_sigterm_lets_requests_end(client: Any, server: tuple[str, Any]) -> None:
+    """What runs ends whole; what comes meanwhile is told that the server goes, as whoever asks whether it is ready."""
+    long = {"model": "tiny", "prompt": "One", "max_tokens": 400, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    streams = [client.completions.create(**long, stream=True) for _ in range(3)]
+    chunks = [[next(iter(stream))] for stream in streams]
     server[1].send_signal(signal.SIGTERM)
-    chunks += list(stream)
-    assert chunks[-1].choices[0].finish_reason == "length"
-    assert server[1].wait(30) == 0 or server[1].returncode == -signal.SIGTERM
-    json.dumps([c.model_dump() for c in chunks])
+    time.sleep(0.5)  # the loop looks ten times a second
+    with pytest.raises(openai.InternalServerError, match="shutting down") as refused:
+        openai.OpenAI(base_url=server[0], api_key=KEY, max_retries=0).completions.create(model="style", prompt="Two")
+    assert (refused.value.status_code, refused.value.response.headers["retry-after"]) == (503, "2")
+    assert httpx.get(server[0].replace("/v1", "/ready")).status_code == 503
+    for stream, have in zip(streams, chunks, strict=True):
+        have += list(stream)
+        assert have[-1].choices[0].finish_reason == "length"
+    assert len({"".join(c.choices[0].text for c in have) for have in chunks}) == 1
+    assert server[1].wait(30) == 0
+
+
+def test_a_second_sigterm_stops(tmp_path: Path) -> None:
+    with process(tmp_path, "--max-rows=1") as (url, running):
+        body = {"model": "tiny", "prompt": "One", "max_tokens": 500, "ignore_eos": True, "stream": True, "n": 8}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            for _ in range(2):
+                running.send_signal(signal.SIGTERM)
+                time.sleep(0.3)
+            assert running.wait(20) == 0
+            with pytest.raises(httpx.RemoteProtocolError):
+                list(lines)

@@ -185,3 +185,60 @@ def test_soak(tmp_path: Path) -> None:
     third = len(sizes) // 3
     middle, last = (sorted(size for _, size in part)[third // 2] for part in (sizes[third : 2 * third], sizes[-third:]))
     assert last < middle * 1.05 + 2**24, (counts, middle, last)
+
+
+@pytest.mark.slow
+def test_memory_over_requests(tmp_path: Path, record_property: Any) -> None:
+    """20,000 requests of all sorts, or MEMORY_REQUESTS: behind the first quarter the process grows no more."""
+    total, root = int(os.environ.get("MEMORY_REQUESTS", "20000")), tmp_path / "roots"
+    folders = saved(root)
+    prompts = [f"{PROMPT} {i % 97} {'and on ' * (i % 11)}" for i in range(600)]
+    options = (f"--adapter-dir={root}", "--max-adapters=3", "--max-rows=8", "--cache-tokens=2048", "--admin-key=admin")
+    wrong: list[str] = []
+    sizes: list[int] = []
+    numbers = iter(range(total))
+    lock = threading.Lock()
+    with process(tmp_path, *options) as (url, running):
+
+        def ask(client: Any, i: int) -> None:
+            model = ("tiny", *folders, "style+task")[i % 6]
+            body = BODY | {"model": model, "prompt": prompts[i % 600], "max_tokens": 2, "stream": i % 3 == 0, "n": 1 + i % 2}
+            if i % 50 == 7:
+                load = {"lora_name": "other", "lora_path": folders["style"], "load_inplace": True}
+                made = client.post("/v1/load_lora_adapter", json=load, headers=ADMIN)
+            elif i % 50 == 8:
+                made = client.post("/v1/embeddings", json={"model": model, "input": ["a", prompts[i % 600]]})
+            elif i % 50 == 9:  # what is wrong leaves nothing behind either
+                made = client.post("/v1/completions", json=body | {"response_format": {"type": "regex", "pattern": "["}})
+                assert made.status_code == 400, made.text
+                return
+            else:
+                made = client.post("/v1/completions", json=body | {"temperature": i % 2, "seed": i})
+            if made.status_code != 200:
+                wrong.append(made.text)
+
+        def asks() -> None:
+            with httpx.Client(base_url=url, timeout=120) as client:
+                while not wrong:
+                    with lock:
+                        if (i := next(numbers, None)) is None:
+                            return
+                        if i % (total // 20) == 0:
+                            sizes.append(psutil.Process(running.pid).memory_info().rss)
+                    ask(client, i)
+
+        threads = [threading.Thread(target=asks) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong, wrong[:3]
+        settles(url)
+        sizes.append(psutil.Process(running.pid).memory_info().rss)
+    shown = [round(size / 2**20, 1) for size in sizes]
+    record_property("megabytes", shown)
+    later = torch.tensor(shown[5:])
+    at = torch.arange(len(later)) - (len(later) - 1) / 2
+    slope = float((at * later).sum() / (at * at).sum())  # megabytes each twentieth, by least squares
+    print(f"RSS in MB each {total // 20} requests: {shown}; slope behind the first quarter {slope:.3f}")
+    assert slope * 15 < 12, (shown, slope)

@@ -40,6 +40,10 @@ def serve(
     max_rows: Annotated[int, typer.Option(help="Completions that are written at a time.")] = 16,
     cache_tokens: Annotated[int | None, typer.Option(help="Places of the key-value cache. Default: 16384.")] = None,
     max_prompt: Annotated[int | None, typer.Option(help="Tokens of a prompt. Default: the base's context.")] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a chat's answer whose request names no number. Default: what there is room for."),
+    ] = None,
     max_choices: Annotated[int, typer.Option(help="Completions of one request.")] = 16,
     queue: Annotated[int, typer.Option(help="Requests that may wait.")] = 256,
     timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
@@ -61,8 +65,8 @@ def serve(
     chosen = _base.base_for(base, adapters)
     settings = Settings(
         base_name=name or base_name(chosen), adapters=adapters, adapter_dirs=tuple(adapter_dir or ()),
-        api_keys=frozenset(api_key or ()), admin_key=admin_key, max_prompt=max_prompt, max_choices=max_choices,
-        queue_requests=queue, timeout=timeout, log_prompts=log_prompts,
+        api_keys=frozenset(api_key or ()), admin_key=admin_key, max_prompt=max_prompt, max_tokens=max_tokens,
+        max_choices=max_choices, queue_requests=queue, timeout=timeout, log_prompts=log_prompts,
     )  # fmt: skip
     limits = {"max_adapters": max_adapters, "max_rows": max_rows, "cache_tokens": cache_tokens}
     given = {k: v for k, v in limits.items() if v is not None}

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedError
 
+LONGEST = 131_072  # characters of a schema, pattern or grammar: compiling one holds all other requests back
+
 
 class Constraint:
     """Where one completion stands in its form."""
@@ -72,14 +74,12 @@ class Constraints:
         tokens = self._tokens()
         kind, error = form["type"], ""
         try:
-            if kind == "regex":
-                grammar = LLMatcher.grammar_from_regex(form["pattern"])
-            elif kind == "grammar":
-                grammar = LLMatcher.grammar_from_lark(form["grammar"])
-            else:
-                schema = form.get("schema", {"type": "object"})
-                grammar = LLMatcher.grammar_from_json_schema(schema if isinstance(schema, str) else json.dumps(schema))
-            matcher = LLMatcher(tokens, grammar)
+            given = form.get({"regex": "pattern", "grammar": "grammar"}.get(kind, "schema"), {"type": "object"})
+            text = given if isinstance(given, str) else json.dumps(given)
+            if len(text) > LONGEST:
+                raise ValueError(f"it has {len(text)} characters, at most {LONGEST} are taken")
+            made_by = {"regex": LLMatcher.grammar_from_regex, "grammar": LLMatcher.grammar_from_lark}
+            matcher = LLMatcher(tokens, made_by.get(kind, LLMatcher.grammar_from_json_schema)(text))
             error = matcher.get_error()
         except (ValueError, TypeError, RuntimeError) as reason:
             error = str(reason)

@@ -65,6 +65,8 @@ class Detokenizer:
         if met:
             at, self.stopped = min(met)
             return text[:at]
-        begun = max((n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        begun = max(
+            (n for stop in self.stop for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])), default=0
+        )
         self._held = text[len(text) - begun :]
         return text[: len(text) - begun]

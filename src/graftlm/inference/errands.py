@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -48,6 +49,8 @@ def embedded(model: Any, group: tuple[str, ...], rows: Sequence[Sequence[int]], 
         options: dict[str, Any] = {"use_cache": False}
         if encodes := is_encoder_decoder(model.base):
             options["decoder_input_ids"] = ids[:, :1]  # of which nothing is kept
+        elif "logits_to_keep" in inspect.signature(model.base.forward).parameters:
+            options["logits_to_keep"] = 1  # nobody reads logits, and a vocabulary a token would fill the memory
         out = model(input_ids=ids, attention_mask=mask, adapter_names=names, output_hidden_states=True, **options)
         hidden = (out.encoder_last_hidden_state if encodes else out.hidden_states[-1])[:, -longest:].float()
         kept = mask[..., None].to(hidden.device)

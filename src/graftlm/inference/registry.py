@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -28,6 +29,7 @@ from ..files import WEIGHTS_NAME
 from ..methods import PeftConfig
 from .threads import begin
 
+log = logging.getLogger("graftlm.serving")
 READERS = 4  # directories that are read at a time
 
 
@@ -216,9 +218,7 @@ class Registry:
             for version in versions:
                 error, version.error = version.error, None
                 if error is not None:
-                    raise (
-                        error if isinstance(error, GraftError) else CheckpointError(f"{version.path}: {error!r}")
-                    ) from error
+                    raise _told(version, error) from error
             for version in versions:
                 if version.state is State.COLD:
                     self._read(version)
@@ -258,7 +258,7 @@ class Registry:
             self.counts["failed"] += 1
             if version.attached in self.model.methods:
                 self.model.delete_adapter(version.attached)
-            raise error if isinstance(error, GraftError) else CheckpointError(f"{version.path}: {error!r}") from error
+            raise _told(version, error) from error
         version.state, version.used = State.LIVE, next(self._clock)
         self.counts["loaded"] += 1
         self.live.append(version)
@@ -301,6 +301,16 @@ class Registry:
             self.wanted = own
             self.draining = set([v for v in others if v.users][:excess])
         return excess <= 0
+
+
+def _told(version: Version, error: Exception) -> GraftError:
+    """What those who asked for an adapter are told: its name where its directory stood, which is for the log."""
+    log.warning("The adapter %r in %s cannot be served: %s", version.name, version.path, error)
+    text, path = str(error) if isinstance(error, GraftError) else repr(error), version.path
+    for place in () if path is None else (str(path.resolve()), str(path)):
+        text = text.replace(place, version.name)
+    kind = type(error) if isinstance(error, GraftError) else CheckpointError
+    return kind(f"The adapter {version.name!r} cannot be served: {text}")
 
 
 def read(path: Path) -> None:

@@ -8,13 +8,17 @@ with a seed gets what `torch.manual_seed(seed)` and `generate` give it alone. Ea
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedError
 from .constraints import Constraint
 from .requests import SamplingParams, TokenLogprob
+
+log = logging.getLogger("graftlm.serving")
 
 
 class Chooser:
@@ -104,17 +108,21 @@ def warped(logits: Tensor, p: SamplingParams) -> Tensor:
 
 
 def choose(choosers: Sequence[Chooser], logits: Tensor) -> list[int | None]:
-    """The next token of each row; logits [R, V]. None where a row's logits are no finite numbers."""
+    """The next token of each row; logits [R, V]. None where a row's logits are no finite numbers, or its form ends it."""
     highest, best = likeliest(logits)
     finite, chosen = torch.isfinite(highest).tolist(), best.tolist()
     for i, chooser in enumerate(choosers):
         if not finite[i]:
             chosen[i] = None
             continue
-        if not chooser.plain:
-            chosen[i] = draw(chooser, logits[i].float())
-        if chosen[i] is not None:
-            chooser.took(chosen[i])
+        try:
+            if not chooser.plain:
+                chosen[i] = draw(chooser, logits[i].float())
+            if chosen[i] is not None:
+                chooser.took(chosen[i])
+        except UnsupportedError as error:  # a form that grew over its library's limits is its own request's matter
+            log.warning("A completion ends: %s", error)
+            chosen[i] = None
     return chosen
 
 

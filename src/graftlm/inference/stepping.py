@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..architectures import token_embeddings
-from ..errors import ServingError
+from ..errors import RequestError, ServingError
 from ..passes.served import Row, Served
 from ..routing import Group
 from .cache import KeyValueCache, Span
@@ -333,5 +333,5 @@ def last_place(tokens: Sequence[int], wanted: Sequence[int]) -> int | None:
 
 def _no_numbers(logits: Tensor) -> Exception:
     if bool(torch.isfinite(logits.max())):
-        return ServingError("No token is allowed here by what the request asks for (logit_bias, response_format).")
+        return RequestError("No token is allowed here by what the request asks for (logit_bias, penalties, a form).")
     return ServingError("The model's logits are no finite numbers under this adapter.")

@@ -77,7 +77,7 @@ class Adapters:
 
     def about(self, name: str) -> About:
         """One of them."""
-        version = self.registry.names[name]
+        version = self.registry.named(name)  # which may have been unloaded by now
         config = self._config(version)
         kind = "unreadable" if config is None else str(getattr(config.peft_type, "value", config.peft_type)).lower()
         front = int(getattr(config, "num_virtual_tokens", 0) or 0)

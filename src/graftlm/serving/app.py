@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -25,11 +25,13 @@ from .schema import (
     DetokenizeRequest,
     EmbeddingRequest,
     LoadRequest,
+    StreamOptions,
     TokenizeRequest,
     UnloadRequest,
 )
 from .service import Service, Wanted
 
+Found = TypeVar("Found")
 BODIES = (ChatRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest, LoadRequest, UnloadRequest)
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
@@ -120,7 +122,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/embeddings")
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         with service.errors("embeddings"):
-            vectors, tokens = await service.embed(body)
+            vectors, tokens = await while_there(request, service.embed(body))
             data = [
                 {"object": "embedding", "index": i, "embedding": _packed(v) if body.encoding_format == "base64" else v}
                 for i, v in enumerate(vectors)
@@ -132,21 +134,49 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 async def respond(service: Service, request: Request, wanted: Wanted, form: Form, body: Any) -> Response:
     """Generate, and answer whole or in pieces; a client that leaves ends what was begun for it."""
     running = await service.begin(wanted)
-    if body.stream:
-        first = await running.first()  # what goes wrong before it has its own status
-        return StreamingResponse(stream(running, form, first, body.usage_last), media_type="text/event-stream")
-    leaves = asyncio.ensure_future(left(request))
-    answers = asyncio.ensure_future(running.whole())
+    streams = None
     try:
-        await asyncio.wait({leaves, answers}, return_when=asyncio.FIRST_COMPLETED)
-        if not answers.done():
-            raise ApiError(499, "The client left.")
-        choices, usage = best(answers.result(), wanted), running.usage
-        return JSONResponse(form.whole(choices, usage))
+        if body.stream:
+            first = await while_there(request, running.first())  # what goes wrong before it has its own status
+            running.streams = True
+            streams = Streams(running, stream(running, form, first, body.streaming))
+            return streams
+        choices = await while_there(request, running.whole())
+        return JSONResponse(form.whole(best(choices, wanted), running.usage))
+    finally:
+        if streams is None:
+            running.close()
+
+
+class Streams(StreamingResponse):
+    """Server-sent events of a request that ends with them, also where a client leaves before the first was sent."""
+
+    def __init__(self, running: Running, events: AsyncIterator[bytes]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.running = running
+
+    async def __call__(self, *asgi: Any) -> None:
+        try:
+            await super().__call__(*asgi)
+        finally:
+            self.running.close()
+
+
+async def while_there(request: Request, work: Coroutine[Any, Any, Found]) -> Found:
+    """What some work gives; it ends when the client leaves before.
+
+    Raises:
+        ApiError: the client left.
+    """
+    leaves, works = asyncio.ensure_future(left(request)), asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({leaves, works}, return_when=asyncio.FIRST_COMPLETED)
+        if not works.done():
+            raise ApiError(499, "The client left.", code="cancelled")
+        return works.result()
     finally:
         leaves.cancel()
-        answers.cancel()
-        running.close()
+        works.cancel()
 
 
 async def left(request: Request) -> None:
@@ -155,24 +185,28 @@ async def left(request: Request) -> None:
         pass
 
 
-async def stream(running: Running, form: Form, first: Any, usage_last: bool) -> AsyncIterator[bytes]:
+async def stream(running: Running, form: Form, first: Any, options: StreamOptions) -> AsyncIterator[bytes]:
     """Server-sent events, [DONE] last; an error in their midst is an event, too."""
     choices = [Choice() for _ in range(running.count)]
+
+    def chunk(made: dict[str, Any]) -> bytes:
+        if options.include_usage:
+            made["usage"] = running.usage.to_dict() if options.continuous_usage_stats else None
+        return event(made)
+
     try:
         for made in form.begin(running.count):
-            yield event(made)
+            yield chunk(made)
         async for index, piece in running.after(first):
             choices[index].add(piece)
             for made in form.delta(index, choices[index], piece):
-                yield event(made)
-        if usage_last:
+                yield chunk(made)
+        if options.include_usage:
             yield event(form.usage(running.usage))
         yield event("[DONE]")
     except Exception as error:
         yield event(running.failed(error).body)
         yield event("[DONE]")
-    finally:
-        running.close()
 
 
 def best(choices: list[Choice], wanted: Wanted) -> list[Choice]:

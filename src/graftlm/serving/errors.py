@@ -6,9 +6,11 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from ..errors import GraftError, nearest
+from ..errors import GraftError, QueueFullError, RequestError, ServingError, UnknownAdapterError, nearest
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+RETRY_AFTER = 2  # seconds that a client is told to wait where it may go better soon
 
 
 class ApiError(Exception):
@@ -63,9 +65,17 @@ def not_valid(problems: list[dict[str, Any]], fields: list[str]) -> ApiError:
 
 
 def of(error: Exception) -> ApiError:
-    """What a client is told of an error of ours."""
+    """What a client is told of an error."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, QueueFullError):
+        return ApiError(429, str(error), code="queue_full", retry_after=RETRY_AFTER)
+    if isinstance(error, UnknownAdapterError):
+        return ApiError(404, str(error), param="model", code="model_not_found")
+    if isinstance(error, RequestError):
+        return ApiError(400, str(error), code="context_length_exceeded" if "together" in str(error) else None)
+    if isinstance(error, ServingError):
+        return ApiError(503, str(error), code="engine_failed", retry_after=RETRY_AFTER)
     if isinstance(error, GraftError):
         return ApiError(400, str(error))
     return ApiError(500, "The server failed at this request; its log says why.", code="internal_error")

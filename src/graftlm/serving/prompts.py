@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from ..data.chat import chat_prompt_ids, render_chat
 from ..errors import DataError
 from .errors import ApiError
 from .schema import Message
 from .tools import instruction, spelled_out
+
+#: what `apply_chat_template` is told, and what it tells templates, is no client's to set
+ARGUMENTS = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+RESERVED = frozenset(ARGUMENTS) - {"documents"} | {"messages"}
 
 
 class Prompts:
@@ -57,6 +64,11 @@ class Prompts:
     ) -> list[int]:
         """Ids of a conversation through the chat template, ready for the assistant's turn."""
         plain = [self._plain(message) for message in messages]
+        if taken := sorted(RESERVED & set(options or {})):
+            raise ApiError(
+                400, f"chat_template_kwargs cannot set {', '.join(taken)}: only what the base's template itself asks for",
+                param="chat_template_kwargs",
+            )  # fmt: skip
         uses = tools or any(m.tool_calls or m.role == "tool" for m in messages)
         if uses and not self.knows_tools:
             plain = spelled_out(plain)
@@ -73,6 +85,8 @@ class Prompts:
 
     def _rendered(self, plain: list[dict], tools: Sequence[dict], options: dict[str, Any], ready: bool) -> list[int]:
         if not self.tokenizer.chat_template:
+            if options:
+                raise ApiError(400, "chat_template_kwargs: the base has no chat template", param="chat_template_kwargs")
             text = render_chat(plain, self.tokenizer)
             return self.of_text(text if ready else text.removesuffix("Assistant: "))
         try:

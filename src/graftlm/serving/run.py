@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
@@ -17,7 +18,8 @@ GRACE = 30  # seconds that what runs may take to end after SIGTERM
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server; from the first signal on the app is not ready any more."""
+    """uvicorn's server. From the first signal on it takes nothing new: it still listens, and says so with 503, until what
+    runs has ended; a second signal ends it at once."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -25,7 +27,16 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         self.service.draining = True
-        super().handle_exit(sig, frame)
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        grace = self.config.timeout_graceful_shutdown or 0
+        until = time.monotonic() + grace
+        while self.service.busy and not self.force_exit and time.monotonic() < until:
+            await asyncio.sleep(0.1)
+        self.config.timeout_graceful_shutdown = max(1, round(until - time.monotonic()))
+        await super().shutdown(sockets)
 
 
 class JsonLines(logging.Formatter):
@@ -38,10 +49,11 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
         }
         text = record.getMessage()
-        if text.startswith("{"):
-            made |= json.loads(text)
-        else:
-            made["message"] = text
+        try:
+            given = json.loads(text) if text.startswith("{") else None
+        except ValueError:
+            given = None
+        made |= given if isinstance(given, dict) else {"message": text}
         if record.exc_info:
             made["traceback"] = self.formatException(record.exc_info)
         return json.dumps(made, ensure_ascii=False)
@@ -65,4 +77,7 @@ def run(service: Service, host: str, port: int, *, grace: int = GRACE) -> None:
         create_app(service), host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=grace,
         server_header=False,
     )  # fmt: skip
-    Server(config, service).run()
+    try:
+        Server(config, service).run()
+    finally:
+        service.stop()  # uvicorn leaves that out when it is told twice

@@ -35,11 +35,12 @@ class Running:
         self.handles = handles
         self.n = n
         self.count = len(handles) * n
-        self.usage = Usage()
+        self.usage = Usage()  # so far
         self.begun = time.monotonic()
         self.times: list[float] = []  # at which something came
         self.wrong: Exception | None = None
         self.ended = False  # all that was asked for has come
+        self.streams = False  # its client has an answer of status 200 already
         self._token = token
         self._done: Callable[[Running, Exception | None], None] | None = done
         self._stream = self._merged()
@@ -88,6 +89,7 @@ class Running:
             except Exception as error:  # told to whoever reads the stream
                 queue.put_nowait((place, error))
 
+        silent = set(range(len(self.handles)))
         tasks = [asyncio.ensure_future(drain(i, handle)) for i, handle in enumerate(self.handles)]
         try:
             left = len(tasks)
@@ -99,6 +101,9 @@ class Running:
                     self.wrong = event
                     raise event
                 else:
+                    if place in silent:
+                        silent.remove(place)
+                        self.usage.prompt += len(self.handles[place].request.prompt)
                     yield place * self.n + event.index, self._piece(event)
             self.ended = True
         finally:
@@ -108,10 +113,8 @@ class Running:
     def _piece(self, event: Event) -> Piece:
         now = time.monotonic()
         self.times += [now] * len(event.tokens)
-        if event.usage is not None:
-            self.usage.prompt += event.usage.prompt_tokens
-            self.usage.cached += event.usage.cached_tokens
-            self.usage.completion += event.usage.completion_tokens
+        self.usage.completion += len(event.tokens)
+        self.usage.cached += 0 if event.usage is None else event.usage.cached_tokens
         if event.finish in ENDED:
             status = 408 if event.finish == "timeout" else 499
             self.wrong = ApiError(status, ENDED[event.finish], code=event.finish)

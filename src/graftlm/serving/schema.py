@@ -13,6 +13,24 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 #: taken and not used: they say who asks, or how a hosted service bills and stores
 Neutral = Any
 MOST_CHOICES = 128
+MOST_INPUTS = 2048  # texts of one request for embeddings, as OpenAI has it
+Id = Annotated[int, Field(ge=0, strict=True)]
+#: a text, token ids, or several of either
+Texts = str | list[str] | list[Id] | list[list[Id]]
+
+
+def one_by_one(given: Any) -> list[str | list[int]]:
+    """`Texts` as a list of them."""
+    if isinstance(given, str):
+        return [given]
+    return [given] if isinstance(given[0], int) else list(given)
+
+
+def some(given: Any) -> Any:
+    """`Texts` that are not none at all."""
+    if given == []:
+        raise ValueError("an empty list: expected one text at least")
+    return given
 
 
 class Body(BaseModel):
@@ -22,7 +40,10 @@ class Body(BaseModel):
 
 
 class StreamOptions(Body):
+    """What chunks tell of tokens: the last one of all (`include_usage`), or each of them so far (vLLM's other)."""
+
     include_usage: bool = False
+    continuous_usage_stats: bool = False
     include_obfuscation: bool = False
 
 
@@ -96,8 +117,8 @@ class Generation(Body):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
-    def usage_last(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
+    def streaming(self) -> StreamOptions:
+        return self.stream_options or StreamOptions()
 
 
 class TextPart(BaseModel):
@@ -196,12 +217,14 @@ class ChatRequest(Generation):
 class CompletionRequest(Generation):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[Annotated[int, Field(ge=0)]] | list[list[Annotated[int, Field(ge=0)]]]
-    max_tokens: int | None = Field(default=16, ge=0)
+    prompt: Texts
+    max_tokens: int | None = Field(default=None, ge=1)
     best_of: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=20)
     suffix: None = None
+
+    _some = field_validator("prompt")(some)
 
     @model_validator(mode="after")
     def consistent(self) -> CompletionRequest:
@@ -209,34 +232,28 @@ class CompletionRequest(Generation):
             raise ValueError(f"best_of={self.best_of} is less than n={self.n or 1}")
         if self.best_of is not None and self.best_of > (self.n or 1) and self.stream:
             raise ValueError("best_of cannot be streamed: the best is known at the end")
-        if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens 0 gives nothing without echo: true")
         return self
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        given: Any = self.prompt
-        if isinstance(given, str):
-            return [given]
-        return [given] if given and isinstance(given[0], int) else list(given)
+        return one_by_one(self.prompt)
 
 
 class EmbeddingRequest(Body):
     """POST /v1/embeddings. `pooling`, ours: the mean of the last hidden states, or the last token's."""
 
     model: str
-    input: str | list[str] | list[Annotated[int, Field(ge=0)]] | list[list[Annotated[int, Field(ge=0)]]]
+    input: Texts
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(default=None, ge=1)
     pooling: Literal["mean", "last"] = "mean"
     user: Neutral = None
 
+    _some = field_validator("input")(some)
+
     @property
     def inputs(self) -> list[str | list[int]]:
-        given: Any = self.input
-        if isinstance(given, str):
-            return [given]
-        return [given] if given and isinstance(given[0], int) else list(given)
+        return one_by_one(self.input)
 
 
 class TokenizeRequest(Body):

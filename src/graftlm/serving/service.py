@@ -15,22 +15,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import GraftError, QueueFullError, RequestError, ServingError, UnknownAdapterError, nearest
+from ..errors import GraftError, nearest
 from ..inference.engine import Engine
 from ..inference.requests import Request, SamplingParams
 from .adapters import Adapters
 from .answers import Token
-from .errors import ApiError, of
+from .errors import RETRY_AFTER, ApiError, of
 from .metrics import Load, Metrics
 from .prompts import Prompts
 from .running import Running
-from .schema import ChatRequest, CompletionRequest, EmbeddingRequest, Generation, LoadRequest, NamedTool, TokenizeRequest
+from .schema import (
+    MOST_INPUTS,
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
+    Generation,
+    LoadRequest,
+    NamedTool,
+    TokenizeRequest,
+)
 from .settings import Settings
 from .spelling import Spelling
 from .tools import call_schema
 
 logger = logging.getLogger("graftlm.serving")
-RETRY_AFTER = 2  # seconds that a client is told to wait where too much waits
+COMPLETION = 16  # tokens of a completion whose request names no number, as OpenAI has it
+EMBEDDED = 2048  # tokens, padding included, that are embedded between two steps; one text may be longer
 SILENCE = 120  # seconds of one step after which the engine counts as stuck
 
 
@@ -109,29 +119,13 @@ class Service:
         try:
             yield
         except (GraftError, ApiError) as error:
-            told = self._told(error)
+            told = of(error)
             self.metrics.requests.labels(endpoint, str(told.status)).inc()
             raise told from error
         except Exception as error:
             self.metrics.requests.labels(endpoint, "500").inc()
             logger.exception("a request to %s failed", endpoint)
             raise of(error) from error
-
-    @staticmethod
-    def _told(error: Exception) -> ApiError:
-        if isinstance(error, ApiError):
-            return error
-        if isinstance(error, QueueFullError):
-            return ApiError(429, str(error), code="queue_full", retry_after=RETRY_AFTER)
-        if isinstance(error, UnknownAdapterError):
-            return ApiError(404, str(error), param="model", code="model_not_found")
-        if isinstance(error, RequestError):
-            return ApiError(400, str(error), code="context_length_exceeded" if "together" in str(error) else None)
-        if isinstance(error, ServingError):
-            return ApiError(503, str(error), code="engine_failed", retry_after=RETRY_AFTER)
-        if not isinstance(error, GraftError):
-            return of(error)
-        return ApiError(400, str(error))
 
     # -- what is asked for -------------------------------------------------------------------------------------------------
     def adapter_of(self, model: str) -> str:
@@ -175,7 +169,7 @@ class Service:
         ids = [self.prompts.of_text(prompt) for prompt in body.prompts]
         n = body.best_of or body.n or 1
         probs = body.logprobs if body.logprobs is not None else (0 if n > (body.n or 1) else None)
-        return self._wanted("completions", body, adapter, ids, body.max_tokens or 1, probs, self._format(body), n)
+        return self._wanted("completions", body, adapter, ids, body.max_tokens or COMPLETION, probs, self._format(body), n)
 
     def _wanted(
         self, endpoint: str, body: Generation, adapter: str, prompts: Sequence[list[int]], most: int | None,
@@ -194,7 +188,8 @@ class Service:
         bias = body.logit_bias or {}
         if (wrong := next((i for i in bias if not 0 <= i < self.vocabulary), None)) is not None:
             raise ApiError(400, f"logit_bias: {wrong} is no token id (0 to {self.vocabulary - 1})", param="logit_bias")
-        most = self.room(adapter, longest) if most is None else most
+        if most is None:
+            most = min(self.room(adapter, longest), s.max_tokens or self.context)
         params = SamplingParams(
             max_new_tokens=most,
             temperature=1.0 if body.temperature is None else body.temperature,
@@ -240,8 +235,7 @@ class Service:
     # -- running it --------------------------------------------------------------------------------------------------------
     async def begin(self, wanted: Wanted) -> Running:
         """Give it to the engine."""
-        if self.draining:
-            raise ApiError(503, "This server is shutting down.", code="shutting_down", retry_after=RETRY_AFTER)
+        self.refuse_when_draining()
         handles: list[Any] = []
         try:
             for ids in wanted.prompts:
@@ -255,13 +249,24 @@ class Service:
             raise
         return Running(handles, wanted.n, self._token, lambda running, error: self._over(wanted, running, error))
 
+    def refuse_when_draining(self) -> None:
+        """503 from the moment on that the server is told to stop."""
+        if self.draining:
+            raise ApiError(503, "This server is shutting down.", code="shutting_down", retry_after=RETRY_AFTER)
+
+    @property
+    def busy(self) -> bool:
+        """Whether completions run or wait."""
+        health = self.engine.health()
+        return health.alive and health.running + health.waiting > 0
+
     def _token(self, token: int, logprob: float | None) -> Token:
         text, data = self.spelling.of(token)
         return Token(token, text, data, logprob)
 
     def _over(self, wanted: Wanted, running: Running, error: Exception | None) -> None:
         """A request is over: measures, and a line in the log."""
-        m, usage, status = self.metrics, running.usage, 200 if error is None else self._told(error).status
+        m, usage, status = self.metrics, running.usage, 200 if error is None else of(error).status
         name = wanted.model
         if running.times:
             m.of(m.first).observe(running.times[0] - running.begun)
@@ -276,8 +281,8 @@ class Service:
         m.cached.inc(usage.cached)
         m.by_adapter.labels(name, "prompt").inc(usage.prompt)
         m.by_adapter.labels(name, "completion").inc(usage.completion)
-        if status == 200:  # others are counted where they are told
-            m.requests.labels(wanted.endpoint, "200").inc()
+        if status == 200 or running.streams:  # others are counted where they are told
+            m.requests.labels(wanted.endpoint, str(status)).inc()
         line = {
             "endpoint": wanted.endpoint, "model": name, "status": status, "seconds": round(seconds, 4),
             "prompt_tokens": usage.prompt, "cached_tokens": usage.cached, "completion_tokens": usage.completion,
@@ -288,16 +293,24 @@ class Service:
 
     async def embed(self, body: EmbeddingRequest) -> tuple[list[list[float]], int]:
         """Vectors of texts, and how many tokens these had."""
+        self.refuse_when_draining()
         adapter = self.adapter_of(body.model)
         if body.dimensions not in (None, self.width):
             raise ApiError(400, f"dimensions={body.dimensions}: this base gives {self.width}", param="dimensions")
-        ids = [self.prompts.of_text(text) for text in body.inputs]
-        if not ids:
-            raise ApiError(400, "input is empty", param="input")
+        inputs = body.inputs
+        if len(inputs) > MOST_INPUTS:
+            raise ApiError(400, f"input holds {len(inputs)} texts; at most {MOST_INPUTS} are taken", param="input")
+        ids = await asyncio.to_thread(lambda: [self.prompts.of_text(text) for text in inputs])
         limit = self.settings.max_prompt or self.context
-        if limit is not None and (longest := max(map(len, ids))) > limit:
+        if (longest := max(map(len, ids))) > limit:
             raise ApiError(400, f"An input has {longest} tokens; this server takes {limit}.", code="context_length_exceeded")
-        vectors = await asyncio.wrap_future(self.engine.embed(adapter, ids, body.pooling, self.settings.timeout))
+        until = time.monotonic() + self.settings.timeout
+        vectors: list[list[float]] = []
+        while len(vectors) < len(ids):  # part by part, so that completions go on between them
+            part = _part(ids[len(vectors) :])
+            left = until - time.monotonic()
+            made = self.engine.embed(adapter, part, body.pooling, left)
+            vectors += await asyncio.shield(asyncio.wrap_future(made))  # the engine's, whoever leaves
         return vectors, sum(map(len, ids))
 
     # -- models ------------------------------------------------------------------------------------------------------------
@@ -356,7 +369,7 @@ class Service:
                 400, f"The adapter {body.lora_name!r} is served already; load_inplace: true puts this one in its place.",
                 param="lora_name",
             )  # fmt: skip
-        await asyncio.wrap_future(self.engine.load(body.lora_name, folder, body.pinned))
+        await asyncio.shield(asyncio.wrap_future(self.engine.load(body.lora_name, folder, body.pinned)))
         self.adapters.loaded(body.lora_name)
 
     def allowed(self, path: str) -> Path:
@@ -379,3 +392,13 @@ class Service:
             )
         self.engine.unload(name)
         self.adapters.unloaded(name)
+
+
+def _part(rows: list[list[int]]) -> list[list[int]]:
+    """As many rows as fit into `EMBEDDED` tokens beside each other; one at least."""
+    longest = 0
+    for i, row in enumerate(rows):
+        longest = max(longest, len(row))
+        if i and longest * (i + 1) > EMBEDDED:
+            return rows[:i]
+    return rows

@@ -22,6 +22,7 @@ class Settings:
         admin_key: what adapters are loaded and unloaded with; None: they cannot be.
         max_body: bytes of a request.
         max_prompt: tokens of a prompt; None: the base's context.
+        max_tokens: of a chat's answer whose request names no number; None: what the base's context has room for.
         max_choices: `n` at most.
         queue_requests, queue_tokens: what may wait.
         timeout: seconds that a request may take.
@@ -35,6 +36,7 @@ class Settings:
     admin_key: str | None = None
     max_body: int = 4 * 2**20
     max_prompt: int | None = None
+    max_tokens: int | None = None
     max_choices: int = 16
     queue_requests: int = 256
     queue_tokens: int = 262_144
@@ -42,9 +44,11 @@ class Settings:
     log_prompts: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_body", "max_choices", "queue_requests", "queue_tokens", "timeout"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: expected above 0.")
+        for name in ("max_body", "max_prompt", "max_tokens", "max_choices", "queue_requests", "queue_tokens", "timeout"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ConfigError(f"{name}={value!r}: expected above 0.")
+        if "" in self.api_keys or self.admin_key == "":
+            raise ConfigError("An empty key: expected one that nobody guesses, or none at all.")
         for folder in self.adapter_dirs:
             if not folder.is_dir():
                 raise ConfigError(f"--adapter-dir {folder}: expected a folder that holds adapters.")

@@ -45,7 +45,7 @@ def service_of(base: Any, tokenizer: Any, settings: Settings, **limits: Any) -> 
                 engine.load(name, folder).result()
                 engine.ready(name).result()
             except GraftError as error:
-                raise CheckpointError(f"The adapter {name}={folder} cannot be served: {error}") from error
+                raise CheckpointError(f"--adapter {name}={folder}: {error}") from error
     except BaseException:
         service.stop()
         raise
