@@ -104,10 +104,10 @@ def train(
         several(console, built, quiet, no_plan, progress)
         return
     chosen = built[0]
-    planned, rows = planned_before(built, quiet or no_plan or processes.count() > 1)
+    planned, loaded = planned_before(built, quiet or no_plan or processes.count() > 1)
     try:
         with _base.notices_on_stderr(), memory_watched(planned, chosen.output_dir):
-            result = run(chosen, quiet=quiet, data=None if rows is None else rows.data, progress=progress)
+            result = run(chosen, quiet=quiet, data=loaded, progress=progress)
     except TrainingInterrupted:
         folder = chosen.output_dir
         console.print(f"Stopped. The adapter so far is in {folder}; go on with --resume and the same recipe.", markup=False)
@@ -117,7 +117,7 @@ def train(
 
 
 def planned_before(recipes: list[Recipe], without: bool, before: str = "") -> tuple[Any, Any]:
-    """The plan of a run, said in a line, and its rows; None for both without a plan."""
+    """The plan of a run, said in a line, and its data; None for both without a plan."""
     if without:
         return None, None
     from ..planning.watching import ahead

@@ -14,6 +14,7 @@ from ..errors import ExhaustedError, GraftError
 from ..kernels import release_freed_memory
 from ..training.meters import memory_now, peak_memory
 from ..training.schema import Recipe
+from ..training.setup import RunData
 from .devices import device
 from .machine import Machine, known
 from .mends import changes
@@ -27,15 +28,21 @@ LONG = 5.0  # seconds of planning that are told
 BESIDES = 110 << 20  # bytes that a process takes above its libraries, where the machine is not measured
 
 
-def ahead(recipes: Sequence[Recipe], say: Any, at_once: int | None = None) -> tuple[Plan | None, Rows | None]:
-    """Say in a line the plan of a run, or of several that train together; it and the first rows. Of a small base nothing
-    is planned. What cannot be planned is told: the run says itself what is wrong with it.
+def ahead(recipes: Sequence[Recipe], say: Any, at_once: int | None = None) -> tuple[Plan | None, RunData | None]:
+    """Say in a line the plan of a run, or of several that train together; it and the first one's data. Of a small base
+    nothing is planned. What cannot be planned is told: the run says itself what is wrong with it.
 
     Args:
         say: is given the line.
         at_once: how many train at a time; the heaviest ones are planned so. None: all.
     """
-    start, rows = time.perf_counter(), None
+    start, rows, assumed = time.perf_counter(), None, set[str]()
+
+    def figures(form: str) -> Machine:
+        if known(form) is None:
+            assumed.add(form)
+        return measured_or_assumed(form)
+
     try:
         if not recipes or is_small(recipes[0]):
             return None, None
@@ -44,12 +51,12 @@ def ahead(recipes: Sequence[Recipe], say: Any, at_once: int | None = None) -> tu
             same = rows if rows is not None and like(each, recipes[0]) else rows_of(each)
             rows = rows if rows is not None else same
             try:
-                made = single(each, place, same, measured_or_assumed)
+                made = single(each, place, same, figures)
                 groups.setdefault((each.base, each.quantization), []).append(made)
             except GraftError as error:
                 say(f"{each.method} is not planned: {error}")
         if not groups:
-            return None, rows
+            return None, data_of(rows)
         planned = heaviest(list(groups.values()), at_once)
     except Exception as error:  # planning must not keep a run from being made
         kind = "" if isinstance(error, GraftError) else f"{type(error).__name__}: "
@@ -60,8 +67,14 @@ def ahead(recipes: Sequence[Recipe], say: Any, at_once: int | None = None) -> tu
     spent = time.perf_counter() - start
     long = f" (planned in {spent:.0f} s; --no-plan leaves it out)" if spent > LONG else ""
     advice = "" if planned.fits else "\nIt may end for lack of memory: graftlm plan says what to change."
-    say(f"{planned.line()}{long}{advice}")
-    return planned, rows
+    guess = " (this machine's figures are assumed; graftlm plan measures them)" if assumed else ""
+    say(f"{planned.line()}{guess}{long}{advice}")
+    return planned, data_of(rows)
+
+
+def data_of(rows: Rows | None) -> RunData | None:
+    """The data of rows, without the lists that planning makes of it."""
+    return None if rows is None else rows.data
 
 
 def is_small(recipe: Recipe) -> bool:
