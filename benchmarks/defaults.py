@@ -6,9 +6,11 @@
 
 For each base, data set and method the default rate and those beside it on a grid of half powers of ten are measured, and
 further ones while the best is the outermost; then, where the default is more than 5 % worse than the best, both with two
-more seeds. `--rates` measures these only. Every rate of every method trains over one base, together. Data sets: the bundled
-ones, and three made here of what is installed everywhere: `tweets20` (20 labelled rows), `docs` (2,000 names of the standard
-library's functions with the first line of their documentation) and `chat` (200 of them as conversations).
+more seeds. Runs are a recipe's: held-out loss after every epoch, and the best one's weights at the end (`--set
+training.load_best=false` for the last). `--rates` measures these only. Every rate of every method trains over one base,
+together. Data sets: the bundled ones, and three made here of what is installed everywhere: `tweets20` (20 labelled rows),
+`docs` (2,000 names of the standard library's functions with the first line of their documentation) and `chat` (200 of them
+as conversations).
 """
 
 from __future__ import annotations
@@ -151,10 +153,7 @@ class Bench:
         self.args, self.model, self.tokenizer, self.folder = args, model, tokenizer, folder
         self.results = Results(args.json)
         self.like = Key(args.base, data, tuple(args.set), "", 0.0, 0)
-        self.common: dict[str, Any] = {
-            "base": args.base, "data": {"source": source, "max_eval_examples": EVALUATED},
-            "training": {"eval_strategy": "no", "save_strategy": "no", "load_best": False},
-        }  # fmt: skip
+        self.common: dict[str, Any] = {"base": args.base, "data": {"source": source, "max_eval_examples": EVALUATED}}
         first = Recipe.from_dict(self.common, args.set)
         self.rows = load_data_of(first, tokenizer, False)
         self.baseline = measure(first, model, tokenizer, self.rows)

@@ -2,6 +2,7 @@
 
     python benchmarks/serving.py                      # prints a table; many minutes on two cores
     python benchmarks/serving.py --base random --rounds 3 --only base peft --json out.json
+    python benchmarks/serving.py --base random --quick  # whether every line runs; its figures say nothing
 
 All run in turns in one process. Lines (`--only`):
 
@@ -11,8 +12,9 @@ All run in turns in one process. Lines (`--only`):
     trace     requests of many lengths over eight adapters, against static batches of 8 and one after the other
     between   p95 of the time between tokens while long prompts arrive, against the median without
     shared    the first token behind a shared start of 60 tokens, against the same without it
-    turns     64 adapters in turn, against one
     prefill   8 prompts of 128, against `generate`
+    continuous  requests of many lengths on the base alone, against transformers' continuous batching
+    turns     64 adapters in turn, against one
 """
 
 from __future__ import annotations
@@ -259,6 +261,46 @@ class Bench:
         calls["engine"] = through_engine(self.engine, ids, 1, [""] * 8)
         self.compare("prefill 8 x 128", calls, 8 * 128)
 
+    def continuous(self) -> None:
+        """One side after the other: the threads of both together would be more than there are cores."""
+        new, rounds = self.args.new, range(self.args.rounds)
+        asked = [
+            replace(request(len(r.prompt), new, "", self.vocabulary, i), prompt=r.prompt)
+            for i, r in enumerate(trace(self.args.requests, self.vocabulary))
+        ]
+        self.stream(asked[:8])  # warms up
+        ours = [timed(lambda: self.stream(asked)) for _ in rounds]
+        self.engine.close()
+        try:
+            theirs = apart(lambda: [timed(partial(continuous_batching, self.shared, asked, new)) for _ in rounds])
+        except Exception as error:
+            print(f"transformers' continuous batching does not run here: {error!r}", flush=True)
+        else:
+            speeds = [len(asked) * new / statistics.median(seconds) for seconds in (theirs, ours)]
+            self.say("base / continuous batching", speeds[1] / speeds[0], transformers=speeds[0], engine=speeds[1])
+        self.engine = apart(lambda: engine_on(self.shared))
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """The seconds that it takes."""
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def continuous_batching(model: Any, asked: list[Request], new: int) -> None:
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    attention = model.config._attn_implementation
+    try:
+        made = model.generate_batch([list(r.prompt) for r in asked], generation_config=config)
+    finally:
+        model.set_attn_implementation(attention)
+    short = [len(one.generated_tokens) for one in made.values() if len(one.generated_tokens) != new]
+    if short or len(made) != len(asked):
+        raise RuntimeError(f"{len(made)} of {len(asked)} requests ended; of other lengths than {new}: {short}")
+
 
 def prompt(length: int, vocabulary: int, seed: int) -> tuple[int, ...]:
     return tuple(torch.randint(10, vocabulary - 10, (length,), generator=torch.Generator().manual_seed(seed)).tolist())
@@ -288,7 +330,8 @@ def batch_through_generate(model: Any, asked: list[Request]) -> None:
     model.generate(input_ids=ids, attention_mask=mask, adapter_names=[r.adapter for r in asked], **options)
 
 
-LINES = ["base", "peft", "mix", "trace", "between", "shared", "prefill", "turns"]  # `turns` changes the engine: last
+# the last two change the engine
+LINES = ["base", "peft", "mix", "trace", "between", "shared", "prefill", "continuous", "turns"]
 
 
 def main() -> None:
@@ -300,7 +343,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=48, help="of the trace")
     parser.add_argument("--only", nargs="+", choices=LINES, default=LINES, help="lines of the table")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true", help="one round of a few requests and tokens")
     args = parser.parse_args()
+    if args.quick:
+        args.rounds, args.new, args.requests, args.rows = 1, 4, 9, [1, 8]
     bench, start = Bench(args), time.perf_counter()
     for line in LINES:
         if line in args.only:

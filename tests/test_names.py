@@ -13,6 +13,7 @@ from torch import nn
 import graftlm
 import graftlm.utils
 from graftlm.compat import names
+from graftlm.compat.tuners import TrainableTokensLayer
 from graftlm.errors import CheckpointError, ConfigError, UnsupportedError
 from graftlm.methods import METHODS, Method
 
@@ -290,6 +291,9 @@ def test_trained_tokens_are_found_where_hf_peft_has_them() -> None:
     assert isinstance(layer, graftlm.utils.TrainableTokensWrapper)
     other = model.base_model.model.model.layers[0].self_attn.q_proj
     assert not isinstance(other, graftlm.utils.TrainableTokensWrapper) and not hasattr(other, "token_adapter")
+    assert isinstance(layer.token_adapter, TrainableTokensLayer) and not isinstance(other, TrainableTokensLayer)
+    for module in ("peft.tuners.trainable_tokens", "peft.tuners.trainable_tokens.layer"):
+        assert graftlm.as_peft.lookup(module, "TrainableTokensLayer") is TrainableTokensLayer
 
 
 def test_a_configurations_file_as_it_stands(tmp_path: Path) -> None:
@@ -310,6 +314,27 @@ def test_dora_of_an_embedding_follows_a_scale_of_zero() -> None:
     torch.testing.assert_close(layer(ids), 3 * before)
     layer.base_layer.embed_scale.zero_()
     assert not layer(ids).any()
+
+
+def test_trained_tokens_of_a_module_around_an_encoder_decoder_model() -> None:
+    """Its configuration says two halves; it has no method that gives them."""
+
+    class Around(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = build("bart").model
+            self.config = self.inner.config
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.inner.encoder.embed_tokens
+
+    for config in (
+        graftlm.LoraConfig(target_modules="all-linear", trainable_token_indices={"embed_tokens": [1, 2]}),
+        graftlm.TrainableTokensConfig(token_indices=[1, 2]),
+    ):
+        model = graftlm.get_peft_model(Around(), config)
+        layer = model.base.inner.encoder.embed_tokens
+        assert isinstance(layer, TrainableTokensLayer) and layer.token_indices["default"] == [1, 2]
 
 
 # -- at one layer, and one level below the wrapper ----------------------------------------------------------------------

@@ -27,7 +27,7 @@ from .methods import Method, PeftConfig, method_for
 from .methods.base import TASK_HEADS
 from .preparation import freeze_base
 from .quantization import settle
-from .routing import BASE_NAME, remember
+from .routing import BASE_NAME, remember, watch
 
 
 class AdapterSet(Attached):
@@ -169,6 +169,11 @@ class AdapterSet(Attached):
         if torch.is_grad_enabled():
             for host in _SETS.get(self.base, ()):
                 remember(host.switch)
+
+    def watch_pass(self, *outputs: Any) -> None:
+        """Note it where the backward pass comes to the pass that has just ended: see `routing.watch`."""
+        if torch.is_grad_enabled():
+            watch([host.switch for host in _SETS.get(self.base, ())], outputs)
 
     def _disconnect(self, *names: str) -> None:
         """Take the hooks (of some adapters) off."""

@@ -78,3 +78,7 @@ def nearest(word: str, candidates: Iterable[str], n: int = 3, cutoff: float = 0.
 
 class PlanError(GraftError, ValueError):
     """A plan that cannot be made: an unknown device, sizes that are none, or a form of the base that is not known."""
+
+
+class ExhaustedError(GraftError, MemoryError):
+    """Memory ran out in a run: what was planned, what was taken, and what to change."""

@@ -7,6 +7,7 @@ a norm and of a middle layer; comparing values (not a hash) lets the same base p
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SAMPLES = 32
 TOLERANCE = 0.03  # relative: bf16 rounding is 0.4 %, int8 embeddings do not occur
 SHARE = 0.1  # of the samples that may differ
+KEPT: WeakKeyDictionary[nn.Module, dict[str, Any] | None] = WeakKeyDictionary()
 
 
 def sampled_modules(base: Any) -> dict[str, nn.Module]:
@@ -42,8 +44,15 @@ def sampled_modules(base: Any) -> dict[str, nn.Module]:
     return found
 
 
+def keep(base: nn.Module) -> None:
+    """Take a base's fingerprint now, for later: its weights are about to be shared out to several processes."""
+    KEPT[base] = of(base)
+
+
 def of(base: nn.Module) -> dict[str, Any] | None:
     """Fingerprint of a base model: model type, embedding shape and samples. None on the meta device."""
+    if base in KEPT:
+        return KEPT[base]
     values: dict[str, Any] = {"model_type": getattr(getattr(base, "config", None), "model_type", None), "samples": {}}
     for role, module in sampled_modules(base).items():
         module = as_it_was(module)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from . import fingerprint
-from .adapters import AdapterSet
 from .checkpoint import load_options, load_peft_weights
 from .checkpoint.fit import normalise
 from .errors import AdapterError, CheckpointError, ConfigError, nearest
 from .files import WEIGHTS_NAME, find_file, header_of
+from .injecting import adapters_of
 from .layers import Adapted
 from .methods import LoraConfig, PeftConfig
 from .methods.lora_change import EmbeddingChange, LoraChange
@@ -52,7 +52,7 @@ def hotswap_adapter(
         ConfigError: the two compute differently, or a rank is too large for a prepared model.
         CheckpointError: the file has tensors that the attached adapter has no place for. Nothing is changed then.
     """
-    host: AdapterSet = getattr(model, "_orig_mod", model)
+    host = adapters_of(model)
     host._known(adapter_name)
     options = load_options(dict(kwargs))
     config: Any = PeftConfig.from_pretrained(model_name_or_path, **options.hub)
@@ -90,7 +90,7 @@ def hotswap_adapter_from_state_dict(
     model: Any, state_dict: dict[str, Tensor], adapter_name: str, config: LoraConfig, parameter_prefix: str = "lora_"
 ) -> None:
     """The same from tensors under the keys of a file, and the configuration that they belong to."""
-    host: AdapterSet = getattr(model, "_orig_mod", model)
+    host = adapters_of(model)
     host._known(adapter_name)
     method: Any = host.methods[adapter_name]
     layers = dict(method.layers(host))
@@ -117,13 +117,19 @@ def hotswap_adapter_from_state_dict(
         blocks = {id(factors_of(layer, adapter_name)[0]): blocks_of(layer, adapter_name) for layer in layers.values()}
         for key, parameter in own.items():
             fill(parameter, found.get(key), blocks.get(id(parameter), 1))
+        power, common, idle = 0.5 if config.use_rslora else 1, 0.0, []
         for path, layer in layers.items():
             change: Any = layer.changes[adapter_name]
-            tensors = [v for k, v in found.items() if under(method.file_prefix + path, k)]
-            r = pattern_value(config.rank_pattern, path, config.r)
-            alpha = pattern_value(config.alpha_pattern, path, config.lora_alpha)
             rank = len(factors_of(layer, adapter_name)[0]) // getattr(change, "experts", 1)
-            change.rescale(rank, alpha / (r**0.5 if config.use_rslora else r) if tensors else change.scaling)
+            if not any(under(method.file_prefix + path, key) for key in found):
+                idle.append((change, rank))
+                continue
+            scale = pattern_value(config.alpha_pattern, path, config.lora_alpha)
+            scale /= pattern_value(config.rank_pattern, path, config.r) ** power
+            change.rescale(rank, scale)
+            common = common or scale * rank**power
+        for change, rank in idle:  # zero, whatever the scale: no entry of alpha_pattern
+            change.rescale(rank, common / rank**power)
     describe(host.peft_config[adapter_name], {p: layer.changes[adapter_name] for p, layer in layers.items()})
 
 
@@ -222,7 +228,7 @@ def prepare_model_for_compiled_hotswap(
             raise ConfigError(f"Call prepare_model_for_compiled_hotswap *before* compiling the model: {text}.")
         if check_compiled == "warn":
             warnings.warn(f"{text}; the already compiled model will be compiled again.", stacklevel=2)
-    host: AdapterSet = getattr(model, "_orig_mod", model)
+    host = adapters_of(model)
     names = [n for n, c in host.peft_config.items() if isinstance(c, LoraConfig)]
     places = [(n, p, layer) for n in names for p, layer in host.methods[n].layers(host)]  # type: ignore[attr-defined]
     if not places:

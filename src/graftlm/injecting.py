@@ -45,7 +45,8 @@ def inject_adapter_in_model(
 
     Args:
         peft_config: of a method that changes layers.
-        model: any torch module; it is returned. Another call adds another adapter, which `set_adapter` makes active.
+        model: any torch module, compiled or not; it is returned. Another call adds another adapter, which
+            `set_adapter` makes active.
         low_cpu_mem_usage: leave the adapter's tensors on the meta device; `set_peft_model_state_dict` makes them.
         state_dict: an adapter's tensors, whose keys say which layers are changed (instead of `target_modules`). Values are
             not read: `set_peft_model_state_dict` does that.
@@ -54,6 +55,7 @@ def inject_adapter_in_model(
         AdapterError: the name is taken, or the method needs a wrapper (`get_peft_model`).
         TargetError: no layer matches.
     """
+    given, model = model, getattr(model, "_orig_mod", model)
     if isinstance(model, AdapterSet):
         raise AdapterError("This model is wrapped. Add another adapter with model.add_adapter(name, config).")
     method = method_for(peft_config, adapter_name)
@@ -82,7 +84,7 @@ def inject_adapter_in_model(
     host.set_adapter(adapter_name if first else list(host.switch.active))
     vars(model)[KEPT] = host
     vars(model)["peft_config"] = host.peft_config
-    return model
+    return given
 
 
 def layers_in(model: nn.Module, state_dict: dict[str, Tensor]) -> list[str]:

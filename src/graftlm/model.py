@@ -150,6 +150,7 @@ class PeftModel(AdapterSet, PreTrainedModel):
             with running(plan):
                 self.remember_pass()
                 output = self.base_model(*args, **kwargs)
+                self.watch_pass(output)
             if self.training and getattr(output, "loss", None) is not None:
                 add_to_loss(output, self.penalty(plan.adapters))
             return output

@@ -7,7 +7,7 @@ when the plan that runs is of its own wrapper, or when no plan runs (the base ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import unserializable_hook
 
 from .errors import UnsupportedError
 from .kernels.dropout import extra_rows
@@ -28,6 +29,7 @@ class Switch:
         self.enabled: bool = True
         self.waiting: set[str] = set()  # adapters that act from a token on, which calls of the wrapper alone know
         self.ran: tuple[Group, ...] | None = None  # what acted in the last pass with gradients; None: what is switched on
+        self.again: tuple[int, tuple[Group, ...]] | None = None  # a backward pass; what acted in passes that it reached
 
 
 BASE_NAME = "__base__"  # a row without adapters, and no adapter's name
@@ -286,8 +288,11 @@ def active_adapters(switch: Switch) -> tuple[str, ...]:
     if _scope.get() is None:
         active = switch.active if switch.enabled else ()
         active = tuple(n for n in active if n not in switch.waiting) if switch.waiting else active
-        if switch.ran is not None and switch.ran != (active,):
-            _refuse_again(switch.ran, active)
+        ran = switch.ran
+        if switch.again is not None and switch.again[0] == torch._C._current_graph_task_id():
+            ran = switch.again[1]
+        if ran is not None and ran != (active,):
+            _refuse_again(ran, active)
         return active
     return planned_adapters(switch)
 
@@ -296,6 +301,34 @@ def remember(switch: Switch) -> None:
     """Note what acts in the pass that runs now, for layers that run once more in its backward pass."""
     routes = active_routes(switch)
     switch.ran = (planned_adapters(switch),) if routes is None else tuple(dict.fromkeys(routes.groups))
+
+
+def watch(switches: Iterable[Switch], output: Any) -> None:
+    """Let a backward pass that reaches a pass's outputs note what acted in it: of several passes that wait for theirs, the
+    last is not the one whose layers run once more."""
+    acted = [(switch, switch.ran) for switch in switches if switch.ran is not None]
+    if not acted or torch.compiler.is_compiling():
+        return
+
+    @unserializable_hook
+    def reached(grad: Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        for switch, groups in acted:
+            before = switch.again[1] if switch.again is not None and switch.again[0] == task else ()
+            switch.again = task, tuple(dict.fromkeys(before + groups))
+
+    for tensor in _tensors(output):
+        if tensor.grad_fn is not None:
+            tensor.register_hook(reached)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors that a model's output holds; logits that are made when they are read stay unread."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (dict, list, tuple)):
+        for part in dict.values(output) if isinstance(output, dict) else output:
+            yield from _tensors(part)
 
 
 def _refuse_again(ran: tuple[Group, ...], active: Group) -> None:

@@ -532,6 +532,20 @@ def test_several_injected() -> None:
     close(model(x), build("sound")(x))
 
 
+@pytest.mark.parametrize("from_state", [False, True])
+def test_injected_into_a_compiled_module(from_state: bool) -> None:
+    """The adapter is the module's that was compiled, whichever of the two it is asked of."""
+    settings, x = graftlm.LoraConfig(target_modules=["conv"], r=2), inputs("sound")
+    plain = randomise(graftlm.inject_adapter_in_model(settings, build("sound")), scale=0.3)
+    state = graftlm.get_peft_model_state_dict(plain)
+    compiled: Any = torch.compile(build("sound"), backend="eager")
+    found = graftlm.inject_adapter_in_model(settings, compiled, state_dict=state if from_state else None)
+    assert found is compiled
+    graftlm.set_peft_model_state_dict(compiled, state)
+    assert graftlm.get_peft_model_state_dict(compiled._orig_mod).keys() == state.keys()
+    close(compiled(x), plain(x))
+
+
 def test_injecting_into_a_transformers_model() -> None:
     model = graftlm.inject_adapter_in_model(config("lora", "llama"), fresh("llama"))
     ids = torch.arange(10).view(2, 5) + 3
@@ -612,6 +626,37 @@ def test_a_models_own_checkpointing_goes_through_the_same_adapters_or_says_so(re
             gradients(how, reentrant)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_several_passes_before_one_backward_pass_are_told_apart(reentrant: bool) -> None:
+    """What was not the last pass runs again in the backward pass as well: by its own adapters, or not at all."""
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    mixed = {"adapter_names": ["default", "b", "__base__"] * 2}
+
+    def gradients(how: str, reentrant: bool | None) -> dict[str, Tensor]:
+        one, other = two_over(Recomputes(reentrant))
+        other.disable_adapter_layers()
+        first = one(x, **(mixed if how == "mixed first" else {})).square().sum()
+        if how in ("switched between", "switched back"):
+            one.set_adapter("b")
+        second = one(x, **(mixed if how == "mixed second" else {})).sum()
+        if how == "switched back":
+            second.backward()  # each pass under its own adapters
+            one.set_adapter("default")
+            first.backward()
+        else:
+            (first + second).backward()
+        return {n: p.grad for n, p in one.named_parameters() if p.grad is not None}
+
+    for how in ("mixed first", "mixed second", "switched between"):
+        with pytest.raises(UnsupportedError, match="runs again in the backward pass"):
+            gradients(how, reentrant)
+    for how in ("alike", "switched back"):
+        wanted, got = gradients(how, None), gradients(how, reentrant)
+        assert got.keys() == wanted.keys()
+        for name, gradient in got.items():
+            close(gradient, wanted[name])
+
+
 class Wide(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -625,7 +670,7 @@ class Wide(nn.Module):
         (Sound, graftlm.PromptTuningConfig(), UnsupportedError, "PROMPT_TUNING on Sound: virtual tokens.*such as LoRA"),
         (Sound, graftlm.PrefixTuningConfig(), UnsupportedError, "PREFIX_TUNING on Sound"),
         (Sound, graftlm.PromptEncoderConfig(), UnsupportedError, "P_TUNING on Sound"),
-        (Sound, graftlm.BottleneckConfig(), UnsupportedError, "Sound: cannot find the attention"),
+        (Sound, graftlm.BottleneckConfig(), UnsupportedError, "Sound: cannot find the feed_forward"),
         (Sound, graftlm.LoraConfig(), TargetError, "no default target_modules for Sound.*configuration of a family"),
         (Sound, graftlm.LoraConfig(target_modules=["nothing"]), TargetError, "Its linear layers are called head"),
         (lambda: nn.Sequential(nn.Conv1d(2, 2, 2)), graftlm.LoraConfig(target_modules="all-linear"), TargetError,
@@ -660,6 +705,16 @@ def test_all_linear_leaves_out_what_attention_never_calls() -> None:
     assert names == {"linear1", "linear2", "head"}
     chosen = graftlm.get_peft_model(build("attends"), graftlm.LoraConfig(target_modules=r"mha.*"))
     assert sum(isinstance(m, Adapted) for m in chosen.modules()) == 2
+
+
+def test_what_attention_never_calls_beside_layers_of_its_name() -> None:
+    base = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2), "other": nn.ModuleDict({"out_proj": nn.Linear(8, 8)})})
+    for targets in (["out_proj"], r".*out_proj"):
+        with pytest.warns(UserWarning, match=r"mha.out_proj is left out.*Name 'mha' to change it"):
+            model = graftlm.get_peft_model(copy.deepcopy(base), graftlm.LoraConfig(target_modules=targets))
+        assert model.targeted_module_names == ["other.out_proj"]
+    with pytest.raises(TargetError, match=r"selects 'out_proj' of 'mha'"):
+        graftlm.get_peft_model(base, graftlm.LoraConfig(target_modules=["other.out_proj", "mha.out_proj"]))
 
 
 def test_dropout_in_attention_is_said() -> None:

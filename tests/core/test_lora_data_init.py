@@ -85,6 +85,18 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.parametrize("start", START)
+def test_a_configuration_that_says_no_start_any_more(start: str, tmp_path: Path) -> None:
+    """HF PEFT's users change it before they convert an adapter: its file is the same."""
+    base = fresh("llama")
+    model = randomise(graftlm.get_peft_model(base, START[start](base)), scale=0.3).eval()
+    wanted = logits_of(model, **INPUTS)
+    model.peft_config["default"].init_lora_weights = True
+    for options in ({}, {"path_initial_model_for_weight_conversion": "start"}):
+        model.save_pretrained(tmp_path, **options)
+        close(logits_of(graftlm.PeftModel.from_pretrained(fresh("llama"), tmp_path), **INPUTS), wanted, 2e-5)
+
+
 # -- CorDA and LoRA-GA -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("start", "options"), OPTIONS)
 def test_starts_and_losses_are_hf_pefts(start: str, options: dict[str, Any], monkeypatch: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,17 @@ def test_checkpointed_and_copied() -> None:
             close(parameter.grad, wanted[key])
     model.delete_adapter("default")
     assert state_of(model.base).keys() == state_of(fresh("mixtral")).keys()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_all_linear_says_that_it_leaves_out_experts(family: str) -> None:
+    for config in (graftlm.LoraConfig, graftlm.LoHaConfig):
+        with pytest.warns(UserWarning, match=r"experts are stacked .*target_parameters=\['experts.gate_up_proj', 'experts"):
+            graftlm.get_peft_model(fresh(family), config(target_modules="all-linear"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        graftlm.get_peft_model(fresh(family), settings(target_modules="all-linear", target_parameters=EXPERTS))
+        graftlm.get_peft_model(nn.Sequential(nn.Linear(3, 3)), graftlm.LoraConfig(target_modules="all-linear"))
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

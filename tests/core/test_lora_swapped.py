@@ -61,6 +61,23 @@ def test_hotswapped(swap: str, tmp_path: Path) -> None:
     close(logits_of(model, **INPUTS), wanted)
 
 
+def test_swapped_for_fewer_layers_and_back(tmp_path: Path) -> None:
+    """Layers that the one in between lacks leave no trace in what is swapped next. In a module without a wrapper."""
+    settings = graftlm.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    first = graftlm.get_peft_model(fresh("llama"), settings)
+    first.save_pretrained(tmp_path / "first")
+    fewer = graftlm.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"], init_lora_weights=False)
+    second = graftlm.get_peft_model(fresh("llama"), fewer)
+    second.save_pretrained(tmp_path / "second")
+    model = graftlm.inject_adapter_in_model(settings, fresh("llama"))
+    for name, wanted in (("first", first), ("second", second), ("first", first)):
+        hotswap_adapter(model, tmp_path / name, adapter_name="default")
+        close(logits_of(model, **INPUTS), logits_of(wanted, **INPUTS))
+        assert not model.peft_config["default"].alpha_pattern
+    with pytest.raises(AdapterError, match="has no adapters"):
+        prepare_model_for_compiled_hotswap(fresh("llama"))
+
+
 def test_prepared(tmp_path: Path) -> None:
     """Padded ranks and scales in tensors compute the same, and can be swapped and saved."""
     folders = []

@@ -92,6 +92,9 @@ def test_stays_tied(chosen: str, tmp_path: Path) -> None:
     if "saved" not in chosen:
         embedding, head = model.base.model.embed_tokens, model.base.lm_head
         close(embedding.get_delta_weight("default"), head.get_delta_weight("default"), 1e-7)
+        factors = head.lora_A["default"].weight, head.lora_B["default"].weight  # views, by the names that HF PEFT has
+        close(head.scaling["default"] * factors[1] @ factors[0], head.get_delta_weight("default"), 1e-7)
+        assert factors[0].data_ptr() == embedding.lora_embedding_B["default"].data_ptr()
         model.merge_adapter()
         close(logits_of(model, **INPUTS), wanted)
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from helpers import (
     close,
     config,
     fresh,
+    logits_of,
     randomise,
 )
 from torch import nn
@@ -252,6 +254,39 @@ def test_pissa_and_olora_files_both_ways(name: str, init: str, tmp_path: Path) -
         return lib.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=init)
 
     both_ways(lambda: fresh(name), settings, batch(name), tmp_path)
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize(
+    ("init", "options"),
+    [
+        ("pissa", {}),
+        ("olora", {"use_rslora": True, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 9}}),
+        ("loftq", {"use_dora": True}),
+    ],
+)
+def test_converted_to_plain_lora(init: str, options: dict[str, Any], flipped: bool, tmp_path: Path) -> None:
+    """As HF PEFT's users ask for it; and whatever is done to the configuration, the file gives what the model gives."""
+    settings = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6, "init_lora_weights": init, **options}
+    model = randomise(graftlm.get_peft_model(fresh("llama"), graftlm.LoraConfig(**copy.deepcopy(settings))), scale=0.3)
+    inputs = batch("llama")
+    wanted, config = logits_of(model.eval(), **inputs), model.peft_config["default"]
+    if flipped:
+        config.init_lora_weights = True
+        model.save_pretrained(tmp_path)
+        assert config.init_lora_weights is True and config.r == 4
+    else:
+        model.save_pretrained(tmp_path, path_initial_model_for_weight_conversion="start")
+        assert config.init_lora_weights == init
+    saved = graftlm.PeftConfig.from_pretrained(tmp_path)
+    assert saved.r == 8 and saved.init_lora_weights is True  # type: ignore[attr-defined]
+    close(logits_of(graftlm.PeftModel.from_pretrained(fresh("llama"), tmp_path), **inputs), wanted, 2e-5)
+    close(logits_of(from_theirs(fresh("llama"), tmp_path), **inputs), wanted, 2e-5)
+    graftlm.set_peft_model_state_dict(model, graftlm.get_peft_model_state_dict(model))
+    close(logits_of(model, **inputs), wanted)
+    config.init_lora_weights = init
+    model.save_pretrained(tmp_path)
+    close(logits_of(graftlm.PeftModel.from_pretrained(fresh("llama"), tmp_path), **inputs), wanted, 2e-5)
 
 
 def test_pissa_niter_comes_back(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,35 @@ def test_mixed_rows(name: str) -> None:
         for i, row in enumerate(rows):
             alone = output(name, model, {k: v[i : i + 1] for k, v in inputs.items()}, adapter_names=[row])
             close(mixed[i, : alone.shape[1]], alone[0], 2e-5)
+
+
+def test_layers_that_are_read_and_not_called() -> None:
+    """WavLM's attention gives its layers' weights to a function of torch's: that is said, since nothing would be trained."""
+    config = t.WavLMConfig(
+        **_SIZES, conv_dim=(16, 16), conv_kernel=(10, 3), conv_stride=(5, 2), num_feat_extract_layers=2, vocab_size=32,
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
+    )  # fmt: skip
+    base, sound = t.WavLMForCTC(config).eval(), torch.randn(1, 4000, generator=torch.Generator().manual_seed(0))
+    plain = base(sound).logits
+    for method in METHODS:
+        layers = ["v_proj", "output_dense"]
+        with pytest.warns(
+            UserWarning, match=r"everywhere this model's code reads the weight of v_proj \('wavlm.*; 2 in all"
+        ):
+            graftlm.get_peft_model(copy.deepcopy(base), METHODS[method](layers))
+    with pytest.warns(UserWarning, match="reads the weight of v_proj"):
+        model = randomise(graftlm.get_peft_model(base, METHODS["lora"](["v_proj"])), scale=0.3)
+    close(model(sound).logits, plain, 0)
+
+
+def test_layers_that_are_called_are_not_reported() -> None:
+    for build in (lambda: base_of("wav2vec2")[0], lambda: base_of("llava")[0], clip):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*reads the weight.*")
+            graftlm.get_peft_model(build(), graftlm.LoraConfig(target_modules="all-linear"))
+    mamba = t.MambaForCausalLM(t.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=64, state_size=4))
+    with pytest.warns(UserWarning, match="with Mamba's kernels, on GPUs, this model's code reads the weight of out_proj"):
+        graftlm.get_peft_model(mamba, graftlm.LoraConfig(target_modules=["out_proj"]))
 
 
 def test_rows_that_meet_in_the_output() -> None:

@@ -14,13 +14,15 @@ from test_document_004 import models  # noqa: F401  (a fixture)
 import graftlm
 from graftlm.data import load_data
 
+ONE_STEP = {"trainer.train(": "trainer.args.max_steps = 1\ntrainer.train("}
 RUNS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
     "document_001": (test_document_001.REPLACED | {"num_epochs = 10": "num_epochs = 1"}, {"i": 0}),
     "document_002": (test_document_002.REPLACED, {}),
     "document_003": (test_document_003.REPLACED["MLP"], {}),
     "document_004_lora": (test_document_004.LORA, {}),
+    "document_004_qlora nf4": (test_document_004.QLORA | ONE_STEP, {}),
     "document_004_qlora": (
-        test_document_004.UNQUANTISED | {"trainer.train(": "trainer.args.max_steps = 1\ntrainer.train("},
+        test_document_004.UNQUANTISED | ONE_STEP,
         {"start": test_document_004.start, "resume_from_checkpoint": None},
     ),
 }  # fmt: skip
@@ -38,7 +40,7 @@ def test_documents_run_unchanged(script, workplace, base, models):  # noqa: F811
     replaced, names = RUNS[script]
     graftlm.as_peft()
     try:
-        outcome = workplace.run(script, "peft", replaced, **names)
+        outcome = workplace.run(script.partition(" ")[0], "peft", replaced, **names)
     finally:
         graftlm.as_peft.undo()
     assert any(isinstance(value, graftlm.PeftModel) for value in vars(outcome).values())

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from engine_helpers import crowd
-from families import VOCAB
+from families import VOCAB, build
 from helpers import close, fresh
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from graftlm.architectures.lean import lean
 from graftlm.architectures.prepacked import prepacked
 from graftlm.passes.served import PlainCache, Row, Served
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+FAMILIES = ["llama", "bloom", "gpt2", "opt", "mistral", "qwen2", "qwen3"]
 GROUPS = [("lora",), (), ("wide",), ("lora", "wide"), ("houlsby",), ("dora",), ("ia3",), ("wide", "loha"), ("lora",)]
 
 
@@ -48,7 +48,7 @@ def logits(server: Served, groups: list[tuple[str, ...]], how: bool | None) -> T
 @pytest.mark.parametrize(
     ("name", "packs"),
     [(n, False) for n in FAMILIES]
-    + [pytest.param(n, True, marks=[pytest.mark.slow] * (i > 0)) for i, n in enumerate(FAMILIES)],
+    + [pytest.param(n, True, marks=[pytest.mark.slow] * (i > 3)) for i, n in enumerate(FAMILIES)],
 )
 def test_as_the_layers_themselves(name: str, packs: bool) -> None:
     """Ranks of several sizes, compositions, bottlenecks and changes that are no low-rank updates, in one step."""
@@ -134,6 +134,34 @@ def test_another_adapter_under_the_same_name_is_tried_anew() -> None:
     close(logits(server, groups, True), logits(server, groups, False))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bloom", "gemma3"])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("bloom", {"apply_residual_connection_post_layernorm": True}), ("opt", {"do_layer_norm_before": False}),
+     ("opt", {"word_embed_proj_dim": 16}), ("opt", {"_remove_final_layer_norm": True}),
+     ("gpt2", {"add_cross_attention": True})],
+)  # fmt: skip
+def test_what_a_configuration_makes_different(name: str, changes: dict[str, Any]) -> None:
+    assert lean(build(name)) is not None
+    assert lean(build(name, **changes)) is None
+
+
+def test_weights_that_change_are_taken_up() -> None:
+    model = crowd("llama", ["lora"])
+    groups: list[tuple[str, ...]] = [("lora",), ()]
+    server = served(model, groups)
+    layer = model.base.model.layers[0].self_attn.k_proj
+    with prepacked(model):
+        before = logits(server, groups, True)
+        with torch.no_grad():
+            layer.weight.mul_(2)
+        written = logits(server, groups, True)
+        layer.weight = torch.nn.Parameter(layer.weight * 2, requires_grad=False)
+        exchanged = logits(server, groups, True)
+    assert not torch.allclose(before, written) and not torch.allclose(written, exchanged)
+    close(logits(server, groups, True), exchanged)
+    close(logits(server, groups, False), exchanged)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt_neox", "falcon"])
 def test_families_without(name: str) -> None:
     assert lean(fresh(name)) is None

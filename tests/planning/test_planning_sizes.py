@@ -91,3 +91,13 @@ def test_a_prefix_fits_a_base_with_a_padding_token(name: str) -> None:
     base = build(name, pad_token_id=0)
     found = kv_shapes(build(name, pad_token_id=0).to("meta"))
     assert found == kv_shapes(base) and base.config.pad_token_id == 0
+
+
+def test_the_published_parameters_of_p_tuning() -> None:
+    """Of bloom-1b4-zh, as a tutorial prints them: all, and those of the MLP and of the LSTM with ten virtual tokens."""
+    bloom = t.BloomConfig(vocab_size=46_145, hidden_size=2048, n_layer=24, n_head=16)
+    for kind, trained in (("MLP", 12_609_536), ("LSTM", 193_030_144)):
+        options = {"num_virtual_tokens": 10, "encoder_reparameterization_type": kind}
+        found = of_config(bloom, method="p-tuning", method_options=options, dtype="fp32")
+        assert found.trained == trained
+        assert found.base + 10 * 2048 == 1_303_132_160  # the prompt counts there too

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import weakref
 from pathlib import Path
@@ -19,11 +20,15 @@ from graftlm.errors import PlanError
 from graftlm.kernels import linear
 from graftlm.planning import machine as machines
 from graftlm.planning.devices import device
-from graftlm.planning.rows import rows_given
+from graftlm.planning.evaluating import evaluation_memory, generation_memory
+from graftlm.planning.rows import Rows, rows_given, stacked
+from graftlm.planning.skeleton import skeleton
 from graftlm.planning.step import StepMemory, step_memory
 from graftlm.training import Recipe, resolve_base
 from graftlm.training.defaults import config_type, defaults_of
 from graftlm.training.setup import INIT_FIELDS
+
+HEAD = 16_384 * 256  # the head of the bundled base
 
 
 class Counted(TorchDispatchMode):
@@ -58,9 +63,10 @@ def batch(rows: int = 3, length: int = 40) -> dict[str, Tensor]:
 
 def real(method: str, form: str | None, inputs: dict[str, Tensor]) -> tuple[int, int]:
     """Activations kept, and the highest above the weights, of a real second step."""
-    base, _ = resolve_base("graftlm-base", dtype="fp32", quantization=form)
+    scheme, dtype = (None, "bf16") if form == "bf16" else (form, "fp32")
+    base, _ = resolve_base("graftlm-base", dtype=dtype, quantization=scheme)
     options = {k: v for k, v in defaults_of(method).options.items() if k not in INIT_FIELDS}
-    if form is not None:
+    if scheme is not None:
         graftlm.prepare_model_for_kbit_training(base, False)
     model = graftlm.get_peft_model(base, config_type(method)(task_type="CAUSAL_LM", **options)).train()
     model(**inputs).loss.backward()
@@ -74,14 +80,48 @@ def real(method: str, form: str | None, inputs: dict[str, Tensor]) -> tuple[int,
 
 @pytest.mark.parametrize(
     ("method", "form"),
-    [("lora", None), ("prefix-tuning", None), ("lora", "nf4")]
+    [("lora", None), ("prefix-tuning", None), ("lora", "nf4"), ("lora", "bf16")]
     + [pytest.param(m, None, marks=pytest.mark.slow) for m in ("bottleneck", "loha", "oft", "prompt-tuning")],
 )
 def test_a_step_over_fake_tensors_takes_what_the_real_one_takes(method: str, form: str | None) -> None:
-    planned = step_memory(Recipe.from_dict({"method": method, "quantization": form, "dtype": "fp32"}), batch())
+    scheme, dtype = (None, "bf16") if form == "bf16" else (form, "fp32")
+    planned = step_memory(Recipe.from_dict({"method": method, "quantization": scheme, "dtype": dtype}), batch())
     kept, highest = real(method, form, batch())
     assert planned.kept == pytest.approx(kept, rel=0.03)
     assert planned.kept + planned.workspace + planned.gradients == pytest.approx(highest, rel=0.10)
+
+
+def test_ways_of_16_bits_are_timed_before_the_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A way that is timed on fake tensors would be chosen by chance."""
+    asked: list[bool] = []
+    way = linear.way.__wrapped__
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        asked.append(torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None)
+        return way(*args, **kwargs)
+
+    monkeypatch.setattr(linear, "way", functools.cache(noted))
+    step_memory(Recipe.from_dict({"dtype": "bf16"}), batch(2, 8))
+    assert asked and not any(asked)
+
+
+def test_evaluation_takes_what_the_real_one_takes() -> None:
+    recipe = Recipe.from_dict({"training": {"eval_batch_size": 4}})
+    rows = [{"input_ids": [3] * 50, "labels": [-100] * 2 + [3] * 48}] * 6
+    found = Rows(rows, stacked, rows)
+    planned = evaluation_memory(recipe, found, skeleton(recipe))
+    base, _ = resolve_base("graftlm-base", dtype="fp32")
+    options = {k: v for k, v in defaults_of("lora").options.items() if k not in INIT_FIELDS}
+    model = graftlm.get_peft_model(base, config_type("lora")(task_type="CAUSAL_LM", **options)).eval()
+    inputs = stacked(rows[:4])
+    with torch.no_grad():
+        model(**inputs)
+        with Counted() as counted:
+            model(**inputs)
+    assert planned == pytest.approx(counted.highest, rel=0.10)
+    assert evaluation_memory(recipe, Rows(rows, stacked), skeleton(recipe)) == 0
+    answered = Rows(rows, stacked, rows, "label", True)
+    assert generation_memory(recipe, answered, skeleton(recipe)) == 4 * (66 * 2 * 8 * 256 * 4 + 2 * 4 * 16_384)
 
 
 def test_nothing_of_it_stays_in_the_process() -> None:
@@ -105,7 +145,9 @@ def test_checkpointing_and_length_show() -> None:
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that was measured before."""
-    found = machines.Machine(process_bytes=600 << 20, operations=5e10)
+    found = machines.Machine(
+        process_bytes=600 << 20, start_bytes=500 << 20, operations=5e10, step_operations=2.5e10, block_seconds=0.01
+    )
     monkeypatch.setattr("graftlm.planning.whole.machine", lambda form, say=None: found)
 
 
@@ -115,7 +157,11 @@ def test_a_plan(known: None) -> None:
     assert found.fits and found.updates == 6
     assert found.rows == {"rows": 10, "longest": 30, "quantile": 30, "tokens": 300}
     assert found.peak_bytes == found.process_bytes + found.step.total
-    assert found.seconds == pytest.approx(4 * 6_291_456 * 600 / 5e10)  # 8 blocks of 12 width²; 2 epochs of 300 tokens
+    # 8 blocks of 12 width²; the head; attention; 2 epochs of 300 tokens in 3 steps; a file of the checkpoint
+    work = 4 * 600 * (6_291_456 + HEAD + 2 * 8 * 256 * 30)
+    saves = 3 * found.sizes.checkpoint / 2e8
+    assert found.seconds[1] == pytest.approx(work / 2.5e10 + 6 * 8 * 0.01 + saves)
+    assert found.seconds[0] < found.seconds[1] < found.seconds[2]
     assert "does not fit" in graftlm.plan(recipe, rows=10, length=30, device="100MiB").line()
     assert json.loads(json.dumps(found.to_dict(), default=str))["peak_bytes"] == found.peak_bytes
 
@@ -127,10 +173,18 @@ def test_together_the_base_counts_once(known: None) -> None:
     assert both.step.kept == 2 * one.step.kept
 
 
-@pytest.mark.parametrize("name", ["tpu", "-3GiB", "0", "h100", "3XB"])
+@pytest.mark.parametrize("name", ["tpu", "-3GiB", "0", "h1000", "3XB"])
 def test_devices_that_are_none(name: str) -> None:
     with pytest.raises(PlanError, match="expected"):
         device(name)
+
+
+def test_gpus_by_name(known: None) -> None:
+    recipe = Recipe.from_dict({"training": {"batch_size": 4}})
+    found, here = graftlm.plan(recipe, rows=10, length=30, device="H100"), graftlm.plan(recipe, rows=10, length=30)
+    assert found.device.free_bytes == 80 * 10**9 and found.recipe.dtype == "bf16"
+    assert found.step.base == here.step.base // 2 and found.loading_bytes == 0
+    assert "not checked on a GPU" in found.line() and "not checked" not in here.line()
 
 
 def test_what_cannot_be_planned(known: None) -> None:
@@ -148,13 +202,15 @@ def test_what_cannot_be_planned(known: None) -> None:
 def test_the_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAFTLM_CACHE", str(tmp_path))
     calls: list[str] = []
+    figures = {"process_bytes": 7, "start_bytes": 5, "operations": 1e9, "step_operations": 1e9, "block_seconds": 0.1}
 
     def measured(form: str) -> dict[str, float]:
         calls.append(form)
-        return {"process_bytes": 7, "operations": 1e9}
+        return figures
 
     monkeypatch.setattr(machines, "measured", measured)
-    assert machines.machine("fp32") == machines.machine("fp32") == machines.Machine(process_bytes=7, operations=1e9)
+    assert machines.machine("fp32") == machines.machine("fp32") == machines.Machine(**figures)
     (tmp_path / "machine.json").write_text("{ broken", encoding="utf-8")
     machines.machine("fp32")
     assert calls == ["fp32", "fp32"]
+    assert machines.known("fp32") == machines.Machine(**figures) and machines.known("bf16") is None

@@ -11,19 +11,24 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
 from training_helpers import save_base, save_tweets
 
 from graftlm import processes
-from graftlm.errors import UnsupportedError
-from graftlm.training import Recipe, run, train_together
+from graftlm.cli._processes import launch
+from graftlm.errors import ConfigError, RecipeError, UnsupportedError
+from graftlm.training import Recipe, resolve_base, run
 from graftlm.training.recipes import only_the_first_speaks
 from graftlm.training.resume import last_complete_checkpoint
+from graftlm.training.runs import check_enough
 from graftlm.training.search import with_best_rate
+from graftlm.training.sharding import check_base, check_strategy
 from graftlm.training.surroundings import check_agreement, join_processes
 from graftlm.training.trainer import log
 
@@ -58,9 +63,90 @@ def test_only_the_first_speaks(second: None, capsys: pytest.CaptureFixture, capl
     assert capsys.readouterr().out == "a notice\n" and [r.message for r in caplog.records] == ["a line"]
 
 
-def test_runs_that_train_together_are_one_process(second: None) -> None:
-    with pytest.raises(UnsupportedError, match="2 processes were started.*one recipe"):
-        train_together([Recipe()])
+@pytest.mark.parametrize(
+    "names",
+    [("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "")],
+)
+def test_other_launchers_names(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in zip(names, "413", strict=True):
+        monkeypatch.setenv(name or "UNUSED", value)
+    assert (processes.count(), processes.index()) == (4, 1)
+    monkeypatch.setenv("SLURM_JOB_ID", "20007")
+    local = "3" if names[2] else "0"
+    expected = {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": local, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "20007"}
+    assert processes._variables() == expected
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "2")
+    with pytest.raises(UnsupportedError, match="several nodes: set MASTER_ADDR"):
+        processes._variables()
+    monkeypatch.setenv("WORLD_SIZE", "1")  # torchrun under srun: its own word counts
+    assert processes.count() == 1
+
+
+def test_a_batch_script_of_slurm_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert processes.count() == 1
+
+
+def test_one_process_where_several_were_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(UnsupportedError, match="asked for several processes and started one.*--processes"):
+        join_processes()
+
+
+def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        here = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        for name, value in (here | {"MASTER_PORT": str(taken.getsockname()[1])}).items():
+            monkeypatch.setenv(name, value)
+        PartialState._reset_state()
+        with pytest.raises(
+            UnsupportedError, match="2 processes of this run do not find each other at 127.0.0.1:.*MASTER_PORT"
+        ):
+            join_processes()
+        PartialState._reset_state()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "variable", "given", "together", "told"),
+    [
+        ("zero2", "", False, False, "zero2 does not train adapters here.*fsdp2"),
+        ("ddp", "ACCELERATE_USE_DEEPSPEED", False, False, "DeepSpeed does not train"),
+        ("ddp", "ACCELERATE_USE_FSDP", False, False, "accelerate's FSDP does not train"),
+        ("fsdp2", "", True, False, "a loaded base would come back in parts"),
+        ("fsdp2", "", False, True, "runs that train together share one whole base"),
+    ],
+)
+def test_strategies_that_cannot_be(
+    strategy: str, variable: str, given: bool, together: bool, told: str, second: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if variable:
+        monkeypatch.setenv(variable, "true")
+    with pytest.raises(UnsupportedError, match=told):
+        check_strategy(strategy, given, together)
+
+
+def test_a_quantised_base_is_not_shared_out(tmp_path: Path) -> None:
+    base, _ = resolve_base(str(save_base(tmp_path, "llama", hidden_size=64)), quantization="nf4")
+    with pytest.raises(UnsupportedError, match="fsdp2 cannot hold a base in nf4.*ddp"):
+        check_base(base)
+
+
+def test_recipes_whose_strategy_contradicts_them() -> None:
+    with pytest.raises(RecipeError, match="torch_compile and strategy fsdp2"):
+        Recipe.from_dict({"training": {"strategy": "fsdp2", "torch_compile": True}})
+    with pytest.raises(RecipeError, match="training.strategy: expected 'ddp', 'fsdp2'"):
+        Recipe.from_dict({"training": {"strategy": "fsdp"}})
+
+
+def test_more_processes_than_rows(second: None) -> None:
+    rows = [{"input_ids": [1], "labels": [1]}]
+    with pytest.raises(RecipeError, match="2 processes for 1 rows to train on"):
+        check_enough(SimpleNamespace(train_rows=rows))  # type: ignore[arg-type]
 
 
 def test_a_search_is_one_process(second: None) -> None:
@@ -119,13 +205,15 @@ def test_processes_on_the_command_line(tmp_path: Path) -> None:
 
     from graftlm import cli
 
-    for arguments, told in (
-        (["--processes", "0"], "expected at least 1"),
-        (["a.yaml", "b.yaml", "--processes", "2"], "one recipe"),
-    ):
+    for arguments, told in ((["--processes", "0"], "expected at least 1"),):
         result = CliRunner().invoke(cli.app, ["train", "--output", str(tmp_path / "out"), *arguments])
         assert result.exit_code == 2 and told in result.stderr and "--processes" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_processes_within_processes(second: None, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--processes 2, and 2 processes were started already"):
+        launch([Recipe(output_dir=str(tmp_path))], 2, quiet=True)
 
 
 @pytest.fixture

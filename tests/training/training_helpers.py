@@ -129,9 +129,9 @@ def word_tokenizer() -> t.PreTrainedTokenizerFast:
     )
 
 
-def save_base(folder: Path, family: str = "bloom") -> Path:
+def save_base(folder: Path, family: str = "bloom", **overrides: object) -> Path:
     """A tiny base model directory with its tokenizer."""
-    build(family).save_pretrained(folder)
+    build(family, **overrides).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     return folder
 

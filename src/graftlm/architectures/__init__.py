@@ -5,10 +5,10 @@ Importing this package registers ChatGLM, which transformers itself does not hav
 
 from . import chatglm, chatglm_tokenizer
 from .attention import attention_modules, encoder_kv_shapes, kv_shapes, self_attention_call
+from .blocks import block_sites
 from .facts import (
     LORA_TARGETS,
     backbone_embeddings,
-    block_sites,
     counts_from_ids,
     counts_from_mask,
     default_targets,
@@ -28,6 +28,7 @@ from .facts import (
     takes_position_ids,
     token_embeddings,
 )
+from .per_layer import blank_ids, per_layer_inputs, per_layer_table
 from .walk import base_modules, clean_path, held_parameters, innermost, replace_module
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "attention_modules",
     "backbone_embeddings",
     "base_modules",
+    "blank_ids",
     "block_sites",
     "clean_path",
     "counts_from_ids",
@@ -51,6 +53,8 @@ __all__ = [
     "kv_shapes",
     "model_dims",
     "model_type",
+    "per_layer_inputs",
+    "per_layer_table",
     "pools_first_token",
     "pools_last_token",
     "position_offset",

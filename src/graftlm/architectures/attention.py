@@ -24,6 +24,7 @@ from .walk import base_modules
 CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
 CROSS_NAMES = ("key_value_states", "encoder_hidden_states")
 MASK_NAMES = ("attention_mask", "mask")
+NO_ATTENTION = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "hybrid", "moe", "mlp"}  # in `layer_types`
 
 
 class _Recorder(DynamicCache):
@@ -87,6 +88,7 @@ def kv_shapes(base: Any) -> list[tuple[int, int]]:
                 del inputs["input_ids"]
         model(**inputs)
 
+    _refuse_hybrid(base)
     shapes = _observe(base, run)
     if getattr(config, "is_encoder_decoder", False):
         text = config
@@ -97,11 +99,24 @@ def kv_shapes(base: Any) -> list[tuple[int, int]]:
     shared = getattr(text, "num_kv_shared_layers", 0) or 0
     missing = [i for i in range(layers - shared) if i not in shapes]
     if missing or not shapes:
-        raise UnsupportedError(
-            f"{type(base).__name__}: layers {missing or 'all'} keep no keys and values, so a prefix cannot reach them. "
-            "Use prompt tuning, LoRA or bottleneck adapters on this model."
-        )
+        raise _unreachable(base, missing)
     return [shapes[i] for i in sorted(shapes)]
+
+
+def _refuse_hybrid(base: Any) -> None:
+    """UnsupportedError where a configuration says which layers are no attention (Qwen3-Next, Jamba, LFM2)."""
+    config = base.config.get_text_config(decoder=True) if hasattr(base.config, "get_text_config") else base.config
+    for field in ("layer_types", "layers_block_type", "block_types"):
+        kinds = getattr(config, field, None)
+        if missing := [i for i, kind in enumerate(kinds or ()) if kind in NO_ATTENTION]:
+            raise _unreachable(base, missing)
+
+
+def _unreachable(base: Any, layers: list[int]) -> UnsupportedError:
+    return UnsupportedError(
+        f"{type(base).__name__}: layers {layers or 'all'} keep no keys and values, so a prefix cannot reach them. "
+        "Use prompt tuning, LoRA or bottleneck adapters on this model."
+    )
 
 
 def encoder_kv_shapes(base: nn.Module) -> list[tuple[int, int]]:
@@ -139,7 +154,7 @@ def _observe(base: Any, run: Any) -> dict[int, tuple[int, int]]:
     try:
         with torch.device("meta"):
             model = type(base)(_plain_config(base.config))
-        model.config.pad_token_id = None  # else transformers looks for it among the token's values, to warn
+        vars(model.config)["pad_token_id"] = None  # else transformers looks for it among the token's values, to warn
         target, device = model.eval(), torch.device("meta")
         recorder = _Recorder()
         with torch.no_grad():
@@ -147,7 +162,7 @@ def _observe(base: Any, run: Any) -> dict[int, tuple[int, int]]:
         return recorder.shapes
     except UnsupportedError:
         raise
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, LookupError) as error:
         device = next(base.parameters()).device
         if device.type == "meta":
             raise UnsupportedError(
@@ -157,7 +172,7 @@ def _observe(base: Any, run: Any) -> dict[int, tuple[int, int]]:
     try:
         with evaluating(base), torch.no_grad():
             run(base, recorder, device)
-    except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         raise UnsupportedError(
             f"{type(base).__name__} does not take a cache of keys and values ({error}), so a prefix cannot reach its layers."
         ) from error

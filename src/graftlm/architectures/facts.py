@@ -59,7 +59,8 @@ def default_targets(base: nn.Module, table: dict[str, list[str]], config: str) -
 
 
 def is_encoder_decoder(base: nn.Module) -> bool:
-    return bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+    says = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+    return says and hasattr(base, "get_encoder")  # a module around such models is any module
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,25 +69,28 @@ class Dims:
 
     hidden: int
     layers: int
-    heads: int
+    heads: int | None
 
 
 def model_dims(base: Any) -> Dims:
-    """Hidden size, layers and heads from the configuration, by the names that families use for them."""
+    """Hidden size, layers and heads from the configuration, by the names that families use for them; models without
+    attention (Mamba) have no heads."""
     config = base.config
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
 
+    def optional(*names: str) -> int | None:
+        return next((v for n in names if isinstance(v := getattr(config, n, None), int)), None)
+
     def first(what: str, *names: str) -> int:
-        for name in names:
-            if isinstance(value := getattr(config, name, None), int):
-                return value
-        raise UnsupportedError(f"Cannot read the {what} of {type(base).__name__} from its configuration ({names}).")
+        if (value := optional(*names)) is None:
+            raise UnsupportedError(f"Cannot read the {what} of {type(base).__name__} from its configuration ({names}).")
+        return value
 
     return Dims(
         hidden=first("hidden size", "hidden_size", "n_embd", "d_model"),
         layers=first("number of layers", "num_hidden_layers", "num_layers", "n_layer"),
-        heads=first("number of heads", "num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
+        heads=optional("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
     )
 
 
@@ -201,45 +205,6 @@ def pools_first_token(base: nn.Module) -> bool:
     """Whether the model's head reads each row's first token (BERT and its kin)."""
     name = type(base).__name__
     return name.endswith("ForSequenceClassification") and not hasattr(base, "score") and not is_encoder_decoder(base)
-
-
-# Where a transformer block's two halves end, and where its feed-forward half begins: the last parts of module names.
-_ATTENTION_OUT = (
-    r"self_attention\.dense|attention\.dense|self_attn\.o_proj|self_attn\.out_proj|attn\.c_proj|attn\.out_proj|"
-    r"attention\.o_proj|attention\.out_proj|SelfAttention\.o|attention\.output\.dense|attention\.out_lin|self_attn\.dense"
-)
-_FEED_FORWARD_OUT = (
-    r"dense_4h_to_h|mlp\.down_proj|fc2|mlp\.c_proj|mlp\.fc_out|DenseReluDense\.wo|(?<!attention\.)output\.dense|"
-    r"ffn\.lin2|mlp\.w2|w2"
-)
-_FEED_FORWARD_IN = (
-    r"dense_h_to_4h|mlp\.gate_up_proj|mlp\.gate_proj|fc1|mlp\.c_fc|mlp\.fc_in|DenseReluDense\.(?:wi|wi_0)|"
-    r"intermediate\.dense|ffn\.lin1"
-)
-
-
-def block_sites(base: nn.Module) -> dict[str, list[str]]:
-    """Module names where bottleneck adapters attach: "attention" and "feed_forward" outputs, "feed_forward_in" inputs.
-
-    Raises:
-        UnsupportedError: a block's halves are not found by the names that families use.
-    """
-    found: dict[str, list[str]] = {"attention": [], "feed_forward": [], "feed_forward_in": []}
-    patterns = {"attention": _ATTENTION_OUT, "feed_forward": _FEED_FORWARD_OUT, "feed_forward_in": _FEED_FORWARD_IN}
-    for name, module in base_modules(base):
-        inner: Any = getattr(module, "base_layer", module)
-        if name.endswith(".base_layer") or getattr(inner, "weight", None) is None:
-            continue
-        for site, pattern in patterns.items():
-            if re.search(rf"(^|\.)(?:{pattern})$", name):
-                found[site].append(name)
-    missing = [site for site, names in found.items() if not names]
-    if missing:
-        raise UnsupportedError(
-            f"{type(base).__name__}: cannot find the {' and '.join(missing)} modules of its blocks. "
-            "Name them in BottleneckConfig(attention_modules=..., feed_forward_modules=..., feed_forward_input_modules=...)."
-        )
-    return found
 
 
 def end_ids(model: Any) -> list[int]:

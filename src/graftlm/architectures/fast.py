@@ -6,6 +6,7 @@ assignment, and copies and pickles are of the plain class.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -200,10 +201,12 @@ def _norm_forward(module: Any) -> Forward | None:
         return None
     key = type(module), weight.dtype, kind
     if key not in _NORMS:
-        x = torch.randn(3, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(weight)
+        drawn = torch.randn(4, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(weight)
+        like = copy.copy(module)  # with weights that tell: fresh ones are all one, also where they are not read
+        like._parameters = module._parameters | {"weight": nn.Parameter(drawn[0], requires_grad=False)}
         with torch.no_grad(), torch.autocast(kind, enabled=False):
-            wanted = type(module).forward(module, x)
-            tried = {f: f(module, lambda x: torch.full_like(x, torch.nan), x) for f in (rms_norm, rms_norm_plus_one)}
+            wanted = type(module).forward(like, drawn[1:])
+            tried = {f: f(like, lambda x: torch.full_like(x, torch.nan), drawn[1:]) for f in (rms_norm, rms_norm_plus_one)}
         _NORMS[key] = next((f for f, y in tried.items() if y.dtype is wanted.dtype and torch.equal(y, wanted)), None)
     return _NORMS[key]
 

@@ -1,4 +1,4 @@
-"""A step of a Llama-like decoder as one function over its layers, without its modules' calls: Llama, Mistral, Qwen2, Qwen3.
+"""A step of a decoder as one function over its layers, without its modules' calls, for families described in `decoders`.
 
 Products that read the same are made in one. Numbers are those of the modules up to rounding; whoever uses this tries it out
 first, and asks before each step whether the base is still `unchanged` and `free`: a stranger's hook would not be called.
@@ -10,25 +10,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
+from operator import contains
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import activations
+from transformers.pytorch_utils import Conv1D
 
 from ..kernels.linear import product
-from ..kernels.packed import Joint, block_product
+from ..kernels.packed import Joint, block_product, openings
 from ..routing import Attention
+from .decoders import Decoder, decoder, part
 from .gated import plain
 from .walk import base_modules, innermost
 
-FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 #: what is beside a product: writes into y [N, out], x [N, in]
 Acts = Callable[[Tensor, Tensor], None]
 #: the same for a whole step, by layer and site
 Beside = Mapping[tuple[int, str], Sequence[Acts]]
+#: cosines and signed sines [N, 1, D] of the tokens' places, and how far a half is
+Turn = tuple[Tensor, Tensor, int]
 
 
 class Site:
@@ -37,21 +44,25 @@ class Site:
     Attributes:
         modules: as they stand in the base, adapters and all.
         columns: of the joint output, each one's.
+        blocks, bias: all weights and biases together in oneDNN's layout, as they last were; None where nobody keeps them.
     """
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules = modules
         self.layers: list[Any] = [innermost(module) for module in modules]
-        ends = torch.tensor([layer.weight.shape[0] for layer in self.layers]).cumsum(0).tolist()
-        self.columns = [slice(end - layer.weight.shape[0], end) for layer, end in zip(self.layers, ends, strict=True)]
-        self.biased = self.layers[0].bias is not None
+        self.turned = [plain(type(layer)) is Conv1D for layer in self.layers]  # weights that lie [in, out]
+        sizes = [layer.weight.shape[turned] for layer, turned in zip(self.layers, self.turned, strict=True)]
+        ends = torch.tensor(sizes).cumsum(0).tolist()
+        self.columns = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
         self.joint = Joint()
+        self.blocks: Tensor | None = None
+        self.bias: Tensor | None = None
 
     def usable(self) -> bool:
         """Whether all are plain linear layers of one dtype, with a bias each or none."""
         first = self.layers[0]
         return all(
-            plain(type(layer)) is nn.Linear
+            plain(type(layer)) in (nn.Linear, Conv1D)
             and type(layer.weight) is nn.Parameter
             and layer.weight.dtype is first.weight.dtype
             and layer.weight.device == first.weight.device
@@ -59,20 +70,62 @@ class Site:
             for layer in self.layers
         )
 
-    def __call__(self, x: Tensor, beside: Sequence[Acts] = ()) -> Tensor:
+    def take(self) -> list[tuple[dict, str]]:
+        """Take up what is kept of the weights now; where the parameters stand that it was made of."""
+        self.blocks, self.bias = self.joint.of([layer.weight for layer in self.layers]), None
+        if self.blocks is None:
+            return []
+        biases = [layer.bias for layer in self.layers if layer.bias is not None]
+        self.bias = torch.cat(biases) if len(biases) > 1 else biases[0] if biases else None
+        return [(m._parameters, name) for m in self.layers for name, p in m._parameters.items() if p is not None]
+
+    def __call__(self, x: Tensor, beside: Sequence[Acts]) -> Tensor:
         """x [N, in] -> [N, out], in memory of its own, what is `beside` included."""
-        layers = self.layers
-        biases = [layer.bias for layer in layers] if self.biased else []
-        blocks = self.joint.of([layer.weight for layer in layers])
-        if blocks is not None and x.dtype is blocks.dtype:
-            y = block_product(x, blocks, torch.cat(biases) if len(biases) > 1 else biases[0] if biases else None)
-        elif len(layers) == 1:
-            y = product(x, layers[0].weight, layers[0].bias)
+        if self.blocks is not None and x.dtype is self.blocks.dtype:
+            y = block_product(x, self.blocks, self.bias)
         else:
-            y = torch.cat([product(x, layer.weight, layer.bias) for layer in layers], dim=1)
+            layers = zip(self.layers, self.turned, strict=True)
+            parts = [product(x, layer.weight.t() if turned else layer.weight, layer.bias) for layer, turned in layers]
+            y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         for act in beside:
             act(y, x)
         return y
+
+
+class Norm:
+    """A norm: by itself where it is its family's own, untouched; else by its module."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        kind = plain(type(module))
+        touched = any(module.__dict__[name] for name in _HOOKS) or "forward" in module.__dict__
+        epsilon = getattr(module, "variance_epsilon", None)
+        self.layer = kind is nn.LayerNorm and not touched
+        self.rms = kind.__name__.endswith("RMSNorm") and isinstance(epsilon, float) and not touched
+        self.epsilon = epsilon if self.rms else None
+
+    def __call__(self, x: Tensor, wide: Tensor | None) -> Tensor:
+        """x [N, H], and the same with its epsilon beside it (see `widened`); the result is new memory."""
+        module: Any = self.module
+        if self.layer:
+            return F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
+        if not self.rms or x.dtype is not torch.float32 or module.weight.dtype is not torch.float32:
+            return module(x[None])[0]
+        if wide is None:
+            return F.rms_norm(x, x.shape[1:], module.weight, module.variance_epsilon)
+        length = torch.linalg.vector_norm(wide, 2, -1, True)  # sqrt(H) times what x is divided by: see `widened`
+        return torch.addcdiv(_ZERO, x, length, value=x.shape[1] ** 0.5).mul_(module.weight)
+
+
+_ZERO = torch.zeros(())
+
+
+def widened(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x [N, H] within [N, H + 1], whose last column makes an RMSNorm's root a vector's length: sum(x^2) + H epsilon. Torch's
+    own RMSNorm is nine calls on a CPU; of this three are left."""
+    wide = x.new_full((x.shape[0], x.shape[1] + 1), (x.shape[1] * epsilon) ** 0.5)
+    inner = wide[:, :-1]
+    return inner.copy_(x), wide
 
 
 @dataclass(frozen=True)
@@ -80,18 +133,45 @@ class Layer:
     """One layer's parts.
 
     Args:
-        values: heads of values, and of keys.
-        head_norms: of queries and of keys; none in most families.
+        sites: by "qkv", "o", "up", "down".
         norms: before the attention and before the MLP.
+        head_norms: of queries and of keys; none in most families.
+        heads, values: heads of queries; of keys, and of values.
+        by_head: whether qkv lies head by head.
+        size: D.
     """
 
     sites: dict[str, Site]
-    norms: tuple[Any, Any]
+    norms: tuple[Norm, Norm]
     head_norms: tuple[Any, ...]
     activation: Any
-    size: int
+    heads: int
     values: int
+    by_head: bool
+    size: int
     scale: float
+
+    def split(self, z: Tensor, turn: Turn | None) -> tuple[Tensor, Tensor, Tensor]:
+        """z [N, (Q + 2 G) D] -> q [Q, N, D], k and v [G, N, D], in its memory."""
+        if self.by_head:
+            return z.view(z.shape[0], self.heads, 3, self.size).transpose(0, 1).unbind(2)  # type: ignore[return-value]
+        z = z.view(z.shape[0], -1, self.size)
+        for norm, first, count in zip(self.head_norms, (0, self.heads), (self.heads, self.values), strict=False):
+            part = z[:, first : first + count]
+            part.copy_(norm(part[None])[0])
+        if turn is not None:
+            cos, sin, half = turn
+            turned = z[:, : self.heads + self.values]
+            other = turned.roll(half, -1)
+            turned.mul_(cos).addcmul_(other, sin)
+        return z.transpose(0, 1).split_with_sizes((self.heads, self.values, self.values))  # type: ignore[return-value]
+
+    def activated(self, z: Tensor) -> Tensor:
+        """What is between the MLP's two products."""
+        if len(self.sites["up"].modules) == 1:
+            return self.activation(z)
+        gate, up = z.chunk(2, dim=1)
+        return F.silu(gate).mul_(up) if self.activation is F.silu else self.activation(gate) * up
 
 
 class Lean:
@@ -99,102 +179,125 @@ class Lean:
 
     Args:
         base: with a head.
+        family: its description.
         own: hooks that need not be called, each by its dictionary's id and its key there.
+
+    Attributes:
+        called: modules that a step calls as they stand, adapters and all.
     """
 
-    def __init__(self, base: Any, own: Collection[tuple[int, int]] = ()) -> None:
+    def __init__(self, base: Any, family: Decoder, own: Collection[tuple[int, int]] = ()) -> None:
         self.base = base
-        self.backbone = base.model
-        self.layers = [self._layer(block) for block in self.backbone.layers[: base.config.num_hidden_layers]]
-        called = [self.backbone.embed_tokens, self.backbone.rotary_emb, self.backbone.norm, base.get_output_embeddings()]
-        called += [m for layer in self.layers for m in (layer.activation, *layer.head_norms)]
-        inside = {id(m) for module in called for m in module.modules()}
+        self.embed, self.norm = part(base, family.embed), part(base, family.norm)
+        self.embed_norm = None if family.embed_norm is None else part(base, family.embed_norm)
+        self.rotary = None if family.rotary is None else part(base, family.rotary)
+        table, self.first = (None, 0) if family.positions is None else family.positions
+        self.positions = None if table is None else part(base, table)
+        self.layers = [_layer(block, family) for block in part(base, family.layers)[: base.config.num_hidden_layers]]
+        epsilons = {norm.epsilon for layer in self.layers for norm in layer.norms if norm.rms}
+        self.epsilon = epsilons.pop() if len(epsilons) == 1 else None
+        self.called = [self.embed, self.norm, base.get_output_embeddings(), self.embed_norm, self.rotary]
+        self.called += [m for layer in self.layers for m in (layer.activation, *layer.head_norms)]
+        self.called = [m for m in self.called if isinstance(m, nn.Module)]
+        inside = {id(m) for module in self.called for m in module.modules()}
         self._watched: list[Any] = [m for _, m in base_modules(base) if id(m) not in inside]
         self._tables = [m.__dict__[name] for m in self._watched for name in _HOOKS]
         self._sizes = [len(table) for table in self._tables]
-        self._children = [(m._modules, list(m._modules.values())) for m in self._watched]
+        self._handles = RemovableHandle.next_id
+        self._held = [m._modules for m in self._watched]
+        self._children = [list(held.values()) for held in self._held]
         self.strange = any((id(table), key) not in own for table in self._tables for key in table)
-        self._plain_norms = {id(norm) for layer in self.layers for norm in layer.norms if _is_plain(norm)}
-
-    @staticmethod
-    def _layer(block: Any) -> Layer:
-        attention, mlp = block.self_attn, block.mlp
-        sites = {
-            "qkv": Site([attention.q_proj, attention.k_proj, attention.v_proj]), "o": Site([attention.o_proj]),
-            "gate_up": Site([mlp.gate_proj, mlp.up_proj]), "down": Site([mlp.down_proj]),
-        }  # fmt: skip
-        size = attention.head_dim
-        return Layer(
-            sites, (block.input_layernorm, block.post_attention_layernorm),
-            (attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else (),
-            mlp.act_fn, size, sites["qkv"].layers[1].weight.shape[0] // size, attention.scaling,
-        )  # fmt: skip
+        self._taken: list[Any] = []  # what sites have taken up, as it then was
+        self._read: list[tuple[dict, str]] = []  # and where it stands
 
     def unchanged(self) -> bool:
         """Whether the base consists of the modules, with the hooks, that it had."""
-        return [len(table) for table in self._tables] == self._sizes and all(
-            list(now.values()) == before for now, before in self._children
-        )
+        # thousands of them at every step: no loop of ours, and none where nobody has registered a hook since
+        if self.strange or RemovableHandle.next_id != self._handles:
+            if [*map(len, self._tables)] != self._sizes:
+                return False
+            self._handles = RemovableHandle.next_id
+        return [*map(list, map(dict.values, self._held))] == self._children
 
     def free(self) -> bool:
         """Whether no hook, no forward of a stranger and no autocast would be passed over."""
         everyones = vars(nn.modules.module)
         return (
             not self.strange
-            and not any("forward" in m.__dict__ for m in self._watched)
+            and not any(map(contains, map(vars, self._watched), repeat("forward")))
             and not any(everyones[f"_global{name}"] for name in _HOOKS)
             and not torch.is_autocast_enabled(self.layers[0].sites["o"].layers[0].weight.device.type)
         )
 
+    def usable(self) -> bool:
+        """Whether the parts are such as a step knows."""
+        sites = [site for layer in self.layers for site in layer.sites.values()]
+        positions = innermost(self.positions) is self.positions  # no adapter of theirs would be called
+        return positions and all(site.usable() for site in sites)
+
     def __call__(self, ids: Tensor, places: Tensor, attention: Attention, last: Tensor, beside: Beside) -> Tensor:
         """Hidden states [R, H] that reach the head, of the tokens `last` [R] of ids [N] at `places` [N]."""
-        x = self.backbone.embed_tokens(ids[None])[0]
-        cos, sin = (t[0][:, None] for t in self.backbone.rotary_emb(x[None], position_ids=places[None]))
-        half = cos.shape[-1] // 2
-        sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)  # the turned half's sign
+        self._take()
+        x = self._enter(ids, places)
+        turn, wide = self._turn(x, places), None
+        if self.epsilon is not None and x.dtype is torch.float32 and x.device.type == "cpu":
+            x, wide = widened(x, self.epsilon)
+        else:
+            x = x.clone()  # hooks of the embeddings may have kept it
         for index, layer in enumerate(self.layers):
-            qkv, o, gate_up, down = ((site, beside.get((index, name), ())) for name, site in layer.sites.items())
-            z = qkv[0](self._norm(layer.norms[0], x), qkv[1])
-            x = x + o[0](self._attend(layer, z, cos, sin, half, attention, index), o[1])
-            gate, up = gate_up[0](self._norm(layer.norms[1], x), gate_up[1]).chunk(2, dim=1)
-            x = x + down[0](layer.activation(gate) * up, down[1])
-        return self.backbone.norm(x[last][None])[0]
+            qkv, o, up, down = ((site, beside.get((index, name), ())) for name, site in layer.sites.items())
+            q, k, v = layer.split(qkv[0](layer.norms[0](x, wide), qkv[1]), turn)
+            y = attention.attend(q, k, v, index, layer.scale).reshape(x.shape[0], -1)
+            x += o[0](y, o[1])
+            y = layer.activated(up[0](layer.norms[1](x, wide), up[1]))
+            x += down[0](y, down[1])
+        return self.norm(x[last][None])[0]
 
-    def _norm(self, norm: Any, x: Tensor) -> Tensor:
-        if x.dtype is torch.float32 and id(norm) in self._plain_norms:
-            return F.rms_norm(x, x.shape[1:], norm.weight, norm.variance_epsilon)
-        return norm(x[None])[0]
+    def _take(self) -> None:
+        """Take up weights that were exchanged, written into or packed since the last step."""
+        kept = [table[name] for table, name in self._read]
+        if [openings(), *((p.data_ptr(), p._version) for p in kept)] != self._taken:
+            self._read = [place for layer in self.layers for site in layer.sites.values() for place in site.take()]
+            kept = [table[name] for table, name in self._read]
+            self._taken = [openings(), *((p.data_ptr(), p._version) for p in kept)]
 
-    def _attend(
-        self, layer: Layer, z: Tensor, cos: Tensor, sin: Tensor, half: int, attention: Attention, index: int
-    ) -> Tensor:
-        """z [N, (Q + 2 G) D] -> [N, Q D]."""
-        z = z.view(len(z), -1, layer.size)
-        turned, v = z[:, : -layer.values], z[:, -layer.values :]
-        if layer.head_norms:
-            parts = turned[:, : -layer.values], turned[:, -layer.values :]
-            turned = torch.cat([norm(part[None])[0] for norm, part in zip(layer.head_norms, parts, strict=True)], dim=1)
-        turned = torch.addcmul(turned * cos, turned.roll(half, -1), sin).transpose(0, 1)
-        q, k = turned[: -layer.values], turned[-layer.values :]
-        return attention.attend(q, k, v.transpose(0, 1), index, layer.scale).reshape(len(z), -1)
+    def _enter(self, ids: Tensor, places: Tensor) -> Tensor:
+        x = self.embed(ids[None])[0]
+        if self.positions is not None:
+            x = x + F.embedding(places + self.first, self.positions.weight)
+        return x if self.embed_norm is None else self.embed_norm(x[None])[0]
+
+    def _turn(self, x: Tensor, places: Tensor) -> Turn | None:
+        if self.rotary is None:
+            return None
+        cos, sin = (t[0][:, None] for t in self.rotary(x[None], position_ids=places[None]))
+        half = cos.shape[-1] // 2
+        return cos, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1), half  # the turned half's sign
 
 
-def _is_plain(norm: Any) -> bool:
-    """Whether a norm is its family's own, untouched."""
-    hooked = any(norm.__dict__[name] for name in _HOOKS) or "forward" in norm.__dict__
-    return not hooked and plain(type(norm)).__name__.endswith("RMSNorm") and isinstance(norm.variance_epsilon, float)
+def _layer(block: Any, family: Decoder) -> Layer:
+    names = {"qkv": family.qkv, "o": (family.o,), "up": family.up, "down": (family.down,)}
+    sites = {site: Site([part(block, name) for name in own]) for site, own in names.items()}
+    attention, columns = part(block, family.attention), sites["qkv"].columns
+    size, width = attention.head_dim, columns[-1].stop
+    values = (width // 3 if len(columns) == 1 else columns[1].stop - columns[1].start) // size
+    head_norms = [part(block, name) for name in family.head_norms or ()]
+    first, second = (Norm(part(block, name)) for name in family.norms)
+    return Layer(
+        sites=sites, norms=(first, second), head_norms=tuple(m for m in head_norms if m is not None),
+        activation=_activation(part(block, family.activation)), heads=width // size - 2 * values, values=values,
+        by_head=family.by_head, size=size, scale=getattr(attention, family.scale),
+    )  # fmt: skip
+
+
+def _activation(module: Any) -> Any:
+    """A module, or the function that it calls."""
+    silu = plain(type(module)) in (nn.SiLU, activations.SiLUActivation) and not any(module.__dict__[n] for n in _HOOKS)
+    return F.silu if silu and "forward" not in module.__dict__ else module
 
 
 def lean(base: Any, own: Collection[tuple[int, int]] = ()) -> Lean | None:
     """The form of a base; None for a family without, and for layers that are no plain linear ones."""
-    kind = getattr(getattr(base, "config", None), "model_type", "")
-    backbone: Any = getattr(base, "model", None)
-    if kind not in FAMILIES or not hasattr(backbone, "layers") or base.get_output_embeddings() is None:
-        return None
-    home = f"transformers.models.{kind}.modeling_{kind}"
-    kinds = {plain(type(m)) for block in backbone.layers for m in (block, block.self_attn, block.mlp)}
-    if {k.__module__ for k in (*kinds, type(base), type(backbone))} != {home} or len(kinds) != 3:
-        return None
-    found = Lean(base, own)
-    sites = [site for layer in found.layers for site in layer.sites.values()]
-    return found if all(site.usable() for site in sites) else None
+    family = decoder(base)
+    found = None if family is None else Lean(base, family, own)
+    return found if found is not None and found.usable() else None

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ FORMAT = 1
 
 # Other arguments of transformers' and HF PEFT's saving; `...`: without meaning here. (`push_to_hub` is a method.)
 NOT_SAVED = {
-    "path_initial_model_for_weight_conversion": None, "push_to_hub": False, "variant": None, "max_shard_size": ...,
+    "path_initial_model_for_weight_conversion": ..., "push_to_hub": False, "variant": None, "max_shard_size": ...,
     "token": ..., "save_function": ..., "save_peft_format": True, "save_original_format": ...,
     "distributed_checkpoint": False,
 }  # fmt: skip
@@ -57,7 +58,9 @@ def save(
         save_embedding_layers: save the base's input and output embeddings along: True, False, or "auto": where the
             vocabulary has another size than in the configuration file that the base was loaded from (new tokens' rows
             would be lost otherwise), unless the adapter itself holds the rows of all new tokens.
-        others: what transformers and HF PEFT take besides (shards, formats), as far as it changes nothing.
+        others: what transformers and HF PEFT take besides (shards, formats), as far as it changes nothing. With
+            `path_initial_model_for_weight_conversion` an adapter that started as PiSSA, OLoRA, LoftQ, CorDA or LoRA-GA is
+            written as plain LoRA of twice the rank; the path is not read, since the start is here.
 
     Raises:
         AdapterError: an unknown adapter name.
@@ -77,9 +80,11 @@ def save(
     chosen = [selected_adapters] if isinstance(selected_adapters, str) else selected_adapters
     names = list(host.methods) if chosen is None else list(chosen)
     host._known(*names)
+    plain = others.get("path_initial_model_for_weight_conversion") is not None
     for name in names:
         target = folder if name == "default" else folder / name
-        write_adapter(host, name, target, embedding_tensors(host, name, save_embedding_layers))
+        with host.methods[name].as_plain(host) if plain else nullcontext():
+            write_adapter(host, name, target, embedding_tensors(host, name, save_embedding_layers))
     if state_dict is not ...:
         write_trainer_file(host, folder)
 
@@ -89,7 +94,8 @@ def write_adapter(host: AdapterSet, name: str, folder: Path, embeddings: dict[st
     folder.mkdir(parents=True, exist_ok=True)
     method = host.methods[name]
     config = method.config
-    own = {k: v for k, v in config.to_dict().items() if k in config.own_fields}
+    fields = method.file_fields(host)
+    own = {k: v for k, v in config.to_dict().items() if k in config.own_fields} if not fields else {}
     header = {"format": FORMAT, "config": own, "base": fingerprint.of(host.base)}
     write_tensors(folder / WEIGHTS_NAME, embeddings | adapter_tensors(host, name), header)
     training = method.training_tensors(host)
@@ -98,7 +104,7 @@ def write_adapter(host: AdapterSet, name: str, folder: Path, embeddings: dict[st
         write_tensors(folder / TRAINING_NAME, training, {"format": FORMAT})
     else:
         (folder / TRAINING_NAME).unlink(missing_ok=True)
-    config.save_pretrained(folder, inference_mode=True)
+    config.save_pretrained(folder, inference_mode=True, **fields)
     write_card(host, name, folder)
 
 

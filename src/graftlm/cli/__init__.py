@@ -29,6 +29,7 @@ COMMANDS = {
     "generate": ("generate", "generate", "Complete prompts with one or several adapters, beside the base."),
     "chat": ("chat", "chat", "Talk to a model; switch adapters while talking."),
     "serve": ("serve", "serve", "Serve a base and its adapters over HTTP, as OpenAI's API."),
+    "studio": ("studio", "studio", "The same work in the browser: data, training, comparisons, chats, adapters."),
     "inspect": ("inspect", "inspect", "What is in an adapter directory, and does it fit a base?"),
     "merge": ("merge", "merge", "Fold an adapter into its base and save a plain model."),
     "convert": ("convert", "convert", "Turn an adapter of another method into LoRA, for servers that know only that."),

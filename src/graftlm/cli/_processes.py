@@ -10,39 +10,48 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import processes
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from ..training import Recipe
 
 
-def launch(recipe: Recipe, count: int, *, quiet: bool) -> int:
-    """Train a recipe in `count` processes of this machine, each on its share of the batches; the launcher's exit code.
+def launch(recipes: list[Recipe], count: int, *, quiet: bool, progress: bool = False) -> int:
+    """Train recipes in `count` processes of this machine, each on its share of the batches; the launcher's exit code.
 
     Each process has its share of the processor's cores, where OMP_NUM_THREADS says nothing else. Ctrl-C and SIGTERM reach
     all of them: they end the running step and save once.
 
     Raises:
-        ConfigError: fewer than one process.
+        ConfigError: fewer than one process, or this is one of several already.
     """
     if count < 1:
         raise ConfigError(f"--processes {count}: expected at least 1, the number of processes that train together.")
+    if processes.count() > 1:
+        raise ConfigError(
+            f"--processes {count}, and {processes.count()} processes were started already (torchrun, accelerate launch, "
+            "srun); leave it out there."
+        )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment = {"OMP_NUM_THREADS": str(max(1, cores // count))} | os.environ
     from ..training.surroundings import interrupts_go_to
 
     with tempfile.TemporaryDirectory(prefix="graftlm-") as folder:
-        file = Path(folder) / "recipe.yaml"
-        file.write_text(recipe.to_yaml(), encoding="utf-8")
+        files = [Path(folder) / f"recipe-{i}.yaml" for i in range(len(recipes))]
+        for file, recipe in zip(files, recipes, strict=True):
+            file.write_text(recipe.to_yaml(), encoding="utf-8")
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-        command = [*launcher, "-m", "graftlm", "train", str(file), *(["--quiet"] if quiet else [])]
+        command = [*launcher, "-m", "graftlm", "train", *map(str, files), *(["--quiet"] if quiet else [])]
+        command += ["--progress"] if progress else []
         started = subprocess.Popen(command, env=environment)
         with interrupts_go_to(lambda: started.send_signal(signal.SIGTERM)):  # on which the launcher ends its processes
             code = started.wait()
     if code:
+        folders = ", ".join(recipe.output_dir for recipe in recipes)
         print(
-            f"The processes ended with code {code}. Where {recipe.output_dir} has a checkpoint, the same line with --resume "
-            "goes on from it.",
+            f"The processes ended with code {code}. Where {folders} has a checkpoint, the same line with --resume goes on "
+            "from it.",
             file=sys.stderr,
         )
     return code

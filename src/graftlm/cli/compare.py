@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ConfigError
-from . import _base
+from ..errors import ConfigError, GraftError
+from . import _base, say
 
 if TYPE_CHECKING:
     from ..comparison import ComparisonResult
@@ -44,6 +44,7 @@ def compare(
         list[str] | None, typer.Option("--override", "--set", help="key=value of every recipe: training.learning_rate=1e-3.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier comparison in --output.")] = False,
+    no_plan: Annotated[bool, typer.Option("--no-plan", help="No plan of memory and time before it begins.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only the table at the end.")] = False,
 ) -> None:
     """Train several methods on one data set, all of them together; table, JSON and HTML report.
@@ -64,15 +65,41 @@ def compare(
     from .. import comparison
 
     settings = recipe_settings(epochs, max_steps, batch_size, set_)
-    given = {"source": data, "format": format, "split": split, "eval_split": eval_split}
+    given: dict[str, Any] = {"source": data, "format": format, "split": split, "eval_split": eval_split}
+    given = {k: v for k, v in given.items() if v is not None}
+    if not (quiet or no_plan):
+        planned_before(
+            base, {k: v for k, v in given.items() if v is not None}, method or comparison.METHODS, settings, at_once
+        )
     with _base.notices_on_stderr():
         result = comparison.compare(
-            base=base, data={k: v for k, v in given.items() if v is not None}, methods=method or comparison.METHODS,
+            base=base, data=given, methods=method or comparison.METHODS,
             output_dir=output, overwrite=overwrite, seeds=seed or [0], settings=settings, quiet=quiet,
             command=shlex.join(["graftlm", *sys.argv[1:]]), budget=None if budget is None else time_of(budget),
             general=None if general == "none" else general, at_once=at_once,
         )  # fmt: skip
     finish(result)
+
+
+def planned_before(base: str, data: Any, methods: Any, settings: Any, at_once: int) -> None:
+    """Say what the comparison takes in a line."""
+    from ..comparison.run import layers_of
+    from ..comparison.spec import merged, parse_all
+    from ..planning.watching import ahead
+    from ..training import Recipe
+
+    specs = parse_all(methods)
+    layers = layers_of(specs, merged({"base": base, "data": data}, settings), {})
+    recipes = []
+    for spec in specs:
+        try:
+            recipes.append(
+                Recipe.from_dict(merged(layers[spec.label], {"method": spec.method, "method_options": spec.options}))
+            )
+        except (GraftError, ValueError, TypeError):
+            continue  # its row of the table says why
+    with _base.notices_on_stderr():
+        ahead(recipes, say, at_once)
 
 
 def time_of(text: str) -> float:

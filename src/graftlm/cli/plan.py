@@ -24,11 +24,19 @@ def plan(
     override: Annotated[
         list[str] | None, typer.Option("--override", "--set", help="key=value of the recipe: method=lora. Repeatable.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu (the memory that is free now), or an amount: 16GiB.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu (the memory that is free now), an amount (16GiB), or a GPU (h100, rtx4090, …).")
+    ] = "auto",
     rows: Annotated[int | None, typer.Option(help="Plan for so many rows, in place of the data; with --length.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of each of these rows.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Every method, side by side.")] = False,
     largest: Annotated[str | None, typer.Option(help="The largest value that fits, of: batch_size, max_length.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="With --compare: trained parameters against memory, as SVG in this file.")
+    ] = None,
+    apply: Annotated[
+        Path | None, typer.Option(help="Where it does not fit: write the recipe with the cheapest change that makes it fit.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="All figures as JSON.")] = False,
 ) -> None:
     """What a run will take: parameters, bytes of files, memory by kind, steps and time, and whether it fits.
@@ -40,9 +48,16 @@ def plan(
     chosen = [build_recipe(path, {}, override or []) for path in recipes or [None]]  # type: ignore[list-item]
     settings: dict[str, Any] = {"device": device, "rows": rows, "length": length, "say": say}
     out = _base.console()
-    if (compare or largest) and len(chosen) > 1:
-        raise ConfigError("--compare and --largest are of one recipe; give one")
+    if (compare or largest or apply) and len(chosen) > 1:
+        raise ConfigError("--compare, --largest and --apply are of one recipe; give one")
+    if picture is not None and not compare:
+        raise ConfigError("--picture is of --compare; give both")
+    if apply is not None and (compare or largest):
+        raise ConfigError("--apply changes a run's recipe; leave --compare and --largest out")
+    if apply is not None and apply.exists():
+        raise ConfigError(f"--apply {apply}: the file is there already; name a new one")
     found: Any
+    mended: list[Any] = []
     with _base.notices_on_stderr():
         if compare:
             found = methods_side_by_side(chosen[0], settings)
@@ -52,8 +67,16 @@ def plan(
             from ..planning import plan as planned
 
             found = planned(chosen, **settings)
+            if not found.fits and len(chosen) == 1:
+                from ..planning.mends import mends
+
+                mended = mends(chosen[0], found, settings)
+    if picture is not None:
+        picture.write_text(drawn(found), encoding="utf-8")
     if as_json:
-        typer.echo(json.dumps(as_numbers(found), indent=1, default=str))
+        changed = [{"what": m.what, "overrides": m.overrides, "plan": m.plan.to_dict()} for m in mended]
+        numbers = as_numbers(found) | ({"mends": changed} if mended else {})
+        typer.echo(json.dumps(numbers, indent=1, default=str))
     elif compare:
         show_methods(out, found)
     elif largest:
@@ -61,6 +84,49 @@ def plan(
         out.print(f"{largest}: {value} is the largest that fits.\n{made.line()}", highlight=False)
     else:
         show(out, found)
+        show_mends(out, mended)
+    if apply is not None:
+        write_mended(chosen[0], found, mended, apply)
+
+
+def show_mends(out: Any, mended: list[Any]) -> None:
+    """Changes with their memory and time."""
+    from ..planning.whole import size
+
+    for m in mended:
+        fit = "fits" if m.plan.fits else "does not fit"
+        line = f"  {m.what}: {size(m.plan.peak_bytes)}, {m.plan.time()} ({fit}): --set {' --set '.join(m.overrides)}"
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def write_mended(recipe: Recipe, found: Plan, mended: list[Any], file: Path) -> None:
+    """Write the recipe with the first change that makes it fit; the recipe itself where it fits.
+
+    Raises:
+        PlanError: no change makes it fit.
+    """
+    from ..planning.mends import fitting
+
+    changed = recipe if found.fits else recipe.replace(*fitting(mended).overrides)
+    file.write_text(changed.to_yaml(), encoding="utf-8")
+    say(f"Written: {file}" + (" (unchanged: it fits)" if found.fits else ""))
+
+
+def drawn(found: dict[str, Any]) -> str:
+    """All methods by their trained parameters and memory, as a picture that says that it is planned."""
+    from ..comparison import charts
+    from ..planning.whole import size
+
+    plans = {k: v for k, v in found.items() if hasattr(v, "step")}
+    series = [
+        charts.Series(name, i, [(p.sizes.trained, p.peak_bytes)], f"{name}: {size(p.peak_bytes)}, planned")
+        for i, (name, p) in enumerate(plans.items())
+    ]
+    text = charts.scatter_chart(
+        series, "Planned, not measured: memory against parameters", "trained parameters (log scale)",
+        "planned peak memory", size, higher=False,
+    )  # fmt: skip
+    return text.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
 
 
 def as_numbers(found: Any) -> Any:
@@ -76,7 +142,7 @@ def show(out: Any, found: Plan) -> None:
     """A plan as a table."""
     from rich.table import Table
 
-    from ..planning.whole import duration, size
+    from ..planning.whole import size
 
     step = found.step
     table = Table(title=f"{found.recipe.method} on {found.recipe.base}", title_justify="left", show_header=False)
@@ -86,6 +152,7 @@ def show(out: Any, found: Plan) -> None:
         ("process", found.process_bytes), ("base", step.base), ("adapter", step.adapter), ("gradients", step.gradients),
         ("optimizer", step.optimizer), ("activations kept", step.kept), ("workspace", step.workspace),
         ("allocator", step.allocator), ("loss (at another moment)", step.loss),
+        ("evaluations and samples (at another moment)", found.evaluation_bytes),
         ("highest while loading", found.loading_bytes), ("peak of the process", found.peak_bytes),
     ):  # fmt: skip
         table.add_row(name, size(count))
@@ -97,8 +164,9 @@ def show(out: Any, found: Plan) -> None:
         f"{s.trained:,} trained of {s.base:,} parameters",
         f"Files: adapter {file}, a checkpoint {size(s.checkpoint)}, merged model {merged}",
         f"{r['rows']:,} rows of at most {r['longest']} tokens (nine in ten: {r['quantile']}); {found.updates:,} updates, "
-        f"at least {duration(found.seconds)}",
-        f"{'Fits' if found.fits else 'Does not fit'}: {size(found.device.free_bytes)} free ({found.device.name})",
+        f"{found.time()}",
+        f"{'Fits' if found.fits else 'Does not fit'}: {size(found.device.free_bytes)} free ({found.device.name})"
+        + (": not checked on a GPU" if found.device.gpu else ""),
     ):  # fmt: skip
         out.print(line, highlight=False, markup=False)
 
@@ -126,13 +194,13 @@ def show_methods(out: Any, found: dict[str, Any]) -> None:
     from ..planning.whole import duration, size
 
     table = Table(title="Planned, not measured", title_justify="left")
-    for name in ("method", "trained", "adapter", "activations", "peak", "at least", "fits"):
+    for name in ("method", "trained", "adapter", "activations", "peak", "expected", "fits"):
         table.add_column(name, justify="left" if name == "method" else "right")
     plans = {k: v for k, v in found.items() if hasattr(v, "step")}
     for name, p in sorted(plans.items(), key=lambda item: item[1].peak_bytes):
         table.add_row(
             name, f"{p.sizes.trained:,}", size(p.sizes.adapter_tensors), size(p.step.kept), size(p.peak_bytes),
-            duration(p.seconds), "yes" if p.fits else "no",
+            "?" if p.device.gpu else duration(p.seconds[1]), "yes" if p.fits else "no",
         )  # fmt: skip
     out.print(table)
     for name, error in found.items():

@@ -9,7 +9,7 @@ import typer
 
 from .. import processes
 from ..errors import ConfigError
-from . import _base
+from . import _base, say
 
 if TYPE_CHECKING:
     from ..training import Recipe, RunResult
@@ -19,7 +19,7 @@ FLAGS = {
     "base": "base", "quantization": "quantization", "data": "data.source", "data_format": "data.format", "method": "method",
     "epochs": "training.epochs", "steps": "training.max_steps", "lr": "training.learning_rate",
     "budget": "training.budget", "batch_size": "training.batch_size", "max_length": "data.max_length",
-    "seed": "training.seed", "init_from": "init_from", "output": "output_dir",
+    "strategy": "training.strategy", "seed": "training.seed", "init_from": "init_from", "output": "output_dir",
 }  # fmt: skip
 
 
@@ -56,10 +56,17 @@ def train(
         int | None,
         typer.Option("--processes", help="Train in so many processes of this machine, each on batch_size rows a step."),
     ] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="Of several processes: each holds the base (ddp), or a part of it (fsdp2).")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output directory.")] = False,
+    no_plan: Annotated[bool, typer.Option("--no-plan", help="No plan of memory and time before it begins.")] = False,
     show: Annotated[bool, typer.Option("--show-recipe", help="Print the recipe with all defaults, and stop.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    progress: Annotated[
+        bool, typer.Option("--progress", help="Write progress.jsonl into the output directory, for programs that watch.")
+    ] = False,
 ) -> None:
     """Train an adapter and measure it before and after.
 
@@ -68,12 +75,13 @@ def train(
     Several recipes share every pass over one frozen base, and each adapter comes out as if it were trained alone. A run that
     fails ends alone; the exit code is then 1.
 
-    On several GPUs: --processes N; on several machines torchrun … -m graftlm train … (or accelerate launch …).
+    On several GPUs: --processes N; on several machines torchrun … -m graftlm train … (docs/distributed.md).
     """
     given = locals()
     from rich.console import Console
 
     _base.quiet_libraries()
+    from ..planning.watching import memory_watched
     from ..training import TrainingInterrupted, run
 
     flags = {key: given[flag] for flag, key in FLAGS.items() if given[flag] is not None}
@@ -83,22 +91,23 @@ def train(
             raise ConfigError(f"--budget searches the learning rate, and --lr {lr:g} names it; leave one out.")
         flags["training.learning_rate"] = "search"
     console = Console(quiet=not processes.is_first())
-    if len(recipes or ()) > 1:
-        if processes_wanted is not None:
-            raise ConfigError("--processes is for one recipe: runs that share their passes train in one process.")
-        several(console, [build_recipe(path, flags, override or []) for path in recipes or ()], show, quiet)
-        return
-    chosen = build_recipe(recipes[0] if recipes else None, flags, override or [])
+    built = [build_recipe(path, flags, override or []) for path in recipes or [None]]  # type: ignore[list-item]
     if show:
-        console.print(chosen.to_yaml(), end="", highlight=False, markup=False)
+        console.print("---\n".join(r.to_yaml() for r in built), end="", highlight=False, markup=False)
         return
-    if processes_wanted is not None and processes.count() == 1:
+    if processes_wanted is not None:
         from ._processes import launch
 
-        raise typer.Exit(launch(chosen, processes_wanted, quiet=quiet))
+        planned_before(built, quiet or no_plan, f"Each of {processes_wanted} processes: ")
+        raise typer.Exit(launch(built, processes_wanted, quiet=quiet, progress=progress))
+    if len(built) > 1:
+        several(console, built, quiet, no_plan, progress)
+        return
+    chosen = built[0]
+    planned, loaded = planned_before(built, quiet or no_plan or processes.count() > 1)
     try:
-        with _base.notices_on_stderr():
-            result = run(chosen, quiet=quiet)
+        with _base.notices_on_stderr(), memory_watched(planned, chosen.output_dir):
+            result = run(chosen, quiet=quiet, data=loaded, progress=progress)
     except TrainingInterrupted:
         folder = chosen.output_dir
         console.print(f"Stopped. The adapter so far is in {folder}; go on with --resume and the same recipe.", markup=False)
@@ -107,20 +116,29 @@ def train(
     processes.leave()
 
 
-def several(console: Any, recipes: list[Recipe], show: bool, quiet: bool) -> None:
+def planned_before(recipes: list[Recipe], without: bool, before: str = "") -> tuple[Any, Any]:
+    """The plan of a run, said in a line, and its data; None for both without a plan."""
+    if without:
+        return None, None
+    from ..planning.watching import ahead
+
+    with _base.notices_on_stderr():
+        return ahead(recipes, lambda text: say(before + text))
+
+
+def several(console: Any, recipes: list[Recipe], quiet: bool, no_plan: bool, progress: bool) -> None:
     """Runs that train together.
 
     Raises:
         Exit: code 1 if one failed, 130 after Ctrl-C.
     """
+    from ..planning.watching import memory_watched
     from ..training import TrainingInterrupted, train_together
 
-    if show:
-        console.print("---\n".join(r.to_yaml() for r in recipes), end="", highlight=False, markup=False)
-        return
+    planned, _ = planned_before(recipes, quiet or no_plan or processes.count() > 1)
     try:
-        with _base.notices_on_stderr():
-            outcomes = train_together(recipes, quiet=quiet)
+        with _base.notices_on_stderr(), memory_watched(planned, ", ".join(r.output_dir for r in recipes)):
+            outcomes = train_together(recipes, quiet=quiet, progress=progress)
     except TrainingInterrupted as stopped:
         console.print(f"{stopped} (--resume)", markup=False)
         raise typer.Exit(130) from None
@@ -133,6 +151,7 @@ def several(console: Any, recipes: list[Recipe], show: bool, quiet: bool) -> Non
         console.print(f"{outcome.recipe.output_dir}: {outcome.error}", style="red", markup=False, highlight=False)
     if failed:
         raise typer.Exit(1)
+    processes.leave()
 
 
 def build_recipe(path: Path | None, flags: dict[str, Any], overrides: list[str]) -> Recipe:

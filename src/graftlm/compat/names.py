@@ -83,6 +83,10 @@ MODULES: dict[str, dict[str, str]] = {
     "peft_model": {},
     "tuners": {},
     **{f"tuners.{name}": {} for name in _TUNERS},
+    **dict.fromkeys(
+        ("tuners.trainable_tokens", "tuners.trainable_tokens.layer"),
+        {"TrainableTokensLayer": "compat.tuners:TrainableTokensLayer"},
+    ),
     "tuners.lora": _LAYERS,
     "tuners.lora.config": {},
     "tuners.lora.conversion": {},

@@ -16,7 +16,7 @@ from ..attached import _SETS, AdapterHost
 from ..layers import Adapted, ModulesToSaveWrapper
 from ..methods import PeftType
 from ..methods.lora_change import LoraChange
-from ..methods.tokens import TABLE
+from ..methods.tokens import TABLE, TokenChange
 from ..model import PeftModel
 
 DUMMY_MODEL_CONFIG = {"model_type": "custom"}
@@ -181,6 +181,14 @@ class AuxiliaryTrainingWrapper(metaclass=Answering):
     @classmethod
     def holds(cls, instance: Any) -> bool:
         return isinstance(instance, ModulesToSaveWrapper)
+
+
+class TrainableTokensLayer(metaclass=Answering):
+    """A module of which an adapter trains rows of tokens, or follows those of the embeddings."""
+
+    @classmethod
+    def holds(cls, instance: Any) -> bool:
+        return isinstance(instance, Adapted) and any(isinstance(c, TokenChange) for c in instance.changes.values())
 
 
 class TrainableTokensWrapper(metaclass=Answering):

@@ -21,7 +21,7 @@ from ..architectures import is_encoder_decoder
 from ..errors import AdapterError, ServingError, UnsupportedError
 from ..mixing import try_mixed
 from ..passes.facts import decoder_config
-from ..passes.served import FrontMemory
+from ..passes.plain_cache import FrontMemory
 from ..routing import BASE_NAME, Group
 from .engine import Engine
 from .jobs import Composition, Job

@@ -65,8 +65,12 @@ class KeyValueCache:
     def of(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """A layer's tensors; they are made by the first keys and values [G, n, D] that it has."""
         if layer not in self.layers:
-            # zeros: what is masked must be finite
-            self.layers[layer] = tuple(t.new_zeros(t.shape[0], self.size, t.shape[2]) for t in (keys, values))  # type: ignore[assignment]
+            with torch.inference_mode(False):  # lean steps run in that mode, others do not, and both write
+                # zeros: what is masked must be finite
+                made = tuple(
+                    torch.zeros(t.shape[0], self.size, t.shape[2], dtype=t.dtype, device=t.device) for t in (keys, values)
+                )
+            self.layers[layer] = made  # type: ignore[assignment]
         return self.layers[layer]
 
     # -- rows ------------------------------------------------------------------------------------------------------------
@@ -171,7 +175,8 @@ class Part:
         shared, least = heads // groups, 0 if window is None else max(0, self.first + 1 - window)
         k, v = (self.seen(t, least) for t in (keys, values))  # [R, G, M, D]
         if self.count == 1:
-            q = q.transpose(0, 1).reshape(self.rows, groups, shared, size)
+            by_head, by_row, by_entry = q.stride()
+            q = q.as_strided((self.rows, groups, shared, size), (by_row, shared * by_head, by_head, by_entry))
         else:
             q = q.reshape(1, groups, shared * self.count, size)
         made = F.scaled_dot_product_attention(q, k, v, self.mask(q, groups, shared, window, least), scale=scale)
@@ -181,10 +186,9 @@ class Part:
 
     def seen(self, kept: Tensor, least: int) -> Tensor:
         """The rows' places [G, A, D] from `least` to the end of the longest: [R, G, M, D], without a copy."""
-        if self.rows == 1:
-            return kept[None, :, self.start + least : self.start + self.end]
-        block = kept[:, self.start : self.start + self.rows * self.size].unflatten(1, (self.rows, self.size))
-        return block[:, :, least : self.end].transpose(0, 1)
+        (groups, _, size), (by_group, by_place, _) = kept.shape, kept.stride()
+        shape, strides = (self.rows, groups, self.end - least, size), (self.size * by_place, by_group, by_place, 1)
+        return kept.as_strided(shape, strides, (self.start + least) * by_place)
 
     def mask(self, q: Tensor, groups: int, shared: int, window: int | None, least: int) -> Tensor | None:
         """What is added to the scores [R, G or 1, queries or 1, M]; the same in all layers with this window."""

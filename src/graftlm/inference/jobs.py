@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..passes.served import FrontMemory
+from ..passes.plain_cache import FrontMemory
 from ..routing import Group
 from .detokenize import Detokenizer
 from .handle import Handle

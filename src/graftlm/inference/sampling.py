@@ -109,7 +109,7 @@ def warped(logits: Tensor, p: SamplingParams) -> Tensor:
 
 def choose(choosers: Sequence[Chooser], logits: Tensor) -> list[int | None]:
     """The next token of each row; logits [R, V]. None where a row's logits are no finite numbers, or its form ends it."""
-    highest, best = logits.max(dim=-1)
+    highest, best = likeliest(logits)
     finite, chosen = torch.isfinite(highest).tolist(), best.tolist()
     for i, chooser in enumerate(choosers):
         if not finite[i]:
@@ -124,6 +124,25 @@ def choose(choosers: Sequence[Chooser], logits: Tensor) -> list[int | None]:
             log.warning("A completion ends: %s", error)
             chosen[i] = None
     return chosen
+
+
+_WIDTH = 256
+
+
+def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest logit [R] of each row and where it stands first; logits [R, V]. On a CPU torch's own takes twenty times
+    as long as a maximum alone: so first the maximum of each stretch of the vocabulary, then its place in one of them."""
+    size = logits.shape[1]
+    count = size // _WIDTH
+    if logits.device.type != "cpu" or count < 8:
+        return logits.max(dim=-1)  # type: ignore[return-value]
+    stretches = logits[:, : count * _WIDTH].unflatten(1, (count, _WIDTH)).amax(-1)
+    if size % _WIDTH:
+        stretches = torch.cat((stretches, logits[:, count * _WIDTH :].amax(-1, keepdim=True)), dim=1)
+    highest, stretch = stretches.max(dim=-1)
+    start = (stretch * _WIDTH).clamp_(max=size - _WIDTH)
+    own = logits.gather(1, start[:, None] + torch.arange(_WIDTH))
+    return highest, start + own.argmax(-1)
 
 
 def draw(chooser: Chooser, logits: Tensor) -> int | None:

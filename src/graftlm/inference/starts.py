@@ -17,7 +17,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..passes.served import FrontMemory
+    from ..passes.plain_cache import FrontMemory
     from ..passes.state import Memory
 
 

@@ -70,7 +70,7 @@ def add_product(y: Tensor, x: Tensor, weight: Tensor, scale: float) -> None:
 def working_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which to make products of values in `dtype`: fp32 for 16-bit ones on CPUs that multiply them slowly."""
     narrow = device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and not torch.compiler.is_compiling()
-    return torch.float32 if narrow and way(dtype, _FEW, transposed=True) is widened else dtype
+    return torch.float32 if narrow and way(dtype, _FEW, True) is widened else dtype
 
 
 def frozen_ways(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Way, Way] | None:

@@ -24,6 +24,7 @@ from .order import first_order
 _DTYPES = (torch.float32, torch.bfloat16)
 _ROWS = 64  # that the blocks are laid out for; products of any number of rows take them
 _KEPT: Any = WeakIdKeyDictionary()  # weights, and their blocks
+_openings = [0]  # how often somebody began or ended to keep some
 
 
 class Packed:
@@ -55,6 +56,7 @@ class Packed:
 def packed_weights(weights: Iterable[tuple[Tensor, bool]]) -> Iterator[None]:
     """Within the block, keep blocks of these weights on a CPU: each with whether it lies [in, out]."""
     held = []
+    _openings[0] += 1
     for weight, transposed in weights:
         if weight not in _KEPT:
             _KEPT[weight] = Packed(weight, transposed)
@@ -63,10 +65,16 @@ def packed_weights(weights: Iterable[tuple[Tensor, bool]]) -> Iterator[None]:
     try:
         yield
     finally:
+        _openings[0] += 1
         for weight in held:
             _KEPT[weight].users -= 1
             if not _KEPT[weight].users:
                 del _KEPT[weight]
+
+
+def openings() -> int:
+    """A number that is another one whenever other weights may be kept."""
+    return _openings[0]
 
 
 def is_kept(weight: Tensor) -> bool:
@@ -110,7 +118,7 @@ def block_product(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Joint:
-    """The blocks of several weights [out, in] that multiply the same x, one below the other; only while each is kept.
+    """The blocks of several weights that multiply the same x, one below the other; only while each is kept.
 
     They stand in place of the weights' own forward ones, which a pass by itself makes again."""
 
@@ -132,7 +140,8 @@ class Joint:
             return self._kept[0].of(weights[0], backward=False)
         now = [Packed.state(weight) for weight in weights]
         if self._blocks is None or now != self._made:
-            joined = torch.cat([weight.detach() for weight in weights])
+            oriented = zip(self._weights, self._kept, strict=True)
+            joined = torch.cat([w.detach().t() if kept.transposed else w.detach() for w, kept in oriented])
             self._blocks, self._made = torch.ops.mkldnn._reorder_linear_weight(joined, _ROWS), now
             for kept in self._kept:
                 kept.blocks.pop(False, None)

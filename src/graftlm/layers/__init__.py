@@ -7,7 +7,7 @@ methods alike.
 from .adapted import Adapted, adapted_layers
 from .attention import AdaptedAttention, around, unfuse
 from .change import Change, Held, LowRank
-from .frozen import KINDS, Frozen, as_it_was, both_forms, frozen_of
+from .frozen import KINDS, Frozen, as_it_was, both_forms, frozen_of, is_product
 from .parameter import AdaptedParameter, module_of, parameters_of
 from .saved import ModulesToSaveWrapper, find_modules, save_modules, saved_modules, unsave_modules
 
@@ -27,6 +27,7 @@ __all__ = [
     "both_forms",
     "find_modules",
     "frozen_of",
+    "is_product",
     "module_of",
     "parameters_of",
     "save_modules",

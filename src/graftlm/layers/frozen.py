@@ -291,6 +291,30 @@ class Frozen:
         self.before, self.folds = None, []
 
 
+_PRODUCTS: dict[tuple[type, str], bool] = {}
+
+
+def is_product(layer: Any) -> bool:
+    """Whether a linear layer computes ``x W^T + b`` [..., in] -> [..., out], or something of that shape: classes of their
+    own need not (Llama 4's router gives two tensors, DeepSeek-V4's grouped layers read groups). They are asked once."""
+    kind = type(layer)
+    if kind.forward in (nn.Linear.forward, Conv1D.forward) or quantized_kind(layer) is not None:
+        return True
+    weight = layer.weight
+    if (key := (kind, weight.device.type)) not in _PRODUCTS:
+        width, out = (weight.shape if isinstance(layer, Conv1D) else weight.shape[::-1])[-2:]
+        made: Any = None
+        try:
+            with torch.no_grad():
+                made = kind.forward(layer, torch.zeros(1, 2, width, dtype=weight.dtype, device=weight.device))
+        except TypeError:  # it reads more than x; what it gives shows when it runs
+            return True
+        except (RuntimeError, ValueError, LookupError):
+            pass
+        _PRODUCTS[key] = isinstance(made, Tensor) and made.shape == (1, 2, out)
+    return _PRODUCTS[key]
+
+
 def frozen_of(layer: Any) -> Frozen | None:
     """What a layer of the base is by itself, while adapters are folded into it."""
     return vars(layer).get("folded")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..architectures import clean_path as clean_path
 from ..architectures import replace_module as replace_module
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError, ConfigError, UnsupportedError
 from ..routing import Routes, Switch
 from .config import CONFIG_NAME as CONFIG_NAME
 from .config import METHODS, PeftConfig
@@ -187,6 +187,18 @@ class Method:
     def load_training(self, host: Site, tensors: dict[str, Tensor]) -> None:
         """Fill the attached adapter from `training_tensors`."""
         raise AdapterError(f"{type(self).__name__} has no training state of its own.")
+
+    def file_fields(self, host: Site) -> dict[str, Any]:
+        """What `adapter_config.json` says otherwise than the configuration, because of what `tensors` holds; then the file
+        is the whole adapter, without fields of our own."""
+        return {}
+
+    def as_plain(self, host: Site) -> AbstractContextManager:
+        """Within the block the adapter is saved without the start values that HF PEFT takes from the base's weights."""
+        raise UnsupportedError(
+            f"path_initial_model_for_weight_conversion: adapter {self.name!r} has no start values that would be taken out; "
+            "its file is what it is converted to already. Leave it out."
+        )
 
     def repeated_keys(self, host: Site) -> dict[str, str]:
         """Keys under which HF PEFT's files hold a tensor a second time, and its key here."""

@@ -6,9 +6,10 @@
 * pfeiffer (arXiv:2005.00247): after the feed-forward half only;
 * parallel (arXiv:2110.04366): beside the feed-forward half, ``ffn(x) + s * W_up act(W_down x)``, x its input.
 
-The place is the output of the half's last linear layer, before the block adds its residual; W_up starts at zero, so an
-untrained adapter changes nothing. HF PEFT has no such method; the file's keys are `<module>.bottleneck.down.weight` etc.
-A network with an activation cannot be folded into weights: there is no merge.
+The place is the output of the half's last linear layer (of a mixture of experts, which has none: of the whole half),
+before the block adds its residual; W_up starts at zero, so an untrained adapter changes nothing. HF PEFT has no such
+method; the file's keys are `<module>.bottleneck.down.weight` etc. A network with an activation cannot be folded into
+weights: there is no merge.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import base_modules, block_sites, innermost
+from ..architectures import base_modules, block_sites, innermost, model_dims
 from ..errors import ConfigError, TargetError, nearest
 from ..kernels import dropout
 from ..routing import Group, Index, by_group
@@ -66,7 +67,8 @@ class BottleneckConfig(PeftConfig):
         dropout: before W_down, in training.
         layers_to_transform: only blocks with these numbers.
         attention_modules, feed_forward_modules, feed_forward_input_modules: module names (endings or a regular
-            expression) of the halves' last and the feed-forward half's first linear layers; None finds them.
+            expression) of the halves' last and the feed-forward half's first linear layers, or of whole halves; None
+            finds them.
         modules_to_save: modules that are trained in full and saved along.
     """
 
@@ -124,7 +126,9 @@ class OutputHook:
         self.host = host
         self.adapters: dict[str, tuple[nn.Module, list[Tensor] | None]] = {}  # with what a parallel one reads
 
-    def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if isinstance(output, tuple):  # of a whole half: attention's weights, a router's scores
+            return self(module, args, output[0]), *output[1:]
         active = [name for name in self.host.active_now() if name in self.adapters]
         inputs = {name: seen.pop() for name in active if (seen := self.adapters[name][1]) is not None}
         if (routes := self.host.routes_now()) is None:
@@ -153,10 +157,10 @@ class Bottleneck(Method):
         self._report_unused(host, places)
         for site, source in places.items():
             frozen = innermost(host.base.get_submodule(site))
-            width_in = features(innermost(host.base.get_submodule(source)))[0] if source else features(frozen)[1]
-            modules[site.replace(".", "/")] = Adapter(
-                width_in, features(frozen)[1], config, frozen.weight.device, host.adapter_dtype(frozen)
-            )
+            width = features(frozen, host)[1]
+            width_in = features(innermost(host.base.get_submodule(source)), host)[0] if source else width
+            device, dtype = next(frozen.parameters()).device, host.adapter_dtype(frozen)
+            modules[site.replace(".", "/")] = Adapter(width_in, width, config, device, dtype)
         host.bottleneck[self.name] = nn.ModuleDict(modules)
 
     def places(self, host: Site) -> dict[str, str | None]:
@@ -164,7 +168,8 @@ class Bottleneck(Method):
         config: BottleneckConfig = self.config  # type: ignore[assignment]
         wanted = {site: getattr(config, field) for site, field in FIELDS.items()}
         used = USED[config.placement]  # type: ignore[index]
-        sites = {} if all(wanted[s] for s in used) else block_sites(host.base)
+        open_sites = [s for s in used if not wanted[s]]
+        sites = block_sites(host.base, open_sites) if open_sites else {}
         for site in used:
             if patterns := wanted[site]:
                 names = [n for n, _ in base_modules(host.base)]
@@ -221,14 +226,15 @@ class Bottleneck(Method):
             seen: list[Tensor] | None = None
             if source is not None:
                 seen = []
-                handles.append(host.base.get_submodule(source).register_forward_pre_hook(self._note(host, seen)))
+                reader = host.base.get_submodule(source)
+                handles.append(reader.register_forward_pre_hook(self._note(host, seen), with_kwargs=True))
             site.adapters[self.name] = adapter, seen
         return handles
 
     def _note(self, host: Site, seen: list[Tensor]) -> Callable:
-        def note(module: nn.Module, args: tuple) -> None:
+        def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             if self.name in host.active_now():
-                seen[:] = args[:1]
+                seen[:] = (*args, *kwargs.values())[:1]
 
         return note
 
@@ -253,13 +259,17 @@ class Bottleneck(Method):
                 parameter.copy_(tensors[key])
 
 
-def features(module: Any) -> tuple[int, int]:
-    """Input and output width of a linear layer (GPT-2's Conv1D lies the other way round)."""
+def features(module: Any, host: Site) -> tuple[int, int]:
+    """Input and output width of a linear layer (GPT-2's Conv1D lies the other way round), or of a block's half."""
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.weight.shape[1]
     if hasattr(module, "in_features"):
         return module.in_features, module.out_features
-    raise ConfigError(f"{type(module).__name__} is no linear layer; bottleneck adapters attach to linear layers.")
+    if getattr(module, "weight", None) is not None:
+        raise ConfigError(f"{type(module).__name__} is no linear layer; bottleneck adapters attach to linear layers.")
+    first = next((m for m in module.modules() if isinstance(m, nn.Linear)), None)
+    width = model_dims(host.base).hidden if first is None else first.in_features
+    return width, width
 
 
 register(PeftType.BOTTLENECK, BottleneckConfig, Bottleneck)

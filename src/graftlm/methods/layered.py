@@ -19,10 +19,10 @@ from ..architectures import (
     token_embeddings,
 )
 from ..errors import TargetError, UnsupportedError
-from ..layers import Adapted, Change, Frozen, adapted_layers, around
+from ..layers import Adapted, Change, Frozen, adapted_layers, around, is_product
 from .base import Method, PeftConfig, Site
 from .fields import check_expressions
-from .targets import find_targets, is_uncalled
+from .targets import find_targets, is_uncalled, report_read, without_uncalled
 
 
 @dataclass(kw_only=True)
@@ -82,9 +82,10 @@ class LayerMethod(Method):
         if config.target_modules is None:
             config.target_modules = default_targets(host.base, self.families, type(config).__name__)
         found = find_targets(host.base, config, skip=(Adapted, *host.container_types))
-        targets = {p: m for p, m in found.items() if not is_uncalled(m) or p.rpartition(".")[0] not in found}
+        targets = without_uncalled(config, found)
         self._refuse_shared(host, targets)
         self.prepare(host, self._taken(targets))
+        report_read(host.base, targets)
         for path, module in targets.items():
             frozen = self._place(host, host.base, path, module, clean_path(path), not for_loading)
             if frozen.kind == "attention":  # its projection of the output is changed along
@@ -110,6 +111,11 @@ class LayerMethod(Method):
                     f"target_modules selects {name!r} of {attention!r}, a MultiheadAttention of torch's, which reads its "
                     f"weight without calling it: an adapter of it would never act. Name {attention!r} instead, which "
                     "brings this projection along."
+                )
+            if frozen.kind == "linear" and not is_product(frozen.layer):
+                raise UnsupportedError(
+                    f"{clean_path(path)!r} is a {type(frozen.layer).__name__}, a linear layer that does not compute a plain "
+                    "product, so there is nothing that an adapter could be added to. Leave it out of target_modules."
                 )
             if frozen.kind == "attention" and not frozen.layer._qkv_same_embed_dim:
                 raise UnsupportedError(

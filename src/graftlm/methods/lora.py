@@ -16,6 +16,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -38,6 +39,7 @@ from .lora_conv import OUT_PROJ, ConvChange, check_dropout
 from .lora_data_config import KEPT, CordaConfig, EvaConfig, LoraGAConfig, check_data_start
 from .lora_data_init import doubled, take_starts, with_starts, without_starts
 from .lora_experts import ExpertsChange, adapted_parameter, check_settings, find_parameters
+from .lora_init import from_weight
 from .lora_invoked import check_invocation
 from .lora_replicated import release, replicate
 from .lora_tied import TiedChange, tie_head, tie_targets
@@ -323,9 +325,25 @@ class Lora(Biased):
     def completed(self, host: Site, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return without_starts(tensors, self._starts(host))
 
+    def file_fields(self, host: Site) -> dict[str, Any]:
+        said = self.config.init_lora_weights in KEPT  # type: ignore[attr-defined]
+        return {} if said or not self._starts(host) else doubled(self.config)
+
+    @contextmanager
+    def as_plain(self, host: Site) -> Iterator[None]:
+        config: LoraConfig = self.config  # type: ignore[assignment]
+        before, config.init_lora_weights = config.init_lora_weights, True
+        try:
+            if not self._starts(host):
+                super().as_plain(host)
+            yield
+        finally:
+            config.init_lora_weights = before
+
     def _starts(self, host: Site) -> dict[str, Any]:
-        """Starts that are in the file, by the name of their layer there."""
-        if self.config.init_lora_weights not in KEPT:  # type: ignore[attr-defined]
+        """Starts that are in the file, by the name of their layer there: all but those that its configuration lets find
+        again from the base (also where somebody has changed it since, as HF PEFT's users do before a conversion)."""
+        if from_weight(self.config.init_lora_weights):  # type: ignore[attr-defined]
             return {}
         held = {f"{self.file_prefix}{path}": layer.held(self.name) for path, layer in self.layers(host)}
         return {path: t["lora_start"] for path, t in held.items() if "lora_start" in t}

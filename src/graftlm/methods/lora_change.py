@@ -63,7 +63,7 @@ class LoraChange(Change):
 
     tables: ClassVar[tuple[str, ...]] = ("lora_dropout", "lora_A", "lora_B", "lora_magnitude_vector", "lora_start")
     bare = frozenset({"lora_magnitude_vector"})
-    numbers = ("r", "lora_alpha", "scaling")
+    numbers: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "scaling")
 
     def __init__(self, config: Any, r: int, alpha: float, original: Callable[[], Tensor] | None = None) -> None:
         self.r = r

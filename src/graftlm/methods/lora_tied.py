@@ -28,6 +28,7 @@ class TiedChange(LoraChange):
 
     tables = ("lora_dropout", "lora_magnitude_vector")
     keys = ("lora_A.weight", "lora_B.weight")
+    numbers = (*LoraChange.numbers, "lora_A", "lora_B")
 
     def __init__(self, config: Any, r: int, alpha: float, source: Held) -> None:
         super().__init__(config, r, alpha)
@@ -42,6 +43,15 @@ class TiedChange(LoraChange):
     def factors(self, t: Held) -> tuple[Tensor, Tensor]:
         held = Held(*self.source)
         return held["lora_embedding_B"].T, held["lora_embedding_A"].T
+
+    @property
+    def lora_A(self) -> SimpleNamespace:
+        """Views of the embedding's factors by the names that a head of its own would have."""
+        return SimpleNamespace(weight=Held(*self.source)["lora_embedding_B"].T)
+
+    @property
+    def lora_B(self) -> SimpleNamespace:
+        return SimpleNamespace(weight=Held(*self.source)["lora_embedding_A"].T)
 
     def values(self, t: Held) -> list[nn.Parameter]:
         held = Held(*self.source)

@@ -7,6 +7,8 @@ not HF PEFT's: an entry that selects nothing is named in a warning, with its nea
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -18,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architectures import clean_path, innermost
 from ..errors import TargetError, nearest
+from ..layers import is_product
 from .base import TaskType
 
 ALL_LINEAR = "all-linear"
@@ -69,6 +72,7 @@ def find_targets(base: nn.Module, config: Any, skip: tuple[type, ...] = ()) -> d
     targets = config.target_modules
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         targets = linear_names(base, names, config)
+        report_experts(names, config)
     chosen = {n: m for n, m in names.items() if matches(targets, n)}
     found = {n: m for n, m in chosen.items() if lets_in(config, targets, n)}
     if not found:
@@ -132,6 +136,23 @@ def linear_names(base: Any, names: dict[str, nn.Module], config: Any) -> list[st
         if is_linear(module) and not is_head and not classifies and not is_uncalled(module):
             found.append(name)
     return found
+
+
+def report_experts(names: dict[str, nn.Module], config: Any) -> None:
+    """A warning where "all-linear" leaves out experts, whose weights are stacked in parameters of their module."""
+    found = [
+        f"experts.{key}"
+        for name, module in names.items()
+        if name.rpartition(".")[2] == "experts"
+        for key, value in module._parameters.items()
+        if value is not None and value.dim() == 3
+    ]
+    if found and not getattr(config, "target_parameters", None):
+        warnings.warn(
+            "target_modules='all-linear' takes linear layers only; this model's experts are stacked in parameters, which "
+            f"stay as they are. LoRA changes them with target_parameters={list(dict.fromkeys(found))}.",
+            stacklevel=2,
+        )
 
 
 def report_unmatched(
@@ -219,13 +240,75 @@ def frozen_layer(module: Any) -> Any:
 
 
 def is_linear(module: Any) -> bool:
-    """Whether a module is a linear layer, itself or inside adapter modules."""
-    return isinstance(frozen_layer(module), (nn.Linear, Conv1D))
+    """Whether a module is a linear layer, itself or inside adapter modules, and computes as such."""
+    return isinstance(layer := frozen_layer(module), (nn.Linear, Conv1D)) and is_product(layer)
 
 
 def is_uncalled(module: Any) -> bool:
     """Whether a module is the `out_proj` of torch's MultiheadAttention, which reads its weight and never calls it."""
     return isinstance(frozen_layer(module), NonDynamicallyQuantizableLinear)
+
+
+def report_read(base: nn.Module, targets: Iterable[str]) -> None:
+    """A warning for layers whose weight the code of their module reads without calling them: a change of them would not act,
+    nor be trained, until it is merged."""
+    found: dict[str, list[str]] = {}
+    for path in targets:
+        place, _, name = path.removesuffix(".original_module").rpartition(".")
+        cls: Any = type(base.get_submodule(place))
+        if where := read_by_weight(cls, name):
+            found.setdefault(where, []).append(clean_path(path))
+    for where, paths in found.items():
+        leaves = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+        warnings.warn(
+            f"target_modules: {where} this model's code reads the weight of {leaves} ({paths[0]!r}; {len(paths)} in all) "
+            "and does not call the layer: there changes of it do not act and are not trained. Leave it out.",
+            stacklevel=2,
+        )
+
+
+@functools.cache
+def read_by_weight(cls: type, name: str) -> str:
+    """Where the code of a class reads the weight of its layer `name` instead of calling it: "everywhere" (WavLM's
+    attention), "with Mamba's kernels, on GPUs,", or "" for nowhere."""
+    source = source_of(cls)
+    if not re.search(rf"\bself\.{name}\.weight\b(?!\.(dtype|device|shape|data|size))", source):
+        return ""
+    if not re.search(rf"\bself\.{name}\(", source):
+        return "everywhere"
+    return "with Mamba's kernels, on GPUs," if re.search("causal_conv1d|mamba_", source) else ""
+
+
+@functools.cache
+def source_of(cls: type) -> str:
+    """The code of a module's class and of those it is made of, as far as it can be read; "" for torch's."""
+    found = []
+    for part in cls.__mro__:
+        if part.__module__.partition(".")[0] in ("torch", "builtins") or part.__module__ == "transformers.modeling_utils":
+            continue
+        try:
+            found.append(inspect.getsource(part))
+        except (OSError, TypeError):  # made in an interpreter, or compiled
+            return ""
+    return "\n".join(found)
+
+
+def without_uncalled(config: Any, found: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The targets without each `out_proj` of a MultiheadAttention that an entry selects beside layers which are called, and
+    without those whose attention is a target."""
+    uncalled = {clean_path(path) for path, module in found.items() if is_uncalled(module)}
+    called = [clean_path(path) for path in found if clean_path(path) not in uncalled]
+    targets = config.target_modules
+    entries = [targets] if isinstance(targets, str) else [[entry] for entry in targets]
+    beside = [n for n in uncalled if any(matches(e, n) and any(matches(e, c) for c in called) for e in entries)]
+    if alone := sorted(n for n in beside if n.rpartition(".")[0] not in called):
+        warnings.warn(
+            f"target_modules: {', '.join(alone)} is left out: torch's MultiheadAttention reads its weight without calling "
+            f"it. Name {alone[0].rpartition('.')[0]!r} to change it along with the attention.",
+            stacklevel=2,
+        )
+    left = {p: m for p, m in found.items() if clean_path(p) not in beside}
+    return {p: m for p, m in left.items() if not is_uncalled(m) or p.rpartition(".")[0] not in left}
 
 
 def no_match(targets: Any, names: dict[str, nn.Module], config: Any) -> str:

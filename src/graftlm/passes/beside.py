@@ -60,6 +60,7 @@ class Acting:
         shapes: of their joint factors, by place: in, r, out.
         others: other changes, by place.
         tails: bottlenecks behind a product, by place.
+        in_modules: whether something of it is in modules that a step calls as they stand.
         whole: whether that is all that the composition does.
     """
 
@@ -69,7 +70,10 @@ class Acting:
         self.others: dict[Place, list[Other]] = {}
         self.tails: dict[Place, tuple[OutputHook, list[str]]] = {}
         soft = [host.prompt_encoder[n] for n in group if any(host.counts((n,)))]  # in the cache, in front of rows
-        found = {id(p) for module in (*_called(form), *soft) for p in module.parameters()}
+        norms = [norm.module for layer in form.layers for norm in layer.norms]  # with adapters, modules are called
+        found = {id(p) for module in (*form.called, *norms) for p in module.parameters()}
+        self.in_modules = any(id(p) in found for n in group for _, p in host.adapter_parameters(n))
+        found |= {id(p) for module in soft for p in module.parameters()}
         for number, layer in enumerate(form.layers):
             for name, site in layer.sites.items():
                 found |= self._read(host, group, (number, name), site)
@@ -99,12 +103,6 @@ class Acting:
             a = lows[0][1].a
             self.shapes[place] = a.shape[1], sum(len(low.a) for _, low in lows), site.columns[-1].stop
         return found
-
-
-def _called(form: Lean) -> list[Any]:
-    """Modules that a lean step calls as they stand, adapters and all."""
-    norms = [norm for layer in form.layers for norm in layer.norms]
-    return [form.backbone.embed_tokens, form.backbone.norm, form.base.get_output_embeddings(), *norms]
 
 
 def _around(module: Any) -> list[Adapted]:
@@ -229,14 +227,22 @@ class RowsBeside(dict[Place, list[Acts]]):
         self.changes = stack.changes
         slots = {stack.slots.index(a): own for a, own in zip(acting, tokens, strict=True) if a.lows}
         few = {slot: own for slot, own in slots.items() if len(own) <= FEW}
-        few = few if len(few) > 1 and 2 * len(few) >= len(stack.slots) else {}  # all slots would be multiplied
+        span = slice(min(few, default=0), max(few, default=0) + 1)  # all slots of it would be multiplied
+        few = few if len(few) > 1 and 2 * len(few) >= span.stop - span.start else {}
         for slot, own in slots.items():
             if slot not in few:
-                self._add(partial(update, _index(own, device, end)), slice(slot, slot + 1))
+                self._add(partial(update, _index(own, device)), slice(slot, slot + 1))
         if few:
-            self._add(grouped(few, len(stack.slots), end, device), slice(None))
+            self._add(
+                grouped({slot - span.start: own for slot, own in few.items()}, span.stop - span.start, end, device), span
+            )
         for a, own in zip(acting, tokens, strict=True):
-            self._add_others(a, _index(own, device, end))
+            self._add_others(a, _index(own, device))
+
+    @property
+    def low(self) -> bool:
+        """Whether there are low-rank updates only."""
+        return not any(a.others or a.tails or a.in_modules for a in self.acting)
 
     @property
     def current(self) -> bool:
@@ -256,12 +262,12 @@ class RowsBeside(dict[Place, list[Acts]]):
 
 
 def grouped(few: dict[int, list[int]], slots: int, count: int, device: torch.device) -> Any:
-    """How tokens, of `count`, go through all slots at once: by slot those that are its."""
+    """How tokens, of `count`, go through slots at once: by slot those that are its."""
     most = max(map(len, few.values()))
+    if most == 1 and len(few) == slots:
+        return partial(update_each, _index([few[slot][0] for slot in range(slots)], device))
     tokens = [token for own in few.values() for token in own]
     places = [slot * most + i for slot, own in few.items() for i in range(len(own))]
-    if most == 1 and len(few) == slots == count and all(own == [slot] for slot, own in few.items()):
-        return update_each
     source = torch.zeros(slots * most, dtype=torch.long)
     source[torch.tensor(places)] = torch.tensor(tokens)
     everyone = tokens == list(range(count))
@@ -269,10 +275,10 @@ def grouped(few: dict[int, list[int]], slots: int, count: int, device: torch.dev
     return partial(update_grouped, source.to(device), torch.tensor(places, device=device), rows)
 
 
-def _index(places: list[int], device: torch.device, count: int) -> Index:
-    """A slice where places, of `count`, lie side by side."""
-    first, last = places[0], places[-1] + 1
-    return slice(first, last) if last - first == len(places) else torch.tensor(places, device=device)
+def _index(places: list[int], device: torch.device) -> Index:
+    """A slice where places lie side by side in their order."""
+    first, end = places[0], places[0] + len(places)
+    return slice(first, end) if places == list(range(first, end)) else torch.tensor(places, device=device)
 
 
 # in place: y [N, out], x [N, in]; A [S, in, r], B [S, r, out]
@@ -285,13 +291,14 @@ def update(index: Index, a: Tensor, b: Tensor, y: Tensor, x: Tensor) -> None:
         y[index] += (part @ b[0]).to(y.dtype)
 
 
-def update_each(a: Tensor, b: Tensor, y: Tensor, x: Tensor) -> None:
-    """One token of each slot, in their order."""
-    part = torch.bmm(x[:, None].to(a.dtype), a)
-    if y.dtype is b.dtype:
-        y[:, None].baddbmm_(part, b)
+def update_each(index: Index, a: Tensor, b: Tensor, y: Tensor, x: Tensor) -> None:
+    """One token of each slot: `index` says which."""
+    if isinstance(index, slice):
+        part = torch.bmm(x[index].unsqueeze(1).to(a.dtype), a)
+        y[index] += torch.bmm(part, b).squeeze(1).to(y.dtype)
     else:
-        y += torch.bmm(part, b)[:, 0].to(y.dtype)
+        part = torch.bmm(x.index_select(0, index).unsqueeze(1).to(a.dtype), a)  # type: ignore[arg-type]
+        y.index_add_(0, index, torch.bmm(part, b).squeeze(1).to(y.dtype))  # type: ignore[arg-type]
 
 
 def update_grouped(source: Tensor, places: Tensor, rows: Tensor | None, a: Tensor, b: Tensor, y: Tensor, x: Tensor) -> None:

@@ -11,6 +11,7 @@ from ..architectures import (
     counts_from_mask,
     has_image_positions,
     is_encoder_decoder,
+    per_layer_table,
     pools_first_token,
     pools_last_token,
     position_offset,
@@ -29,6 +30,7 @@ class Facts:
         offset: position of a row's first token.
         room, encoder_room: positions that there are vectors for; None where they are computed.
         to_left, to_right: the side of a row that its head reads, to which the real tokens are moved.
+        per_layer: the module that looks up embeddings by layer, which given embeddings leave out; None for most.
     """
 
     signature: inspect.Signature
@@ -42,6 +44,7 @@ class Facts:
     encoder_room: int | None
     to_left: bool
     to_right: bool
+    per_layer: Any
 
     @classmethod
     def of(cls, base: Any) -> Facts:
@@ -58,6 +61,7 @@ class Facts:
             encoder_room=position_room(base.get_encoder()) if halves else None,
             to_left=pools_last_token(base),
             to_right=pools_first_token(base),
+            per_layer=per_layer_table(base),
         )
 
     def takes(self, name: str) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
 from torch import Tensor
+from transformers import Cache
 
 
 def by_name(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict:
@@ -78,3 +79,13 @@ def batch_size(named: dict) -> int:
         return encoded[0].shape[0]
     features = (v for v in named.values() if isinstance(v, Tensor) and v.dim() > 1)  # of sound or images
     return next((v.shape[0] for v in features), 1)
+
+
+def carries_state(named: dict) -> bool:
+    """Whether a call goes on from a recurrent state, in which all that stands before its tokens is (Mamba's `cache_params`,
+    RWKV's `state`). Such a state has no places: neither masks nor positions count what it holds."""
+    cache = named.get("cache_params")
+    if isinstance(cache, Cache):
+        filled = (getattr(layer, "has_previous_state", {}) for layer in cache.layers)
+        return any(any(states.values()) for states in filled)
+    return bool(getattr(cache, "seqlen_offset", 0)) or named.get("state") is not None

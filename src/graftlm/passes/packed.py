@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..architectures import backbone_embeddings
+from ..architectures import backbone_embeddings, blank_ids, per_layer_inputs
 from ..architectures.fast import alibi_slopes, attention_configs, attention_window, has_dropout, packed_attention
 from ..kernels import Segments, varlen
 from ..kernels.attention import Piece
@@ -165,11 +165,16 @@ class Packing:
         virtual = self.host.asked(plan, lambda host, group: host.virtual_tokens(group))
         if embeds is None and not any(v is not None for v in virtual):
             return {"input_ids": ids.flatten()[kept][None]}  # type: ignore[union-attr]
+        by_layer: dict[str, Tensor] = {}
         if embeds is None:
-            embeds = self.embedded(plan, ids.flatten()[kept][None], row)[0]  # type: ignore[union-attr]
+            real = ids.flatten()[kept]  # type: ignore[union-attr]
+            embeds = self.embedded(plan, real[None], row)[0]
+            if (table := self.facts.per_layer) is not None:
+                blank = [None if v is None else blank_ids(table, len(v)) for v in virtual]
+                by_layer = per_layer_inputs(table, row.spread(real, blank)[None])
         else:
             embeds = embeds.flatten(0, 1)[kept]
-        return {"inputs_embeds": row.spread(embeds, virtual)[None]}
+        return {"inputs_embeds": row.spread(embeds, virtual)[None], **by_layer}
 
     def embedded(self, plan: Plan, ids: Tensor, row: Row) -> Tensor:
         """Embeddings [1, N, H] of the real tokens; the embedding layer may carry adapters."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import StaticCache
 
-from ..architectures import backbone_embeddings
+from ..architectures import backbone_embeddings, blank_ids, per_layer_inputs
 from ..errors import UnsupportedError
 from ..methods import TaskType
 from ..placing import (
@@ -33,7 +33,7 @@ from ..placing import (
 )
 from ..routing import Plan
 from .facts import Facts, decoder_config
-from .inputs import is_plain, shape_of, tokens_of
+from .inputs import carries_state, is_plain, shape_of, tokens_of
 from .prefix import pour, prefix_cache
 from .refusals import held, keep_apart, refuse_features, refuse_packed, refuse_window
 from .state import Call, Memory, Placed
@@ -47,7 +47,7 @@ TOKEN_OUTPUTS = ("logits", "last_hidden_state", "start_logits", "end_logits")
 def lay(host: AdapterSet, facts: Facts, plan: Plan, call: Call, named: dict) -> tuple[dict, Placed]:
     """Inputs of the base for this call, and how its tokens were laid out."""
     rows = Rows(host, facts, plan, call, named)
-    if rows.given is not None:
+    if rows.given is not None and not carries_state(named):
         rows.refuse()
         if rows.masked():
             rows.padding_last()
@@ -172,13 +172,15 @@ class Rows:
                 f"{type(self.host.base).__name__} takes token ids only, and virtual tokens enter as embeddings. Use LoRA, "
                 "prefix tuning or bottleneck adapters."
             )
-        embeds = named.get("inputs_embeds")
+        ids, embeds = named.pop("input_ids", None), named.get("inputs_embeds")
         if embeds is None:
-            embeds = backbone_embeddings(self.host.base)(named.pop("input_ids"))
+            embeds = backbone_embeddings(self.host.base)(ids)
         batch, count = embeds.shape[0], front.most
         order = virtual_order(mask, front, self.facts.to_left)
         if self.facts.to_right and not front.even:
             order = reorder(order, real_first(with_virtual(mask, order, front)))
+        if self.facts.per_layer is not None:
+            self.layers_inputs(ids, order)
         named["inputs_embeds"] = place_virtual(self.host.virtual_rows(self.plan, batch), embeds, order)
         self.mask = with_virtual(mask, order, front)
         self.place_beside((batch, embeds.shape[1]), mask, order)
@@ -190,6 +192,21 @@ class Rows:
             named["position_ids"] = self.place
         self.order = order if self.order is None else chained(self.order, order, count)
         self.drop = count if drops_virtual(self.host, named) else 0
+
+    def layers_inputs(self, ids: Tensor | None, order: Tensor) -> None:
+        """Embeddings by layer, which cannot be looked up where embeddings are given; ids [B, T], order [B, P + T]."""
+        table, given = self.facts.per_layer, self.named.get("per_layer_inputs")
+        blank = blank_ids(table, len(order), self.count.most)
+        if ids is not None:
+            self.named |= per_layer_inputs(table, place_virtual(blank, ids, order))
+        elif given is not None:
+            virtual = per_layer_inputs(table, blank)["per_layer_inputs"]
+            self.named["per_layer_inputs"] = place_virtual(virtual, given, order)
+        else:
+            raise UnsupportedError(
+                f"{type(self.host.base).__name__} looks up embeddings by layer from token ids, which inputs_embeds do not "
+                "tell. Pass input_ids, or per_layer_inputs beside inputs_embeds."
+            )
 
     def place_beside(self, shape: tuple[int, int], mask: Tensor, order: Tensor) -> None:
         """What belongs to the given tokens [B, T] is placed as they are, and what names places moves on."""

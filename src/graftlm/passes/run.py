@@ -23,4 +23,5 @@ def run(
     with running(plan), call.going():
         output = host.base_model(*args, **inputs)
     assert call.ended is not None
+    host.watch_pass(output, call.ended.hidden, call.ended.losses)
     return call.ended, output

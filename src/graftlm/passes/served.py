@@ -15,23 +15,23 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..architectures import is_encoder_decoder, model_dims
-from ..architectures.fast import alibi_slopes, attention_configs, packed_attention
+from ..architectures import blank_ids, is_encoder_decoder, model_dims, per_layer_inputs
+from ..architectures.fast import alibi_slopes, attention_configs
 from ..errors import AdapterError, UnsupportedError
 from ..kernels import HeadForm
 from ..routing import Attention, Group, Plan, Routes, Scope, running
 from .facts import decoder_config
 from .lean import LeanSteps
+from .plain_cache import FrontMemory, PlainCache
 from .refusals import check_room
 from .run import run
-from .state import Call, Memory, Pass, Probe, Run, Step
+from .state import Call, Pass, Probe, Run, Step
 from .trial import Trial, kind_of, log
 
 if TYPE_CHECKING:
@@ -51,15 +51,6 @@ class Row:
     group: Group
     tokens: Tensor | Sequence[int]
     start: int
-
-
-@dataclass(frozen=True)
-class FrontMemory:
-    """What stands in front of every row of a composition: per layer keys and values [kv_heads, K + P, head_dim] (none where
-    nothing does), and how many places it takes."""
-
-    memory: Memory
-    length: int
 
 
 @dataclass(frozen=True)
@@ -209,7 +200,9 @@ class Served:
             acting = tuple(n for n in group if not self.host.methods[n].invocation)  # these come before every invocation
             embeds = virtual.to(self.host._compute_dtype())[None]
             laid = self.laid((acting,), (len(virtual),))
-            self.forward(laid, {"inputs_embeds": embeds}, places, cache.over([(0, len(virtual))]))
+            table = self.host.entry.facts.per_layer
+            by_layer = {} if table is None else per_layer_inputs(table, blank_ids(table, 1, len(virtual)))
+            self.forward(laid, {"inputs_embeds": embeds, **by_layer}, places, cache.over([(0, len(virtual))]))
         return FrontMemory(cache.kept[0], start + (0 if virtual is None else len(virtual)))
 
     @property
@@ -248,71 +241,6 @@ def layer_windows(base: Any) -> list[int | None] | None:
     if not set(kinds) <= {"sliding_attention", "full_attention"}:
         return None
     return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
-# -- the reference of an engine's cache ------------------------------------------------------------------------------------
-class PlainCache:
-    """Keys and values of each row in plain tensors. An engine's cache does the same in blocks, with kernels of its own."""
-
-    def __init__(self, served: Served) -> None:
-        self.served = served
-        self.kept: dict[Any, Memory] = {}  # by row, per layer [kv_heads, places, head_dim]
-
-    def join(self, row: Any, front: FrontMemory) -> None:
-        """A row begins, behind its front."""
-        self.kept[row] = list(front.memory)
-
-    def leave(self, row: Any) -> None:
-        """A row is done."""
-        del self.kept[row]
-
-    def over(self, rows: list[tuple[Any, int]]) -> PlainAttention:
-        """The attention of a step: its rows in their order, and how many new tokens each has."""
-        return PlainAttention(self, rows)
-
-    def extend(self, row: Any, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values of a row in a layer, the new ones [kv_heads, n, head_dim] behind those before."""
-        kept = self.kept[row]
-        if layer < len(kept):
-            keys, values = (torch.cat((old, new), dim=1) for old, new in zip(kept[layer], (keys, values), strict=True))
-            kept[layer] = keys, values
-        else:
-            kept.append((keys, values))
-        return keys, values
-
-
-@dataclass(frozen=True, eq=False)
-class PlainAttention:
-    """Attention of one step over a `PlainCache`, row by row."""
-
-    cache: PlainCache
-    rows: list[tuple[Any, int]]
-
-    def installed(self) -> AbstractContextManager:
-        return packed_attention(self.cache.served.configs)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, p: float = 0.0) -> Tensor:
-        """q [H, N, D], k and v [G, N, D] -> [N, H, D]."""
-        made, start = [], 0
-        for row, count in self.rows:
-            own = slice(start, start + count)
-            keys, values = self.cache.extend(row, layer, k[:, own], v[:, own])
-            made.append(self.one(q[:, own], keys, values, layer, scale))
-            start += count
-        return torch.cat(made, dim=1).transpose(0, 1)
-
-    def one(self, q: Tensor, keys: Tensor, values: Tensor, layer: int, scale: float) -> Tensor:
-        """q [H, n, D] of a row's last places over all of its keys and values [G, M, D] -> [H, n, D]."""
-        served, (heads, count, _), length = self.cache.served, q.shape, keys.shape[1]
-        keys, values = (t.repeat_interleave(heads // t.shape[0], dim=0) for t in (keys, values))
-        scores = q @ keys.transpose(1, 2) * scale
-        places = torch.arange(length, device=q.device)
-        back = places[length - count :, None] - places  # [n, M]: how far back a key lies
-        if served.slopes is not None:
-            scores = scores + (served.slopes.to(q.device)[:, None, None] * places).to(scores.dtype)
-        window = served.windows[layer] if served.windows else None
-        hidden = back < 0 if window is None else (back < 0) | (back >= window)
-        return scores.masked_fill(hidden, -torch.inf).softmax(-1) @ values
 
 
 # -- the trial -----------------------------------------------------------------------------------------------------------

@@ -116,6 +116,7 @@ class Shortcuts:
             all(v is None or k in PACKABLE for k, v in named.items())
             and not hasattr(token_embeddings(self.host.base), "neftune_noise_alpha")  # noise scaled by the row's length
             and (positions is None or positions.dim() == 2)
+            and (self.facts.per_layer is None or named.get("inputs_embeds") is None)
             and self.packing.packs_on(device, mixed=plan.routes is not None)
         )
 

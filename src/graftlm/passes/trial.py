@@ -61,9 +61,9 @@ class Trial:
         names = dict.fromkeys(n for group in groups for n in group)
         parameters: list[nn.Parameter] = [p for n in names for _, p in self.host.adapter_parameters(n)]
         before = [p.data for p in parameters]
-        generator = torch.Generator().manual_seed(1)
+        generator, much = torch.Generator().manual_seed(1), 0.1 if self.precise else 0.3
         for p in parameters:
-            noise = torch.randn(p.shape, generator=generator) * (0.1 if self.precise else 0.3)
+            noise = torch.randn(p.shape, generator=generator) * much
             p.data = p.data + noise.to(p.device, p.dtype)
         try:
             yield

@@ -1,8 +1,9 @@
-"""What a machine is measured for once: memory of the process itself, and how fast it multiplies. It is kept.
+"""What a machine is measured for once: memory of the process itself, and how fast it trains. It is kept.
 
-The process (interpreter, libraries, threads' buffers) is measured by a real run: two steps on the bundled base in a fresh
-process, its highest resident memory less what is planned for that step. Quantised and 16-bit bases bring libraries and
-buffers of their own, so each form of a base has its own figure. They are in `machine.json` in the user's cache.
+The process (interpreter, libraries, threads' buffers) is measured by a real run: three steps on a random base of some width
+in a fresh process, its highest resident memory less what is planned for that step. The run evaluates and generates nothing:
+that memory is planned for, and would be counted twice. Quantised and 16-bit bases bring libraries and buffers of their own,
+so each form of a base has its own figure. They are in `machine.json` in the user's cache.
 """
 
 from __future__ import annotations
@@ -26,16 +27,27 @@ from ..gguf import cache_directory
 from ..training.schema import Recipe
 from ..version import __version__
 
-FORMAT = 1  # raise it when what is measured changes
-FORMS = ("fp32", "bf16", "int8", "nf4", "fp4")
+FORMAT = 2  # raise it when what is measured changes
+WIDTH, INNER, BLOCKS, ROWS, LENGTH = 640, 1792, 6, 4, 96  # of the measuring run
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Bytes of a process that trains on a base in one form, and products a second in its dtype (operations)."""
+    """What a process takes that trains on a base in one form.
+
+    Attributes:
+        process_bytes: of the process, besides what is planned for a step.
+        start_bytes: of the process when its base is loaded, besides the base.
+        operations: a second, of the fastest large product.
+        step_operations: a second, of whole training steps.
+        block_seconds: that a block takes in a step whatever its size.
+    """
 
     process_bytes: int
+    start_bytes: int
     operations: float
+    step_operations: float
+    block_seconds: float
 
 
 def machine(form: str, say: Any = None) -> Machine:
@@ -47,18 +59,32 @@ def machine(form: str, say: Any = None) -> Machine:
     Raises:
         PlanError: the measuring run failed.
     """
-    path = cache_directory() / "machine.json"
+    path, name = kept_in(), key(form)
     kept = read(path)
-    key = " ".join([form, platform.node(), f"{os.cpu_count()} threads {torch.get_num_threads()}", *versions()])
-    if key not in kept:
+    if name not in kept:
         if say is not None:
             say(f"Measuring this machine once for {form} bases (kept in {path}) …")
-        kept = read(path) | {key: measured(form)}
+        kept = read(path) | {name: measured(form)}
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps(kept, indent=1), encoding="utf-8")
         os.replace(temporary, path)
-    return Machine(**kept[key])
+    return Machine(**kept[name])
+
+
+def known(form: str) -> Machine | None:
+    """The figures, where they were measured before."""
+    found = read(kept_in()).get(key(form))
+    return Machine(**found) if found else None
+
+
+def kept_in() -> Path:
+    return cache_directory() / "machine.json"
+
+
+def key(form: str) -> str:
+    """What the figures hold for: the form, this machine and the versions."""
+    return " ".join([form, platform.node(), f"{os.cpu_count()} threads {torch.get_num_threads()}", *versions()])
 
 
 def versions() -> list[str]:
@@ -76,14 +102,31 @@ def read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def measuring_recipe(form: str, folder: str) -> Recipe:
+def measuring_recipe(form: str, folder: Path) -> Recipe:
     """The run that shows what a process takes besides its plan."""
     return Recipe.from_dict({
-        "quantization": form if form in ("int8", "nf4", "fp4") else None, "dtype": "bf16" if form == "bf16" else "fp32",
-        "data": {"source": "quotes", "holdout": 0, "max_examples": 8},
-        "training": {"batch_size": 4, "max_steps": 2, "eval_strategy": "no", "save_strategy": "no"},
-        "output_dir": f"{folder}/out",
+        "base": str(folder / "base"), "quantization": form if form in ("int8", "nf4", "fp4") else None,
+        "dtype": "bf16" if form == "bf16" else "fp32", "data": {"source": str(folder / "rows.jsonl"), "holdout": 0},
+        "training": {"batch_size": ROWS, "max_steps": 3, "eval_strategy": "no", "save_strategy": "no"},
+        "output_dir": str(folder / "out"),
     })  # fmt: skip
+
+
+def make_base(folder: Path) -> None:
+    """A random base with the bundled tokenizer, and rows to train on."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from ..bundled import base_path
+
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=BLOCKS, num_attention_heads=8,
+        num_key_value_heads=8, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        LlamaForCausalLM(config).save_pretrained(folder / "base")
+    AutoTokenizer.from_pretrained(base_path()).save_pretrained(folder / "base")
+    line = json.dumps({"text": " ".join(["the"] * LENGTH)})
+    (folder / "rows.jsonl").write_text("\n".join([line] * 2 * ROWS), encoding="utf-8")
 
 
 def measured(form: str) -> dict[str, float]:
@@ -91,15 +134,20 @@ def measured(form: str) -> dict[str, float]:
     from .rows import longest_batch, rows_of
     from .step import step_memory
 
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", __name__, form, folder]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_base(folder)
+        done = subprocess.run([sys.executable, "-m", __name__, form, name], capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise PlanError(f"this machine could not be measured: {last}")
+        found = json.loads(done.stdout.strip().splitlines()[-1])
         recipe = measuring_recipe(form, folder)
-    if done.returncode:
-        raise PlanError(f"this machine could not be measured: {done.stderr.strip().splitlines()[-1:]}")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    planned = step_memory(recipe, longest_batch(recipe, rows_of(recipe))).total
-    return {"process_bytes": max(found["peak"] - planned, 0), "operations": operations(form)}
+        planned = step_memory(recipe, longest_batch(recipe, rows_of(recipe))).total
+    return {
+        "process_bytes": max(found["peak"] - planned, 0), "start_bytes": found["start"], "operations": operations(form),
+        "step_operations": found["rate"], "block_seconds": found["block"],
+    }  # fmt: skip
 
 
 def operations(form: str) -> float:
@@ -118,12 +166,37 @@ def operations(form: str) -> float:
 
 
 def main(form: str, folder: str) -> None:
-    """The measuring process: a run, and its highest resident memory."""
-    from ..training.meters import peak_memory
+    """The measuring process: a run, its highest resident memory, and the time of steps."""
+    from ..training.meters import memory_now, peak_memory
     from ..training.recipes import run
 
-    run(measuring_recipe(form, folder), quiet=True)
-    print(json.dumps({"peak": peak_memory()}))
+    start = memory_now()
+    run(measuring_recipe(form, Path(folder)), quiet=True)
+    peak = peak_memory()
+    print(json.dumps({"start": start, "peak": peak} | step_times(form, folder)))
+
+
+def step_times(form: str, folder: str) -> dict[str, float]:
+    """Operations a second of a large step, and seconds a block of a small one, the best of some."""
+    from ..methods import LoraConfig
+    from ..model import get_peft_model
+    from ..training.bases import resolve_base
+
+    recipe = measuring_recipe(form, Path(folder))
+    base, _ = resolve_base(recipe.base, dtype=recipe.dtype, quantization=recipe.quantization)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM")).train()
+
+    def seconds(rows: int, length: int) -> float:
+        ids, best = torch.full((rows, length), 3), float("inf")
+        for _ in range(5):
+            start = time.perf_counter()
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    small, large = seconds(1, 8), seconds(ROWS, LENGTH)
+    weights = BLOCKS * (4 * WIDTH**2 + 3 * WIDTH * INNER) + 4096 * WIDTH
+    return {"rate": 4 * weights * (ROWS * LENGTH - 8) / max(large - small, 1e-6), "block": small / BLOCKS}
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from ..data.packing import first_fit
 from ..errors import PlanError
 from ..training.bases import checked_path, loading
 from ..training.joining import TOKENS
+from ..training.meters import IGNORE_INDEX
 from ..training.schema import Recipe
-from ..training.setup import load_data_of
+from ..training.setup import RunData, load_data_of
 from .skeleton import config_of
 
 QUANTILE = 0.9
@@ -27,12 +28,18 @@ class Rows:
     Attributes:
         train: prepared rows, each with `input_ids` and `labels`.
         collator: that makes a batch of them.
-        held_out: how many rows there are to evaluate on.
+        held: rows to evaluate on.
+        format: name of the data's format.
+        prompts: whether there may be prompts to answer.
+        data: the run's own data that these rows are from.
     """
 
     train: Sequence[Any]
     collator: Any
-    held_out: int = 0
+    held: Sequence[Any] = ()
+    format: str = ""
+    prompts: bool = False
+    data: RunData | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -59,9 +66,11 @@ def rows_of(recipe: Recipe) -> Rows:
     tokenizer = loading(recipe.base, path, lambda: AutoTokenizer.from_pretrained(path))
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
-    data = load_data_of(recipe, tokenizer, bool(getattr(config, "is_encoder_decoder", False)))
-    held_out = 0 if data.held_out_rows is None else len(data.held_out_rows)
-    return Rows(list(data.train_rows), data.collator, held_out)
+    is_seq2seq = bool(getattr(config, "is_encoder_decoder", False))
+    data = load_data_of(recipe, tokenizer, is_seq2seq)
+    held = [] if data.held_out_rows is None else list(data.held_out_rows)
+    prompts = bool(held) and any(row["labels"][:2] == [IGNORE_INDEX] * 2 for row in held) or is_seq2seq
+    return Rows(list(data.train_rows), data.collator, held, data.format.name, prompts, data)
 
 
 def rows_given(count: int, length: int) -> Rows:

@@ -8,7 +8,7 @@ them out on the base itself.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,9 +30,9 @@ WIDTHS = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim")
 INNER = ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "ffn_hidden_size", "encoder_ffn_dim", "decoder_ffn_dim")
 HEADS = ("head_dim", "kv_channels", "d_kv")
 VOCABULARY = ("vocab_size", "padded_vocab_size")
-# Share of the kept activations that resident memory grows by besides: fitted to runs of one family in two sizes, 0.29 and
-# 0.33.
-HEAP = 0.3
+HEAP = (
+    0.2  # share of the kept activations that resident memory grows by besides: fitted to the runs of benchmarks/planning.py
+)
 TINY = {**dict.fromkeys(LAYERS, 2), **dict.fromkeys(INNER, 64), **dict.fromkeys(HEADS, 8), **dict.fromkeys(VOCABULARY, 512)}
 
 
@@ -78,22 +78,25 @@ class Heights:
         return Heights(*(max(a + blocks * (b - a), 0) for a, b in parts))
 
 
-def step_memory(recipe: Recipe, batch: dict[str, Tensor], config: Any = None, path: str = "") -> StepMemory:
+def step_memory(
+    recipe: Recipe, batch: dict[str, Tensor], config: Any = None, path: str = "", whole: Skeleton | None = None
+) -> StepMemory:
     """The memory of a step on a batch.
 
     Args:
         batch: `input_ids`, `labels` and perhaps `attention_mask`, `position_ids`, as the collator gives them.
         config: of the base, in place of the recipe's.
+        whole: the recipe's skeleton, where there is one already.
 
     Raises:
         PlanError: this model cannot be run over fake tensors.
     """
     if config is None:
         config, path = config_of(recipe)
-    whole = skeleton(recipe, config, path)
+    whole = whole or skeleton(recipe, config, path)
     try:
         forms = short_cuts(recipe, config)
-        found = heights(recipe, config, whole, batch, forms)
+        found = heights(recipe, whole, batch, forms)
     except GraftError:
         raise
     except Exception as error:
@@ -112,15 +115,21 @@ def step_memory(recipe: Recipe, batch: dict[str, Tensor], config: Any = None, pa
 
 
 # -- tracing --------------------------------------------------------------------------------------------------------------
-def heights(recipe: Recipe, config: Any, whole: Skeleton, batch: dict[str, Tensor], forms: Any) -> Heights:
-    """Those of the whole model: of few blocks, carried on, where all are alike."""
+def heights(recipe: Recipe, whole: Skeleton, batch: dict[str, Tensor], forms: Any) -> Heights:
+    """Those of a step of the whole model."""
     every = max(int(recipe.training.gradient_checkpointing), 1)
+    return of_all_blocks(recipe, whole, lambda found: traced(recipe, found, batch, forms), 2 * every, every)
+
+
+def of_all_blocks(recipe: Recipe, whole: Skeleton, traced: Callable[[Skeleton], Heights], few: int, more: int) -> Heights:
+    """Heights of the whole model: where all blocks are alike of `few`, carried on by what `more` of them add. The skeletons
+    are used up."""
+    config = whole.config
     blocks = next((getattr(config, k) for k in LAYERS if getattr(config, k, None)), 0)
-    few = 2 * every
-    if not alike(whole.model) or blocks <= few + every:
-        return traced(recipe, whole, batch, forms)
-    low, high = (traced(recipe, skeleton(recipe, with_layers(config, n)), batch, forms) for n in (few, few + every))
-    return low.at(high, (blocks - few) / every)
+    if not alike(whole.model) or blocks <= few + more:
+        return traced(skeleton(recipe, config, whole.path))
+    low, high = (traced(skeleton(recipe, with_layers(config, n))) for n in (few, few + more))
+    return low.at(high, (blocks - few) / more)
 
 
 def with_layers(config: Any, count: int) -> Any:
@@ -194,6 +203,7 @@ def ways_known(dtype: torch.dtype) -> None:
         for rows in (n for n in (1, 4, 16, 64, 256) if n <= most):
             for transposed in (False, True):
                 linear.way(kind, rows, transposed)
+    linear.working_dtype(dtype, torch.device("cpu"))
 
 
 @contextmanager

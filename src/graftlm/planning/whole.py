@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,18 @@ from typing import Any
 import torch
 
 from ..architectures import model_dims
-from ..data.packing import first_fit
 from ..errors import PlanError
-from ..layers.frozen import KINDS
-from ..quantization import quantized_kind
 from ..training.schema import Recipe
 from .devices import Device, device
+from .evaluating import evaluation_memory
 from .machine import Machine, machine
 from .rows import Rows, longest_batch, rows_given, rows_of
-from .sizes import Sizes, base_ids, sizes
+from .sizes import Sizes, sizes
 from .skeleton import Skeleton, config_of, skeleton
 from .step import StepMemory, step_memory
+from .timing import run_times, step_time, updates
+
+CUDA_CONTEXT = 600 << 20  # bytes that CUDA and its libraries take on a GPU: assumed, not measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +35,12 @@ class Plan:
         step: memory of the step that takes the most, by kind.
         process_bytes: of the process besides (measured on this machine).
         loading_bytes: highest while the base is loaded, of the whole process.
+        evaluation_bytes: highest in evaluations and samples, above the weights.
         peak_bytes: highest of the whole process.
         rows: number and lengths of the rows to train on.
         updates: optimizer steps of the whole run.
-        seconds: the least that the run's steps take: the base's products at this machine's best rate.
+        seconds: the least, what is expected, and the most that the run takes on this machine (0 for GPUs: not known).
+        step_seconds: that a step is expected to take.
         device: what it is planned for.
         together: runs that train together.
     """
@@ -47,10 +50,12 @@ class Plan:
     step: StepMemory
     process_bytes: int
     loading_bytes: int
+    evaluation_bytes: int
     peak_bytes: int
     rows: dict[str, int]
     updates: int
-    seconds: float
+    seconds: tuple[float, float, float]
+    step_seconds: float
     device: Device
     together: int = 1
 
@@ -71,8 +76,15 @@ class Plan:
         fit = "fits" if self.fits else "does not fit"
         return (
             f"Plan: {self.sizes.trained:,} trained of {self.sizes.base:,} parameters, peak memory {size(self.peak_bytes)} "
-            f"({fit}: {size(self.device.free_bytes)} free), {self.updates:,} updates, at least {duration(self.seconds)}"
+            f"({fit}: {size(self.device.free_bytes)} free), {self.updates:,} updates, "
+            f"{self.time()}"
         )
+
+    def time(self) -> str:
+        """The time in words."""
+        if self.device.gpu:
+            return "time not known; not checked on a GPU"
+        return f"{duration(self.seconds[0])} to {duration(self.seconds[2])}"
 
 
 def plan(
@@ -88,7 +100,7 @@ def plan(
 
     Args:
         recipe: or a recipe's file.
-        device: "auto" or "cpu" (this machine's free memory), or an amount such as "16GiB".
+        device: "auto" or "cpu" (this machine's free memory), an amount such as "16GiB", or a GPU such as "h100".
         rows, length: plan for so many rows of so many tokens each, in place of the recipe's data.
         config: transformers' configuration in place of the recipe's base.
         say: is told when the machine is measured, once, for which a short run is made.
@@ -103,7 +115,11 @@ def plan(
         raise PlanError("there is no recipe to plan")
     if (rows is None) != (length is None):
         raise PlanError("rows and length: give both, or neither")
-    plans = [single(r, place, rows, length, config, say) for r in recipes]
+    if rows is not None and length is not None:
+        given: Rows | None = rows_given(rows, length)
+    else:
+        given = None
+    plans = [single(r, place, given or rows_of(r), lambda form: machine(form, say), config) for r in recipes]
     return plans[0] if len(plans) == 1 else joined(plans)
 
 
@@ -114,26 +130,37 @@ def read(recipe: Any) -> Recipe:
     return recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(recipe)
 
 
-def single(recipe: Recipe, place: Device, count: int | None, length: int | None, config: Any, say: Any) -> Plan:
-    """One run's plan."""
+def single(recipe: Recipe, place: Device, found: Rows, measured: Callable[[str], Machine], config: Any = None) -> Plan:
+    """One run's plan.
+
+    Args:
+        measured: gives the machine's figures for a form of the base.
+    """
     path = ""
+    if place.gpu and recipe.dtype in ("auto", "fp16"):
+        recipe = recipe.replace("dtype=bf16")  # of the same size; this CPU would choose otherwise
     if config is None:
         config, path = config_of(recipe)
-    found = rows_of(recipe) if count is None or length is None else rows_given(count, length)
     if not found.train:
         raise PlanError("there are no rows to train on")
     made = skeleton(recipe, config, path)
+    if recipe.training.packing and made.seq2seq:
+        raise PlanError("training.packing is for decoder-only models; leave it out for encoder-decoder ones")
     dims = model_dims(made.model.base)
     recipe = recipe.filled(dims.hidden, len(found.train), dims.layers)
-    size_of, batch = sizes(made), longest_batch(recipe, found)
-    step = step_memory(recipe, batch, config, path)
-    own = machine(form(made), say)
-    highest = loading(made, size_of, own)
-    total = updates(recipe, found)
+    own, size_of = measured(form(made)), sizes(made)
+    times, a_step = run_times(recipe, found, made, size_of, own), step_time(recipe, found, made, own)
+    step = step_memory(recipe, longest_batch(recipe, found), config, path, made)
+    evaluation = evaluation_memory(recipe, found, made)
+    highest, process = loading(made, size_of, own), own.process_bytes
+    if place.gpu:  # weights are loaded there piece by piece, and CUDA's allocator is another one
+        highest, process, step = 0, CUDA_CONTEXT, dataclasses.replace(step, allocator=0)
+        times, a_step = (0.0, 0.0, 0.0), 0.0
+    weights = step.base + step.adapter + step.optimizer
     return Plan(
-        recipe=recipe, sizes=size_of, step=step, process_bytes=own.process_bytes, loading_bytes=highest,
-        peak_bytes=max(own.process_bytes + step.total, highest), rows=found.summary(), updates=total,
-        seconds=seconds(recipe, found, made, own, total), device=place,
+        recipe=recipe, sizes=size_of, step=step, process_bytes=process, loading_bytes=highest, evaluation_bytes=evaluation,
+        peak_bytes=max(process + step.total, process + weights + evaluation, highest), rows=found.summary(),
+        updates=updates(recipe, found), seconds=times, step_seconds=a_step, device=place,
     )  # fmt: skip
 
 
@@ -149,42 +176,10 @@ def loading(made: Skeleton, size_of: Sizes, own: Machine) -> int:
     copies = made.scheme is not None or abs(stored - plain) > 0.02 * plain
     stored = stored or plain
     transient = size_of.base * 4 if made.scheme in ("nf4", "fp4") else 0
-    return own.process_bytes + stored + (max(size_of.base_bytes, transient) if copies else 0)
+    return own.start_bytes + stored + (max(size_of.base_bytes, transient) if copies else 0)
 
 
-def steps_an_epoch(recipe: Recipe, found: Rows) -> int:
-    """Batches, or packs, that the rows make."""
-    t = recipe.training
-    if t.packing:
-        return len(first_fit(found.lengths, t.tokens, t.seed))
-    return -(-len(found.train) // (t.batch_size or 1))
-
-
-def updates(recipe: Recipe, found: Rows) -> int:
-    """Optimizer steps of a run."""
-    t = recipe.training
-    return t.max_steps or max(round(-(-steps_an_epoch(recipe, found) // t.accumulation) * (t.epochs or 1)), 1)
-
-
-def seconds(recipe: Recipe, found: Rows, made: Skeleton, own: Machine, total: int) -> float:
-    """The base's products over the machine's rate: 2 operations a weight and token forward, 2 backward (the base is frozen),
-    again 2 where activations are computed again. Of adapters in the last blocks alone only the forward pass is counted."""
-    t = recipe.training
-    tokens = total * t.accumulation * sum(found.lengths) / steps_an_epoch(recipe, found)
-    last = recipe.method == "adaption-prompt" or "layers_to_transform" in recipe.method_options
-    passes = (2 if last else 4) + 2 * (t.gradient_checkpointing is True)
-    return passes * multiplied(made.model) * tokens / own.operations
-
-
-def multiplied(host: Any) -> int:
-    """Weights of the base that every token is multiplied by: those of linear layers, without the head (labelled tokens)."""
-    wanted, head = base_ids(host), host.base.get_output_embeddings()
-    layers: list[Any] = [m for m in host.base.modules() if isinstance(m, KINDS["linear"]) and m is not head]
-    own = {id(m.weight): m for m in layers if id(m.weight) in wanted}.values()
-    return sum(m.in_features * m.out_features if quantized_kind(m) else m.weight.numel() for m in own)
-
-
-def joined(plans: list[Plan]) -> Plan:
+def joined(plans: Sequence[Plan]) -> Plan:
     """Runs that train together: one base, and all that is each run's own."""
     first = plans[0]
     for other in plans[1:]:
@@ -202,9 +197,14 @@ def joined(plans: list[Plan]) -> Plan:
         kept=add("kept"), workspace=max(p.step.workspace for p in plans), allocator=add("allocator"),
         loss=max(p.step.loss for p in plans),
     )  # fmt: skip
-    peak = max(first.process_bytes + step.total, first.loading_bytes)
-    spent = sum(p.seconds for p in plans)
-    return dataclasses.replace(first, step=step, peak_bytes=peak, seconds=spent, together=len(plans))
+    least, expected, most = (sum(times) for times in zip(*(p.seconds for p in plans), strict=True))
+    evaluation = max(p.evaluation_bytes for p in plans)
+    weights = step.base + step.adapter + step.optimizer
+    peak = max(first.process_bytes + max(step.total, weights + evaluation), first.loading_bytes)
+    return dataclasses.replace(
+        first, step=step, peak_bytes=peak, evaluation_bytes=evaluation, seconds=(least, expected, most),
+        step_seconds=sum(p.step_seconds for p in plans), together=len(plans),
+    )  # fmt: skip
 
 
 # -- for people -----------------------------------------------------------------------------------------------------------

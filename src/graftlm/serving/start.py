@@ -8,7 +8,8 @@ from typing import Any
 from ..architectures import is_encoder_decoder
 from ..errors import CheckpointError, GraftError, UnsupportedError
 from ..inference.batches import BatchEngine
-from ..inference.engine import Engine, EngineConfig
+from ..inference.config import EngineConfig
+from ..inference.engine import Engine
 from ..methods import PromptTuningConfig
 from ..model import get_peft_model
 from ..passes.served import Served

@@ -70,6 +70,8 @@ def resolve_base(
     model = loading(name, path, lambda: loader.from_pretrained(path, **options))
     if options["dtype"] == "auto" and (dtype != "auto" or slow):
         cast_unpacked(model, kind)
+    if is_quantized(model) and place.type == "cpu":
+        let_go_of_file(model)
     if slow:
         compute_in(model, kind)
     tokenizer = loading(name, path, lambda: AutoTokenizer.from_pretrained(path, **hub))
@@ -218,6 +220,13 @@ def cast_unpacked(model: Any, dtype: torch.dtype) -> None:
     """Bring the weights of a quantised model that are not packed to a dtype."""
     for _, parameter in unpacked_parameters(model):
         parameter.data = parameter.data.to(dtype)
+
+
+def let_go_of_file(model: Any) -> None:
+    """Copy the few weights of a base quantised while loading that still lie in its mapped file: they would keep all of it in
+    the process, with the wide weights that nobody reads again."""
+    for _, parameter in unpacked_parameters(model):
+        parameter.data = parameter.data.clone()
 
 
 def on_device(model: Any, device: torch.device) -> Any:

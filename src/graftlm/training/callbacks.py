@@ -24,7 +24,8 @@ class Request:
     """A training pass that a run waits for.
 
     Args:
-        items: what the sum of its labels' losses is divided by; None: their mean is, by `parts`.
+        items: what the sum of its labels' losses is divided by; None: their number.
+        parts: by what that is divided, penalty and all.
         given: `num_items_in_batch` as the Trainer has it.
         loss: filled in when the pass is over, its gradients in place; `error` instead where it failed.
     """

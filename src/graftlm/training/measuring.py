@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ..errors import RecipeError
@@ -34,6 +35,21 @@ def measure(recipe: Recipe, model: Any, tokenizer: Any, data: RunData | None = N
     return Evaluation(
         metrics=found.metrics, prompts=tuple(rows["prompt"]), targets=tuple(rows["target"]), outputs=tuple(outputs)
     )
+
+
+def samples_of(
+    model: Any, tokenizer: Any, data: RunData, count: int = 2, tokens: int = 24
+) -> Callable[[], list[dict[str, str]]]:
+    """What gives short greedy answers of the model, as it is when it is called, to the first held-out rows."""
+    rows = None if data.held_out is None else data.sample_rows(count, tokenizer, is_encoder_decoder(model))
+
+    def made() -> list[dict[str, str]]:
+        if rows is None:
+            return []
+        texts = answers(model, tokenizer, rows, data.format, count, tokens)
+        return [{"prompt": p, "target": t, "text": a} for p, t, a in zip(rows["prompt"], rows["target"], texts, strict=True)]
+
+    return made
 
 
 def check_baseline(baseline: Evaluation, data: RunData, tokenizer: Any, seq2seq: bool) -> None:

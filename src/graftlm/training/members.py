@@ -14,6 +14,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor
 
+from .. import processes
 from ..errors import DivergedError
 from .callbacks import Request, TrainingInterrupted
 from .results import RunResult
@@ -85,14 +86,17 @@ class Member:
         self.request = request
         self._greenlet.parent.switch()
         self.request = None
+        loss: Any = request.loss
+        failed = loss is None or not bool(torch.isfinite(loss))
         if request.error is not None:
+            processes.anywhere(True)
             raise request.error
-        if request.loss is None or not bool(torch.isfinite(request.loss)):
+        if processes.anywhere(failed):
             raise DivergedError(
-                f"{self.outcome.recipe.output_dir}: the loss is {request.loss} at step "
+                f"{self.outcome.recipe.output_dir}: the loss is {loss} at step "
                 f"{request.trainer.state.global_step + 1}; lower training.learning_rate, or look for broken rows in the data"
             )
-        return request.loss
+        return loss
 
 
 class State:

@@ -125,7 +125,8 @@ class EpochMeter(TrainerCallback, ExportableState):
         stored = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         stored = stored[-1] if isinstance(stored, list) else stored
         sums = stored.get("attributes", {}).get("sums", {})
-        self.loss.total, self.loss.tokens = sums.get("total", 0.0), sums.get("labelled", 0)
+        if args.process_index == 0:  # they are of all processes
+            self.loss.total, self.loss.tokens = sums.get("total", 0.0), sums.get("labelled", 0)
         reset_peak_memory()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -5,11 +5,13 @@
       recipe.yaml      the recipe with every default filled in
       metrics.json     measures before and after, the log, sample texts
       loss.png         the loss curve
+      progress.jsonl   where asked for: what the run does while it goes (`live`)
       checkpoint-<n>/  what `resume` goes on from
 
 The same recipe on the same machine gives the same adapter bit for bit, where products are made in the same ways (these are
 chosen by timing, see `kernels.linear`; another choice rounds otherwise). Started by `torchrun` or `accelerate launch`, every
-process trains on its share of each batch (`batch_size` rows a process), and the first one prints and saves.
+process trains on its share of each batch (`batch_size` rows a process), and the first one prints and saves
+(docs/distributed.md).
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ def run(
     member: Any = None,
     data: RunData | None = None,
     also: Callable[[Any, Any], dict[str, Any]] | None = None,
+    progress: bool = False,
 ) -> RunResult:
     """Train the recipe's adapter, measure it and save it.
 
@@ -71,6 +74,7 @@ def run(
         member: its place among several runs that train together (`together.Member`).
         data: the recipe's data, where it is loaded already.
         also: further measures of the trained model, given it and the tokenizer; they join the metrics.
+        progress: write `progress.jsonl` into the output directory while it trains (`live`).
 
     Raises:
         RecipeError, DataError, ConfigError, BaseModelError: mistakes in the recipe.
@@ -79,7 +83,7 @@ def run(
     """
     return runs.run(
         recipe, model=model, tokenizer=tokenizer, callbacks=callbacks, quiet=quiet, baseline=baseline, member=member,
-        data=data, also=also, search=with_best_rate,
+        data=data, also=also, search=with_best_rate, progress=progress,
     )  # fmt: skip
 
 

@@ -25,7 +25,8 @@ class RunResult:
         metrics: loss_before, loss (nats a labelled held-out token), perplexity_before, perplexity, accuracy_before,
             accuracy (None where the data has no labels), trainable_parameters, file_bytes (the weights file), seconds and
             tokens_per_second (training only, evaluation within it counted in seconds), peak_memory_bytes; quantization (how
-            the base is quantised, None if not) and base_bytes (its weights in memory).
+            the base is quantised, None if not) and base_bytes (its weights in memory). Of several processes also processes,
+            gradient_bytes (exchanged an update) and gathered_bytes (of a sharded base, in a pass).
         history: the Trainer's log_history.
         samples: dicts with prompt, target, before, after.
     """

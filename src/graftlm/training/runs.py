@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
-from .. import processes
+from .. import fingerprint, processes
 from ..architectures import model_dims
 from ..architectures.prepacked import prepacked_if_free
 from ..data import PackedRows
@@ -27,13 +27,15 @@ from .arguments import training_arguments
 from .bases import resolve_base
 from .compiling import CompiledLayers
 from .evaluation import Evaluation, is_encoder_decoder
-from .measuring import check_baseline, measure
+from .live import ProgressFile
+from .measuring import check_baseline, measure, samples_of
 from .output import RECIPE_NAME, open_output, write_recipe
 from .progress import RichProgress
 from .results import RunResult, finish
 from .resume import last_complete_checkpoint
 from .schema import Recipe
 from .setup import RunData, attach, load_data_of
+from .sharding import check_base, check_strategy, in_words, shard, traffic
 from .surroundings import check_agreement, join_processes, log, only_the_first_speaks, threads
 from .trainer import Trainer
 
@@ -52,6 +54,7 @@ def run(
     data: RunData | None = None,
     also: Callable[[Any, Any], dict[str, Any]] | None = None,
     search: Search | None = None,
+    progress: bool = False,
 ) -> RunResult:
     """As `recipes.run`, with a `search` for the learning rate of a recipe that leaves it to one."""
     if (model is None) != (tokenizer is None):
@@ -59,15 +62,19 @@ def run(
     if model is not None:
         recipe = over(model, recipe)
     join_processes()
-    output = open_output(recipe) if processes.is_first() else Path(recipe.output_dir)
-    processes.wait()
+    strategy = recipe.training.strategy
+    check_strategy(strategy, model is not None, member is not None)
+    output = processes.of_first(lambda: open_output(recipe)) or Path(recipe.output_dir)
     quiet = quiet or not processes.is_first()
-    with threads(recipe.training.threads), only_the_first_speaks():
+    quietly = only_the_first_speaks() if member is None else nullcontext()
+    with threads(recipe.training.threads), quietly:
         set_seed(recipe.training.seed)
         if model is None:
             model, tokenizer = resolve_base(
                 recipe.base, task=recipe.task, dtype=recipe.dtype, quantization=recipe.quantization
             )
+        if strategy == "fsdp2" and processes.count() > 1:
+            check_base(model)
         made_ready(model, bool(recipe.training.gradient_checkpointing), quiet)
         size = model.get_memory_footprint() if member is None else member.base_bytes  # without other runs' adapters
         form = {"quantization": scheme_of(model), "base_bytes": size}
@@ -78,17 +85,25 @@ def run(
             before = baseline if baseline is not None else measure(recipe, model, tokenizer, data)
         dims = model_dims(model)
         recipe = recipe.filled(dims.hidden, len(data.train_rows), dims.layers)
-        check_agreement(facts_of(recipe, data))
+        check_agreement(facts_of(recipe, data, model))
+        check_enough(data)
         if recipe.training.learning_rate == "search" and recipe.resume:
             recipe = with_earlier_rate(recipe, output)
         if recipe.training.learning_rate == "search" and search is not None:
             recipe = search(recipe, model, tokenizer, data, log.info if quiet else print)
         set_seed(recipe.training.seed)
         wrapped, recipe = attach(recipe, model, tokenizer, data)
+        if strategy == "fsdp2" and processes.count() > 1:
+            shard(wrapped)
+        form |= (exchanged := traffic(wrapped))
+        if exchanged and not quiet:
+            print(in_words(exchanged))
         if processes.is_first():
             write_recipe(recipe, output)
         try:
             trainer = make_trainer(recipe, wrapped, tokenizer, data, callbacks, quiet)
+            if progress:
+                trainer.add_callback(ProgressFile(output, trainer.meter, samples_of(wrapped, tokenizer, data)))
             form |= fit(trainer, wrapped, recipe, output, member)
             after = measure(recipe, wrapped, tokenizer, data)
             form |= also(wrapped, tokenizer) if also is not None else {}
@@ -100,11 +115,20 @@ def run(
             wrapped.unload()
 
 
-def facts_of(recipe: Recipe, data: RunData) -> dict[str, str]:
-    """What the processes of a run must agree on; rows by a digest of their token ids."""
+def check_enough(data: RunData) -> None:
+    """RecipeError where some process would have nothing to train on."""
+    if len(data.train_rows) < processes.count():
+        raise RecipeError(
+            f"{processes.count()} processes for {len(data.train_rows)} rows to train on: each needs one; start fewer"
+        )
+
+
+def facts_of(recipe: Recipe, data: RunData, base: Any) -> dict[str, str]:
+    """What the processes of a run must agree on; rows by a digest of their token ids, the base by a few of its values."""
     if processes.count() == 1:
         return {}
     found = {"version of graftlm": __version__, "version of torch": str(torch.__version__)}
+    found["base's values"] = hashlib.sha256(repr(fingerprint.of(base)).encode()).hexdigest()[:16]
     for name, rows in (("training rows", data.train_rows), ("held-out rows", data.held_out_rows)):
         known = hashlib.sha256()
         for row in rows if rows is not None else ():

@@ -106,6 +106,9 @@ class TrainingSection(Section):
     )
     prepacked: bool = Field(default=False, description="CPU: two more copies of frozen weights, as it multiplies fastest")
     torch_compile: bool = Field(default=False, description="compile the base's layers, if a trial on the first rows pays")
+    strategy: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field(
+        default="ddp", description="several processes: each holds the base (ddp), or a part of it (fsdp2)"
+    )
     threads: int | None = Field(default=None, ge=1, description="CPU threads of torch")
     report_to: list[str] = Field(default_factory=list, description="trackers of transformers, e.g. tensorboard")
 
@@ -197,6 +200,13 @@ class Recipe(Section):
             found.append("overwrite and resume: choose one; resume needs the run that overwrite would delete")
         if training.early_stopping and not (training.eval_strategy == training.save_strategy != "no"):
             found.append("training.early_stopping needs equal eval_strategy and save_strategy, epoch or steps")
+        if training.strategy == "fsdp2":
+            others = {"prepacked": training.prepacked, "torch_compile": training.torch_compile}
+            found += [
+                f"training.{name} and strategy fsdp2: it is for a base that every process holds; leave one out"
+                for name, wanted in others.items()
+                if wanted
+            ]
         from transformers import SchedulerType
 
         names = [s.value for s in SchedulerType]

@@ -21,11 +21,8 @@ log = logging.getLogger("graftlm.training.trainer")  # of all that is said while
 
 
 def join_processes() -> None:
-    """Let the processes that torchrun or accelerate started know each other, each on its own GPU where there are any."""
-    if processes.count() > 1:
-        from accelerate import PartialState
-
-        PartialState(cpu=not has_accelerator())
+    """Let the processes of a run (torchrun, accelerate, srun) know each other, each on its own GPU where there are any."""
+    processes.join(cpu=not has_accelerator())
 
 
 def check_agreement(facts: dict[str, str]) -> None:
@@ -34,10 +31,7 @@ def check_agreement(facts: dict[str, str]) -> None:
     Raises:
         UnsupportedError: some process has another.
     """
-    if processes.count() == 1:
-        return
-    every: list[Any] = [None] * processes.count()
-    torch.distributed.all_gather_object(every, facts)
+    every = processes.gathered(facts)
     for name, own in every[0].items():
         other = next((i for i, theirs in enumerate(every) if theirs.get(name) != own), None)
         if other is not None:

@@ -10,6 +10,9 @@ waits; when all of them wait, one joint pass over all their batches gives every 
 
 Random numbers are a run's own: torch's, numpy's and Python's generators change with the run that goes on, and in the joint
 pass each run's dropout comes from its own. (Only the base's own dropout is drawn for all rows at once.)
+
+Among several processes each has its share of every run's rows. All of them go through the same turns and passes, so what
+decides about these is agreed on; an error that one process meets alone ends all of them.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from torch import Tensor
 
 from .. import processes
 from ..architectures import base_modules
-from ..errors import RecipeError, UnsupportedError
+from ..errors import GraftError, RecipeError
 from ..joint import Share, adapters_drop, dropout_off, joinable, joint_losses
 from ..kernels import release_freed_memory
 from ..mixing import plan_of
@@ -40,13 +43,14 @@ from .results import RunResult
 from .runs import made_ready, over, run
 from .schema import Recipe
 from .setup import RunData
-from .surroundings import interrupts_go_to, threads
+from .surroundings import interrupts_go_to, join_processes, only_the_first_speaks, threads
 
 log = logging.getLogger(__name__)
 
 # What all runs over one base must have in common.
 COMMON = (
     "base", "quantization", "task", "dtype", "training.threads", "training.gradient_checkpointing", "training.prepacked",
+    "training.strategy",
 )  # fmt: skip
 
 
@@ -83,13 +87,13 @@ class Together:
         self._live: list[Member] = []
         self._checked: dict[tuple[int, ...], bool] = {}
         self._baselines: dict[tuple[str, int, int], Evaluation | None] = {}
-        self._interrupted = False
+        self._interrupted = self._stopping = False  # asked for; and known to all processes
         self._floor = self._base_bytes = 0  # memory before the first run, and the base's part of it
 
     def add(
         self, recipe: Recipe, *, callbacks: Sequence[Any] = (), baseline: Evaluation | None = None,
         data: RunData | None = None, also: Callable[[Any, Any], dict[str, Any]] | None = None,
-        done: Callable[[Outcome], None] | None = None,
+        done: Callable[[Outcome], None] | None = None, progress: bool = False,
     ) -> Outcome:  # fmt: skip
         """Take in a run; its outcome is filled in when it has ended, and then given to `done`. The rest as in `recipes.run`.
 
@@ -103,6 +107,7 @@ class Together:
             return run(
                 recipe, model=self.base, tokenizer=self.tokenizer, callbacks=callbacks, quiet=True,
                 baseline=baseline or (self._baseline(recipe) if data is None else None), member=member, data=data, also=also,
+                progress=progress,
             )  # fmt: skip
 
         self.outcomes.append(outcome)
@@ -143,15 +148,11 @@ class Together:
         Raises:
             TrainingInterrupted: Ctrl-C; every run that had begun has saved its adapter and a checkpoint.
             BaseModelError, RecipeError: the base.
-            UnsupportedError: several processes.
+            UnsupportedError: several processes that do not find each other.
         """
         if not self.outcomes:
             return []
-        if processes.count() > 1:
-            raise UnsupportedError(
-                f"runs that share their passes train in one process, and {processes.count()} processes were started "
-                "(torchrun, accelerate launch). Start one, or train one recipe at a time."
-            )
+        join_processes()
         first = self.outcomes[0].recipe
         if self.base is None:
             self.base, self.tokenizer = resolve_base(
@@ -162,8 +163,9 @@ class Together:
         gc.collect()
         release_freed_memory()
         self._floor, self._base_bytes = memory_now(), self.base.get_memory_footprint()
-        with threads(first.training.threads), interrupts_go_to(self._ask):
-            while self._live or (self._waiting and not self._interrupted):
+        with threads(first.training.threads), only_the_first_speaks(), interrupts_go_to(self._ask):
+            while self._live or (self._waiting and not self._stopping):
+                self._stopping = processes.anywhere(self._interrupted)
                 self._fill()
                 for member in list(self._live):
                     if member.request is None or member.request.answered:
@@ -173,7 +175,7 @@ class Together:
                     self._pass([m.request for m in waiting])  # type: ignore[misc]
         if first.training.gradient_checkpointing:
             getattr(self.base, "activation_checkpointing_disable", self.base.gradient_checkpointing_disable)()
-        if self._interrupted:
+        if self._stopping:
             raise TrainingInterrupted(
                 "Stopped. Every run that had begun has saved its adapter and a checkpoint; the same recipes with resume go "
                 "on from there."
@@ -182,7 +184,7 @@ class Together:
 
     def _fill(self) -> None:
         """Let waiting runs join."""
-        while self._waiting and not self._interrupted and (self.at_once is None or len(self._live) < self.at_once):
+        while self._waiting and not self._stopping and (self.at_once is None or len(self._live) < self.at_once):
             member = self._waiting.pop(0)
             member.base_bytes = self._base_bytes
             self._live.append(member)
@@ -191,11 +193,13 @@ class Together:
     def _turn(self, member: Member) -> None:
         member.turn()
         if not member.ended:
-            if self._interrupted and not member.trainer.stop.asked:  # it was being set up then
+            if self._stopping and not member.trainer.stop.asked:  # it was being set up then
                 member.trainer.stop.ask()
             return
         self._live.remove(member)
         outcome = member.outcome
+        if outcome.error is not None and processes.count() > 1 and not agreed(outcome.error):
+            raise outcome.error
         if outcome.error is None:
             loss = outcome.result.metrics.get("loss") if outcome.result else None
             self.say(f"{outcome.recipe.output_dir}: done" + ("" if loss is None else f", held-out loss {loss:.4f}"))
@@ -293,11 +297,15 @@ class Together:
             return False  # masks are made again in the backward pass, or come from a generator that all share
         key = self._key(requests)
         if key not in self._checked:
+            found: bool | None = None
             try:
-                self._checked[key] = self._agree(requests)
+                found = self._agree(requests)
             except Exception as error:  # a batch that cannot be run: alone it fails its own run only
                 log.warning("A joint pass failed (%s); its runs go by themselves this time.", error)
+            every = processes.gathered(found)
+            if None in every:
                 return False
+            self._checked[key] = all(every)
         return self._checked[key]
 
     def _agree(self, requests: list[Request]) -> bool:
@@ -324,11 +332,16 @@ class Together:
         return True
 
 
+def agreed(error: BaseException) -> bool:
+    """Whether all processes of a run meet this error at the same place, so that the other runs go on together."""
+    return isinstance(error, (GraftError, TrainingInterrupted))
+
+
 def scaled(request: Request, total: Tensor, count: int) -> Tensor:
     """A run's loss as its Trainer has it, from the sum over its labels."""
     penalty = request.model.penalty(request.model.switch.active)
-    added = 0.0 if penalty is None else penalty
-    return total / request.items + added if request.items is not None else (total / max(count, 1) + added) / request.parts
+    divisor = max(count, 1) if request.items is None else request.items
+    return (total / divisor + (0.0 if penalty is None else penalty)) / request.parts
 
 
 def train_together(
@@ -338,6 +351,7 @@ def train_together(
     tokenizer: Any = None,
     at_once: int | None = None,
     quiet: bool = False,
+    progress: bool = False,
 ) -> list[Outcome]:
     """Train the recipes' adapters at the same time over one base, each as `graftlm.training.run` would alone.
 
@@ -346,6 +360,7 @@ def train_together(
         model, tokenizer: a loaded base, else the recipes' own is loaded once.
         at_once: how many train at a time (memory grows with it); the others join as these end.
         quiet: no lines of progress.
+        progress: write `progress.jsonl` into each output directory.
 
     Returns:
         An outcome each, in the order of the recipes: a result, or the error that ended that run alone.
@@ -358,5 +373,5 @@ def train_together(
         raise RecipeError("train_together(model=…, tokenizer=…): give both, or neither")
     together = Together(model, tokenizer, at_once=at_once, quiet=quiet)
     for recipe in recipes:
-        together.add(recipe)
+        together.add(recipe, progress=progress)
     return together.run()

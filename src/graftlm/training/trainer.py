@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ from .joining import Joiner
 from .meters import EpochMeter, TokenLoss, labelled_tokens, peak_memory, perplexity, real_tokens
 from .progress import RichProgress
 from .resume import checkpoints, last_complete_checkpoint
+from .sharding import Exchange, base_parameters, is_sharded
+from .sharing import LABELS, cut, has_classes, own_rows, weighed, without_fillers
 from .surroundings import interrupts_go_to, log
 
 
@@ -70,6 +73,8 @@ class Trainer(transformers.Trainer):
         self.member: Any = None  # of several runs that train together
         self._evaluated = TokenLoss()
         self._measuring = False
+        self._labels = 0  # of a batch, over all processes
+        self.exchange: Exchange | None = None  # of gradients, where the model is not wrapped for it
         inner = self.accelerator.unwrap_model(self.model)
         if has_virtual_tokens(inner) and (self.label_smoother is None or self._smooths_inside(inner)):
             self._loss_shifts_labels = False  # the last virtual token predicts the first real one: every label counts
@@ -81,6 +86,7 @@ class Trainer(transformers.Trainer):
             resume_from_checkpoint = self._last_complete_checkpoint()
         self.stop.asked = self.stop.stopped = False
         self.joiner.take()  # what an interrupted update left
+        self._share_out()
         try:
             with interrupts_go_to(self.stop.ask) if self.member is None else nullcontext():
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -93,6 +99,19 @@ class Trainer(transformers.Trainer):
                 f"checkpoint are in {self.args.output_dir}; train(resume_from_checkpoint=True) goes on from there."
             )
         return output
+
+    def _share_out(self) -> None:
+        """Among several processes: adapters' gradients alone travel, by DDP, or by `Exchange` where DDP does not see the
+        passes (joint ones, those of a sharded base)."""
+        inner = self.accelerator.unwrap_model(self.model)
+        if self.accelerator.num_processes == 1 or not isinstance(inner, PeftModel):
+            return
+        own = {id(p) for p in base_parameters(inner.base)}
+        frozen = [name for name, p in inner.named_parameters() if id(p) in own]
+        inner._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in inner.named_buffers())]
+        if self.member is not None or is_sharded(inner):
+            self.exchange = Exchange(inner)
+            self.accelerator.prepare_model = lambda model, *args, **kwargs: model
 
     def _last_complete_checkpoint(self) -> str:
         notes: list[str] = []
@@ -107,24 +126,48 @@ class Trainer(transformers.Trainer):
             )
         return str(found)
 
+    def get_batch_samples(self, epoch_iterator: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', without labels on rows that fill up the last batch among several processes."""
+        own = map(partial(without_fillers, self.accelerator), epoch_iterator) if self._plain_loss else epoch_iterator
+        return super().get_batch_samples(own, *args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Short batches that make up one update are trained as one packed batch: the same gradient in fewer passes."""
-        if not self._may_join(num_items_in_batch):
-            return self._training_step(model, inputs, num_items_in_batch)
-        batches = self.joiner.add(inputs, self.accelerator.sync_gradients)
+        if self._may_join(num_items_in_batch):
+            batches = self.joiner.add(inputs, self.accelerator.sync_gradients)
+        else:
+            batches = [inputs]
         loss = torch.zeros((), device=self.args.device)
         for i, batch in enumerate(batches, 1):  # processes may have different numbers of them: the last one alone is shared
             with self.accelerator.no_sync(model) if i < len(batches) else nullcontext():
                 loss = loss + self._training_step(model, batch, num_items_in_batch)
+        if self.exchange is not None and self.accelerator.sync_gradients:
+            self.exchange()
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.compute_loss`; a smoothed loss is left to models that need no logits for it."""
-        smoother = self.label_smoother
+        smoother, labels = self.label_smoother, {k: inputs[k] for k in LABELS if k in inputs}
         if smoother is None or not self._smooths_inside(self.accelerator.unwrap_model(model), inputs):
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        with self._unsmoothed():
-            return super().compute_loss(model, {**inputs, "label_smoothing": smoother.epsilon}, *args, **kwargs)
+            found = super().compute_loss(model, inputs, *args, **kwargs)
+        else:
+            with self._unsmoothed():
+                found = super().compute_loss(model, {**inputs, "label_smoothing": smoother.epsilon}, *args, **kwargs)
+        if self.accelerator.num_processes == 1 or not model.training:
+            return found
+        return self._shared_loss(model, inputs | labels, found, kwargs.get("num_items_in_batch"))
+
+    def _shared_loss(self, model: nn.Module, inputs: dict[str, Any], loss: Tensor, items: Any) -> Tensor:
+        """The loss of one process's rows as its part of the loss over all processes' rows (see `sharing`)."""
+        inner, count = self.accelerator.unwrap_model(model), self.accelerator.num_processes
+        if not (isinstance(inner, PeftModel) and self._plain_loss and has_classes(inputs)):
+            return loss
+        scaled = self.args.average_tokens_across_devices and self.model_accepts_loss_kwargs and items is not None
+        penalty: Any = inner.penalty(inner.switch.active) if inner.penalised else 0.0
+        if self._heeded(model, items):
+            return loss - (count - 1) * penalty if scaled else loss
+        mean = (loss / count if scaled else loss) - penalty
+        return weighed(mean, self._weight(inputs), self._labels, count) + penalty
 
     def _smooths_inside(self, model: Any, inputs: dict[str, Any] | None = None) -> bool:
         """Whether transformers' smoothed loss (not someone's own) can be left to the model."""
@@ -148,7 +191,9 @@ class Trainer(transformers.Trainer):
         several = self.args.gradient_accumulation_steps > 1 and num_items_in_batch is not None and self.args.n_gpu <= 1
         if not (several and self._plain_loss and self.model_accepts_loss_kwargs and isinstance(model, PeftModel)):
             return False
-        if model.penalised:  # added to the loss of each batch
+        if self.accelerator.num_processes > 1 and not self._heeded(model, num_items_in_batch):
+            return False
+        if model.penalised or self.exchange is not None:  # added to the loss of each batch; passes that all make alike
             return False
         with self.accelerator.autocast():  # as in the passes
             return model.can_pack()
@@ -160,6 +205,8 @@ class Trainer(transformers.Trainer):
 
     def _training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         counts = self._weight(inputs), real_tokens(inputs)
+        if self.accelerator.num_processes > 1 and not self._heeded(model, num_items_in_batch):
+            self._labels = int(self.accelerator.reduce(torch.tensor(counts[0], device=self.args.device), "sum"))
         loss = self._pass(model, inputs, num_items_in_batch)
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:  # the sum over all tokens of the step
             mean = loss * num_items_in_batch / self.accelerator.num_processes / max(counts[0], 1)
@@ -177,7 +224,9 @@ class Trainer(transformers.Trainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         heeded = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        items = float(num_items_in_batch) if heeded and self._heeds_items(model, inputs) else None
+        items = float(num_items_in_batch) if heeded and self._heeds_items(model) else None
+        if (n := self.accelerator.num_processes) > 1:  # the mean over processes is taken later
+            items = (self._labels if items is None else items) / n
         parts = 1 if heeded else self.current_gradient_accumulation_steps
         request = Request(self, self.accelerator.unwrap_model(self.model), inputs, items, parts, num_items_in_batch)
         return self.member.step(request)
@@ -186,8 +235,12 @@ class Trainer(transformers.Trainer):
         full = not (self.args.fp16 or self.args.bf16)  # no autocast, no gradient scaling
         return full and self._plain_loss and self.label_smoother is None and self.args.n_gpu <= 1
 
-    def _heeds_items(self, model: Any, inputs: dict[str, Any]) -> bool:
-        """Whether the base's loss divides by the number of labels of the whole update, when it is told."""
+    def _heeded(self, model: Any, items: Any) -> bool:
+        """Whether the loss divides by the number of labels of the whole update."""
+        return items is not None and (self.label_smoother is not None or self._heeds_items(model))
+
+    def _heeds_items(self, model: Any) -> bool:
+        """Whether the base's loss does, when it is told."""
         inner = self.accelerator.unwrap_model(model)
         return isinstance(inner, PeftModel) and inner.heeds_items()
 
@@ -209,6 +262,8 @@ class Trainer(transformers.Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         self._drain()
+        whole = self._over_processes(self.meter.loss)  # the first process saves its sums, and goes on with them
+        self.meter.loss = whole if self.args.process_index == 0 else TokenLoss()
         super()._save_checkpoint(*args, **kwargs)
 
     # -- measures ----------------------------------------------------------------------------------------------------
@@ -244,13 +299,13 @@ class Trainer(transformers.Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
+        inputs = without_fillers(self.accelerator, inputs)
         weight = self._weight(inputs)
         with self._unsmoothed(), self._measured_alone():
             found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-            own = self._own_rows(inputs)
-            if own is inputs:
-                loss = found[0]
-            else:  # a pass that the other processes do not make
+            loss, kept = found[0], None if has_classes(inputs) else own_rows(self.accelerator, inputs)
+            if kept is not None:  # a pass that the other processes do not make
+                own = cut(inputs, kept)
                 weight = self._weight(own) if own else 0
                 loss = super().prediction_step(model, own, True, ignore_keys)[0] if own else None
         if loss is not None:
@@ -270,18 +325,6 @@ class Trainer(transformers.Trainer):
         """As transformers', which counts over all processes."""
         alone = self._measuring and self.accelerator.num_processes > 1
         return None if alone else super()._get_num_items_in_batch(*args, **kwargs)
-
-    def _own_rows(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch without the rows that only fill up the last one among several processes; empty where all do."""
-        state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return inputs
-        size = next((v.shape[0] for v in inputs.values() if isinstance(v, Tensor) and v.dim()), 0)
-        kept = min(max(state.remainder - size * self.accelerator.process_index, 0), size)
-        if kept == size:
-            return inputs
-        cut = {k: v[:kept] if isinstance(v, Tensor) and v.dim() and v.shape[0] == size else v for k, v in inputs.items()}
-        return cut if kept else {}
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         self._evaluated = TokenLoss()

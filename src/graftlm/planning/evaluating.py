@@ -1,0 +1,92 @@
+"""Memory of evaluation and of generated samples, which a run makes before, in and after training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import GraftError, PlanError
+from ..training.evaluation import IGNORE_INDEX, LABEL_FORMAT, usual_loss
+from ..training.measuring import SAMPLE_TOKENS, SAMPLES
+from ..training.schema import Recipe
+from .rows import Rows, tensors
+from .skeleton import Skeleton
+from .step import Heights, of_all_blocks, short_cuts
+from .tracing import Account
+
+
+def evaluation_memory(recipe: Recipe, rows: Rows, whole: Skeleton) -> int:
+    """Bytes above the weights at the highest moment of an evaluation: of its longest batch, or of the generated samples.
+
+    Raises:
+        PlanError: this model cannot be run over fake tensors.
+    """
+    if not rows.held:
+        return 0
+    batch = longest(recipe, rows)
+
+    def forward(found: Skeleton) -> Heights:
+        return Heights(0, passed(found, batch), 0)
+
+    try:
+        short_cuts(recipe, whole.config)
+        highest = of_all_blocks(recipe, whole, forward, 2, 1).highest
+    except GraftError:
+        raise
+    except Exception as error:
+        raise PlanError(
+            f"the memory of an evaluation of {whole.config.model_type} cannot be planned: {type(error).__name__}: {error}"
+        ) from error
+    return max(round(highest), generation_memory(recipe, rows, whole))
+
+
+def longest(recipe: Recipe, rows: Rows) -> dict[str, Tensor]:
+    """The longest batch of the rows that are evaluated."""
+    found = sorted(rows.held, key=lambda row: -len(row["input_ids"]))[: recipe.training.eval_batch_size]
+    return tensors(rows.collator(found))
+
+
+def passed(found: Skeleton, batch: dict[str, Tensor]) -> int:
+    """Bytes above the weights of a pass without gradients, with its loss as `training.evaluation` makes it."""
+    model, account = found.model.eval(), Account()
+    account.take(model)
+    labels = batch["labels"] if found.seq2seq else batch["labels"][:, 1:]
+    places = labels.ne(IGNORE_INDEX).any(0).nonzero()[:, 0]
+    with account, torch.no_grad():
+        weights = account.live
+        with account.peak() as top:
+            if usual_loss(model) and 2 * len(places) < labels.shape[1]:
+                given = {k: v for k, v in batch.items() if k != "labels"}
+                logits = model(**given, logits_to_keep=places).logits
+                F.cross_entropy(logits.flatten(0, 1).float(), labels[:, places].flatten(), reduction="sum")
+            else:
+                model(**batch)
+    return top[0] - weights
+
+
+def generation_memory(recipe: Recipe, rows: Rows, whole: Skeleton) -> int:
+    """Bytes of the keys and values of a batch of answers, and of two steps' logits in fp32: where there are prompts."""
+    if not rows.prompts:
+        return 0
+    config, width = whole.config, cache_width(whole.config)
+    if rows.format == LABEL_FORMAT:
+        count, new = min(recipe.training.eval_batch_size, len(rows.held)), 16
+    else:
+        count, new = min(SAMPLES, len(rows.held)), SAMPLE_TOKENS
+    length = max(len(row["input_ids"]) for row in rows.held) + new
+    return count * (length * width * whole.dtype.itemsize + 2 * config.vocab_size * 4)
+
+
+def cache_width(config: Any) -> int:
+    """Numbers that the cache holds of a token, over all layers."""
+
+    def first(*names: str) -> int:
+        return next((v for n in names if isinstance(v := getattr(config, n, None), int)), 0)
+
+    heads = first("num_attention_heads", "n_head", "num_heads")
+    size = first("head_dim", "d_kv", "kv_channels") or first("hidden_size", "n_embd", "d_model") // max(heads, 1)
+    shared = first("num_key_value_heads", "multi_query_group_num") or heads
+    return 2 * first("num_hidden_layers", "num_layers", "n_layer") * shared * size

@@ -1,0 +1,124 @@
+"""The process that has the libraries imported: checks recipes, plans runs, looks at data. `worker` asks it.
+
+python -m graftlm.studio.errands          lines of JSON: {"id", "name", "values"} in, {"id", "answer" | "error"} out
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ..errors import GraftError
+
+THREADS = 3
+
+
+def recipe_form(method: str = "lora") -> dict[str, Any]:
+    """The form's fields, and those of a method."""
+    from . import forms
+
+    return {"fields": forms.fields(), "options": forms.option_fields(method)}
+
+
+def check(values: dict[str, str] | None, text: str) -> dict[str, Any]:
+    """A recipe out of a form (`values`, over the YAML `text`) or out of the text alone: YAML, form, fields and problems."""
+    from . import forms
+
+    wrong = ""
+    if values is None:
+        content, wrong = forms.read(text)
+    else:
+        content = forms.from_form(values, text)
+    found = [{"key": "", "text": wrong}] if wrong else forms.problems(content)
+    shown = forms.flat(content)
+    return {
+        "yaml": text if values is None else forms.written(content), "values": shown, "problems": found,
+        "form": recipe_form(shown.get("method", "lora")),
+    }  # fmt: skip
+
+
+# What may make a run fit, in the order of what it costs.
+SMALLER = (
+    {"training.batch_size": 1, "training.accumulation": 8}, {"training.gradient_checkpointing": True},
+    {"quantization": "nf4"}, {"training.batch_size": 1, "training.gradient_checkpointing": True, "quantization": "nf4"},
+)  # fmt: skip
+
+
+def plan(text: str) -> dict[str, Any]:
+    """The plan of a recipe, and where it does not fit, what would."""
+    from ..planning import plan as planned
+    from ..planning.whole import size
+    from ..training import Recipe
+    from ..training.schema import load_yaml
+
+    recipe = Recipe.from_dict(load_yaml(text) or {})
+    made = planned(recipe)
+    change = None
+    for values in () if made.fits else SMALLER:
+        tried = recipe.replace(*(f"{k}={json.dumps(v)}" for k, v in values.items()))
+        if planned(tried).fits:
+            change = values
+            break
+    return {
+        "fits": made.fits, "peak": size(made.peak_bytes), "free": size(made.device.free_bytes), "device": made.device.name,
+        "time": made.time(), "updates": made.updates, "trained": made.sizes.trained, "of": made.sizes.base,
+        "rows": made.rows["rows"], "longest": made.rows["longest"], "change": change,
+    }  # fmt: skip
+
+
+def look(source: str, base: str, **options: Any) -> dict[str, Any]:
+    """A data set's rows, and what training makes of them."""
+    from . import looking
+
+    return looking.look(source, base, **options)
+
+
+ERRANDS: dict[str, Callable[..., Any]] = {f.__name__: f for f in (recipe_form, check, plan, look)}
+
+
+def answer(line: str) -> dict[str, Any]:
+    """The answer to a line."""
+    asked = json.loads(line)
+    try:
+        return {"id": asked["id"], "answer": ERRANDS[asked["name"]](**asked["values"])}
+    except GraftError as error:
+        return {"id": asked["id"], "error": str(error), "status": getattr(error, "status", 422)}
+    except Exception as error:  # whatever a library raises: told, and written down whole
+        traceback.print_exc()
+        return {"id": asked["id"], "error": f"{type(error).__name__}: {error}", "status": 500}
+
+
+def main() -> None:
+    """Answer until the input ends."""
+    writing = threading.Lock()
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is no answer
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    from . import forms
+
+    forms.fields()
+
+    def work(line: str) -> None:
+        text = json.dumps(answer(line), ensure_ascii=False, default=str)
+        with writing:
+            out.write(text + "\n")
+            out.flush()
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for line in sys.stdin:
+            pool.submit(work, line)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

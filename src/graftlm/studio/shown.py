@@ -1,0 +1,54 @@
+"""Numbers and times for people: the templates' filters."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+
+def size(count: float | None) -> str:
+    """Bytes: 1.2 GiB."""
+    if count is None:
+        return "–"
+    value = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"
+
+
+def duration(seconds: float | None) -> str:
+    """40 s, 3 min 20 s, 2 h 5 min."""
+    if seconds is None:
+        return "–"
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60} s" if whole < 6000 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def moment(seconds: float | None) -> str:
+    """Date and time of this machine."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)) if seconds else "–"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    return "–" if value is None else f"{value:.{digits}g}"
+
+
+def share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def whole(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"
+
+
+def as_json(value: Any) -> str:
+    """For a data attribute; the template escapes it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+FILTERS = {f.__name__: f for f in (size, duration, moment, number, share, whole, as_json)}

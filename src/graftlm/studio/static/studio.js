@@ -1,0 +1,57 @@
+// The glue between htmx, server-sent events and uPlot; everything else is the server's.
+"use strict";
+(() => {
+  const charts = new Map();
+  const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const colours = ["--accent", "--second", "--note", "--wrong", "--dim", "--ink"];
+
+  // data: {step: […], <any name>: […]}; a series for each name but step
+  function draw(element, data) {
+    const names = Object.keys(data).filter((name) => name !== "step");
+    const rows = [data.step, ...names.map((name) => data[name])];
+    const chart = charts.get(element);
+    if (chart && chart.series.length === rows.length) { chart.setData(rows); return; }
+    if (chart) chart.destroy();
+    if (!data.step.length) return;
+    const labels = element.dataset.labels ? JSON.parse(element.dataset.labels) : names;
+    const axis = { stroke: colour("--dim"), grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line") } };
+    const series = names.map((name, i) => ({
+      label: labels[i], stroke: colour(colours[i % colours.length]), width: 2, spanGaps: true,
+      dash: i >= colours.length ? [6, 4] : undefined, points: { show: data.step.length < 40 || name === "held_out" },
+      value: (_, v) => (v == null ? "–" : v.toPrecision(4)),
+    }));
+    charts.set(element, new uPlot({
+      width: element.clientWidth - 16, height: 240, series: [{ label: element.dataset.x || "step" }, ...series],
+      axes: [axis, axis], scales: { x: { time: false } }, cursor: { y: false },
+    }, rows, element));
+  }
+
+  function begin(root) {
+    for (const element of root.querySelectorAll("[data-curve]")) draw(element, JSON.parse(element.dataset.curve));
+    for (const log of root.querySelectorAll(".log")) log.scrollTop = log.scrollHeight;
+  }
+
+  const tell = (text) => { document.getElementById("told").textContent = text; };
+  const on = (name, action) => document.body.addEventListener(name, action);
+
+  document.addEventListener("DOMContentLoaded", () => begin(document));
+  window.addEventListener("resize", () => charts.forEach((chart, e) => chart.setSize({ width: e.clientWidth - 16, height: 240 })));
+  on("htmx:sseBeforeMessage", (event) => {
+    const element = event.detail.elt || event.target;
+    if ("curve" in (element.dataset || {})) { event.preventDefault(); draw(element, JSON.parse(event.detail.data)); }
+  });
+  on("htmx:sseMessage", (event) => { if (event.target.classList.contains("log")) event.target.scrollTop = event.target.scrollHeight; });
+  on("htmx:afterSwap", () => {  // a text that is typed into keeps its place and its history
+    for (const text of document.querySelectorAll("[data-sets]")) { document.getElementById(text.dataset.sets).value = text.textContent; text.remove(); }
+  });
+  on("htmx:afterSettle", (event) => {
+    begin(event.target);
+    const keys = new Set([...document.querySelectorAll("#problems [data-key]")].map((item) => item.dataset.key));
+    for (const input of document.querySelectorAll("#form [name]")) {
+      if (keys.has(input.name)) input.setAttribute("aria-invalid", "true"); else input.removeAttribute("aria-invalid");
+    }
+  });
+  on("htmx:responseError", (event) => tell(event.detail.xhr.responseText.trim() || `${event.detail.xhr.status}`));
+  on("htmx:sendError", () => tell("The studio does not answer. Is it running? What runs goes on without it."));
+  on("htmx:beforeRequest", () => tell(""));
+})();

@@ -1,0 +1,116 @@
+"""A workspace with what works on it, and what all pages share."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from fastapi import Request, Response
+from fastapi.responses import HTMLResponse
+from jinja2 import Environment, FileSystemLoader
+
+from ..version import __version__
+from . import records, shown, words
+from .index import Index
+from .jobs import ENDED, STATE, UNFINISHED, Jobs, settle, state_of
+from .server import ChatServer
+from .worker import Worker
+from .workspace import Workspace
+
+HERE = Path(__file__).parent
+log = logging.getLogger("graftlm.studio")
+THEMES = ("auto", "light", "dark")
+THEME = "graftlm-theme"
+MANY = 10**6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the studio was started with.
+
+    Args:
+        port: that it listens at.
+        token: of the first address.
+        at_once: jobs at a time.
+        max_upload: bytes.
+        watch: seconds between looks at the queue.
+    """
+
+    port: int
+    token: str
+    at_once: int = 1
+    max_upload: int = 512 * 2**20
+    watch: float = 1.0
+
+
+class Studio:
+    """A workspace with what works on it."""
+
+    def __init__(self, workspace: Workspace, settings: Settings) -> None:
+        self.workspace, self.settings = workspace, settings
+        self.index = Index(workspace)
+        self.jobs = Jobs(workspace, settings.at_once)
+        self.worker = Worker(workspace.root, workspace.own / "worker.log")
+        self.server = ChatServer(workspace)
+        self.templates = Environment(
+            loader=FileSystemLoader(HERE / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        )
+        self.templates.filters |= shown.FILTERS
+
+    # -- pages -------------------------------------------------------------------------------------------------------------
+    def page(self, request: Request, template: str, status: int = 200, **values: Any) -> HTMLResponse:
+        """A template, or with `_` before its name a part of a page, in the language and colours of the request."""
+        return HTMLResponse(self.text(request, template, **values), status)
+
+    def text(self, request: Request, template: str, **values: Any) -> str:
+        """The same as a text."""
+        language = words.chosen(request.cookies.get(words.COOKIE), request.headers.get("accept-language", ""))
+        theme = request.cookies.get(THEME, "auto")
+        return self.templates.get_template(template).render(
+            _=words.translator(language), language=language, languages=words.LANGUAGES, path=request.url.path,
+            theme=theme if theme in THEMES else "auto", csrf=request.scope["state"]["csrf"], version=__version__, **values,
+        )  # fmt: skip
+
+    # -- beside the pages -------------------------------------------------------------------------------------------------
+    def recover(self) -> None:
+        """After a start: runs that the index holds for unfinished are read again; those without a process are lost."""
+        self.jobs.advance()
+        known = {*self.jobs.going(), *self.jobs.waiting()}
+        for state in (*UNFINISHED, "unknown"):
+            for row in self.index.runs(limit=MANY, state=state):
+                folder = self.workspace.runs / row.name
+                if row.name not in known and records.read(folder / STATE).get("state", "done") not in ENDED:
+                    settle(folder)
+                if folder.is_dir():
+                    self.index.note(folder)
+        self.index.sync()
+
+    def look(self) -> None:
+        """Let the queue go on, and index what changed."""
+        changed = {folder.name for folder in self.jobs.advance()}
+        for state in UNFINISHED:
+            for row in self.index.runs(limit=MANY, state=state):
+                if state_of(self.workspace.runs / row.name).get("state") != state:
+                    changed.add(row.name)
+        for name in changed:
+            if (self.workspace.runs / name).is_dir():
+                self.index.note(self.workspace.runs / name)
+
+    async def watch(self) -> None:
+        """`look` again and again."""
+        while True:
+            try:
+                await asyncio.to_thread(self.look)
+                await self.worker.rest()
+            except Exception:  # a full disk, a folder that was taken away: told, and tried again
+                log.exception("looking at the queue failed")
+            await asyncio.sleep(self.settings.watch)
+
+
+def go(place: str, **query: Any) -> Response:
+    """Send the browser to a page, from an answer to htmx."""
+    return Response(status_code=204, headers={"HX-Redirect": place + (f"?{urlencode(query)}" if query else "")})

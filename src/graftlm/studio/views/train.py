@@ -1,0 +1,102 @@
+"""The form of a run, its YAML beside it, and its plan."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import yaml
+from fastapi import APIRouter, Request, Response
+
+from .. import bases, recipes
+from ..errors import PageError
+from ..index import recipe_in
+from ..studio import Studio, go
+
+OWN = ("output_dir", "overwrite", "resume")
+
+
+def router(studio: Studio) -> APIRouter:
+    """Routes of the page."""
+    made = APIRouter(prefix="/train")
+    planning = Latest()
+
+    @made.get("")
+    def train(request: Request) -> Response:
+        content = first(studio, dict(request.query_params))
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True) if content else ""
+        return studio.page(
+            request, "train.html", text=text, bases=bases.known(studio.workspace), data_sets=studio.index.data_sets(),
+            bundled=("tweets", "prompts", "quotes", "alpaca-zh", "adgen-zh"),
+        )  # fmt: skip
+
+    @made.post("/check")
+    async def check(request: Request) -> Response:
+        given = {k: str(v) for k, v in (await request.form()).items()}
+        by_form = given.get("by") == "form"
+        found = await checked(studio, given.get("text", ""), given if by_form else None)
+        changed = given.get("options_of") != (found["values"].get("method") or "lora")  # else what is typed into stays
+        return studio.page(request, "_checked.html", by_form=by_form, options_changed=changed, **found)
+
+    @made.post("/plan")
+    async def plan(request: Request) -> Response:
+        text = str((await request.form()).get("text", ""))
+        if recipes.outside(studio.workspace, text):
+            return studio.page(request, "_plan.html", plan=None)
+        try:
+            async with planning as newest:
+                found = await studio.worker.ask("plan", text=text) if newest() else None
+        except PageError as error:
+            return studio.page(request, "_plan.html", plan=None, error=str(error))
+        return studio.page(request, "_plan.html", plan=found)
+
+    @made.post("/start")
+    async def start(request: Request) -> Response:
+        given = {k: str(v) for k, v in (await request.form()).items()}
+        found = await checked(studio, given.get("text", ""), None)
+        if found["problems"]:
+            return studio.page(request, "_problems.html", problems=found["problems"])
+        folder = recipes.start(studio.workspace, studio.jobs, given.get("text", ""), given.get("title", "").strip())
+        await asyncio.to_thread(studio.index.note, folder)
+        return go(f"/runs/{folder.name}")
+
+    return made
+
+
+async def checked(studio: Studio, text: str, values: dict[str, str] | None) -> dict[str, Any]:
+    """What the recipe's checks say, and paths that may not be read."""
+    found = await studio.worker.ask("check", values=values, text=text)
+    found["problems"] += recipes.outside(studio.workspace, found["yaml"])
+    return found
+
+
+def first(studio: Studio, asked: dict[str, str]) -> dict[str, Any]:
+    """The recipe that the form begins with: of an example, of a run to repeat, or with what was asked for."""
+    if "from" in asked:
+        found = recipe_in(studio.workspace.run(asked["from"])) or {}
+        return {k: v for k, v in found.items() if k not in OWN}
+    content: dict[str, Any] = dict(recipes.EXAMPLES.get(asked.get("example", ""), {}).get("recipe", {}))
+    if "data" in asked:
+        content["data"] = {"source": asked["data"]}
+        if asked.get("format"):
+            content["data"] |= {"format": asked["format"], "columns": recipes.content_of(asked.get("columns", ""))}
+    for key in ("base", "init_from"):
+        if asked.get(key):
+            content[key] = asked[key]
+    return content
+
+
+class Latest:
+    """Lets one in at a time; of those that waited only the last one counts: `async with latest as newest: newest()`."""
+
+    def __init__(self) -> None:
+        self.lock, self.count = asyncio.Lock(), 0
+
+    async def __aenter__(self) -> Any:
+        self.count += 1
+        own = self.count
+        await self.lock.acquire()
+        return lambda: own == self.count
+
+    async def __aexit__(self, *error: object) -> None:
+        self.lock.release()

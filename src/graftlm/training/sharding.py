@@ -1,0 +1,144 @@
+"""FSDP2: the frozen base in parts, one a process, and the adapters whole in every process.
+
+torch's `fully_shard` gathers a block's weights when a pass reaches it and drops them behind it. Embeddings, the last norm
+and the head stay whole: `fully_shard` would hold them from the forward to the end of the backward pass too. Adapters stay
+plain tensors, so files, checkpoints and the optimizer are those of one process; `Exchange` takes their gradients' mean.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import fingerprint, processes
+from ..architectures import base_modules
+from ..errors import UnsupportedError
+from ..quantization import scheme_of
+
+
+def check_strategy(strategy: str, given: bool, together: bool) -> None:
+    """Refuse what this run cannot be shared out by.
+
+    Args:
+        given: the base came loaded, and is to be given back as it was.
+        together: the run shares its passes with others.
+
+    Raises:
+        UnsupportedError: fsdp2 with one of these; DeepSpeed, or accelerate's own FSDP.
+    """
+    wanted = strategy if strategy in ("zero2", "zero3") else None
+    for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "accelerate's FSDP")):
+        wanted = name if os.environ.get(variable, "false").lower() in ("1", "true") else wanted
+    if wanted is not None:
+        raise UnsupportedError(
+            f"{wanted} does not train adapters here: its checkpoints would not be those of one process. training.strategy: "
+            "fsdp2 shares the frozen base out, as ZeRO-3 would; what ZeRO-2 shares out, gradients and optimizer states, is "
+            "the adapter's only. Start the processes by torchrun, graftlm train --processes, or accelerate launch "
+            "--multi_gpu."
+        )
+    if strategy == "fsdp2" and processes.count() > 1 and (given or together):
+        raise UnsupportedError(
+            "training.strategy: fsdp2 is for a run that loads its own base and trains alone: "
+            + ("runs that train together share one whole base" if together else "a loaded base would come back in parts")
+            + ". Use strategy: ddp, or run one recipe at a time."
+        )
+
+
+def check_base(base: Any) -> None:
+    """UnsupportedError for a base that `shard` cannot hold: a quantised one."""
+    if (scheme := scheme_of(base)) is not None:
+        raise UnsupportedError(
+            f"training.strategy: fsdp2 cannot hold a base in {scheme}: its layers keep scales beside their packed weights, "
+            "which fully_shard does not share out. Use strategy: ddp (each process holds the quantised base), or leave "
+            "quantization out."
+        )
+
+
+def shard(model: Any) -> None:
+    """Share a wrapped base's weights out to the processes of this run, block by block. All of them must call this.
+
+    Raises:
+        UnsupportedError: a quantised base.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    base = model.base
+    check_base(base)
+    fingerprint.keep(base)
+    mesh = init_device_mesh(base.device.type, (processes.count(),))
+    own = set(base_parameters(base))
+    found = list(stacks(base))
+    shared = {p for _, blocks in found for block in blocks for p in block.parameters()} & own
+    for stack, blocks in found:
+        for module in (*blocks, stack):
+            fully_shard(module, mesh=mesh, ignored_params=set(model.parameters()) - shared)
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether a wrapper's base went through `shard`."""
+    from torch.distributed.fsdp import FSDPModule
+
+    base = getattr(model, "base", None)
+    return base is not None and any(isinstance(m, FSDPModule) for m in base.modules())
+
+
+def base_parameters(base: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters of a base, without its adapters'."""
+    for _, module in base_modules(base):
+        yield from module.parameters(recurse=False)
+
+
+def stacks(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    """The modules of a base that run its transformer blocks, and these."""
+    lists = [child for child in module.children() if isinstance(child, nn.ModuleList)]
+    if lists:
+        yield module, [block for one in lists for block in one]
+    for child in module.children():
+        if child not in lists:
+            yield from stacks(child)
+
+
+class Exchange:
+    """The mean of adapters' gradients over all processes, where nothing else takes it: one collective for each dtype."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self) -> None:
+        """All processes must call this after the same backward pass."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        for dtype in {p.dtype for p in parameters}:
+            grads = [p.grad for p in parameters if p.dtype is dtype]
+            flat = torch.cat([g.flatten() for g in grads])  # type: ignore[union-attr]
+            torch.distributed.all_reduce(flat)
+            parts = (flat / processes.count()).split([g.numel() for g in grads])  # type: ignore[union-attr]
+            for gradient, part in zip(grads, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))  # type: ignore[union-attr,arg-type]
+
+
+def traffic(model: Any) -> dict[str, int]:
+    """What a process exchanges with the others, in bytes: `gradient_bytes` of adapters an update, and `gathered_bytes` of a
+    sharded base that it gets in one pass, forward and backward. Empty for one process."""
+    if processes.count() == 1:
+        return {}
+    parts = [p for p in set(base_parameters(model.base)) if hasattr(p, "placements")]
+    whole = sum(p.numel() * p.element_size() for p in parts)
+    return {
+        "processes": processes.count(),
+        "gradient_bytes": sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),
+        "gathered_bytes": 2 * whole * (processes.count() - 1) // processes.count(),
+    }
+
+
+def in_words(e: dict[str, int]) -> str:
+    """A line about `traffic`."""
+    base = f", and {e['gathered_bytes']:,} bytes of the base gathered a pass" if e["gathered_bytes"] else ""
+    return f"{e['processes']} processes: gradients of {e['gradient_bytes']:,} bytes exchanged an update{base}."

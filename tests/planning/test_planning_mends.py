@@ -1,0 +1,175 @@
+"""Changes that make a run fit, the plan's line before a run, and what is said when memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import graftlm
+from graftlm.errors import ExhaustedError, PlanError
+from graftlm.planning import machine as machines
+from graftlm.planning import mends, watching
+from graftlm.training import Recipe
+
+KNOWN = machines.Machine(
+    process_bytes=600 << 20, start_bytes=500 << 20, operations=5e10, step_operations=2.5e10, block_seconds=0.01
+)
+GIVEN: dict[str, Any] = {"rows": 40, "length": 200}
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that was measured before."""
+    monkeypatch.setattr("graftlm.planning.whole.machine", lambda form, say=None: KNOWN)
+    monkeypatch.setattr(watching, "known", lambda form: KNOWN)
+
+
+def test_the_cheapest_change_that_fits_comes_last_and_fits() -> None:
+    recipe = Recipe.from_dict({"training": {"batch_size": 4}})
+    whole = graftlm.plan(recipe, **GIVEN)
+    settings = GIVEN | {"device": f"{whole.peak_bytes - (20 << 20)}"}
+    small = graftlm.plan(recipe, **settings)
+    assert not small.fits
+    found = mends.mends(recipe, small, settings)
+    chosen = mends.fitting(found)
+    assert chosen is found[-1] and not any(m.plan.fits for m in found[:-1])
+    again = graftlm.plan(recipe.replace(*chosen.overrides), **settings)
+    assert again.fits and again.peak_bytes == chosen.plan.peak_bytes < small.peak_bytes
+    t = again.recipe.training
+    if not t.packing:  # as many rows an update as before
+        assert t.batch_size is not None and t.batch_size * t.accumulation == 4
+
+
+def test_where_nothing_fits() -> None:
+    with pytest.raises(PlanError, match="smaller base"):
+        mends.fitting([])
+
+
+def test_changes_in_order() -> None:
+    recipe = Recipe.from_dict({"method_options": {"r": 8}, "training": {"batch_size": 2}, "dtype": "fp32"})
+    whats = [what for what, _ in mends.changes(graftlm.plan(recipe, **GIVEN))]
+    wanted = ["1 rows", "packing", "fewer rows", "activation checkpointing every", "activation checkpointing", "bf16",
+              "int8", "NF4", "rank 4", "rows of at most 100"]  # fmt: skip
+    places = [next(i for i, what in enumerate(whats) if word in what) for word in wanted]
+    assert places == sorted(places)
+
+
+# -- the line before a run ------------------------------------------------------------------------------------------------
+def told(recipe: Recipe, **options: Any) -> tuple[list[str], Any, Any]:
+    lines: list[str] = []
+    return lines, *watching.ahead([recipe], lines.append, **options)
+
+
+def test_a_line_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe.from_dict({"data": {"max_examples": 12}, "training": {"batch_size": 2}})
+    assert told(recipe) == ([], None, None)  # a base so small that its run is as short as its plan
+    monkeypatch.setattr(watching, "SMALL", 0)
+    monkeypatch.setattr(watching, "known", lambda form: None)
+    lines, planned, data = told(recipe)
+    assert lines[0].startswith(planned.line()) and planned.evaluation_bytes > 0
+    assert "figures are assumed" in lines[0]
+    assert len(data.train_rows) == planned.rows["rows"] == 12
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), PlanError("no such form")])
+def test_planning_keeps_no_run_from_being_made(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(watching, "SMALL", 0)
+    monkeypatch.setattr(watching, "single", broken)
+    lines, planned, _ = told(Recipe.from_dict({"data": {"max_examples": 12}}))
+    assert planned is None and "not planned" in lines[0] and str(error) in lines[0]
+
+
+def test_a_run_in_a_machine_that_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "known", lambda form: None)
+    found = watching.measured_or_assumed("fp32")
+    assert found.process_bytes > found.start_bytes > 0
+
+
+# -- memory runs out ------------------------------------------------------------------------------------------------------
+def exhaust() -> None:
+    torch.empty(2**55)
+
+
+def raised(error: Exception) -> Callable[[], None]:
+    def action() -> None:
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize(
+    "action",
+    [exhaust, raised(MemoryError()), raised(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))],
+)
+def test_a_lack_of_memory_says_plan_actual_and_mend(action: Callable[[], None]) -> None:
+    planned = graftlm.plan(Recipe.from_dict({"training": {"batch_size": 4}}), **GIVEN)
+    with pytest.raises(ExhaustedError, match="ran out") as caught, watching.memory_watched(planned, "there"):
+        action()
+    text = str(caught.value)
+    for word in (
+        "Planned were",
+        "had taken at most",
+        "training.batch_size=2 training.accumulation=2",
+        "there stays",
+        "--resume",
+    ):
+        assert word in text
+    with pytest.raises(ExhaustedError, match="not planned"), watching.memory_watched(None, "there"):
+        action()
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(RuntimeError, match="shapes") as caught, watching.memory_watched(None, "there"):
+        raise RuntimeError("shapes do not match")
+    assert not isinstance(caught.value, ExhaustedError)
+
+
+def test_train_without_memory_keeps_what_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # the command, whose second checkpoint finds no memory
+    from typer.testing import CliRunner
+
+    from graftlm.cli import app
+    from graftlm.training import trainer
+
+    monkeypatch.setattr(watching, "SMALL", 0)
+    step, done = trainer.Trainer.training_step, []
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        done.append(1)
+        if len(done) == 3:
+            exhaust()
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.Trainer, "training_step", failing)
+    sets = ["data.max_examples=8", "data.holdout=0", "data.source=quotes", "training.batch_size=2",
+            "training.save_strategy=steps", "training.interval=1", "training.eval_strategy=no",
+            "training.load_best=false"]  # fmt: skip
+    words = ["train", "--steps", "4", "-o", str(tmp_path / "out"), *(w for s in sets for w in ("--set", s))]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2 and "memory ran out" in result.stderr and "Planned were" in result.stderr
+    assert result.stderr.startswith("Plan: ") or "\nPlan: " in result.stderr
+    assert any((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_apply_writes_a_recipe_that_fits(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from graftlm.cli import app
+
+    whole = graftlm.plan(Recipe.from_dict({"training": {"batch_size": 4}}), **GIVEN)
+    device, file = str(whole.peak_bytes - (20 << 20)), tmp_path / "changed.yaml"
+    words = ["plan", "--set", "training.batch_size=4", "--rows", "40", "--length", "200", "--device", device]
+    result = CliRunner().invoke(app, [*words, "--apply", str(file)])
+    assert result.exit_code == 0, result.stderr
+    assert "does not fit" in result.stdout.lower() and "--set" in result.stdout
+    assert graftlm.plan(str(file), device=device, **GIVEN).fits
+    again = CliRunner().invoke(app, [*words, "--apply", str(file)])
+    assert again.exit_code == 2 and "already" in again.stderr

@@ -1,0 +1,98 @@
+"""What the studio's tests share: a studio without a network, and one that runs as its users run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from starlette.testclient import TestClient
+
+from graftlm.studio.app import create_app
+from graftlm.studio.studio import Settings, Studio
+from graftlm.studio.workspace import Workspace
+
+PORT, TOKEN = 8765, "a-token-for-tests"
+ADDRESS = f"http://127.0.0.1:{PORT}"
+SLEEPER = Path(__file__).parent / "sleeping_job.py"
+
+
+class Here:
+    """The worker's errands in this process."""
+
+    async def ask(self, name: str, /, timeout: float = 0.0, **values: Any) -> Any:
+        from graftlm.studio import errands
+
+        found = errands.answer(json.dumps({"id": 0, "name": name, "values": values}))
+        if "error" in found:
+            from graftlm.studio.errors import PageError
+
+            raise PageError(found["status"], found["error"])
+        return json.loads(json.dumps(found["answer"], default=str))
+
+
+def studio(root: Path, *given: Path, **settings: Any) -> Studio:
+    made = Studio(Workspace(root, given), Settings(port=PORT, token=TOKEN, **settings))
+    made.worker = Here()  # type: ignore[assignment]
+    made.jobs.program = (sys.executable, str(SLEEPER))
+    return made
+
+
+def client(made: Studio, inside: bool = True) -> TestClient:
+    """A browser; inside: with the cookie and the CSRF token."""
+    found = TestClient(create_app(made), base_url=ADDRESS, follow_redirects=False)
+    if inside:
+        assert found.get(f"/?token={TOKEN}").status_code == 303
+        page = found.get("/")
+        found.headers["X-CSRF-Token"] = re.search(r'"X-CSRF-Token": "(\w+)"', page.text)[1]  # type: ignore[index]
+    return found
+
+
+def until(asked: Any, seconds: float = 60.0) -> Any:
+    """What `asked` gives, once that is true."""
+    end = time.monotonic() + seconds
+    while not (found := asked()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+    return found
+
+
+class Process:
+    """`graftlm studio` as a process."""
+
+    def __init__(self, workspace: Path, port: int = 0, *more: str) -> None:
+        command = [
+            sys.executable,
+            "-m",
+            "graftlm",
+            "studio",
+            "-w",
+            str(workspace),
+            "--port",
+            str(port),
+            "--no-browser",
+            *more,
+        ]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        line = self.process.stdout.readline()  # type: ignore[union-attr]
+        self.address = re.search(r"http://\S+", line)[0]  # type: ignore[index]
+        self.port = int(re.search(r":(\d+)/", line)[1])  # type: ignore[index]
+
+    def kill(self) -> None:
+        """As a crash would."""
+        self.process.kill()
+        self.process.wait()
+
+    def end(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.kill()

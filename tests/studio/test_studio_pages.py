@@ -1,0 +1,341 @@
+"""The pages without a browser: what they answer, refuse, write and start."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import zipfile
+
+import pytest
+import yaml
+from studio_helpers import client, studio, until
+
+from graftlm.studio import records
+from graftlm.studio.errors import PageError
+from graftlm.studio.index import recipe_in
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    (tmp_path / "given").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "rows.jsonl").write_text('{"text": "secret"}\n')
+    found = studio(tmp_path / "workspace", tmp_path / "given")
+    monkeypatch.chdir(found.workspace.root)  # as the worker's process has it
+    return found
+
+
+@pytest.fixture
+def browser(made):
+    return client(made)
+
+
+def an_adapter(made, name: str = "mine"):
+    folder = made.workspace.new_run(name)
+    records.write(folder / "adapter_config.json", {"peft_type": "LORA", "r": 8})
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    (folder / "README.md").write_text("# A card <b>")
+    (folder / "recipe.yaml").write_text("method: lora\nbase: graftlm-base\ntraining: {seed: 1}\n")
+    (folder / "metrics.json").write_text(
+        json.dumps({"metrics": {"loss": 1.0, "loss_before": 2.0}, "history": [{"step": 5, "eval_loss": 1.0}]})
+    )
+    made.index.sync()
+    return folder
+
+
+PLACES = ("/", "/data", "/data/tweets", "/train", "/runs", "/compare", "/chat", "/adapters")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_page_answers_in_both_languages(browser, place):
+    english = browser.get(place, headers={"Accept-Language": "en"}).text
+    chinese = browser.get(place, headers={"Accept-Language": "zh-CN,zh;q=0.9"}).text
+    assert '<html lang="en"' in english and '<html lang="zh"' in chinese
+    assert not re.search("[\u4e00-\u9fff]", english.replace("中文", ""))
+    assert len(re.findall("[\u4e00-\u9fff]", chinese)) > 20
+
+
+def test_preferences_are_kept(browser):
+    answer = browser.post("/preferences", data={"language": "zh", "theme": "dark"})
+    assert answer.headers["hx-refresh"] == "true"
+    assert 'lang="zh" data-theme="dark"' in browser.get("/").text
+    browser.post("/preferences", data={"language": '"><script>', "theme": "x"})
+    assert 'lang="zh" data-theme="dark"' in browser.get("/").text
+
+
+def test_a_page_that_is_not_there(browser):
+    answer = browser.get("/nothing")
+    assert answer.status_code == 404 and "There is no such page." in answer.text
+    part = browser.get("/runs/nothing", headers={"HX-Request": "true"})
+    assert part.status_code == 404 and "<html" not in part.text and "nothing" in part.text
+
+
+# -- training --------------------------------------------------------------------------------------------------------------
+def checked(browser, text: str, **form: str):
+    found = browser.post("/train/check", data={"text": text, "by": "form" if form else "yaml"} | form)
+    assert found.status_code == 200
+    return found.text
+
+
+def test_form_and_yaml_go_both_ways(browser):
+    shown = checked(browser, "method: lora\ntraining: {epochs: 3, learning_rate: 1e-3}\nmethod_options: {r: 4}\n")
+    for key, value in {"training.epochs": "3", "method_options.r": "4", "training.learning_rate": "0.001"}.items():
+        assert re.search(rf'name="{key}" value="{value}"', shown), key
+    assert 'class="problems"' not in shown
+    back = checked(browser, "method: lora\n", **{"training.epochs": "5", "data.source": "quotes", "training.seed": ""})
+    text = re.search(r'data-sets="yaml" hidden>(.*?)</div>', back, re.S)[1]
+    assert yaml.safe_load(text) == {"method": "lora", "training": {"epochs": 5}, "data": {"source": "quotes"}}
+
+
+def test_mistakes_are_told_as_the_recipe_tells_them(browser):
+    text = checked(browser, "trainin: {epochs: 3}\nmethod: loraa\ntraining: {epochs: -1, epoch: 2}\n")
+    for hint in (
+        "did you mean &#39;training&#39;",
+        "did you mean &#39;lora&#39;",
+        "training.epochs",
+        "training.epoch: unknown",
+    ):
+        assert hint in text, hint
+    assert 'data-key="training.epochs"' in text and "/train/plan" not in text.replace('hx-post="/train/check"', "")
+    assert "not valid YAML" in checked(browser, "a: [1")
+    assert "expected keys and values" in checked(browser, "- 1\n")
+    kept = checked(browser, "typo: 1\n", **{"training.epochs": "2"})
+    assert "typo: 1" in kept and "unknown key" in kept  # a form's edit loses nothing of the text
+
+
+def test_options_follow_the_method(browser):
+    text = checked(browser, "method: lora\nmethod_options: {r: 4}\n", method="prompt-tuning", options_of="lora")
+    assert 'name="method_options.num_virtual_tokens"' in text and 'name="method_options.r"' not in text
+    assert "method_options" not in re.search(r'data-sets="yaml" hidden>(.*?)</div>', text, re.S)[1]
+    same = checked(browser, "method: lora\n", **{"training.epochs": "2", "options_of": "lora"})
+    assert 'id="options"' not in same  # a field that is typed into stays
+
+
+def test_paths_outside_are_refused_in_recipes(browser, made, tmp_path):
+    secret = tmp_path / "other" / "rows.jsonl"
+    (made.workspace.data / "link.jsonl").symlink_to(secret)
+    for text in (
+        f"data: {{source: {secret}}}", "data: {source: ../other/rows.jsonl}", "data: {source: data/link.jsonl}",
+        f"base: {secret.parent}", "init_from: /etc", "base: '~/'", "data: {source: .studio/key}",
+        f"method_options: {{tokenizer_name_or_path: {secret.parent}}}",
+    ):  # fmt: skip
+        assert "outside" in checked(browser, text), text
+        assert browser.post("/train/start", data={"text": text}).status_code == 200 and not made.jobs.going()
+    assert "outside" not in checked(browser, "base: owner/name\ndata: {source: other/name}")
+
+
+def test_a_run_is_started_and_repeated(browser, made):
+    answer = browser.post("/train/start", data={"text": "training: {epochs: 2}\n", "title": "My first/run"})
+    name = answer.headers["hx-redirect"].removeprefix("/runs/")
+    folder = made.workspace.run(name)
+    assert name == "My-first-run" and recipe_in(folder) == {"training": {"epochs": 2}, "output_dir": f"runs/{name}"}
+    assert records.read(folder / "job.json")["args"] == ["train", f"runs/{name}/settings.yaml", "--progress"]
+    until(lambda: made.look() or made.index.run(name).state == "done")
+    page = browser.get(f"/runs/{name}")
+    assert page.status_code == 200 and "graftlm train runs/My-first-run/settings.yaml" in page.text
+    again = browser.get(f"/train?from={name}").text
+    assert "epochs: 2" in again and "output_dir" not in again
+    assert "event: end" in browser.get(f"/runs/{name}/events").text
+
+
+def test_a_plan_says_what_would_fit(browser, made, monkeypatch):
+    asked = []
+
+    async def ask(name, /, **values):
+        asked.append((name, values))
+        return {
+            "fits": False, "peak": "9 GiB", "free": "1 GiB", "time": "1 s", "updates": 5, "trained": 10, "of": 100,
+            "rows": 3, "longest": 4, "change": {"training.batch_size": 1},
+        }  # fmt: skip
+
+    monkeypatch.setattr(made.worker, "ask", ask)
+    text = browser.post("/train/plan", data={"text": "method: lora\n"}).text
+    assert "Does not fit" in text and "training.batch_size: 1" in text and asked[0][0] == "plan"
+
+    async def refuse(name, /, **values):
+        raise PageError(422, "no such base <b>")
+
+    monkeypatch.setattr(made.worker, "ask", refuse)
+    assert "no such base &lt;b&gt;" in browser.post("/train/plan", data={"text": ""}).text
+
+
+# -- data ------------------------------------------------------------------------------------------------------------------
+ROWS = "".join(
+    json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in [("a", "b"), ("c", ""), ("a", "b"), ("d", "e " * 900)]
+)
+
+
+def upload(browser, name: str, content: bytes | str):
+    return browser.post("/data/upload", files={"file": (name, content)})
+
+
+def test_an_upload_is_read_and_shown(browser, made):
+    answer = upload(browser, "../../My rows.jsonl", ROWS)
+    assert answer.headers["hx-redirect"] == "/data/My-rows.jsonl" and (made.workspace.data / "My-rows.jsonl").exists()
+    text = browser.post("/data/My-rows.jsonl/look", data={}).text
+    assert "Format: completion" in text and 'class="labelled"' in text and "<svg" in text
+    assert re.search(r"<b>1</b> rows have no answer.*: 1<", text) and re.search(
+        r"<b>1</b> rows stand there more.*: 2<", text
+    )
+    assert re.search(r"<b>1</b> rows are longer.*: 3<", text)
+    swapped = {"format_shown": "completion", "role.prompt": "completion", "role.completion": "prompt"}
+    text = browser.post("/data/My-rows.jsonl/look", data=swapped).text
+    assert re.search(r'name="role.prompt">.*?value="completion" selected', text, re.S)
+    link = re.search(r'id="to-train" href="([^"]+)"', text)[1].replace("&amp;", "&")
+    assert "completion: prompt" in browser.get(link).text
+    assert upload(browser, "My rows.jsonl", ROWS).headers["hx-redirect"] == "/data/My-rows-2.jsonl"
+    browser.post("/data/My-rows.jsonl/delete")
+    assert browser.get("/data/My-rows.jsonl").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [("rows.exe", b"MZ", "expected a file of"), ("rows.py", b"print()", "expected a file of"), ("", b"x", "Choose a file"),
+     ("rows.jsonl", b"{cut", "JSON"), ("rows.json", b"", "empty"), ("rows.parquet", b"PAR1 no", "cannot read"),
+     ("rows.csv", b"\xff\xfe\x00\xd8", "rows.csv")],
+)  # fmt: skip
+def test_bad_uploads_say_why_and_leave_nothing(browser, made, name, content, said):
+    answer = upload(browser, name, content)
+    assert 400 <= answer.status_code < 500 and said in answer.text.replace("&#39;", "'"), answer.text[-500:]
+    assert list(made.workspace.data.iterdir()) == []
+
+
+def test_large_uploads_are_refused(tmp_path):
+    made = studio(tmp_path, max_upload=1000)
+    answer = upload(client(made), "rows.csv", "a\n" + "1\n" * 2000)
+    assert answer.status_code == 413 and list(made.workspace.data.iterdir()) == []
+
+
+def test_pointing(browser, made, tmp_path):
+    there = tmp_path / "given" / "rows.jsonl"
+    there.write_text(ROWS)
+    assert browser.post("/data/point", data={"path": str(there)}).headers["hx-redirect"] == "/data/rows.jsonl"
+    assert str(there) in browser.get("/data").text
+    assert browser.post("/data/point", data={"path": str(there)}).status_code == 409
+    for path, status in {"../other/rows.jsonl": 403, "/etc/passwd": 403, str(there) + "x": 404, "": 404}.items():
+        assert browser.post("/data/point", data={"path": path}).status_code == status
+    browser.post("/data/rows.jsonl/delete")
+    assert there.exists() and browser.get("/data/rows.jsonl").status_code == 404
+    assert browser.post("/data/tweets/delete").status_code == 409
+
+
+def test_a_link_that_was_changed_is_not_followed(browser, made, tmp_path):
+    records.write(made.workspace.data / "rows.jsonl.link.json", {"path": str(tmp_path / "other" / "rows.jsonl")})
+    made.index.sync()
+    for answer in (browser.get("/data/rows.jsonl"), browser.post("/data/rows.jsonl/look")):
+        assert answer.status_code == 403 and "secret" not in answer.text
+
+
+# -- chat ------------------------------------------------------------------------------------------------------------------
+class Echo:
+    """A server whose models say what they were asked."""
+
+    def __init__(self) -> None:
+        self.asked: list = []
+
+    async def use(self, base: str) -> None:
+        if base == "broken":
+            raise PageError(422, "broken cannot be served: <b>")
+
+    async def write(self, adapter, messages, **params):
+        self.asked.append((adapter, messages, params))
+        if adapter == "bad":
+            raise PageError(404, "no such model")
+        for word in (adapter or "base", " said: ", messages[-1]["content"]):
+            yield word
+
+    async def end(self) -> None:
+        self.asked.clear()
+
+
+def test_a_chat_of_three_with_votes(browser, made):
+    made.server = Echo()
+    for name in ("one", "bad"):
+        an_adapter(made, name)
+    form = {"base": "graftlm-base", "adapter": ["", "one", "bad"], "message": "<b>hi</b>", "system": "Be kind.", "seed": "3"}
+    text = browser.post("/chat/send", data=form).text
+    name = re.search(r'name="name" id="chat-name" value="([^"]+)"', text)[1]
+    assert "<b>hi" not in text and "&lt;b&gt;hi" in text
+    events = browser.get(f"/chat/{name}/0/events").text
+    assert "one said: &lt;b&gt;hi&lt;/b&gt;" in events and "<b>hi" not in events and "no such model" in events
+    assert events.rstrip().endswith("data:") and "event: end" in events
+    assert made.server.asked[0][1][0] == {"role": "system", "content": "Be kind."} and made.server.asked[0][2]["seed"] == 3
+    assert browser.post(f"/chat/{name}/rows").status_code == 422
+    assert 'aria-pressed="true"' in browser.post(f"/chat/{name}/0/vote", data={"answer": "one"}).text
+    assert browser.post(f"/chat/{name}/0/vote", data={"answer": "bad"}).status_code == 422
+    browser.post("/chat/send", data=form | {"name": name, "message": "again"})
+    made.server.asked.clear()
+    browser.get(f"/chat/{name}/1/events")
+    (own,) = [m for a, m, _ in made.server.asked if a == "one"]
+    assert [m["content"] for m in own] == ["Be kind.", "<b>hi</b>", "one said: <b>hi</b>", "again"]
+    page = browser.get(f"/chat?name={name}").text
+    assert "one said: again" in page and made.index.chats()[0].votes == 1
+    place = browser.post(f"/chat/{name}/rows").headers["hx-redirect"]
+    (row,) = [json.loads(line) for line in (made.workspace.data / place.rpartition("/")[2]).read_text().splitlines()]
+    assert [m["role"] for m in row["messages"]] == ["system", "user", "assistant"]
+    assert browser.get(f"/chat/{name}/9/events").status_code == 404
+
+
+def test_what_a_chat_refuses(browser, made):
+    made.server = Echo()
+    good = {"base": "graftlm-base", "adapter": "", "message": "hi"}
+    for bad, status in (
+        ({"message": " "}, 422), ({"adapter": "nothing"}, 404), ({"temperature": "hot"}, 422), ({"max_tokens": "0"}, 422),
+        ({"base": "/etc"}, 403), ({"name": "../x"}, 404), ({"name": "nothing"}, 404),
+    ):  # fmt: skip
+        assert browser.post("/chat/send", data=good | bad).status_code == status, bad
+    text = browser.post("/chat/send", data=good | {"base": "broken"}).text
+    name = re.search(r'id="chat-name" value="([^"]+)"', text)[1]
+    assert "cannot be served: &lt;b&gt;" in browser.get(f"/chat/{name}/0/events").text
+
+
+# -- adapters and comparisons ----------------------------------------------------------------------------------------------
+def test_adapters_are_shown_packed_and_turned_into_others(browser, made):
+    folder = an_adapter(made)
+    assert "/adapters/mine" in browser.get("/adapters").text
+    page = browser.get("/adapters/mine").text
+    assert "LORA" in page and "# A card &lt;b&gt;" in page
+    names = zipfile.ZipFile(io.BytesIO(browser.get("/adapters/mine/zip").content)).namelist()
+    assert "mine/adapter_model.safetensors" in names
+    assert browser.get("/adapters/mine/files/adapter_model.safetensors").content == b"weights"
+    for bad in ("job.json", "..%2f..%2fkey", "nothing"):
+        assert browser.get(f"/adapters/mine/files/{bad}").status_code == 404
+    (folder / "loss.png").symlink_to(made.workspace.own / "key")
+    assert browser.get("/adapters/mine/files/loss.png").status_code == 403
+    assert browser.get("/adapters/mine/zip").status_code == 403
+    place = browser.post("/adapters/mine/make", data={"what": "merge"}).headers["hx-redirect"]
+    args = records.read(made.workspace.run(place.rpartition("/")[2]) / "job.json")["args"]
+    assert args == ["merge", "--adapter", "runs/mine", "--output", "runs/mine-merge/out", "--base", "graftlm-base"]
+    assert browser.post("/adapters/mine/make", data={"what": "--help"}).status_code == 422
+    assert browser.get("/adapters/mine-merge").status_code == 404
+    until(lambda: not made.jobs.advance() and not made.jobs.going())
+
+
+def test_comparisons(browser, made, tmp_path):
+    form = {"base": "graftlm-base", "data": "quotes", "method": ["lora", "ia3"], "steps": "5"}
+    for bad, status in (
+        ({"method": ["nothing"]}, 422), ({"steps": "x"}, 422), ({"data": str(tmp_path / "other")}, 403),
+        ({"data": "--help"}, 422),
+    ):  # fmt: skip
+        assert browser.post("/compare/start", data=form | bad).status_code == status, bad
+    name = browser.post("/compare/start", data=form).headers["hx-redirect"].rpartition("/")[2]
+    folder = made.workspace.run(name)
+    assert records.read(folder / "job.json")["args"][-6:] == ["--method", "lora", "--method", "ia3", "--max-steps", "5"]
+    until(lambda: not made.jobs.advance() and not made.jobs.going())
+    assert browser.get(f"/compare/{name}").status_code == 404
+    (folder / "out").mkdir()
+    (folder / "out" / "report.html").write_text("<p>the report<script>alert(1)</script>")
+    assert "sandbox" in browser.get(f"/compare/{name}").text
+    policy = browser.get(f"/compare/{name}/report").headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "sandbox" in policy and "script-src" not in policy
+
+
+def test_runs_beside_each_other(browser, made):
+    an_adapter(made, "one")
+    other = an_adapter(made, "two")
+    (other / "recipe.yaml").write_text("method: ia3\nbase: graftlm-base\ntraining: {seed: 1}\n")
+    text = browser.get("/compare/runs?run=one&run=two").text
+    assert "<code>method</code>" in text and "<code>training.seed</code>" not in text and "data-curve" in text
+    assert browser.get("/compare/runs?run=one").status_code == 422
+    assert browser.get("/compare/runs?run=one&run=nothing").status_code == 404
