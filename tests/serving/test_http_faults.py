@@ -225,7 +225,8 @@ def test_memory_over_requests(tmp_path: Path, record_property: Any) -> None:
                 made = client.post("/v1/embeddings", json={"model": model, "input": ["a", prompts[i % 600]]})
             elif i % 50 == 9:  # what is wrong leaves nothing behind either
                 made = client.post("/v1/completions", json=body | {"response_format": {"type": "regex", "pattern": "["}})
-                assert made.status_code == 400, made.text
+                if made.status_code != 400:
+                    wrong.append(made.text)
                 return
             else:
                 made = client.post("/v1/completions", json=body | {"temperature": i % 2, "seed": i})
@@ -240,7 +241,10 @@ def test_memory_over_requests(tmp_path: Path, record_property: Any) -> None:
                             return
                         if i % (total // 20) == 0:
                             sizes.append(psutil.Process(running.pid).memory_info().rss)
-                    ask(client, i)
+                    try:
+                        ask(client, i)
+                    except Exception as error:  # a thread that fails in silence would look like a server that is idle
+                        wrong.append(f"request {i}: {error!r}")
 
         threads = [threading.Thread(target=asks) for _ in range(4)]
         for thread in threads:
