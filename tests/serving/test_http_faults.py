@@ -204,7 +204,7 @@ def test_soak(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_over_requests(tmp_path: Path, record_property: Any) -> None:
-    """20,000 requests of all sorts, or MEMORY_REQUESTS: behind the first quarter the process grows no more."""
+    """20,000 requests of all sorts, or MEMORY_REQUESTS: in their second half the process hardly grows."""
     total, root = int(os.environ.get("MEMORY_REQUESTS", "20000")), tmp_path / "roots"
     folders = saved(root)
     prompts = [f"{PROMPT} {i % 97} {'and on ' * (i % 11)}" for i in range(600)]
@@ -256,8 +256,8 @@ def test_memory_over_requests(tmp_path: Path, record_property: Any) -> None:
         sizes.append(psutil.Process(running.pid).memory_info().rss)
     shown = [round(size / 2**20, 1) for size in sizes]
     record_property("megabytes", shown)
-    later = torch.tensor(shown[5:])
+    later = torch.tensor(shown[len(shown) // 2 :])
     at = torch.arange(len(later)) - (len(later) - 1) / 2
     slope = float((at * later).sum() / (at * at).sum())  # megabytes each twentieth, by least squares
-    print(f"RSS in MB each {total // 20} requests: {shown}; slope behind the first quarter {slope:.3f}")
-    assert slope * 15 < 12, (shown, slope)
+    print(f"RSS in MB each {total // 20} requests: {shown}; slope of the second half {slope:.3f}")
+    assert slope * 10 < 8, (shown, slope)

@@ -16,7 +16,8 @@ httpx = pytest.importorskip("httpx", reason="the test client of fastapi needs ht
 from serving_helpers import alone, process, saved, served  # noqa: E402
 
 from graftlm.errors import ConfigError, GraftError  # noqa: E402
-from graftlm.serving.service import EMBEDDED, MOST_INPUTS, _part  # noqa: E402
+from graftlm.inference.errands import EMBEDDED, at_once  # noqa: E402
+from graftlm.serving.schema import MOST_INPUTS  # noqa: E402
 from graftlm.serving.settings import Settings  # noqa: E402
 
 PROMPT = "The river is long and the"
@@ -108,7 +109,7 @@ def test_parts_of_bulk() -> None:
     rows = [[0] * n for n in (3, EMBEDDED * 2, 5, EMBEDDED // 2, 1, 1)]
     parts = []
     while rows:
-        parts.append(_part(rows))
+        parts.append(at_once(rows))
         rows = rows[len(parts[-1]) :]
     assert [[len(row) for row in part] for part in parts] == [[3], [EMBEDDED * 2], [5, EMBEDDED // 2], [1, 1]]
 

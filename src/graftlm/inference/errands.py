@@ -13,6 +13,8 @@ import torch
 from ..architectures import is_encoder_decoder
 from .registry import Version
 
+EMBEDDED = 2048  # tokens, padding included, that are embedded between two steps; one text may be longer
+
 
 @dataclass(eq=False, kw_only=True)
 class Errand:
@@ -31,7 +33,7 @@ class Errand:
 
 
 @torch.no_grad()
-def embedded(model: Any, group: tuple[str, ...], rows: Sequence[Sequence[int]], pooling: str, at_once: int = 8) -> list:
+def embedded(model: Any, group: tuple[str, ...], rows: Sequence[Sequence[int]], pooling: str, size: int = 8) -> list:
     """One vector a row: the mean of the last hidden states of its tokens, or the last token's, under some adapters; of an
     encoder-decoder model its encoder's.
 
@@ -40,8 +42,8 @@ def embedded(model: Any, group: tuple[str, ...], rows: Sequence[Sequence[int]], 
         pooling: "mean" or "last".
     """
     vectors: list[list[float]] = []
-    for start in range(0, len(rows), at_once):
-        part = rows[start : start + at_once]
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
         longest = max(map(len, part))
         ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in part])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in part])
@@ -57,3 +59,13 @@ def embedded(model: Any, group: tuple[str, ...], rows: Sequence[Sequence[int]], 
         pooled = hidden[:, -1] if pooling == "last" else (hidden * kept).sum(1) / kept.sum(1)
         vectors += pooled.cpu().tolist()
     return vectors
+
+
+def at_once(rows: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+    """The first of some rows, as many as fit into `EMBEDDED` tokens beside each other; one at least."""
+    longest = 0
+    for i, row in enumerate(rows):
+        longest = max(longest, len(row))
+        if i and longest * (i + 1) > EMBEDDED:
+            return rows[:i]
+    return rows

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import GraftError, nearest
 from ..inference.engine import Engine
+from ..inference.errands import at_once
 from ..inference.requests import Request, SamplingParams
 from .adapters import Adapters
 from .answers import Token
@@ -40,7 +41,6 @@ from .tools import call_schema
 
 logger = logging.getLogger("graftlm.serving")
 COMPLETION = 16  # tokens of a completion whose request names no number, as OpenAI has it
-EMBEDDED = 2048  # tokens, padding included, that are embedded between two steps; one text may be longer
 SILENCE = 120  # seconds of one step after which the engine counts as stuck
 
 
@@ -307,7 +307,7 @@ class Service:
         until = time.monotonic() + self.settings.timeout
         vectors: list[list[float]] = []
         while len(vectors) < len(ids):  # part by part, so that completions go on between them
-            part = _part(ids[len(vectors) :])
+            part = at_once(ids[len(vectors) :])
             left = until - time.monotonic()
             made = self.engine.embed(adapter, part, body.pooling, left)
             vectors += await asyncio.shield(asyncio.wrap_future(made))  # the engine's, whoever leaves
@@ -392,13 +392,3 @@ class Service:
             )
         self.engine.unload(name)
         self.adapters.unloaded(name)
-
-
-def _part(rows: list[list[int]]) -> list[list[int]]:
-    """As many rows as fit into `EMBEDDED` tokens beside each other; one at least."""
-    longest = 0
-    for i, row in enumerate(rows):
-        longest = max(longest, len(row))
-        if i and longest * (i + 1) > EMBEDDED:
-            return rows[:i]
-    return rows
