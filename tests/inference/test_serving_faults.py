@@ -58,6 +58,19 @@ def test_cancelled(steps: int, n: int) -> None:
     clean(engine)
 
 
+@pytest.mark.parametrize("adapter", ["", "lora"])
+def test_an_errand_whose_asker_left(adapter: str) -> None:
+    """Nobody waits for its vectors; the engine goes on."""
+    engine = engine_of(model())
+    left, stays = (engine.embed(adapter, [[5, 6, 7]]) for _ in range(2))
+    assert left.cancel()
+    handle = engine.submit(asked())
+    run(engine)
+    assert len(stays.result()[0]) == model().base.config.hidden_size
+    assert list(handle.result().completions[0].tokens) == alone(model(), asked())
+    clean(engine)
+
+
 def test_cancelled_while_its_adapter_is_on_its_way(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
     monkeypatch.setattr("graftlm.inference.registry.read", lambda path: gate.wait(30))

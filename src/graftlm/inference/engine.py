@@ -324,10 +324,12 @@ class Engine:
             found = errand.what(tuple(v.attached for v in errand.versions))
         except Exception as error:  # whatever it is, it is the asker's
             self._errands.remove(errand)
-            errand.done.set_exception(error)
+            if errand.done.set_running_or_notify_cancel():  # who asked may have left
+                errand.done.set_exception(error)
         else:
             self._errands.remove(errand)
-            errand.done.set_result(found)
+            if errand.done.set_running_or_notify_cancel():
+                errand.done.set_result(found)
 
     def _end_job(self, handle: Handle, finish: str) -> None:
         job = next((j for j in self._jobs if j.handle is handle), None)
