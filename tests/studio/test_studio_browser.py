@@ -19,6 +19,7 @@ AXE = (Path(__file__).parent / "vendor" / "axe.min.js").read_text(encoding="utf-
 LONG = 240_000  # ms in which what needs the libraries must be there, on a machine that does other things too
 PLACES = ("/", "/data", "/data/tweets", "/train", "/runs", "/compare", "/chat", "/adapters")
 expect = playwright.expect
+expect.set_options(timeout=30_000)
 
 
 @pytest.fixture(scope="module")

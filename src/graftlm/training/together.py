@@ -175,7 +175,7 @@ class Together:
                     self._pass([m.request for m in waiting])  # type: ignore[misc]
         if first.training.gradient_checkpointing:
             getattr(self.base, "activation_checkpointing_disable", self.base.gradient_checkpointing_disable)()
-        if self._stopping:
+        if self._stopping or processes.anywhere(self._interrupted):  # Ctrl-C may have come in the last runs' last turn
             raise TrainingInterrupted(
                 "Stopped. Every run that had begun has saved its adapter and a checkpoint; the same recipes with resume go "
                 "on from there."

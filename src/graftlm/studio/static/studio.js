@@ -41,8 +41,13 @@
     if ("curve" in (element.dataset || {})) { event.preventDefault(); draw(element, JSON.parse(event.detail.data)); }
   });
   on("htmx:sseMessage", (event) => { if (event.target.classList.contains("log")) event.target.scrollTop = event.target.scrollHeight; });
-  on("htmx:afterSwap", () => {  // a text that is typed into keeps its place and its history
-    for (const text of document.querySelectorAll("[data-sets]")) { document.getElementById(text.dataset.sets).value = text.textContent; text.remove(); }
+  on("htmx:afterSwap", (event) => {  // a text that is typed into keeps its place and its history
+    const sent = event.detail.requestConfig?.parameters ?? {};
+    for (const text of document.querySelectorAll("[data-sets]")) {
+      const field = document.getElementById(text.dataset.sets);
+      if (sent[field.name] === undefined || sent[field.name] === field.value) field.value = text.textContent;  // else it was typed into since
+      text.remove();
+    }
   });
   on("htmx:afterSettle", (event) => {
     begin(event.target);
