@@ -43,28 +43,19 @@ def check(values: dict[str, str] | None, text: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# What may make a run fit, in the order of what it costs.
-SMALLER = (
-    {"training.batch_size": 1, "training.accumulation": 8}, {"training.gradient_checkpointing": True},
-    {"quantization": "nf4"}, {"training.batch_size": 1, "training.gradient_checkpointing": True, "quantization": "nf4"},
-)  # fmt: skip
-
-
 def plan(text: str) -> dict[str, Any]:
     """The plan of a recipe, and where it does not fit, what would."""
     from ..planning import plan as planned
+    from ..planning.mends import mends
     from ..planning.whole import size
     from ..training import Recipe
     from ..training.schema import load_yaml
 
     recipe = Recipe.from_dict(load_yaml(text) or {})
     made = planned(recipe)
-    change = None
-    for values in () if made.fits else SMALLER:
-        tried = recipe.replace(*(f"{k}={json.dumps(v)}" for k, v in values.items()))
-        if planned(tried).fits:
-            change = values
-            break
+    found = () if made.fits else mends(recipe, made, {})
+    chosen = next((mend.overrides for mend in found if mend.plan.fits), None)
+    change = None if chosen is None else load_yaml("\n".join(entry.replace("=", ": ", 1) for entry in chosen))
     return {
         "fits": made.fits, "peak": size(made.peak_bytes), "free": size(made.device.free_bytes), "device": made.device.name,
         "time": made.time(), "updates": made.updates, "trained": made.sizes.trained, "of": made.sizes.base,
