@@ -115,7 +115,7 @@ class Exchange:
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        for dtype in {p.dtype for p in parameters}:
+        for dtype in dict.fromkeys(p.dtype for p in parameters):  # in one order on all: a set's is by address
             grads = [p.grad for p in parameters if p.dtype is dtype]
             flat = torch.cat([g.flatten() for g in grads])  # type: ignore[union-attr]
             torch.distributed.all_reduce(flat)
