@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _NEW = 0.2  # weight of the last step in the means
-_MOST = 1.2  # of a step's time that prompts may add to it
+_MOST = 1.2  # of a step's time that prompts may add to it, where two decode for each that joins or more
 
 
 class Pace:
@@ -19,13 +19,15 @@ class Pace:
         self.least = min(least, most)
         self._plain = self._token = 0.0
 
-    def tokens(self, decoding: int) -> int:
-        """For a step in which so many rows decode."""
+    def tokens(self, decoding: int, joining: int = 0) -> int:
+        """For a step in which so many rows decode, and so many could if their prompts were there: the more of these, the
+        less do they have to wait for the others."""
         if not decoding:
             return self.most
-        if not self._plain or not self._token:
-            return self.least
-        return max(self.least, min(self.most - decoding, int(_MOST * self._plain / self._token)))
+        share = max(1.0, 2 * joining / decoding)
+        known = self._plain and self._token
+        beside = _MOST * self._plain / self._token if known else self.least
+        return max(self.least, min(self.most - decoding, int(share * beside)))
 
     def took(self, decoding: int, prompts: int, seconds: float) -> None:
         """A step of so many decoding rows and tokens of prompts was that long."""
