@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +14,13 @@ from graftlm.passes.beside import RowsBeside, Shape, Stack
 IN, PLACE = 12, (0, "up")
 
 
+class Acts:
+    """What is asked of a composition."""
+
+    def __init__(self, **known: Any) -> None:
+        vars(self).update({"others": {}, "tails": {}, "in_modules": False, **known})
+
+
 def acting(widths: list[int], ranks: dict[int, list[int]], generator: torch.Generator) -> Any:
     """A composition with updates of these ranks on layers of these widths, which are computed in one product."""
     lows, ends = [], torch.tensor(widths).cumsum(0).tolist()
@@ -25,9 +31,7 @@ def acting(widths: list[int], ranks: dict[int, list[int]], generator: torch.Gene
     columns = tuple(slice(end - width, end) for end, width in zip(ends, widths, strict=True))
     shape = Shape(IN, tuple(sum(ranks.get(layer, [0])) for layer in range(len(widths))), columns)
     found = {PLACE: lows} if lows else {}
-    return SimpleNamespace(
-        lows=found, shapes={PLACE: shape} if lows else {}, others={}, tails={}, in_modules=False, columns=columns
-    )
+    return Acts(lows=found, shapes={PLACE: shape} if lows else {}, columns=columns)
 
 
 RANKS: list[dict[int, list[int]]] = [{0: [4], 1: [4], 2: [4]}, {1: [2, 3]}, {}, {0: [1], 2: [6]}, {0: [4], 1: [4], 2: [4]}]
