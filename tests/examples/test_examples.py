@@ -40,10 +40,10 @@ def run(script: str, *arguments: str) -> str:
 
 def started(script: str, *arguments: str, folder: Path) -> str:
     """The same in a process of its own: eight seconds of imports, so one of them is enough."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "PYTHONIOENCODING": "utf-8"}
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, str(EXAMPLES / script), *arguments]
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=600
+        command, cwd=folder, env=os.environ | offline, capture_output=True, text=True, encoding="utf-8", timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
