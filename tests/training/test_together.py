@@ -27,7 +27,7 @@ PLACE: dict[str, str] = {}  # the tiny base of all recipes
 
 
 @pytest.fixture(scope="module", autouse=True)
-def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Two layers, with the bundled base's tokenizer."""
     folder = tmp_path_factory.mktemp("base")
     build("bloom", vocab_size=16384, pad_token_id=3).save_pretrained(folder)
