@@ -500,7 +500,7 @@ def lstm_with_dropout() -> graftlm.PromptEncoderConfig:
     return graftlm.PromptEncoderConfig(task_type="CAUSAL_LM", encoder_reparameterization_type="LSTM", **DROPOUT_LSTM)
 
 
-# These train what another of them trains.
+# Variants that are resumed as the method itself is.
 ALIKE = ("lora_default", "rslora", "gaussian", "patterns", "miss_mini", "oft_exact", "pfeiffer", "parallel")
 
 
