@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pickle
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -379,6 +380,8 @@ def get_peft_model(
     `mixed` is accepted: adapters of different methods always compose here.
     """
     if revision is not None:
+        if peft_config.revision not in (None, revision):
+            warnings.warn(f"revision={revision!r} takes the place of the configuration's {peft_config.revision!r}.", stacklevel=2)
         peft_config.revision = revision
     return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 

@@ -117,8 +117,10 @@ def read(host: AdapterSet, plan: Plan, embeds: Tensor) -> Tensor:
     """Token ids [B, T] of embeddings [B, T, H], as far as they are of invocations; -1 for others."""
     groups = host.owners(plan)
     wanted = sorted({t for own, group in groups for name in group for t in own.methods[name].invocation or ()})
+    embeddings = backbone_embeddings(host.base)
+    wanted = [token for token in wanted if token < embeddings.weight.shape[0]]
     with host.without_adapters():
-        known = backbone_embeddings(host.base)(torch.tensor(wanted, device=embeds.device))
+        known = embeddings(torch.tensor(wanted, device=embeds.device))
     ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
     for token, vector in zip(wanted, known.to(embeds.dtype), strict=True):
         ids[(embeds == vector).all(-1)] = token

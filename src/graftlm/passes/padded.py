@@ -94,7 +94,8 @@ class Rows:
     @property
     def places(self) -> bool:
         """Whether the base is told the positions of its tokens."""
-        return self.facts.takes_positions and (self.fronted or not self.facts.image_positions)
+        own = self.facts.image_positions or self.facts.sums_up_mask
+        return self.facts.takes_positions and (self.fronted or not own)
 
     @property
     def placed(self) -> Placed:
@@ -163,7 +164,8 @@ class Rows:
         """The virtual tokens, beside the real ones; behind a filled cache only their places."""
         self.place = self.named.get("position_ids")
         if self.place is None and self.places and not self.facts.counts_from_ids:
-            self.place = positions_from_mask(without_holes(self.mask))[:, -self.given.shape[1] :] + self.facts.offset
+            mask = self.mask if self.facts.sums_up_mask else without_holes(self.mask)
+            self.place = positions_from_mask(mask)[:, -self.given.shape[1] :] + self.facts.offset
         if self.count and self.past:
             self.keys = virtual_order(self.mask, self.count)
             self.mask = with_virtual(self.mask, self.keys, self.count)
