@@ -56,7 +56,9 @@ def merge_active(host: AdapterSet, names: list[str], *, safe: bool, requantize: 
     before = host.switch.active
     if not set(names) <= set(before):
         merged = {n for layer in merged_layers(host) for n in layer.merged_adapters}
-        host.switch.active = tuple(dict.fromkeys([*(n for n in before if n in merged or n in names), *names]))
+        active = tuple(dict.fromkeys([*(n for n in before if n in merged or n in names), *names]))
+        host._refuse_together(active)
+        host.switch.active = active
     try:
         merge(host, names, safe=safe, keep=True, requantize=requantize)
     except Exception:
@@ -123,6 +125,7 @@ def merge_and_unload(host: AdapterSet, safe: bool, names: list[str] | None, requ
     names = list(names or host.active_adapters)
     host._known(*names)
     check_mergeable(host, names)
+    host._refuse_together(names)
     unmerge(host)
     with others_lifted(host):
         tied = untie(host, names)

@@ -381,7 +381,9 @@ def get_peft_model(
     """
     if revision is not None:
         if peft_config.revision not in (None, revision):
-            warnings.warn(f"revision={revision!r} takes the place of the configuration's {peft_config.revision!r}.", stacklevel=2)
+            warnings.warn(
+                f"revision={revision!r} takes the place of the configuration's {peft_config.revision!r}.", stacklevel=2
+            )
         peft_config.revision = revision
     return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 

@@ -103,7 +103,9 @@ def test_it_is_found_in_embeddings(name: str) -> None:
     model = attach(name)
     for row in tensors():
         embeds = model.get_input_embeddings()(row[None])
-        context: Any = pytest.warns(UserWarning, match="none of inputs_embeds is") if 11 not in row else contextlib.nullcontext()
+        context: Any = (
+            pytest.warns(UserWarning, match="none of inputs_embeds is") if 11 not in row else contextlib.nullcontext()
+        )
         with context:
             got = logits_of(model, inputs_embeds=embeds)
         close(got, logits_of(model, input_ids=row[None]))

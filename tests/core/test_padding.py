@@ -700,7 +700,10 @@ def test_places_that_a_mask_leaves_out(name: str, side: str) -> None:
         close(got[seen], logits_of(base, **inputs)[seen])
     elif name in CAUSAL:  # a row that is padded on the left equals itself alone, without the padding
         close(got[1][mask[1].bool()], logits_of(base, **inputs)[1][mask[1].bool()])
-        close(got[0][mask[0].bool()], logits_of(base, input_ids=ids[:1, 2:], attention_mask=mask[:1, 2:])[0][mask[0, 2:].bool()])
+        close(
+            got[0][mask[0].bool()],
+            logits_of(base, input_ids=ids[:1, 2:], attention_mask=mask[:1, 2:])[0][mask[0, 2:].bool()],
+        )
     if name in CAUSAL and side != "left":
         labels = ids.masked_fill(mask == 0, -100)
         labels[:, 1:][mask[:, :-1] == 0] = -100
@@ -720,7 +723,9 @@ def test_places_left_out_behind_virtual_tokens(method: str, side: str) -> None:
         front = 2 if side == "left" else 0
     got = tail(logits_of(model, input_ids=ids, attention_mask=mask), 8)
     positions = (torch.arange(8)[None] - front).clamp_min(0)
-    close(got[mask.bool()], tail(logits_of(model, input_ids=ids, attention_mask=mask, position_ids=positions), 8)[mask.bool()])
+    close(
+        got[mask.bool()], tail(logits_of(model, input_ids=ids, attention_mask=mask, position_ids=positions), 8)[mask.bool()]
+    )
     cut = {k: v[:, front:] for k, v in {"input_ids": ids, "attention_mask": mask}.items()}
     alone = tail(logits_of(model, **cut), 8 - front)
     close(got[mask.bool()], alone[cut["attention_mask"].bool()])

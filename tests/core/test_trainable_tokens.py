@@ -249,6 +249,13 @@ def test_tokens_of_two_active_adapters_may_not_overlap() -> None:
     with pytest.raises(CompositionError, match=r"tokens \[5, 90\]"):
         model(**batch("llama", rows=1), adapter_names=[["other", "default"]])
     logits_of(model, **batch("llama", rows=2), adapter_names=["other", "default"])
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(CompositionError, match=r"tokens \[5, 90\]"):
+            merge(adapter_names=["default", "other"])
+    model.merge_adapter()
+    with pytest.raises(CompositionError, match=r"tokens \[5, 90\]"):  # one after the other, as well
+        model.merge_adapter(["other"])
+    assert model.active_adapters == ["default"]
 
 
 # -- merged ------------------------------------------------------------------------------------------------------------

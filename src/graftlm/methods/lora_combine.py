@@ -76,11 +76,14 @@ def changes(layer: Adapted, names: Sequence[str]) -> dict[str, LoraChange]:
 def parted(layers: dict[str, Adapted], sources: Sequence[str]) -> tuple[dict[str, Adapted], dict[str, Adapted]]:
     """Layers by path: those whose products are combined, and those of which rows of tokens are (what is tied to such a layer
     follows it)."""
-    own = {path: [layer.changes[n] for n in sources if n in layer.changes] for path, layer in layers.items()}
-    products = {p: layers[p] for p, made in own.items() if not any(isinstance(c, TokenChange) for c in made)}
-    tokens = {
-        p: layers[p] for p, made in own.items() if any(isinstance(c, TokenChange) and not isinstance(c, TiedTokens) for c in made)
-    }
+    products, tokens = {}, {}
+    for path, layer in layers.items():
+        own = [layer.changes[n] for n in sources if n in layer.changes]
+        rows = [change for change in own if isinstance(change, TokenChange)]
+        if not rows:
+            products[path] = layer
+        elif not all(isinstance(change, TiedTokens) for change in rows):
+            tokens[path] = layer
     return products, tokens
 
 
@@ -93,13 +96,15 @@ def all_ids(layer: Adapted, sources: Sequence[str]) -> list[int]:
     own = {n: layer.changes[n] for n in sources if n in layer.changes}
     if others := [n for n, change in own.items() if not isinstance(change, TokenChange)]:
         raise AdapterError(
-            f"Adapter {others[0]!r} has a low-rank change of a layer of which another one trains rows of tokens; such changes "
+            f"Adapter {others[0]!r} has a low-rank change of a layer of which another one trains rows of tokens; they "
             "cannot be combined."
         )
     return sorted({token for change in own.values() for token in change.ids})  # type: ignore[attr-defined]
 
 
-def combine_rows(layer: Adapted, target: str, sources: Sequence[str], weights: Sequence[float], kind: str, **options) -> None:
+def combine_rows(
+    layer: Adapted, target: str, sources: Sequence[str], weights: Sequence[float], kind: str, **options
+) -> None:
     """Fill the rows of tokens of adapter `target` at a layer from those of the adapters `sources`."""
     new: TokenChange = layer.changes[target]  # type: ignore[assignment]
     base = new.originals(layer.frozen).float()

@@ -63,7 +63,9 @@ class Invocations:
         rows, length = given.shape[:2]
         filled = isinstance(cache, Cache) and bool(cache.get_seq_length())
         past = held(cache, *host.fronts(plan, rows)) if filled else 0  # type: ignore[arg-type]
-        ids = run.prompt.to(given.device) if run.prompt is not None else given if given.dim() == 2 else read(host, plan, given)
+        ids = (
+            run.prompt.to(given.device) if run.prompt is not None else given if given.dim() == 2 else read(host, plan, given)
+        )
         ids = ids.repeat_interleave(rows // ids.shape[0], 0)
         if run.prompt is None or run.first is None:
             run.first = past + length - ids.shape[1]
@@ -126,8 +128,8 @@ def read(host: AdapterSet, plan: Plan, embeds: Tensor) -> Tensor:
         ids[(embeds == vector).all(-1)] = token
     if not (ids >= 0).any():
         warnings.warn(
-            "Adapters with alora_invocation_tokens: none of inputs_embeds is the base's embedding of one of these tokens, so "
-            "all of it is the base's. Pass input_ids, or embeddings as model.get_input_embeddings() gives them.",
+            "alora_invocation_tokens: none of inputs_embeds is the base's embedding of one of these tokens, so all of it is "
+            "the base's. Pass input_ids, or embeddings as model.get_input_embeddings() gives them.",
             stacklevel=2,
         )
     return ids
