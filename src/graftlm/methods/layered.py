@@ -190,9 +190,10 @@ class LayerMethod(Method):
         idle = [f"{self.file_prefix}{path}." for path in paths if path not in own]
         gone = [k for k in tensors if k.startswith(tuple(idle)) and not k.endswith((".out_proj.weight", ".out_proj.bias"))]
         if gone:
+            names = sorted({f"{k.rpartition('.out_proj.')[0]}.out_proj" for k in gone})
             warnings.warn(
-                f"Tensors of {', '.join(sorted({k.rpartition('.out_proj.')[0] for k in gone}))}.out_proj are left out: torch's "
-                "MultiheadAttention reads its weight without calling it, so they did nothing.",
+                f"Tensors of {', '.join(names)} are left out: torch's MultiheadAttention reads its weight without calling it, "
+                "so they did nothing.",
                 stacklevel=2,
             )
         return {k: v for k, v in tensors.items() if k not in gone}
