@@ -192,7 +192,7 @@ class LayerMethod(Method):
         if gone:
             names = sorted({f"{k.rpartition('.out_proj.')[0]}.out_proj" for k in gone})
             warnings.warn(
-                f"Tensors of {', '.join(names)} are left out: torch's MultiheadAttention reads its weight without calling it, "
+                f"Tensors of {', '.join(names)} are left out: MultiheadAttention reads its weight without calling it, "
                 "so they did nothing.",
                 stacklevel=2,
             )
