@@ -111,6 +111,9 @@ def test_it_is_found_in_embeddings(name: str) -> None:
         close(got, logits_of(model, input_ids=row[None]))
     with pytest.warns(UserWarning, match="none of inputs_embeds is"):
         assert torch.equal(logits_of(model, inputs_embeds=embeds + 1), logits_of(fresh(name), inputs_embeds=embeds + 1))
+    beyond = graftlm.get_peft_model(fresh(name), settings(alora_invocation_tokens=[5000])).eval()
+    with pytest.warns(UserWarning, match="none of inputs_embeds is"):
+        assert torch.equal(logits_of(beyond, inputs_embeds=embeds), logits_of(fresh(name), inputs_embeds=embeds))
     ids = tensors()[0][None]
     made = model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=5, do_sample=False)
     assert torch.equal(made, model.generate(ids, max_new_tokens=5, do_sample=False)[:, ids.shape[1] :])

@@ -122,7 +122,7 @@ def read(host: AdapterSet, plan: Plan, embeds: Tensor) -> Tensor:
     embeddings = backbone_embeddings(host.base)
     wanted = [token for token in wanted if token < embeddings.weight.shape[0]]
     with host.without_adapters():
-        known = embeddings(torch.tensor(wanted, device=embeds.device))
+        known = embeddings(torch.tensor(wanted, dtype=torch.long, device=embeds.device))
     ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
     for token, vector in zip(wanted, known.to(embeds.dtype), strict=True):
         ids[(embeds == vector).all(-1)] = token
