@@ -44,6 +44,7 @@ class AdapterSet(Attached):
         self.handles: dict[str | None, list[Any]] = {}  # hooks by adapter; those of the entry points under None
         self.layout: Any = None  # what the hooks were placed on
         self.checkpointing: list[nn.Module] | None = None
+        self.active_before: tuple[tuple[str, ...], tuple[str, ...]] | None = None  # what merging made active in its place
         self.foreign: set[int] | None = None  # other wrappers' parameters, until adapters come or go
         self.lean = self.packs = True
         self.mixes: set[str] = set()  # kinds of adapters that were tried out in a mixed batch

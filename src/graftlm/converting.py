@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from .adapters import AdapterSet
 from .checkpoint.states import set_peft_model_state_dict
 from .checkpoint.write import write_adapter
-from .errors import ConfigError, UnsupportedError
+from .errors import ConfigError, KindError
 from .layers import Adapted, saved_modules
 from .methods.layered import LayerMethod
 from .methods.lora import LoraConfig
@@ -40,15 +41,17 @@ def convert_to_lora(
 
     Raises:
         ConfigError: a rank below 1, above a layer's size, or no share.
-        UnsupportedError: the adapter changes more than the weights of layers, or nothing of them.
+        KindError: the adapter changes more than the weights of layers, or nothing of them.
     """
     if not isinstance(model, AdapterSet):
         raise TypeError(f"convert_to_lora takes what get_peft_model or PeftModel gives; got {type(model).__name__}.")
     model._known(adapter_name)
     check_rank(rank)
     if why := hindrance(model, adapter_name):
-        raise UnsupportedError(f"Adapter {adapter_name!r} {why}, which LoRA's factors cannot hold. Keep it as it is.")
+        raise KindError(f"Adapter {adapter_name!r} {why}, which LoRA's factors cannot hold. Keep it as it is.")
     method: Any = model.methods[adapter_name]
+    if type(method.config) is LoraConfig:
+        warnings.warn(f"Adapter {adapter_name!r} is LoRA already: this only makes its rank another one.", stacklevel=2)
     layers = list(method.layers(model))
     if progressbar:
         from tqdm import tqdm

@@ -34,8 +34,13 @@ class UnsupportedError(GraftError, NotImplementedError, ValueError):
     """Something that a method or an architecture cannot do. Never ignored silently. (HF PEFT raises ValueError for most.)"""
 
 
-class CheckpointError(GraftError, ValueError):
-    """An adapter directory that cannot be read, or does not fit the model."""
+class KindError(UnsupportedError, TypeError):
+    """An adapter, a method or a module of a kind that something cannot be done with. (HF PEFT raises TypeError.)"""
+
+
+class CheckpointError(GraftError, ValueError, RuntimeError):
+    """An adapter directory that cannot be read, or does not fit the model. (HF PEFT, and torch, raise RuntimeError for a
+    state that does not.)"""
 
 
 class BaseMismatchError(CheckpointError):

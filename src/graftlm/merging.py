@@ -17,7 +17,7 @@ from .architectures import base_modules, clean_path, innermost, replace_module
 from .errors import AdapterError, UnsupportedError
 from .layers import Adapted, ModulesToSaveWrapper, adapted_layers, saved_modules
 from .methods.lora import LoraConfig
-from .methods.lora_combine import check_layer, check_options, combine, new_rank
+from .methods.lora_combine import all_ids, check_layer, check_options, combine, new_rank, parted
 from .modes import evaluating
 from .quantization import DequantizedConv1D, DequantizedLinear, holds_quantized, in_source_form, quantized_kind
 from .routing import Plan, running
@@ -40,7 +40,7 @@ def merge(host: AdapterSet, names: list[str], *, safe: bool, keep: bool, requant
         if safe and not all(layer.finite(names) for layer in layers):
             raise ValueError(f"Merging {', '.join(names)} gives NaN or infinite weights; nothing was changed.")
         if keep and any(layer.merged for layer in layers) and all(layer.holds(names) for layer in layers):
-            warnings.warn(f"{', '.join(names)}: all of it is merged already; nothing is done.", stacklevel=3)
+            warnings.warn(f"{', '.join(names)}: all of it is merged already; nothing is done.", stacklevel=4)
             return
         if not keep:
             merge_biases(host, names)
@@ -49,6 +49,37 @@ def merge(host: AdapterSet, names: list[str], *, safe: bool, keep: bool, requant
             if not keep:
                 layer.frozen.forget()
         follow(host)
+
+
+def merge_active(host: AdapterSet, names: list[str], *, safe: bool, requantize: bool) -> None:
+    """`merge`, reversibly, after which these adapters are active: merged or not, the active ones are those that act."""
+    before = host.switch.active
+    if not set(names) <= set(before):
+        merged = {n for layer in merged_layers(host) for n in layer.merged_adapters}
+        active = tuple(dict.fromkeys([*(n for n in before if n in merged or n in names), *names]))
+        host._refuse_together(active)
+        host.switch.active = active
+    try:
+        merge(host, names, safe=safe, keep=True, requantize=requantize)
+    except Exception:
+        host.switch.active = before
+        raise
+    if host.switch.active != before:
+        first = host.active_before[0] if host.active_before is not None else before
+        host.active_before = first, host.switch.active
+    if lost := [n for n in before if n not in host.switch.active]:
+        warnings.warn(
+            f"{', '.join(lost)} acts no longer: merge_adapter({names}) has made what it merges active. To have both, call "
+            f"set_adapter({[*before, *names]}) first.",
+            stacklevel=3,
+        )
+
+
+def active_as_before(host: AdapterSet) -> None:
+    """What merging made active is so no longer, unless others were made active since."""
+    if host.active_before is not None and host.active_before[1] == host.switch.active:
+        host.switch.active = tuple(n for n in host.active_before[0] if n in host.methods)
+    host.active_before = None
 
 
 def check_mergeable(host: AdapterSet, names: list[str]) -> None:
@@ -94,6 +125,7 @@ def merge_and_unload(host: AdapterSet, safe: bool, names: list[str] | None, requ
     names = list(names or host.active_adapters)
     host._known(*names)
     check_mergeable(host, names)
+    host._refuse_together(names)
     unmerge(host)
     with others_lifted(host):
         tied = untie(host, names)
@@ -318,18 +350,18 @@ def add_weighted_adapter(
             raise AdapterError(f"Adapter {name!r} is {config.peft_type.value}; only LoRA adapters can be combined.")  # type: ignore[union-attr]
         if any(saved_modules(host.base, host.switch, name)) or config.bias != "none":
             raise AdapterError(f"Adapter {name!r} trains whole modules or biases, which cannot be combined.")
-        if config.trainable_token_indices is not None:
-            raise AdapterError(f"Adapter {name!r} trains rows of tokens (trainable_token_indices), which cannot combine.")
     kind = "linear" if len(adapters) == 1 else combination_type
     options: dict[str, Any] = {"svd_clamp": svd_clamp, "density": density, "majority_sign_method": majority_sign_method}
     check_options(kind, weights, svd_rank=svd_rank, **options)
-    layers: dict[str, Adapted] = {p: m for n in adapters for p, m in host.methods[n].layers(host)}  # type: ignore[attr-defined]
+    everywhere: dict[str, Adapted] = {p: m for n in adapters for p, m in host.methods[n].layers(host)}  # type: ignore[attr-defined]
+    layers, tokens = parted(everywhere, adapters)
     for path, layer in layers.items():
         check_layer(path, layer, adapters, kind)
     rank = new_rank(kind, list(layers.values()), adapters, svd_rank)
     config = replace(
         configs[0], r=rank, lora_alpha=rank, target_modules=list(layers), rank_pattern={}, alpha_pattern={},
         use_rslora=False, layers_to_transform=None, layers_pattern=None, exclude_modules=None,
+        trainable_token_indices={path: all_ids(layer, adapters) for path, layer in tokens.items()} or None,
     )  # type: ignore[call-arg]  # fmt: skip
     host.add_adapter(adapter_name, config)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pickle
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -227,34 +228,23 @@ class PeftModel(AdapterSet, PreTrainedModel):
         """Fold adapters (the active ones) into the base weights, reversibly: the model computes the same, faster.
 
         Which adapters act is said by `set_adapter` as before: passes that others go through, that go through none, or that
-        train, are computed by the weights as they were. Where `adapter_names` has the active ones and more, all of them
-        become active.
+        train, are computed by the weights as they were. Where some of `adapter_names` are not active, they and what is
+        merged already become active; a warning names active ones that no longer are.
 
         A quantised layer becomes a bf16 copy, or with `requantize` a layer of its own kind again; by how much the logits
         move is printed.
 
         Raises:
             UnsupportedError: a method without merge (soft prompts, bottleneck adapters).
-            AdapterError: some of the names are not active and other adapters are.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names or self.switch.active)
         self._known(*names)
-        active = self.switch.active
-        if not set(names) <= set(active) and not set(active) <= set(names):
-            raise AdapterError(
-                f"merge_adapter({names}) while {', '.join(active)} is active: merged or not, the active adapters are those "
-                f"that act. Call set_adapter({names}) first (or name all that are to act)."
-            )
-        self.switch.active = active if set(names) <= set(active) else tuple(dict.fromkeys(names))
-        try:
-            merging.merge(self, names, safe=safe_merge, keep=True, requantize=requantize)
-        except Exception:
-            self.switch.active = active
-            raise
+        merging.merge_active(self, names, safe=safe_merge, requantize=requantize)
 
     def unmerge_adapter(self) -> None:
-        """Undo `merge_adapter`; the base weights come back bit for bit."""
+        """Undo `merge_adapter`; the base weights come back bit for bit, and what it made active is so no longer."""
         merging.unmerge(self)
+        merging.active_as_before(self)
 
     def merge_and_unload(
         self,
@@ -390,6 +380,10 @@ def get_peft_model(
     `mixed` is accepted: adapters of different methods always compose here.
     """
     if revision is not None:
+        if peft_config.revision not in (None, revision):
+            warnings.warn(
+                f"revision={revision!r} takes the place of the configuration's {peft_config.revision!r}.", stacklevel=2
+            )
         peft_config.revision = revision
     return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 

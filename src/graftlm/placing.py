@@ -54,6 +54,13 @@ def positions_from_mask(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp_min_(0)
 
 
+def without_holes(mask: Tensor) -> Tensor:
+    """A mask [B, T] with all ones from each row's first attended token to its last: what it leaves out in their midst has a
+    position in the base, unlike padding."""
+    ones = mask.bool().long()
+    return (ones.cummax(-1).values & ones.flip(-1).cummax(-1).values.flip(-1)).to(mask.dtype)
+
+
 def virtual_order(mask: Tensor, front: Front, to_left: bool = False) -> Tensor:
     """Where each place of a row with virtual tokens comes from.
 
@@ -65,11 +72,10 @@ def virtual_order(mask: Tensor, front: Front, to_left: bool = False) -> Tensor:
     count, missing = front.most, front.most - front.each
     real = mask.bool()
     places = torch.arange(length, device=mask.device).expand(batch, length)
-    if to_left:  # padding first, then the real tokens in their order
-        places = torch.argsort(torch.where(real, places + length, places), dim=-1)
-        first = length - real.sum(-1, keepdim=True)
-    else:
-        first = torch.where(real, places, length).amin(-1, keepdim=True) % length
+    first = torch.where(real, places, length).amin(-1, keepdim=True) % length
+    if to_left:  # what is behind a row's last real token comes before its first
+        behind = torch.where(real, places, -1).amax(-1, keepdim=True) + 1
+        places, first = (places + behind) % length, (first - behind) % length
     slot = torch.arange(count + length, device=mask.device).expand(batch, -1)
     start = first + missing  # of the virtual tokens
     given = torch.where(slot < start, slot - missing, slot - count).clamp_min_(0)
@@ -79,9 +85,11 @@ def virtual_order(mask: Tensor, front: Front, to_left: bool = False) -> Tensor:
 
 
 def real_first(mask: Tensor) -> Tensor:
-    """Order [B, T] that puts each row's real tokens first and its padding last."""
-    places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    return torch.argsort(torch.where(mask.bool(), places, places + mask.shape[1]), dim=-1)
+    """Order [B, T] that puts each row's first real token first, and the padding on its left last."""
+    length = mask.shape[1]
+    places = torch.arange(length, device=mask.device).expand_as(mask)
+    first = torch.where(mask.bool(), places, length).amin(-1, keepdim=True)
+    return (places + first) % length
 
 
 def reorder(given: Tensor, order: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from .adapters import AdapterSet
 from .architectures import base_modules, held_parameters
 from .errors import UnsupportedError
-from .layers import Adapted, ModulesToSaveWrapper
+from .layers import Adapted, ModulesToSaveWrapper, adapted_layers
 from .methods.layered import LayerMethod
 
 
@@ -41,7 +41,7 @@ class ModelStatus:
     num_adapter_layers: int
     enabled: bool
     active_adapters: list[str]
-    merged_adapters: list[str]
+    merged_adapters: list[str] | str
     requires_grad: dict[str, bool | str]
     available_adapters: list[str]
     devices: dict[str, list[str]]
@@ -107,12 +107,20 @@ def model_status(host: AdapterSet) -> ModelStatus:
         num_adapter_layers=len(layers),
         enabled=host.switch.enabled,
         active_adapters=host.active_adapters,
-        merged_adapters=sorted({n for layer in layers for n in layer.merged_adapters}),
+        merged_adapters=merged_names(host),
         requires_grad={n: uniform([p.requires_grad for p in ps]) for n, ps in parameters.items()},
         available_adapters=sorted(host.methods),
         devices={n: sorted({p.device.type for p in ps}) for n, ps in parameters.items()},
         quantization_backend=uniform([layer.quantization_backend for layer in layers]),
     )
+
+
+def merged_names(host: AdapterSet) -> list[str] | str:
+    """The merged adapters; "irregular" where one is merged in some of the layers that it changes only (`layer.merge`)."""
+    layers = [layer for _, layer in adapted_layers(host.base, host.switch)]
+    merged = sorted({n for layer in layers for n in layer.merged_adapters})
+    apart = any(n in layer.changes and n not in layer.merged_adapters for n in merged for layer in layers)
+    return "irregular" if apart else merged
 
 
 def model_type(host: AdapterSet) -> str:

@@ -707,6 +707,22 @@ def test_all_linear_leaves_out_what_attention_never_calls() -> None:
     assert sum(isinstance(m, Adapted) for m in chosen.modules()) == 2
 
 
+@pytest.mark.parametrize("method", ["lora", "ia3"])
+def test_files_of_hf_peft_with_what_attention_never_calls(method: str, tmp_path: Path) -> None:
+    """HF PEFT's "all-linear" names `out_proj` too (of SigLIP's head), where its adapter does nothing."""
+    base, x = build("attends").eval(), inputs("attends")
+    kind, options = {"lora": (peft.LoraConfig, {"r": 2}), "ia3": (peft.IA3Config, {"feedforward_modules": []})}[method]
+    their = peft.get_peft_model(copy.deepcopy(base), kind(target_modules="all-linear", **options)).eval()
+    with torch.no_grad():
+        for name, parameter in their.named_parameters():
+            parameter += 0.3 * torch.randn_like(parameter) if "lora" in name or "ia3" in name else 0
+    their.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=r"Tensors of base_model.model.*mha.out_proj are left out"):
+        model = graftlm.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    close(model(x), their(x))
+    assert not any("out_proj" in name for name in model.targeted_module_names)
+
+
 def test_what_attention_never_calls_beside_layers_of_its_name() -> None:
     base = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2), "other": nn.ModuleDict({"out_proj": nn.Linear(8, 8)})})
     for targets in (["out_proj"], r".*out_proj"):

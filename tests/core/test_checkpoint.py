@@ -129,6 +129,38 @@ def test_state_dict_functions() -> None:
 
 
 # -- files that do not fit -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("word", ["all", "lora_only"])
+@pytest.mark.parametrize("name", ["gpt2", "bloom"])
+def test_biases_in_a_state_are_the_adapters(name: str, word: str, tmp_path: Path) -> None:
+    """Where the configuration says "none" they act as with HF PEFT, which writes them over the base's; here the base keeps
+    its own. Saved, the adapter has them. A state with a few of them is refused."""
+
+    def made(lib: Any, **options: Any) -> Any:
+        return lib.get_peft_model(fresh(name), lib.LoraConfig(task_type="CAUSAL_LM", r=2, **options)).eval()
+
+    trained = randomise(made(graftlm, bias=word))
+    state, inputs = graftlm.get_peft_model_state_dict(trained), batch(name)
+    wanted = logits_of(trained, **inputs)
+    model, their = made(graftlm), made(peft)
+    with pytest.warns(UserWarning, match=f"trained biases.*bias='none'.*bias='{word}' from here on"):
+        graftlm.set_peft_model_state_dict(model, state)
+    peft.set_peft_model_state_dict(their, state)
+    close(logits_of(model, **inputs), wanted)
+    close(logits_of(their, **inputs), wanted)
+    with model.disable_adapter():
+        assert torch.equal(logits_of(model, **inputs), logits_of(fresh(name), **inputs))
+    assert all(p.requires_grad for _, p in model.adapter_parameters("default"))
+    model.save_pretrained(tmp_path)
+    close(logits_of(graftlm.PeftModel.from_pretrained(fresh(name), tmp_path), **inputs), wanted)
+
+    model, key = made(graftlm), next(k for k in state if k.endswith(".bias"))
+    before = logits_of(model, **inputs)
+    with pytest.raises(CheckpointError, match="missing keys|shapes that differ"):
+        graftlm.set_peft_model_state_dict(model, {k: v for k, v in state.items() if k != key} | {f"{key}s": state[key]})
+    assert model.peft_config["default"].bias == "none" and torch.equal(logits_of(model, **inputs), before)
+    assert graftlm.get_peft_model_state_dict(model).keys() == graftlm.get_peft_model_state_dict(made(graftlm)).keys()
+
+
 def test_missing_unexpected_and_mismatched_keys_are_all_listed(saved: Path) -> None:
     keys = sorted(load_file(saved / WEIGHTS))
 

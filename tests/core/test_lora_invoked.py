@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from pathlib import Path
@@ -42,19 +43,22 @@ def tensors(rows: list[list[int]] = ROWS) -> list[torch.Tensor]:
     return [torch.tensor(row) for row in rows]
 
 
-def plain_lora(model: graftlm.PeftModel, name: str = "llama") -> graftlm.PeftModel:
+def plain_lora(model: graftlm.PeftModel, name: str = "llama", **options: Any) -> graftlm.PeftModel:
     """The same adapter acting on every token."""
-    other = graftlm.get_peft_model(fresh(name), graftlm.LoraConfig(**OPTIONS))
+    other = graftlm.get_peft_model(fresh(name), graftlm.LoraConfig(**OPTIONS, **options))
     graftlm.set_peft_model_state_dict(other, graftlm.get_peft_model_state_dict(model))
     return other.eval()
 
 
 # -- what it computes --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["llama", "bloom", "gpt2"])
-def test_rows_before_and_behind(name: str, side: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("llama", {}), ("bloom", {}), ("gpt2", {}), ("bloom", {"bias": "lora_only"}), ("gpt2", {"bias": "all"})],
+)
+def test_rows_before_and_behind(name: str, options: dict[str, Any], side: str) -> None:
     """Before the invocation a row is the base's; each row equals itself alone; behind it the adapter acts."""
-    model, base = attach(name), fresh(name)
+    model, base = attach(name, **options), fresh(name)
     inputs = padded(tensors(), side)
     got, plain = logits_of(model, **inputs), logits_of(base, **inputs)
     for i, (row, start) in enumerate(zip(tensors(), STARTS, strict=True)):
@@ -69,10 +73,50 @@ def test_rows_before_and_behind(name: str, side: str) -> None:
     assert (got - plain).abs().max() > 1e-2
 
 
-def test_a_row_that_begins_with_it_is_plain_lora() -> None:
-    model = attach()
+@pytest.mark.parametrize(("name", "options"), [("llama", {}), ("gpt2", {"bias": "all"})])
+def test_a_row_that_begins_with_it_is_plain_lora(name: str, options: dict[str, Any]) -> None:
+    model = attach(name, **options)
     row = torch.tensor([ROWS[3]])
-    close(logits_of(model, input_ids=row), logits_of(plain_lora(model), input_ids=row))
+    close(logits_of(model, input_ids=row), logits_of(plain_lora(model, name, **options), input_ids=row))
+
+
+def test_biases_train_from_the_invocation_on() -> None:
+    """Where nobody is invoked their gradients are zero; with plain LoRA's where the row begins with it."""
+    model = attach("gpt2", bias="all")
+    plain = plain_lora(model, "gpt2", bias="all")
+    plain.set_requires_grad("default")
+    for row, acts in ((ROWS[3], True), (ROWS[2], False)):
+        ids = torch.tensor([row])
+        for each in (model, plain):
+            each.zero_grad()
+            each(input_ids=ids, labels=ids).loss.backward()
+        grads = [[p.grad for p in each.adapter_biases["default"].values()] for each in (model, plain)]
+        if acts:
+            for own, other in zip(*grads, strict=True):
+                close(own, other)
+        assert any(g.any() for g in grads[0]) == acts and any(g.any() for g in grads[1])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_it_is_found_in_embeddings(name: str) -> None:
+    """By the base's own ones; in others it is not there, which a warning says."""
+    model = attach(name)
+    for row in tensors():
+        embeds = model.get_input_embeddings()(row[None])
+        context: Any = (
+            pytest.warns(UserWarning, match="none of inputs_embeds is") if 11 not in row else contextlib.nullcontext()
+        )
+        with context:
+            got = logits_of(model, inputs_embeds=embeds)
+        close(got, logits_of(model, input_ids=row[None]))
+    with pytest.warns(UserWarning, match="none of inputs_embeds is"):
+        assert torch.equal(logits_of(model, inputs_embeds=embeds + 1), logits_of(fresh(name), inputs_embeds=embeds + 1))
+    beyond = graftlm.get_peft_model(fresh(name), settings(alora_invocation_tokens=[5000])).eval()
+    with pytest.warns(UserWarning, match="none of inputs_embeds is"):
+        assert torch.equal(logits_of(beyond, inputs_embeds=embeds), logits_of(fresh(name), inputs_embeds=embeds))
+    ids = tensors()[0][None]
+    made = model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=5, do_sample=False)
+    assert torch.equal(made, model.generate(ids, max_new_tokens=5, do_sample=False)[:, ids.shape[1] :])
 
 
 @pytest.mark.parametrize("name", ["llama", "bloom"])
@@ -315,7 +359,7 @@ def test_what_cannot_be_meant() -> None:
     for tokens in ([], [-1]):
         with pytest.raises(ConfigError, match=r"alora_invocation_tokens=\[.*\]: expected the token ids of a sequence"):
             settings(alora_invocation_tokens=tokens)
-    for options in ({"use_dora": True}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]}):
+    for options in ({"use_dora": True}, {"modules_to_save": ["lm_head"]}):
         with pytest.raises(ConfigError, match=f"alora_invocation_tokens does not go with {next(iter(options))}="):
             settings(**options)
     with pytest.warns(UserWarning, match="is meant for task_type='CAUSAL_LM'"):
@@ -342,9 +386,6 @@ def test_what_cannot_be_done() -> None:
         UnsupportedError, match="acts from its alora_invocation_tokens on, not on every token, so it cannot be merged"
     ):
         model.merge_adapter()
-    embeds = model.base.get_input_embeddings()(torch.tensor([ROWS[0]]))
-    with pytest.raises(UnsupportedError, match="needs input_ids, to look for these tokens in"):
-        model(inputs_embeds=embeds)
     row = torch.tensor([ROWS[0]])
     assert torch.equal(model.base(input_ids=row).logits, fresh("llama")(input_ids=row).logits)  # it acts through the wrapper
     with pytest.raises(UnsupportedError, match="the backbone of .* is called by itself: default would be left out"):

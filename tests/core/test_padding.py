@@ -22,6 +22,7 @@ from helpers import (
     padded,
     randomise,
     rows,
+    still,
 )
 from torch import Tensor, nn
 
@@ -678,3 +679,53 @@ def test_padded_decoder_rows(name: str) -> None:
         )  # fmt: skip
         alone = logits_of(model, input_ids=ids[1][None], decoder_input_ids=decoder["input_ids"][1:, :3])
         close(together[1, :3], alone[0])
+
+
+@pytest.mark.parametrize("name", ["bloom", "gpt2", "opt", "llama", "bert", "roberta", "bart", "t5"])
+@pytest.mark.parametrize("side", ["", *SIDES])
+def test_places_that_a_mask_leaves_out(name: str, side: str) -> None:
+    """What is masked in the midst of a row keeps its position, as in the base: an adapter that does nothing changes nothing;
+    merged, the model computes the same (where a row is not padded on the left); training too."""
+    base, model = fresh(name), graftlm.get_peft_model(still(name), config("lora", name)).eval()
+    ids = torch.arange(3, 21).view(2, 9) % VOCAB
+    mask = torch.ones_like(ids)
+    mask[0, 4] = mask[1, 5:7] = 0
+    if side:
+        at = slice(0, 2) if side == "left" else slice(7, None)
+        mask[0, at] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, **extra_inputs(name, 2)}
+    seen = mask.bool() if name in CAUSAL else slice(None)
+    got = logits_of(model, **inputs)
+    if side != "left" or name in ("bloom", "opt", "t5"):
+        close(got[seen], logits_of(base, **inputs)[seen])
+    elif name in CAUSAL:  # a row that is padded on the left equals itself alone, without the padding
+        close(got[1][mask[1].bool()], logits_of(base, **inputs)[1][mask[1].bool()])
+        close(
+            got[0][mask[0].bool()],
+            logits_of(base, input_ids=ids[:1, 2:], attention_mask=mask[:1, 2:])[0][mask[0, 2:].bool()],
+        )
+    if name in CAUSAL and side != "left":
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[:, 1:][mask[:, :-1] == 0] = -100
+        close(model.train()(**inputs, labels=labels).loss, still(name).train()(**inputs, labels=labels).loss)
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("side", ["", *SIDES])
+def test_places_left_out_behind_virtual_tokens(method: str, side: str) -> None:
+    """As if positions were given: those of the places, behind the virtual ones."""
+    model = attach("llama", method)
+    ids, front = torch.arange(3, 11)[None], 0
+    mask = torch.ones_like(ids)
+    mask[0, 4] = 0
+    if side:
+        mask[0, slice(0, 2) if side == "left" else slice(7, None)] = 0
+        front = 2 if side == "left" else 0
+    got = tail(logits_of(model, input_ids=ids, attention_mask=mask), 8)
+    positions = (torch.arange(8)[None] - front).clamp_min(0)
+    close(
+        got[mask.bool()], tail(logits_of(model, input_ids=ids, attention_mask=mask, position_ids=positions), 8)[mask.bool()]
+    )
+    cut = {k: v[:, front:] for k, v in {"input_ids": ids, "attention_mask": mask}.items()}
+    alone = tail(logits_of(model, **cut), 8 - front)
+    close(got[mask.bool()], alone[cut["attention_mask"].bool()])

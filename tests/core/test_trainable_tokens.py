@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import graftlm
 from graftlm.errors import AdapterError, CheckpointError, CompositionError, ConfigError, TargetError, UnsupportedError
+from graftlm.layers import Adapted
 from graftlm.methods.tokens import TiedTokens
 
 METHODS = ("tokens", "lora_tokens")
@@ -40,6 +41,33 @@ def with_tokens(name: str, **more: Any) -> dict[str, torch.Tensor]:
     if inputs["labels"].dim() == 2:
         inputs["labels"][:, 2] = IDS[0]
     return inputs
+
+
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd", "ties", "magnitude_prune_svd"])
+@pytest.mark.parametrize("tie", [True, False])
+def test_weighted_sums_of_rows(kind: str, tie: bool, tmp_path: Path) -> None:
+    """What adapters add to the base's rows is combined; a token of one of them has that one's share."""
+    settings: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    model = graftlm.get_peft_model(tied("llama", tie), graftlm.LoraConfig(trainable_token_indices=[5, 90], **settings), "a")
+    model.add_adapter("b", graftlm.LoraConfig(trainable_token_indices=[7, 5], **settings))
+    randomise(model)
+    layer = model.base.model.embed_tokens
+    base, rows_of = layer.base_layer.weight, {n: layer.trainable_tokens_delta[n].detach() for n in "ab"}
+    options = {} if kind in ("linear", "cat", "svd") else {"density": 1.0}
+    model.add_weighted_adapter(["a", "b"], [0.5, 2.0], "sum", combination_type=kind, **options)
+    change = layer.changes["sum"]
+    assert change.ids == [5, 7, 90]
+    made = [layer.trainable_tokens_delta["sum"][i] - base[token] for i, token in enumerate(change.ids)]
+    added = {"a": rows_of["a"] - base[[5, 90]], "b": rows_of["b"] - base[[7, 5]]}
+    if kind != "ties":  # which averages those of one sign
+        close(made[0], 0.5 * added["a"][0] + 2 * added["b"][1])
+    close(made[1], 2 * added["b"][0])
+    close(made[2], 0.5 * added["a"][1])
+    assert isinstance(model.base.lm_head, Adapted) == tie
+    model.set_adapter("sum")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = graftlm.PeftModel.from_pretrained(tied("llama", tie), tmp_path / "sum")
+    close(logits_of(again, **with_tokens("llama")), logits_of(model, **with_tokens("llama")))
 
 
 # -- beside HF PEFT ----------------------------------------------------------------------------------------------------
@@ -221,6 +249,13 @@ def test_tokens_of_two_active_adapters_may_not_overlap() -> None:
     with pytest.raises(CompositionError, match=r"tokens \[5, 90\]"):
         model(**batch("llama", rows=1), adapter_names=[["other", "default"]])
     logits_of(model, **batch("llama", rows=2), adapter_names=["other", "default"])
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(CompositionError, match=r"tokens \[5, 90\]"):
+            merge(adapter_names=["default", "other"])
+    model.merge_adapter()
+    with pytest.raises(CompositionError, match=r"tokens \[5, 90\]"):  # one after the other, as well
+        model.merge_adapter(["other"])
+    assert model.active_adapters == ["default"]
 
 
 # -- merged ------------------------------------------------------------------------------------------------------------
@@ -392,8 +427,10 @@ def test_errors() -> None:
     with pytest.raises(UnsupportedError, match="trained in full"):
         lora(trainable_token_indices=[1], modules_to_save=["embed_tokens"])
     model = lora(trainable_token_indices=[1])
-    with pytest.raises(AdapterError, match="trains rows of tokens"):
-        model.add_weighted_adapter(["default"], [1.0], "sum")
+    model.add_adapter("low", graftlm.LoraConfig(target_modules=["embed_tokens"]))
+    with pytest.raises(AdapterError, match="'low' has a low-rank change of a layer of which another one trains rows"):
+        model.add_weighted_adapter(["default", "low"], [1.0, 1.0], "sum")
+    assert "sum" not in model.peft_config
 
 
 def test_nothing_is_left_after_an_error() -> None:

@@ -733,12 +733,32 @@ def test_what_is_merged_is_computed_once_and_by_the_weight() -> None:
 
 
 def test_merging_names_that_are_not_active() -> None:
+    """They become active, beside what is merged; what is not is named. Unmerging undoes both."""
     model, wanted = with_two()
-    with pytest.raises(AdapterError, match="while a is active.*set_adapter"):
+    with pytest.warns(UserWarning, match=r"a acts no longer: merge_adapter\(\['b'\]\) .*set_adapter\(\['a', 'b'\]\)"):
         model.merge_adapter(["b"])
-    model.merge_adapter(["a", "b"])
-    assert model.active_adapters == ["a", "b"]
+    assert model.active_adapters == ["b"]
+    close(logits_of(model, **INPUTS), wanted["b"], 2e-5)
+    model.merge_adapter(["a"])  # one after the other
+    assert model.active_adapters == ["b", "a"]
     close(logits_of(model, **INPUTS), wanted["a+b"], 2e-5)
+    model.unmerge_adapter()
+    assert model.active_adapters == ["a"]
+    assert torch.equal(logits_of(model, **INPUTS), wanted["a"])
+    model.merge_adapter(["a", "b"])
+    model.set_adapter("b")
+    model.unmerge_adapter()
+    assert model.active_adapters == ["b"]
+    assert torch.equal(logits_of(model, **INPUTS), wanted["b"])
+
+
+def test_a_merge_that_fails_leaves_what_is_active() -> None:
+    model, wanted = with_two()
+    model.add_adapter("prompt", graftlm.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(UnsupportedError, match="cannot be merged"):
+        model.merge_adapter(["b", "prompt"])
+    assert model.active_adapters == ["a"]
+    assert torch.equal(logits_of(model, **INPUTS), wanted["a"])
 
 
 def test_a_merged_adapter_is_not_deleted() -> None:

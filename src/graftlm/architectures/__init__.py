@@ -25,6 +25,7 @@ from .facts import (
     position_room,
     position_table,
     position_tables,
+    sums_up_mask,
     takes_position_ids,
     token_embeddings,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "position_tables",
     "replace_module",
     "self_attention_call",
+    "sums_up_mask",
     "takes_position_ids",
     "token_embeddings",
 ]

@@ -128,6 +128,12 @@ def counts_from_mask(base: nn.Module) -> bool:
     return takes_position_ids(base) or model_type(base) in ("bloom", "falcon")
 
 
+def sums_up_mask(base: nn.Module) -> bool:
+    """Whether the model itself counts positions by the places that the mask lets in (OPT, BioGPT)."""
+    tables = (m for path, m in base_modules(base) if path.endswith("embed_positions"))
+    return any("attention_mask" in inspect.signature(table.forward).parameters for table in tables)
+
+
 def has_image_positions(base: nn.Module) -> bool:
     """Whether the model makes positions of several axes (time, height, width) itself, from images among the tokens."""
     return any(hasattr(module, "get_rope_index") for _, module in base_modules(base))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,11 +13,13 @@ from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ..adapters import AdapterSet
+from ..architectures import base_modules, clean_path
 from ..errors import AdapterError, CheckpointError
 from ..files import WEIGHTS_NAME, find_file
 from ..injecting import Injected, adapters_of, remake
 from ..merging import unmerge
-from .fit import checked
+from ..methods.biased import Biased
+from .fit import checked, expected, normalise
 from .read import assign, load_options, load_training, read_pickle, read_tensors
 from .write import SCHEDULE, adapter_tensors, embedding_tensors
 
@@ -104,15 +108,48 @@ def set_peft_model_state_dict(
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
 ) -> Any:
-    """Fill an attached adapter from such tensors; CheckpointError lists every key that does not fit."""
+    """Fill an attached adapter from such tensors; CheckpointError lists every key that does not fit.
+
+    Trained biases in the state of an adapter whose configuration says `bias="none"` become the adapter's, with a warning.
+    """
     host = adapters_of(model)
     host._known(adapter_name)
     if ignore_mismatched_sizes:
         raise AdapterError("ignore_mismatched_sizes would leave tensors untrained; give a state that fits.")
-    tensors = checked(host, adapter_name, dict(peft_model_state_dict), "This state")
+    state = dict(peft_model_state_dict)
+    with with_biases(host, adapter_name, state):
+        tensors = checked(host, adapter_name, state, "This state")
     remake(host, adapter_name, on_meta=False)
     assign(host, adapter_name, tensors)
     return nothing_missing()
+
+
+@contextmanager
+def with_biases(host: AdapterSet, name: str, state: dict[str, Tensor]) -> Iterator[None]:
+    """Around the check of a state: where it holds trained biases and the adapter's configuration says that it has none, the
+    adapter gets them. A state has no configuration of its own, so it is the state that tells."""
+    method: Any = host.methods[name]
+    takes = isinstance(method, Biased) and not isinstance(host, Injected) and method.config.bias == "none"  # type: ignore[attr-defined]
+    wanted = expected(host, name) if takes and any(k.endswith(".bias") for k in state) else {}
+    more = [k for k in state if wanted and normalise(k, name, wanted, method.file_prefix) not in wanted]
+    layers = [path for path, _ in method.layers(host)] if more else []
+    biases = {
+        f"{method.file_prefix}{path}{'.base_layer' if path in layers else ''}.bias": path
+        for path, module in ((clean_path(p), m) for p, m in base_modules(host.base) if more)
+        if module._parameters.get("bias") is not None
+    }
+    found = {biases.get(normalise(k, name, dict.fromkeys(biases), method.file_prefix)) for k in more} - {None}  # type: ignore[arg-type]
+    if not found:
+        yield
+        return
+    word = method.own_biases if found <= set(layers) else "all"
+    with method.taking_biases(host, word):
+        yield
+    warnings.warn(
+        f"The state has trained biases, and adapter {name!r} was made with bias='none': they are the adapter's now, whose "
+        f"configuration says bias={word!r} from here on.",
+        stacklevel=4,
+    )
 
 
 def load_peft_weights(model_id: str | os.PathLike, device: str | None = None, **kwargs: Any) -> dict[str, Tensor]:

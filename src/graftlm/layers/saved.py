@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..architectures import base_modules, clean_path, innermost, replace_module
-from ..errors import CompositionError, TargetError, UnsupportedError, nearest
+from ..errors import CompositionError, KindError, TargetError, UnsupportedError, nearest
 from ..quantization import dequantize, dequantized, in_source_form, quantized_kind
 from ..routing import Plan, Switch, active_adapters, active_routes, running, together
 from .frozen import as_it_was
@@ -204,7 +204,7 @@ def save_modules(
     containers = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
     for path, module in found.items():
         if isinstance(module, containers):
-            raise UnsupportedError(
+            raise KindError(
                 f"modules_to_save selects {clean_path(path)!r}, a {type(module).__name__}: it is never called, only what is "
                 "in it. Name the modules in it."
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -62,15 +63,37 @@ class Biased(LayerMethod):
         self._one_bias(host)
         super().attach(host, for_loading=for_loading)
         try:
-            host.adapter_biases[self.name] = nn.ParameterDict(
-                {
-                    path.replace(".", "/"): module.bias.detach().to(host.adapter_dtype(module), copy=True)
-                    for path, module in self._biased(host)
-                }
-            )
+            self._add_biases(host)
         except Exception:
             self.detach(host)
             raise
+
+    def _add_biases(self, host: Site) -> None:
+        """Copies of the base's, which this adapter trains."""
+        host.adapter_biases[self.name] = nn.ParameterDict(
+            {
+                path.replace(".", "/"): module.bias.detach().to(host.adapter_dtype(module), copy=True)
+                for path, module in self._biased(host)
+            }
+        )
+
+    @contextmanager
+    def taking_biases(self, host: Site, word: str) -> Iterator[None]:
+        """Let the attached adapter, whose configuration says "none", have the biases of `word` as well; after an error it is
+        as it was."""
+        config: Any = self.config
+        trains = any(p.requires_grad for _, p in self.named_parameters(host))
+        config.bias = word
+        try:
+            self._one_bias(host)
+            self._add_biases(host)
+            host.adapter_biases[self.name].requires_grad_(trains)
+            yield
+        except Exception:
+            config.bias = "none"
+            self._remove_biases(host)
+            raise
+        host._connect(self)  # type: ignore[attr-defined]
 
     def _one_bias(self, host: Site) -> None:
         others = [n for n, m in host.methods.items() if n != self.name and getattr(m.config, "bias", "none") != "none"]
@@ -96,9 +119,12 @@ class Biased(LayerMethod):
                 )
             yield clean_path(path), module
 
-    def detach(self, host: Site) -> None:
+    def _remove_biases(self, host: Site) -> None:
         if self.name in host.adapter_biases:
             del host.adapter_biases[self.name]
+
+    def detach(self, host: Site) -> None:
+        self._remove_biases(host)
         super().detach(host)
 
     def connect(self, host: Site) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from ..architectures import (
     LORA_TARGETS,
+    base_modules,
     clean_path,
     default_targets,
     is_encoder_decoder,
@@ -82,7 +84,7 @@ class LayerMethod(Method):
         if config.target_modules is None:
             config.target_modules = default_targets(host.base, self.families, type(config).__name__)
         found = find_targets(host.base, config, skip=(Adapted, *host.container_types))
-        targets = without_uncalled(config, found)
+        targets = without_uncalled(config, found, for_loading)
         self._refuse_shared(host, targets)
         self.prepare(host, self._taken(targets))
         report_read(host.base, targets)
@@ -180,6 +182,21 @@ class LayerMethod(Method):
 
     def tensors(self, host: Site) -> dict[str, Tensor]:
         return {key: parameter.detach() for key, parameter in self.file_parameters(host)}
+
+    def completed(self, host: Site, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Without what HF PEFT keeps for weights that are never called, which `without_uncalled` leaves out."""
+        own = {path for path, _ in self.layers(host)}
+        paths = [clean_path(path) for path, module in base_modules(host.base) if is_uncalled(module)]
+        idle = [f"{self.file_prefix}{path}." for path in paths if path not in own]
+        gone = [k for k in tensors if k.startswith(tuple(idle)) and not k.endswith((".out_proj.weight", ".out_proj.bias"))]
+        if gone:
+            names = sorted({f"{k.rpartition('.out_proj.')[0]}.out_proj" for k in gone})
+            warnings.warn(
+                f"Tensors of {', '.join(names)} are left out: MultiheadAttention reads its weight without calling it, "
+                "so they did nothing.",
+                stacklevel=2,
+            )
+        return {k: v for k, v in tensors.items() if k not in gone}
 
     def load(self, host: Site, tensors: dict[str, Tensor]) -> None:
         with torch.no_grad():

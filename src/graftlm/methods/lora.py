@@ -323,7 +323,7 @@ class Lora(Biased):
         super().load(host, take_starts(tensors, self._starts(host)))
 
     def completed(self, host: Site, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return without_starts(tensors, self._starts(host))
+        return without_starts(super().completed(host, tensors), self._starts(host))
 
     def file_fields(self, host: Site) -> dict[str, Any]:
         said = self.config.init_lora_weights in KEPT  # type: ignore[attr-defined]

@@ -7,6 +7,9 @@ cat: ranks side by side, exact: ``sum_i w_i * scale_i * B_i A_i``. svd: that sum
 TIES (arXiv:2306.01708): keep the largest, elect a sign, average those that agree. DARE (arXiv:2311.03099): drop at
 random and rescale. magnitude_prune: keep the largest, then the weighted sum. Each of them with `_svd` mixes the products
 ``scale_i * B_i A_i`` and cuts the result to a rank.
+
+Of trained rows of tokens [n, H] what differs from the base's rows is mixed in the same way (there are no ranks: `cat` and
+`svd` are the sum); a token that a source does not train is the base's there.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import Tensor
 from ..errors import AdapterError, ConfigError, nearest
 from ..layers import Adapted
 from .lora_change import LoraChange
+from .tokens import TABLE, TiedTokens, TokenChange
 
 MIXED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")  # elementwise, of A and of B, or (`_svd`) of their products
 KINDS = ("linear", "cat", "svd", *MIXED, *(f"{kind}_svd" for kind in MIXED))
@@ -69,6 +73,54 @@ def changes(layer: Adapted, names: Sequence[str]) -> dict[str, LoraChange]:
     return {n: layer.changes[n] for n in names if n in layer.changes}  # type: ignore[misc]
 
 
+def parted(layers: dict[str, Adapted], sources: Sequence[str]) -> tuple[dict[str, Adapted], dict[str, Adapted]]:
+    """Layers by path: those whose products are combined, and those of which rows of tokens are (what is tied to such a layer
+    follows it)."""
+    products, tokens = {}, {}
+    for path, layer in layers.items():
+        own = [layer.changes[n] for n in sources if n in layer.changes]
+        rows = [change for change in own if isinstance(change, TokenChange)]
+        if not rows:
+            products[path] = layer
+        elif not all(isinstance(change, TiedTokens) for change in rows):
+            tokens[path] = layer
+    return products, tokens
+
+
+def all_ids(layer: Adapted, sources: Sequence[str]) -> list[int]:
+    """The tokens of which one of the adapters trains rows at a layer.
+
+    Raises:
+        AdapterError: another one changes the layer otherwise.
+    """
+    own = {n: layer.changes[n] for n in sources if n in layer.changes}
+    if others := [n for n, change in own.items() if not isinstance(change, TokenChange)]:
+        raise AdapterError(
+            f"Adapter {others[0]!r} has a low-rank change of a layer of which another one trains rows of tokens; they "
+            "cannot be combined."
+        )
+    return sorted({token for change in own.values() for token in change.ids})  # type: ignore[attr-defined]
+
+
+def combine_rows(
+    layer: Adapted, target: str, sources: Sequence[str], weights: Sequence[float], kind: str, **options
+) -> None:
+    """Fill the rows of tokens of adapter `target` at a layer from those of the adapters `sources`."""
+    new: TokenChange = layer.changes[target]  # type: ignore[assignment]
+    base = new.originals(layer.frozen).float()
+    place = {token: i for i, token in enumerate(new.ids)}
+    names = [n for n in sources if n in layer.changes]
+    tasks = torch.zeros(len(names), *base.shape, device=base.device)
+    for task, name in zip(tasks, names, strict=True):
+        change: TokenChange = layer.changes[name]  # type: ignore[assignment]
+        at = torch.tensor([place[token] for token in change.ids], device=base.device)
+        task[at] = change.rows(layer.held(name)).detach().float() - base[at]
+    shares = torch.tensor([w for n, w in zip(sources, weights, strict=True) if n in names], device=base.device)
+    mixed = mix(tasks, shares, "linear" if kind in ("cat", "svd") else kind.removesuffix("_svd"), **options)
+    with torch.no_grad():
+        layer.held(target)[TABLE].copy_(base + mixed)
+
+
 def new_rank(kind: str, layers: Sequence[Adapted], sources: Sequence[str], svd_rank: int | None) -> int:
     """Rank of the combined adapter: that of its largest layer."""
     largest = [max((layer.r[n] for layer in layers if n in layer.changes), default=0) for n in sources]
@@ -77,6 +129,10 @@ def new_rank(kind: str, layers: Sequence[Adapted], sources: Sequence[str], svd_r
 
 def combine(layer: Adapted, target: str, sources: Sequence[str], weights: Sequence[float], kind: str, **options) -> None:
     """Fill adapter `target` of a layer (scale 1) from the adapters `sources` that the layer has (and that are checked)."""
+    if isinstance(layer.changes[target], TokenChange):
+        if not isinstance(layer.changes[target], TiedTokens):
+            combine_rows(layer, target, sources, weights, kind, **options)
+        return
     own, factors = changes(layer, [target, *sources]), {}
     for name, change in own.items():
         factors[name] = change.factors(layer.held(name))

@@ -21,7 +21,6 @@ def check_invocation(config: Any) -> None:
         )
     refused = {
         "use_dora=True": config.use_dora,
-        f"bias={config.bias!r}": config.bias != "none",
         f"modules_to_save={config.modules_to_save!r}": config.modules_to_save,
     }
     for text in (text for text, on in refused.items() if on):

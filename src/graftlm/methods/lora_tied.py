@@ -79,6 +79,7 @@ def tie_targets(host: Any, name: str, config: Any) -> tuple[str, str] | None:
     """Where `config` asks for it and selects one of them, embeddings and head: the embedding is put among
     `target_modules`, the head taken out. Returns their dotted names in the bare base."""
     if not config.ensure_weight_tying:
+        report_tied(host.base, config)
         return None
     if is_encoder_decoder(host.base):
         if config.trainable_token_indices is not None and not names_embeddings(host.base, config):
@@ -108,6 +109,26 @@ def tie_targets(host: Any, name: str, config: Any) -> tuple[str, str] | None:
         kept = [t for t in targets if not matches([t], head)]
         config.target_modules = kept if matches(kept, embedding) else [*kept, embedding]
     return embedding, head
+
+
+def report_tied(base: Any, config: Any) -> None:
+    """A warning where an adapter changes, or trains in full, modules that share their weight with an embedding."""
+    shared: dict[int, dict[str, nn.Module]] = {}
+    for path, module in base_modules(base):
+        if (weight := module._parameters.get("weight")) is not None:
+            shared.setdefault(id(weight), {})[clean_path(path)] = module
+    targets, saved = config.target_modules, tuple(config.modules_to_save or ())
+    for group in shared.values():
+        if len(group) < 2 or not any(isinstance(m, nn.Embedding) for m in group.values()):
+            continue
+        named = [path for path in group if matches(targets, path) or path.endswith(saved)]
+        if named:
+            way = "" if is_encoder_decoder(base) else " ensure_weight_tying=True changes them alike."
+            warnings.warn(
+                f"target_modules or modules_to_save name {', '.join(named)}: {', '.join(group)} share one weight, but only "
+                f"what is named is changed, each by itself, and merged they have weights of their own.{way}",
+                stacklevel=5,
+            )
 
 
 def names_embeddings(base: Any, config: Any) -> bool:

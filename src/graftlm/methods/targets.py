@@ -293,14 +293,16 @@ def source_of(cls: type) -> str:
     return "\n".join(found)
 
 
-def without_uncalled(config: Any, found: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """The targets without each `out_proj` of a MultiheadAttention that an entry selects beside layers which are called, and
-    without those whose attention is a target."""
+def without_uncalled(config: Any, found: dict[str, nn.Module], all_of_them: bool = False) -> dict[str, nn.Module]:
+    """The targets without each `out_proj` of a MultiheadAttention that an entry selects beside layers which are called (with
+    `all_of_them`, of a file, by itself as well), and without those whose attention is a target."""
     uncalled = {clean_path(path) for path, module in found.items() if is_uncalled(module)}
     called = [clean_path(path) for path in found if clean_path(path) not in uncalled]
     targets = config.target_modules
     entries = [targets] if isinstance(targets, str) else [[entry] for entry in targets]
-    beside = [n for n in uncalled if any(matches(e, n) and any(matches(e, c) for c in called) for e in entries)]
+    beside = [
+        n for n in uncalled if all_of_them or any(matches(e, n) and any(matches(e, c) for c in called) for e in entries)
+    ]
     if alone := sorted(n for n in beside if n.rpartition(".")[0] not in called):
         warnings.warn(
             f"target_modules: {', '.join(alone)} is left out: torch's MultiheadAttention reads its weight without calling "

@@ -16,6 +16,7 @@ from ..architectures import (
     pools_last_token,
     position_offset,
     position_room,
+    sums_up_mask,
     takes_position_ids,
 )
 
@@ -38,6 +39,7 @@ class Facts:
     takes_positions: bool
     counts_from_mask: bool
     counts_from_ids: bool
+    sums_up_mask: bool
     image_positions: bool
     offset: int
     room: int | None
@@ -55,6 +57,7 @@ class Facts:
             takes_positions=takes_position_ids(base),
             counts_from_mask=counts_from_mask(base),
             counts_from_ids=counts_from_ids(base),
+            sums_up_mask=sums_up_mask(base),
             image_positions=has_image_positions(base),
             offset=position_offset(base),
             room=position_room(base.get_decoder() if halves else base),

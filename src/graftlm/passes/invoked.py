@@ -5,12 +5,14 @@ Shapes: B rows, T tokens of this pass, P virtual tokens.
     tokens   x0 x1 x2 <inv0> <inv1> x5 x6     the adapter acts on <inv0> and all behind it, computed token by token;
              ------- base --|------ adapter   what is before it has the base's keys and values, which can be shared
 
-Rows in which the sequence does not stand are the base's. Of several invocations in a row the last one counts; of a
+Rows in which the sequence does not stand are the base's. Of `inputs_embeds` those are tokens that equal the base's own
+embeddings. Of several invocations in a row the last one counts; of a
 `generate` that of the prompt. A pass over a filled cache goes on as the rows in the cache ended.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from ..errors import UnsupportedError
+from ..architectures import backbone_embeddings
 from ..routing import Plan, Routes
 from .inputs import tokens_of
 from .refusals import held
@@ -54,20 +56,16 @@ class Invocations:
 
     @classmethod
     def of(cls, host: AdapterSet, plan: Plan, run: Run, named: dict) -> Invocations | None:
-        """Of a call of the base; None where no adapter waits.
-
-        Raises:
-            UnsupportedError: a call without token ids.
-        """
+        """Of a call of the base; None where no adapter waits."""
         if not waits(host, plan):
             return None
         given, cache = tokens_of(named), named.get("past_key_values")
-        if run.prompt is None and named.get("input_ids") is None:
-            raise UnsupportedError("An adapter with alora_invocation_tokens needs input_ids, to look for these tokens in.")
         rows, length = given.shape[:2]
         filled = isinstance(cache, Cache) and bool(cache.get_seq_length())
         past = held(cache, *host.fronts(plan, rows)) if filled else 0  # type: ignore[arg-type]
-        ids = named["input_ids"] if run.prompt is None else run.prompt.to(given.device)
+        ids = (
+            run.prompt.to(given.device) if run.prompt is not None else given if given.dim() == 2 else read(host, plan, given)
+        )
         ids = ids.repeat_interleave(rows // ids.shape[0], 0)
         if run.prompt is None or run.first is None:
             run.first = past + length - ids.shape[1]
@@ -117,12 +115,32 @@ class Invocations:
         return Routes(groups, of.cpu(), switches=switches, draws=draws)
 
 
+def read(host: AdapterSet, plan: Plan, embeds: Tensor) -> Tensor:
+    """Token ids [B, T] of embeddings [B, T, H], as far as they are of invocations; -1 for others."""
+    groups = host.owners(plan)
+    wanted = sorted({t for own, group in groups for name in group for t in own.methods[name].invocation or ()})
+    embeddings = backbone_embeddings(host.base)
+    wanted = [token for token in wanted if token < embeddings.weight.shape[0]]
+    with host.without_adapters():
+        known = embeddings(torch.tensor(wanted, dtype=torch.long, device=embeds.device))
+    ids = torch.full(embeds.shape[:2], -1, device=embeds.device)
+    for token, vector in zip(wanted, known.to(embeds.dtype), strict=True):
+        ids[(embeds == vector).all(-1)] = token
+    if not (ids >= 0).any():
+        warnings.warn(
+            "alora_invocation_tokens: none of inputs_embeds is the base's embedding of one of these tokens, so all of it is "
+            "the base's. Pass input_ids, or embeddings as model.get_input_embeddings() gives them.",
+            stacklevel=2,
+        )
+    return ids
+
+
 def sequences(named: dict) -> Tensor | None:
     """The number of each token's sequence [B, T] where a row holds several: positions that start again, without a mask."""
-    positions, ids = named.get("position_ids"), named["input_ids"]
+    positions, shape = named.get("position_ids"), tokens_of(named).shape[:2]
     if positions is None or named.get("attention_mask") is not None or positions.dim() != 2:
         return None
-    starts = torch.diff(positions.expand_as(ids), dim=1, prepend=positions.expand_as(ids)[:, :1] - 1) != 1
+    starts = torch.diff(positions.expand(shape), dim=1, prepend=positions.expand(shape)[:, :1] - 1) != 1
     return starts.long().cumsum(1)
 
 

@@ -83,7 +83,10 @@ class Packing:
         memories, which = self.memories(plan, prefixes)
         row = Row.of(found.sizes.tolist(), groups.tolist(), list(counts), which, self.shares_virtual)
         inputs = self.packed_inputs(plan, named, found.kept, row)
-        own = found.positions + fronts.sum(0).repeat_interleave(found.sizes)
+        own = found.positions
+        if self.facts.sums_up_mask and named.get("position_ids") is None:  # places that the mask leaves out have none
+            own = torch.arange(len(own)) - found.starts.repeat_interleave(found.sizes)
+        own = own + fronts.sum(0).repeat_interleave(found.sizes)
         positions = row.spread(own, [torch.arange(p, p + c) for c, p in zip(counts, prefixes, strict=True)])
         if self.facts.takes_positions:
             inputs["position_ids"] = positions[None].to(device)

@@ -30,6 +30,7 @@ from ..placing import (
     restore_attention,
     restore_order,
     virtual_order,
+    without_holes,
 )
 from ..routing import Plan
 from .facts import Facts, decoder_config
@@ -89,6 +90,12 @@ class Rows:
     @property
     def uneven(self) -> bool:
         return not (self.count.even and self.prefix.even)
+
+    @property
+    def places(self) -> bool:
+        """Whether the base is told the positions of its tokens."""
+        own = self.facts.image_positions or self.facts.sums_up_mask
+        return self.facts.takes_positions and (self.fronted or not own)
 
     @property
     def placed(self) -> Placed:
@@ -156,6 +163,9 @@ class Rows:
     def tokens(self) -> None:
         """The virtual tokens, beside the real ones; behind a filled cache only their places."""
         self.place = self.named.get("position_ids")
+        if self.place is None and self.places and not self.facts.counts_from_ids:
+            mask = self.mask if self.facts.sums_up_mask else without_holes(self.mask)
+            self.place = positions_from_mask(mask)[:, -self.given.shape[1] :] + self.facts.offset
         if self.count and self.past:
             self.keys = virtual_order(self.mask, self.count)
             self.mask = with_virtual(self.mask, self.keys, self.count)
@@ -267,11 +277,11 @@ class Rows:
         """Mask and positions of all that is in the rows now."""
         named, facts = self.named, self.facts
         named["attention_mask"] = self.mask
-        if not facts.takes_positions or not (self.fronted or not facts.image_positions):
+        if not self.places:
             return
         embeds = named.get("inputs_embeds")
         length = self.given.shape[1] if embeds is None else embeds.shape[1]
-        if self.place is None and (not facts.counts_from_ids or self.uneven or embeds is not None):
+        if self.place is None and (self.uneven or embeds is not None):
             self.place = positions_from_mask(self.mask)[:, -length:] + facts.offset
         if self.place is not None:
             named["position_ids"] = self.place

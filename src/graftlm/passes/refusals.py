@@ -10,7 +10,7 @@ from transformers import Cache
 from ..architectures import finds_features_by_embedding
 from ..architectures.fast import attention_window
 from ..errors import UnsupportedError
-from ..placing import Front, positions_from_mask
+from ..placing import Front, positions_from_mask, without_holes
 from ..routing import Plan
 from .facts import Facts
 from .inputs import first_of, is_plain, shape_of
@@ -31,7 +31,7 @@ def check_room(host: AdapterSet, facts: Facts, plan: Plan, call: Call, named: di
     if given is not None and past + given.shape[1] + facts.offset > facts.room:
         positions = named.get("position_ids")
         if positions is None and facts.takes_positions and is_plain(mask):
-            positions = positions_from_mask(mask)[:, -given.shape[1] :] + facts.offset
+            positions = positions_from_mask(without_holes(mask))[:, -given.shape[1] :] + facts.offset
         needed = past + given.shape[1] + facts.offset if positions is None else int(positions.max()) + 1
         raise_beyond(host, facts, plan, call.batch, facts.room, needed, padding=positions is None)
 

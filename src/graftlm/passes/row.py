@@ -58,7 +58,7 @@ class Sequences:
         starts = opens.nonzero()[:, 0]
         sizes = torch.diff(starts, append=starts.new_tensor([len(kept)]))
         if positions is None:
-            positions = torch.arange(len(kept)) - starts.repeat_interleave(sizes)
+            positions = kept - kept[starts].repeat_interleave(sizes)
         return cls(kept, opens, starts, sizes, positions)
 
     def sorted(self, groups: Tensor) -> tuple[Sequences, Tensor]:

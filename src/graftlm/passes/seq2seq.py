@@ -27,6 +27,7 @@ from ..placing import (
     restore_attention,
     restore_order,
     virtual_order,
+    without_holes,
 )
 from ..routing import Plan
 from .facts import Facts
@@ -55,6 +56,7 @@ def lay(host: AdapterSet, plan: Plan, call: Call, run: Run, named: dict) -> tupl
         named["attention_mask"] = torch.cat((count.ones(mask), mask), dim=1)
         masked = count.most
     order, drop, own = None, 0, host.decoder_front(plan, call.batch)
+    width = mask.shape[1] if is_plain(mask := named.get("decoder_attention_mask")) else 0
     if prefix or own:
         cache = named.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
@@ -68,7 +70,9 @@ def lay(host: AdapterSet, plan: Plan, call: Call, run: Run, named: dict) -> tupl
             order = put_in_decoder(host, plan, own, named)
             drop = own.most if drops_virtual(host, named) else 0
     if is_plain(mask := named.get("decoder_attention_mask")):
-        positions = positions_from_mask(mask)
+        given = mask.shape[1] - width  # what follows was given
+        whole = torch.cat((mask[:, :given], without_holes(mask[:, given:])), dim=1) if width else mask
+        positions = positions_from_mask(whole)
     return named, Placed(order=order, drop=drop, memory=memory, masked=masked, positions=positions)
 
 
@@ -165,7 +169,7 @@ def lay_encoder(host: AdapterSet, facts: Facts, plan: Plan, named: dict, masked:
         order = placed if order is None else chained(order, placed, count.most)
     if facts.encoder_room is not None:
         raise_beyond(host, facts, plan, len(mask), facts.encoder_room, mask.shape[1])
-    layout = Placed(order=order, memory=memory, positions=positions_from_mask(mask))
+    layout = Placed(order=order, memory=memory, positions=positions_from_mask(without_holes(mask)))
     return named | {"attention_mask": mask}, layout
 
 
