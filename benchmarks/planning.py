@@ -55,18 +55,44 @@ def shapes() -> dict[str, Any]:
             vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
             num_key_value_heads=4, max_position_embeddings=2048, **SPECIAL,
         ),
+        # of points that are held out
+        "qwen2": t.Qwen2Config(
+            vocab_size=24_000, hidden_size=768, intermediate_size=2304, num_hidden_layers=6, num_attention_heads=12,
+            num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, **SPECIAL,
+        ),
+        "neox": t.GPTNeoXConfig(
+            vocab_size=20_000, hidden_size=640, intermediate_size=2560, num_hidden_layers=10, num_attention_heads=10,
+            max_position_embeddings=2048, **SPECIAL,
+        ),
+        "mistral": t.MistralConfig(
+            vocab_size=28_000, hidden_size=896, intermediate_size=2688, num_hidden_layers=5, num_attention_heads=14,
+            num_key_value_heads=7, max_position_embeddings=2048, sliding_window=None, **SPECIAL,
+        ),
+        "gemma": t.GemmaConfig(
+            vocab_size=40_000, hidden_size=640, intermediate_size=3072, num_hidden_layers=7, num_attention_heads=5,
+            num_key_value_heads=1, head_dim=128, max_position_embeddings=2048, **SPECIAL,
+        ),
+        "gpt2-0.35b": t.GPT2Config(vocab_size=50_257, n_embd=1024, n_layer=24, n_head=16, **SPECIAL),
+        "opt-0.3b": t.OPTConfig(
+            vocab_size=50_272, hidden_size=1024, ffn_dim=4096, num_hidden_layers=24, num_attention_heads=16,
+            word_embed_proj_dim=1024, **SPECIAL,
+        ),
+        "bloom-0.5b": t.BloomConfig(vocab_size=250_880, hidden_size=1024, n_layer=22, n_head=16, **SPECIAL),
+        "t5-0.2b": t.T5Config(
+            vocab_size=32_128, d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_decoder_layers=12, num_heads=12,
+            decoder_start_token_id=0, eos_token_id=2, pad_token_id=0,
+        ),
     }  # fmt: skip
 
 
-def points() -> Iterator[dict[str, Any]]:
+def point(shape: str, method: str, form: str, batch: int, lengths: tuple[int, int], **rest: Any) -> dict[str, Any]:
     """What is measured: shape, method with its options, form of the base, rows a step, their lengths, and the rest."""
+    name = f"{shape} {method} {form} {batch}x{lengths[0]}-{lengths[1]}" + "".join(f" {k}={v}" for k, v in rest.items())
+    return {"name": name, "shape": shape, "method": method, "form": form, "batch": batch, "lengths": lengths} | rest
 
-    def point(shape: str, method: str, form: str, batch: int, lengths: tuple[int, int], **rest: Any) -> dict[str, Any]:
-        name = f"{shape} {method} {form} {batch}x{lengths[0]}-{lengths[1]}" + "".join(
-            f" {k}={v}" for k, v in rest.items() if k != "options"
-        )
-        return {"name": name, "shape": shape, "method": method, "form": form, "batch": batch, "lengths": lengths} | rest
 
+def points() -> Iterator[dict[str, Any]]:
+    """The points that the planner was made with."""
     shapes = ("llama", "bloom", "gpt2", "opt", "t5")
     for shape in shapes:
         yield point(shape, "lora", "fp32", 4, (128, 128))
@@ -104,6 +130,30 @@ def points() -> Iterator[dict[str, Any]]:
     yield point("llama-1.1b", "lora", "bf16", 1, (64, 64), checkpointing=True)
 
 
+def held_out() -> Iterator[dict[str, Any]]:
+    """Points of other shapes, methods and lengths, on which nothing of the planner was chosen."""
+    yield point("qwen2", "lora", "fp32", 3, (96, 96))
+    yield point("neox", "ia3", "fp32", 6, (160, 160))
+    yield point("mistral", "lora", "bf16", 5, (48, 48))
+    yield point("gemma", "prefix-tuning", "fp32", 2, (192, 192))
+    yield point("qwen2", "loha", "fp32", 4, (96, 96))
+    yield point("neox", "lora", "int8", 4, (96, 96))
+    yield point("gemma", "lora", "nf4", 3, (112, 112))
+    yield point("mistral", "p-tuning", "fp32", 12, (40, 40))
+    yield point("qwen2", "lora", "fp32", 4, (32, 192), packing=768)
+    yield point("neox", "lora", "fp32", 2, (48, 96), joint=3)
+    yield point("qwen2", "vera", "bf16", 3, (160, 160))
+    yield point("gemma", "oft", "fp32", 2, (72, 72))
+    yield point("mistral", "bottleneck", "fp32", 8, (96, 96), holdout=0.5)
+    yield point("mistral", "lora", "fp32", 2, (128, 128), options={"r": 64, "target_modules": "all-linear"})
+    yield point("neox", "randlora", "fp32", 3, (80, 80))
+    yield point("gpt2-0.35b", "lora", "bf16", 2, (80, 80))
+    yield point("opt-0.3b", "lora", "fp32", 1, (192, 192), checkpointing=True)
+    yield point("t5-0.2b", "lora", "fp32", 2, (96, 96))
+    yield point("opt-0.3b", "prompt-tuning", "nf4", 1, (96, 96))
+    yield point("bloom-0.5b", "prompt-tuning", "fp32", 1, (64, 64), checkpointing=True)
+
+
 def recipe(point: dict[str, Any], folder: Path, number: int = 0) -> Any:
     """The recipe of a point; `number` of several that train together."""
     from graftlm.training import Recipe
@@ -126,7 +176,7 @@ def recipe(point: dict[str, Any], folder: Path, number: int = 0) -> Any:
 def data(point: dict[str, Any], folder: Path) -> Path:
     """Rows of words, of lengths between the point's two."""
     low, high = point["lengths"]
-    pairs = point["shape"] == "t5" or point.get("answers", False)
+    pairs = point["shape"].startswith("t5") or point.get("answers", False)
     path = folder / f"rows-{low}-{high}-{pairs}.jsonl"
     if not path.is_file():
         counts = [low + (high - low) * (i % 5) // 4 for i in range(64)]
@@ -164,19 +214,20 @@ def worker(point: dict[str, Any], folder: Path) -> None:
     from graftlm.training.meters import memory_now, peak_memory
 
     class Marks(TrainerCallback):
-        """Memory before the Trainer's meter starts it anew, and the seconds of the second step."""
+        """Memory before the Trainer's meter starts it anew, and the seconds of the last step: of the clock, of processors."""
 
         def __init__(self) -> None:
-            self.before, self.loaded, self.began, self.seconds = 0, 0, 0.0, 0.0
+            self.before, self.loaded = 0, 0
+            self.began, self.took = (0.0, 0.0), (0.0, 0.0)
 
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             self.before, self.loaded = max(self.before, peak_memory()), memory_now()
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.began = time.perf_counter()
+            self.began = time.perf_counter(), time.process_time()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            self.seconds = time.perf_counter() - self.began
+            self.took = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
 
     marks, imported = Marks(), memory_now()
     if point.get("joint"):
@@ -186,7 +237,7 @@ def worker(point: dict[str, Any], folder: Path) -> None:
         run(recipe(point, folder), callbacks=[marks], quiet=True)
     print(json.dumps({
         "peak": max(marks.before, peak_memory()), "before": marks.before, "loaded": marks.loaded, "imported": imported,
-        "step_seconds": marks.seconds, "seconds": time.perf_counter() - start,
+        "step_seconds": marks.took[0], "step_cpu": marks.took[1], "seconds": time.perf_counter() - start,
     }))  # fmt: skip
 
 
@@ -214,13 +265,13 @@ def main() -> None:
         return
     rows = json.loads(args.json.read_text(encoding="utf-8")) if args.json.is_file() else []
     have = {row["name"] for row in rows if "error" not in row}
-    for point in points():
-        if args.compare or point["name"] in have or not all(word in point["name"] for word in args.only):
+    for each in (*points(), *held_out()):
+        if args.compare or each["name"] in have or not all(word in each["name"] for word in args.only):
             continue
         start = time.perf_counter()
-        rows = [r for r in rows if r["name"] != point["name"]] + [measure(point, args.folder)]
+        rows = [r for r in rows if r["name"] != each["name"]] + [measure(each, args.folder)]
         args.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-        print(f"{point['name']}: {rows[-1].get('peak', 0) / 2**20:.0f} MiB, {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"{each['name']}: {rows[-1].get('peak', 0) / 2**20:.0f} MiB, {time.perf_counter() - start:.0f} s", flush=True)
     if not compare(rows, args.folder):
         raise SystemExit(1)
 
