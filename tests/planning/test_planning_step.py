@@ -21,7 +21,7 @@ from graftlm.kernels import linear
 from graftlm.planning import machine as machines
 from graftlm.planning.devices import device
 from graftlm.planning.evaluating import evaluation_memory, generation_memory
-from graftlm.planning.rows import Rows, rows_given, stacked
+from graftlm.planning.rows import Part, Rows, rows_given, stacked
 from graftlm.planning.skeleton import skeleton
 from graftlm.planning.step import StepMemory, step_memory
 from graftlm.training import Recipe, resolve_base
@@ -108,7 +108,7 @@ def test_ways_of_16_bits_are_timed_before_the_trace(monkeypatch: pytest.MonkeyPa
 def test_evaluation_takes_what_the_real_one_takes() -> None:
     recipe = Recipe.from_dict({"training": {"eval_batch_size": 4}})
     rows = [{"input_ids": [3] * 50, "labels": [-100] * 2 + [3] * 48}] * 6
-    found = Rows(rows, stacked, rows)
+    found = Rows(Part(rows), stacked, Part(rows))
     planned = evaluation_memory(recipe, found, skeleton(recipe))
     base, _ = resolve_base("graftlm-base", dtype="fp32")
     options = {k: v for k, v in defaults_of("lora").options.items() if k not in INIT_FIELDS}
@@ -119,8 +119,8 @@ def test_evaluation_takes_what_the_real_one_takes() -> None:
         with Counted() as counted:
             model(**inputs)
     assert planned == pytest.approx(counted.highest, rel=0.10)
-    assert evaluation_memory(recipe, Rows(rows, stacked), skeleton(recipe)) == 0
-    answered = Rows(rows, stacked, rows, "label", True)
+    assert evaluation_memory(recipe, Rows(Part(rows), stacked), skeleton(recipe)) == 0
+    answered = Rows(Part(rows), stacked, Part(rows), "label", True)
     assert generation_memory(recipe, answered, skeleton(recipe)) == 4 * (66 * 2 * 8 * 256 * 4 + 2 * 4 * 16_384)
 
 

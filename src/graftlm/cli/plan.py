@@ -149,7 +149,7 @@ def show(out: Any, found: Plan) -> None:
     table.add_column()
     table.add_column(justify="right")
     for name, count in (
-        ("process", found.process_bytes), ("base", step.base), ("adapter", step.adapter), ("gradients", step.gradients),
+        ("process", found.process_bytes), ("data", found.data_bytes), ("base", step.base), ("adapter", step.adapter), ("gradients", step.gradients),
         ("optimizer", step.optimizer), ("activations kept", step.kept), ("workspace", step.workspace),
         ("allocator", step.allocator), ("loss (at another moment)", step.loss),
         ("evaluations and samples (at another moment)", found.evaluation_bytes),

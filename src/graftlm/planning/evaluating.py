@@ -12,28 +12,28 @@ from ..errors import GraftError, PlanError
 from ..training.evaluation import IGNORE_INDEX, LABEL_FORMAT, usual_loss
 from ..training.measuring import SAMPLE_TOKENS, SAMPLES
 from ..training.schema import Recipe
+from .allocators import Allocator, CudaCache, Heap, play
 from .rows import Rows, tensors
 from .skeleton import Skeleton
-from .step import Heights, of_all_blocks, short_cuts
+from .step import Heights, of_all_blocks
 from .tracing import Account
 
 
-def evaluation_memory(recipe: Recipe, rows: Rows, whole: Skeleton) -> int:
+def evaluation_memory(recipe: Recipe, rows: Rows, whole: Skeleton, gpu: bool = False) -> int:
     """Bytes above the weights at the highest moment of an evaluation: of its longest batch, or of the generated samples.
 
     Raises:
         PlanError: this model cannot be run over fake tensors.
     """
-    if not rows.held:
+    if not rows.held.count:
         return 0
     batch = longest(recipe, rows)
 
     def forward(found: Skeleton) -> Heights:
-        return Heights(0, passed(found, batch), 0)
+        return Heights(0, 0, 0, passed(found, batch, CudaCache() if gpu else Heap()))
 
     try:
-        short_cuts(recipe, whole.config)
-        highest = of_all_blocks(recipe, whole, forward, 2, 1).highest
+        highest = of_all_blocks(recipe, whole, forward, 2, 1).held
     except GraftError:
         raise
     except Exception as error:
@@ -45,26 +45,27 @@ def evaluation_memory(recipe: Recipe, rows: Rows, whole: Skeleton) -> int:
 
 def longest(recipe: Recipe, rows: Rows) -> dict[str, Tensor]:
     """The longest batch of the rows that are evaluated."""
-    found = sorted(rows.held, key=lambda row: -len(row["input_ids"]))[: recipe.training.eval_batch_size]
-    return tensors(rows.collator(found))
+    return tensors(rows.collator(rows.held.longest(recipe.training.eval_batch_size)))
 
 
-def passed(found: Skeleton, batch: dict[str, Tensor]) -> int:
-    """Bytes above the weights of a pass without gradients, with its loss as `training.evaluation` makes it."""
+def passed(found: Skeleton, batch: dict[str, Tensor], allocator: Allocator) -> int:
+    """Bytes above the weights that an allocator holds after a pass without gradients, with its loss as `training.evaluation`
+    makes it."""
     model, account = found.model.eval(), Account()
     account.take(model)
     labels = batch["labels"] if found.seq2seq else batch["labels"][:, 1:]
     places = labels.ne(IGNORE_INDEX).any(0).nonzero()[:, 0]
     with account, torch.no_grad():
-        weights = account.live
-        with account.peak() as top:
-            if usual_loss(model) and 2 * len(places) < labels.shape[1]:
-                given = {k: v for k, v in batch.items() if k != "labels"}
-                logits = model(**given, logits_to_keep=places).logits
-                F.cross_entropy(logits.flatten(0, 1).float(), labels[:, places].flatten(), reduction="sum")
-            else:
-                model(**batch)
-    return top[0] - weights
+        weights = len(account.events)
+        if usual_loss(model) and 2 * len(places) < labels.shape[1]:
+            given = {k: v for k, v in batch.items() if k != "labels"}
+            logits = model(**given, logits_to_keep=places).logits
+            F.cross_entropy(logits.flatten(0, 1).float(), labels[:, places].flatten(), reduction="sum")
+            del logits
+        else:
+            model(**batch)
+    play(allocator, account.events[weights:])
+    return allocator.held
 
 
 def generation_memory(recipe: Recipe, rows: Rows, whole: Skeleton) -> int:
@@ -73,10 +74,10 @@ def generation_memory(recipe: Recipe, rows: Rows, whole: Skeleton) -> int:
         return 0
     config, width = whole.config, cache_width(whole.config)
     if rows.format == LABEL_FORMAT:
-        count, new = min(recipe.training.eval_batch_size, len(rows.held)), 16
+        count, new = min(recipe.training.eval_batch_size, rows.held.count), 16
     else:
-        count, new = min(SAMPLES, len(rows.held)), SAMPLE_TOKENS
-    length = max(len(row["input_ids"]) for row in rows.held) + new
+        count, new = min(SAMPLES, rows.held.count), SAMPLE_TOKENS
+    length = max(rows.held.lengths) + new
     return count * (length * width * whole.dtype.itemsize + 2 * config.vocab_size * 4)
 
 

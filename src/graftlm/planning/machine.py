@@ -27,7 +27,7 @@ from ..gguf import cache_directory
 from ..training.schema import Recipe
 from ..version import __version__
 
-FORMAT = 2  # raise it when what is measured changes
+FORMAT = 3  # raise it when what is measured changes
 WIDTH, INNER, BLOCKS, ROWS, LENGTH = 640, 1792, 6, 4, 96  # of the measuring run
 
 
@@ -143,7 +143,8 @@ def measured(form: str) -> dict[str, float]:
             raise PlanError(f"this machine could not be measured: {last}")
         found = json.loads(done.stdout.strip().splitlines()[-1])
         recipe = measuring_recipe(form, folder)
-        planned = step_memory(recipe, longest_batch(recipe, rows_of(recipe))).total
+        rows = rows_of(recipe)
+        planned = step_memory(recipe, longest_batch(recipe, rows)).total + rows.data_bytes
     return {
         "process_bytes": max(found["peak"] - planned, 0), "start_bytes": found["start"], "operations": operations(form),
         "step_operations": found["rate"], "block_seconds": found["block"],

@@ -10,11 +10,10 @@ from typing import Any
 from ..data.packing import first_fit
 from ..layers.frozen import KINDS
 from ..quantization import quantized_kind
-from ..training.evaluation import IGNORE_INDEX
 from ..training.measuring import SAMPLE_TOKENS
 from ..training.schema import Recipe
 from .machine import Machine
-from .rows import Rows
+from .rows import Part, Rows
 from .sizes import Sizes, base_ids
 from .skeleton import Skeleton
 
@@ -26,8 +25,8 @@ def steps_an_epoch(recipe: Recipe, rows: Rows) -> int:
     """Batches, or packs, that the rows make."""
     t = recipe.training
     if t.packing:
-        return len(first_fit(rows.lengths, t.tokens, t.seed))
-    return -(-len(rows.train) // (t.batch_size or 1))
+        return round(rows.train.share * len(first_fit(rows.train.lengths, t.tokens, t.seed))) or 1
+    return -(-rows.train.count // (t.batch_size or 1))
 
 
 def updates(recipe: Recipe, rows: Rows) -> int:
@@ -50,10 +49,10 @@ def run_times(recipe: Recipe, rows: Rows, made: Skeleton, size: Sizes, own: Mach
     passes = (2 if last else 4) + 2 * bool(t.gradient_checkpointing)
     blocks = blocks_of(made.config)
     often = {"no": 0, "epoch": epochs, "steps": total / t.interval}
-    checks = (2 + often[t.eval_strategy]) if rows.held else 0
-    batches = -(-len(rows.held) // t.eval_batch_size)
+    checks = (2 + often[t.eval_strategy]) if rows.held.count else 0
+    batches = -(-rows.held.count // t.eval_batch_size)
     work = epochs * operations_of(made, rows.train, passes) + checks * operations_of(made, rows.held, 2)
-    samples = 2 * SAMPLE_TOKENS * (bool(rows.held) and rows.prompts)
+    samples = 2 * SAMPLE_TOKENS * (rows.held.count > 0 and rows.prompts)
     calls = blocks * (steps * passes / 4 + (checks * batches + samples) / 3)  # forward alone: a third of a step
     saves = (often[t.save_strategy] + 1) * size.checkpoint / DISK
     expected = work / own.step_operations + calls * own.block_seconds + saves
@@ -68,15 +67,13 @@ def step_time(recipe: Recipe, rows: Rows, made: Skeleton, own: Machine) -> float
     return work / own.step_operations + blocks_of(made.config) * own.block_seconds * passes / 4
 
 
-def operations_of(made: Skeleton, rows: Any, passes: int) -> float:
+def operations_of(made: Skeleton, rows: Part, passes: int) -> float:
     """Operations of `passes` / 2 passes over rows: the base's products, the head's, and attention's two."""
-    tokens = sum(len(row["input_ids"]) for row in rows)
-    labelled = sum(sum(label != IGNORE_INDEX for label in row["labels"]) for row in rows)
-    pairs = sum(len(row["input_ids"]) ** 2 for row in rows)
     config = made.config
     width: Any = getattr(config, "hidden_size", None) or getattr(config, "n_embd", None) or getattr(config, "d_model", 0)
     head = config.vocab_size * width if made.model.base.get_output_embeddings() is not None else 0
-    return passes * (multiplied(made.model) * tokens + head * labelled + 2 * blocks_of(config) * width * pairs)
+    attention = 2 * blocks_of(config) * width * rows.pairs
+    return passes * (multiplied(made.model) * rows.tokens + head * rows.labelled + attention)
 
 
 def blocks_of(config: Any) -> int:

@@ -18,6 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .allocators import Event
+
 _DEVICE_OF = torch.ops.prim.device.default
 
 
@@ -26,6 +28,7 @@ class Account(TorchDispatchMode):
 
     Attributes:
         live, highest: bytes that are alive now, and were at most.
+        events: storages in the order in which they came and went (see `allocators`).
     """
 
     def __init__(self) -> None:
@@ -33,6 +36,7 @@ class Account(TorchDispatchMode):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.device = torch.device("cpu")
         self.live = self.highest = 0
+        self.events: list[Event] = []
         self._seen: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -58,14 +62,18 @@ class Account(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if id(storage) in self._seen:
             return
-        size = storage.nbytes()
-        self._seen[id(storage)] = weakref.finalize(storage, self._gone, id(storage), size)
+        size, number = storage.nbytes(), len(self.events)
+        self._seen[id(storage)] = weakref.finalize(storage, self._gone, id(storage), number, size)
         self.live += size
+        if size:
+            self.events.append((number, size))
         self.highest = max(self.highest, self.live)
 
-    def _gone(self, place: int, size: int) -> None:
+    def _gone(self, place: int, number: int, size: int) -> None:
         del self._seen[place]
         self.live -= size
+        if size:
+            self.events.append((number, -size))
 
     def take(self, model: nn.Module) -> None:
         """Turn a meta model's parameters, buffers and quantised values into fake tensors, which are counted."""
