@@ -146,7 +146,8 @@ def test_checkpointing_and_length_show() -> None:
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that was measured before."""
     found = machines.Machine(
-        process_bytes=600 << 20, start_bytes=500 << 20, operations=5e10, step_operations=2.5e10, block_seconds=0.01
+        process_bytes=600 << 20, start_bytes=500 << 20, operations=5e10, step_operations=2.5e10,
+        bandwidth=5e9, call_seconds=2e-5,
     )
     monkeypatch.setattr("graftlm.planning.whole.machine", lambda form, say=None: found)
 
@@ -202,7 +203,8 @@ def test_what_cannot_be_planned(known: None) -> None:
 def test_the_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAFTLM_CACHE", str(tmp_path))
     calls: list[str] = []
-    figures = {"process_bytes": 7, "start_bytes": 5, "operations": 1e9, "step_operations": 1e9, "block_seconds": 0.1}
+    figures = {"process_bytes": 7, "start_bytes": 5, "operations": 1e9, "step_operations": 1e9, "bandwidth": 1e9,
+               "call_seconds": 1e-5}  # fmt: skip
 
     def measured(form: str) -> dict[str, float]:
         calls.append(form)

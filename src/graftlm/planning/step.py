@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,16 @@ VOCABULARY = ("vocab_size", "padded_vocab_size")
 TINY = {**dict.fromkeys(LAYERS, 2), **dict.fromkeys(INNER, 64), **dict.fromkeys(HEADS, 8), **dict.fromkeys(VOCABULARY, 512)}
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a step computes: operations of products, bytes that all else reads and writes, calls, tokens of its batch."""
+
+    operations: float
+    moved: float
+    calls: float
+    tokens: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepMemory:
     """Bytes of a step, all alive at its highest moment but `loss`.
@@ -44,6 +54,7 @@ class StepMemory:
         workspace: what else is alive at the highest moment of the forward or backward pass.
         allocator: what the allocator holds besides, between storages that come and go (see `allocators`).
         loss: highest in head and loss, above what was alive before (it counts where it is the highest moment).
+        work: of the step.
     """
 
     base: int
@@ -54,6 +65,7 @@ class StepMemory:
     workspace: int
     allocator: int
     loss: int
+    work: Work
 
     @property
     def total(self) -> int:
@@ -64,17 +76,19 @@ class StepMemory:
 @dataclass(frozen=True)
 class Heights:
     """What one traced step shows, in bytes above the weights: kept activations; highest in forward and backward pass; in the
-    loss; held by the allocator (without AdamW's states)."""
+    loss; held by the allocator (without AdamW's states). And its work: operations, bytes moved, calls."""
 
     kept: float
     highest: float
     loss: float
     held: float
+    operations: float = 0
+    moved: float = 0
+    calls: float = 0
 
     def at(self, other: Heights, blocks: float) -> Heights:
         """Carried on by `blocks` times the difference to `other`, which has one unit more."""
-        parts = ((getattr(self, k), getattr(other, k)) for k in ("kept", "highest", "loss", "held"))
-        return Heights(*(max(a + blocks * (b - a), 0) for a, b in parts))
+        return Heights(*(max(a + blocks * (b - a), 0) for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 def step_memory(
@@ -113,6 +127,7 @@ def step_memory(
         base=size.base_bytes, adapter=size.adapter_bytes, gradients=gradients, optimizer=2 * gradients,
         kept=round(found.kept), workspace=max(round(found.highest - found.kept) - gradients, 0),
         allocator=max(round(found.held - found.highest), 0), loss=round(found.loss),
+        work=Work(found.operations, found.moved, found.calls, batch["input_ids"].numel()),
     )  # fmt: skip
 
 
@@ -207,7 +222,8 @@ def traced(
         held = held_in_training(Heap(), [], trained, step, Training())
     else:
         held = held_in_training(CudaCache(), before, trained, step, gpu) - weights
-    return Heights(kept, top[0] - weights, lost[0], held - STATES * sum(trained))
+    work = account.operations, account.moved, account.calls
+    return Heights(kept, top[0] - weights, lost[0], held - STATES * sum(trained), *work)
 
 
 def ways_known(dtype: torch.dtype) -> None:

@@ -155,9 +155,10 @@ def single(recipe: Recipe, place: Device, found: Rows, measured: Callable[[str],
     dims = model_dims(made.model.base)
     recipe = recipe.filled(dims.hidden, found.train.count, dims.layers)
     own, size_of = measured(form(made)), sizes(made)
-    times, a_step = run_times(recipe, found, made, size_of, own), step_time(recipe, found, made, own)
     gpu = Training(batches=min(recipe.training.accumulation, 2), flat=recurrent(made.model)) if place.gpu else None
     step = step_memory(recipe, longest_batch(recipe, found), config, path, made, forms, gpu)
+    times = run_times(recipe, found, made, size_of, own, step.work)
+    a_step = step_time(recipe, found, made, own, step.work)
     evaluation = evaluation_memory(recipe, found, made, place.gpu)
     highest, process, data = loading(made, size_of, own), own.process_bytes, found.data_bytes
     if place.gpu:  # weights are loaded there piece by piece, and the data stays in main memory
@@ -229,7 +230,7 @@ def joined(plans: Sequence[Plan]) -> Plan:
     step = StepMemory(
         base=first.step.base, adapter=add("adapter"), gradients=add("gradients"), optimizer=add("optimizer"),
         kept=add("kept"), workspace=max(p.step.workspace for p in plans), allocator=add("allocator"),
-        loss=max(p.step.loss for p in plans),
+        loss=max(p.step.loss for p in plans), work=first.step.work,
     )  # fmt: skip
     least, expected, most = (sum(times) for times in zip(*(p.seconds for p in plans), strict=True))
     evaluation = max(p.evaluation_bytes for p in plans)
