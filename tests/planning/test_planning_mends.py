@@ -16,8 +16,12 @@ from graftlm.planning import mends, watching
 from graftlm.training import Recipe
 
 KNOWN = machines.Machine(
-    process_bytes=600 << 20, start_bytes=500 << 20, operations=5e10, step_operations=2.5e10,
-        bandwidth=5e9, call_seconds=2e-5,
+    process_bytes=600 << 20,
+    start_bytes=500 << 20,
+    operations=5e10,
+    step_operations=2.5e10,
+    bandwidth=5e9,
+    call_seconds=2e-5,
 )
 GIVEN: dict[str, Any] = {"rows": 40, "length": 200}
 

@@ -146,8 +146,12 @@ def test_checkpointing_and_length_show() -> None:
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that was measured before."""
     found = machines.Machine(
-        process_bytes=600 << 20, start_bytes=500 << 20, operations=5e10, step_operations=2.5e10,
-        bandwidth=5e9, call_seconds=2e-5,
+        process_bytes=600 << 20,
+        start_bytes=500 << 20,
+        operations=5e10,
+        step_operations=2.5e10,
+        bandwidth=5e9,
+        call_seconds=2e-5,
     )
     monkeypatch.setattr("graftlm.planning.whole.machine", lambda form, say=None: found)
 

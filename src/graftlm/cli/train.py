@@ -132,7 +132,7 @@ def several(console: Any, recipes: list[Recipe], quiet: bool, no_plan: bool, pro
     Raises:
         Exit: code 1 if one failed, 130 after Ctrl-C.
     """
-    from ..planning.watching import memory_watched
+    from ..planning.watching import exhausted, explained, memory_watched
     from ..training import TrainingInterrupted, train_together
 
     planned, _ = planned_before(recipes, quiet or no_plan or processes.count() > 1)
@@ -148,7 +148,9 @@ def several(console: Any, recipes: list[Recipe], quiet: bool, no_plan: bool, pro
             console.print()
     failed = [o for o in outcomes if o.error is not None]
     for outcome in failed:
-        console.print(f"{outcome.recipe.output_dir}: {outcome.error}", style="red", markup=False, highlight=False)
+        folder, error = outcome.recipe.output_dir, outcome.error
+        text = explained(planned, folder, error) if exhausted(error) else error
+        console.print(f"{folder}: {text}", style="red", markup=False, highlight=False)
     if failed:
         raise typer.Exit(1)
     processes.leave()

@@ -1,8 +1,8 @@
 """What an allocator holds beyond what is alive, from the order in which storages come and go.
 
 `CudaCache` does what c10's CUDACachingAllocator does by default: sizes are rounded up, small and large storages have
-segments of their own, the best fitting free block is split, free neighbours become one, and no segment is given back. What the
-system shows as used on a GPU is what is held, and CUDA's own context.
+segments of their own, the best fitting free block is split, free neighbours become one, and no segment is given back. What
+the system shows as used on a GPU is what is held, and CUDA's own context.
 
 `Heap` is glibc's heap as `kernels.keep_freed_memory` sets it: nothing is mapped apart and nothing given back. torch asks for
 storages at multiples of 64 bytes, for which glibc cuts 96 bytes more and gives the two ends back at once. Small objects take
@@ -214,11 +214,13 @@ def held_in_training(
             shift = count
             moved = [(number + shift, size) for number, size in step]
             count = 1 + max([count, *(number for number, _ in moved)])
-            play(allocator, moved)
-            if batch:  # added to the sums
-                play(allocator, gone([*staying(moved), *new(map(sum, how.flat))]))
+            made = dict(staying(moved))
+            if batch:  # each gradient is added to its sum and goes; those that one kernel makes go together
+                play(allocator, [e for each in moved for e in ([each, *gone([each])] if each[0] in made else [each])])
+                play(allocator, gone(new(map(sum, how.flat))))
             else:
-                sums = staying(moved)
+                play(allocator, moved)
+                sums = list(made.items())
         if not update:
             new(size for size in trained for _ in range(STATES))
         play(allocator, gone([*new(size for size in trained for _ in range(how.transient)), *sums]))

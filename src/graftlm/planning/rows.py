@@ -202,6 +202,8 @@ def longest_batch(recipe: Recipe, rows: Rows) -> dict[str, Tensor]:
         return tensors(rows.collator([[rows.train.rows[i] for i in chosen]]))
     size = recipe.training.batch_size or 1
     found, count = rows.longest(size * training.accumulation), size
+    if rows.train.share > 1 and len(found) < min(size, rows.train.count):
+        raise PlanError(f"training.batch_size={size}: of rows that are not all read, {len(found):,} a step can be planned")
     while count + size <= len(found) and sum(len(row["input_ids"]) for row in found[: count + size]) <= TOKENS:
         count += size
     return tensors(rows.collator(found[:count]))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..architectures import model_dims
-from ..errors import PlanError
+from ..errors import BaseModelError, DataError, PlanError
 from ..quantization import quantized_layers
 from ..training.schema import Recipe
 from .allocators import Training
@@ -124,11 +124,20 @@ def plan(
         given: Rows | None = rows_given(rows, length)
     else:
         given = None
-    plans = [single(r, place, given or rows_of(r), lambda form: machine(form, say), config) for r in recipes]
+    plans = [single(r, place, given or data_of(r), lambda form: machine(form, say), config) for r in recipes]
     return plans[0] if len(plans) == 1 else joined(plans)
 
 
 find_device = device
+
+
+def data_of(recipe: Recipe) -> Rows:
+    """The recipe's rows; where they are not to be had, the error says that a plan does without them."""
+    try:
+        return rows_of(recipe)
+    except (DataError, BaseModelError) as error:
+        advice = "To plan without data and tokenizer, give the rows' number and length: --rows 1000 --length 200"
+        raise type(error)(f"{error}. {advice}") from error
 
 
 def read(recipe: Any) -> Recipe:
