@@ -68,17 +68,19 @@ def test_training_holds_weights_gradients_and_states() -> None:
 # -- a tutorial's three runs ----------------------------------------------------------------------------------------------
 BEFORE = 1.1  # GiB that the tutorial's GPU showed before each run
 PUBLISHED = {"full": 23.4, "MLP": 8.8, "LSTM": 14.5}  # GiB that it showed in training
+COPIES = {"full": 0, "MLP": 2, "LSTM": 2}
+"""Of all that is trained, in a step of AdamW: torch 2.0, which was usual then, takes two (`foreach`). With them training in
+full would take 32 GiB; what was read is what it takes without."""
 
 
 def planned(kind: str, monkeypatch: pytest.MonkeyPatch) -> float:
-    """GiB of a run as it was made there: transformers' own passes in fp32, batches of one row of 256 tokens, eight an update."""
+    """GiB of a run as it was made there: transformers' own passes in fp32, one row of 256 tokens at a time, sums of them."""
     config = t.BloomConfig(vocab_size=46_145, hidden_size=2048, n_layer=24, n_head=16)
-    options: dict[str, Any] = {"num_virtual_tokens": 10}
-    if kind != "full":
-        options["encoder_reparameterization_type"] = kind
-    method = "prompt-tuning" if kind == "full" else "p-tuning"
-    recipe = Recipe.from_dict({"base": "some/where", "dtype": "fp32", "method": method, "method_options": options,
-                               "training": {"batch_size": 1}})  # fmt: skip
+    method, options = "p-tuning", {"num_virtual_tokens": 10, "encoder_reparameterization_type": kind}
+    if kind == "full":
+        method, options = "prompt-tuning", {"num_virtual_tokens": 10}
+    values = {"base": "some/where", "dtype": "fp32", "method": method, "method_options": options}
+    recipe = Recipe.from_dict(values | {"training": {"batch_size": 1}})
     skeleton = steps.skeleton
 
     def trained(*args: Any) -> Any:
@@ -90,13 +92,13 @@ def planned(kind: str, monkeypatch: pytest.MonkeyPatch) -> float:
         patch.setattr(steps, "skeleton", trained if kind == "full" else skeleton)
         whole = steps.skeleton(recipe, config)
         forms = dataclasses.replace(short_cuts(recipe, config).on_gpu(torch.float32), lean=False)
-        gpu = Training(batches=2, flat=recurrent(whole.model))
+        gpu = Training(batches=2, transient=COPIES[kind], flat=recurrent(whole.model))
         step = step_memory(recipe, longest_batch(recipe, rows_given(10, 256)), config, "", whole, forms, gpu)
     return (step.total + CUDA_CONTEXT) / 2**30 + BEFORE
 
 
 def test_the_published_memory_of_p_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ratios to training in full, of what the GPU showed."""
     found = {kind: planned(kind, monkeypatch) for kind in PUBLISHED}
-    for kind in ("MLP", "LSTM"):
-        assert found[kind] / found["full"] == pytest.approx(PUBLISHED[kind] / PUBLISHED["full"], rel=0.15), found
+    for kind, reading in PUBLISHED.items():
+        assert found[kind] == pytest.approx(reading, rel=0.15), found
+        assert found[kind] / found["full"] == pytest.approx(reading / PUBLISHED["full"], rel=0.15), found

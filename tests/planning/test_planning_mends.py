@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import graftlm
 from graftlm.errors import ExhaustedError, PlanError
 from graftlm.planning import machine as machines
-from graftlm.planning import mends, watching
+from graftlm.planning import mends, step, watching
 from graftlm.training import Recipe
 
 KNOWN = machines.Machine(
@@ -162,6 +163,52 @@ def test_train_without_memory_keeps_what_was_saved(
     assert result.exit_code == 2 and "memory ran out" in result.stderr and "Planned were" in result.stderr
     assert result.stderr.startswith("Plan: ") or "\nPlan: " in result.stderr
     assert any((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_compare_without_memory_says_what_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row fails alone; another one's adapter stays."""
+    import json
+
+    from typer.testing import CliRunner
+
+    from graftlm.cli import app
+    from graftlm.training import trainer
+
+    monkeypatch.setattr(watching, "SMALL", 0)
+    step = trainer.Trainer.training_step
+
+    def failing(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if "lora" in str(self.args.output_dir):
+            exhaust()
+        return step(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.Trainer, "training_step", failing)
+    sets = ["data.max_examples=8", "data.max_eval_examples=4", "training.batch_size=2", "training.eval_strategy=no"]
+    words = ["compare", "-d", "quotes", "-m", "lora", "-m", "ia3", "--max-steps", "1", "--general", "none",
+             "-o", str(tmp_path / "out"), *(w for s in sets for w in ("--set", s))]  # fmt: skip
+    result = CliRunner().invoke(app, words)
+    assert "Plan: " in result.stderr, result.stderr
+    rows = {r["label"]: r for r in json.loads((tmp_path / "out" / "comparison.json").read_text())["runs"]}
+    for word in ("memory ran out", "Planned were", "had taken at most", "--at-once", "training.batch_size=1"):
+        assert word in rows["lora"]["error"]
+    assert rows["ia3"]["status"] == "done" and any((tmp_path / "out" / "ia3").glob("adapter_model*"))
+
+
+def test_packing_is_proposed_only_where_it_holds() -> None:
+    """A base that gives other results for packed rows is not told to pack them, nor planned with packed rows."""
+    recipe = Recipe.from_dict({"training": {"batch_size": 4}})
+    tried = mends.tried(recipe, "packing", ("training.packing=true", "training.tokens=200"), GIVEN)
+    assert tried is not None
+    forms = step.short_cuts
+
+    def padded(*args: Any) -> Any:
+        return dataclasses.replace(forms(*args), packs=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("graftlm.planning.whole.short_cuts", padded)
+        assert mends.tried(recipe, "packing", ("training.packing=true", "training.tokens=200"), GIVEN) is None
+        with pytest.raises(PlanError, match="other results for packed rows"):
+            graftlm.plan(recipe.replace("training.packing=true", "training.tokens=200"), **GIVEN)
 
 
 def test_apply_writes_a_recipe_that_fits(tmp_path: Path) -> None:
