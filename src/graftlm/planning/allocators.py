@@ -117,6 +117,7 @@ class Heap:
     """glibc's heap (2.36), without threads."""
 
     ALIGNED, LEAST, CACHED = 64, 32, 7  # bytes of torch's alignment, of the shortest block; blocks that the cache keeps
+    OBJECTS = 2  # small ones that come and go with a storage: by what real steps show, on the safe side
 
     def __init__(self) -> None:
         self.held = self._top = 0
@@ -135,8 +136,7 @@ class Heap:
         if after >= self.LEAST:
             self._end(address + before + want, after)
             after = 0
-        objects = 1 + number % 2  # one or two, by what is seen of real steps
-        small = [self._cache.pop() if self._cache else (self._block(64), 64) for _ in range(objects)]
+        small = [self._cache.pop() if self._cache else (self._block(64), 64) for _ in range(self.OBJECTS)]
         self._used[number] = [(address + before, want + after), *small]
 
     def give(self, number: int) -> None:

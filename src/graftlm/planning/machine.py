@@ -194,12 +194,9 @@ def operations(form: str) -> float:
 
 def main(form: str, folder: str) -> None:
     """The measuring process: a run, its highest resident memory, and the time of steps."""
-    from ..quantization import bitsandbytes
     from ..training.meters import memory_now, peak_memory
     from ..training.recipes import run
 
-    if form in ("int8", "nf4", "fp4"):
-        bitsandbytes()  # the library is there when a base is loaded
     start = memory_now()
     run(measuring_recipe(form, Path(folder)), quiet=True)
     peak = peak_memory()

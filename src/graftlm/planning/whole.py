@@ -29,6 +29,7 @@ CUDA_CONTEXT = 600 << 20  # bytes that CUDA and its libraries take on a GPU: ass
 AHEAD = {"int8": 2.0, "nf4": 0.5, "fp4": 0.5}
 """Bytes a quantised weight that threads have read ahead while a base is loaded: seen of seven bases. It is a race: of one
 base it differed by 100 MiB from one run to the next."""
+QUANTISING = 45 << 20  # bytes of the code that loads and quantises, seen in the same runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +223,8 @@ def loading(made: Skeleton, size_of: Sizes, own: Machine) -> int:
     plain = size_of.base * made.dtype.itemsize
     copies = made.scheme is not None or abs(stored - plain) > 0.02 * plain
     counts = [m.in_features * m.out_features for _, m in quantized_layers(made.model.base)]
-    transient = 2 * 4 * max(counts, default=0) + round(AHEAD.get(made.scheme or "", 0) * sum(counts))
+    transient = 2 * 4 * max(counts, default=0) + QUANTISING * bool(counts)
+    transient += round(AHEAD.get(made.scheme or "", 0) * sum(counts))
     return own.start_bytes + (stored or plain) + (size_of.base_bytes + transient if copies else 0)
 
 
