@@ -23,7 +23,7 @@ from graftlm.planning.devices import device
 from graftlm.planning.evaluating import evaluation_memory, generation_memory
 from graftlm.planning.rows import Part, Rows, rows_given, stacked
 from graftlm.planning.skeleton import skeleton
-from graftlm.planning.step import StepMemory, step_memory
+from graftlm.planning.step import StepMemory, Work, step_memory
 from graftlm.training import Recipe, resolve_base
 from graftlm.training.defaults import config_type, defaults_of
 from graftlm.training.setup import INIT_FIELDS
@@ -162,13 +162,24 @@ def test_a_plan(known: None) -> None:
     assert found.fits and found.updates == 6
     assert found.rows == {"rows": 10, "longest": 30, "quantile": 30, "tokens": 300}
     assert found.peak_bytes == found.process_bytes + found.step.total
-    # 8 blocks of 12 width²; the head; attention; 2 epochs of 300 tokens in 3 steps; a file of the checkpoint
-    work = 4 * 600 * (6_291_456 + HEAD + 2 * 8 * 256 * 30)
+    # 8 blocks of 12 width²; the head; attention; three steps an epoch, of 100 tokens in the mean and 120 at most
+    work, formula = found.step.work, 4 * 120 * (6_291_456 + HEAD + 2 * 8 * 256 * 30)
+    assert work.tokens == 120 and formula < work.operations < 1.3 * formula  # LoRA's products too
+    step = (work.operations - formula / 6) / 2.5e10 + work.moved * 5 / 6 / 5e9 + work.calls * 2e-5
     saves = 3 * found.sizes.checkpoint / 2e8
-    assert found.seconds[1] == pytest.approx(work / 2.5e10 + 6 * 8 * 0.01 + saves)
+    assert found.step_seconds == pytest.approx(step)
+    assert found.seconds[1] == pytest.approx(6 * step + saves)
     assert found.seconds[0] < found.seconds[1] < found.seconds[2]
     assert "does not fit" in graftlm.plan(recipe, rows=10, length=30, device="100MiB").line()
     assert json.loads(json.dumps(found.to_dict(), default=str))["peak_bytes"] == found.peak_bytes
+
+
+def test_rates_are_fitted_to_two_steps() -> None:
+    """Products, other operations and calls of known speed are found again."""
+    small, large = Work(1e9, 1e8, 1000, 8), Work(1e11, 4e9, 1000, 384)
+    times = [w.operations / 5e10 + w.moved / 1e10 + w.calls * 1e-5 for w in (small, large)]
+    found = machines.fitted(small, large, *times, 1e10)
+    assert found == pytest.approx({"step_operations": 5e10, "bandwidth": 1e10, "call_seconds": 1e-5})
 
 
 def test_together_the_base_counts_once(known: None) -> None:
@@ -207,7 +218,7 @@ def test_what_cannot_be_planned(known: None) -> None:
 def test_the_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAFTLM_CACHE", str(tmp_path))
     calls: list[str] = []
-    figures = {"process_bytes": 7, "start_bytes": 5, "operations": 1e9, "step_operations": 1e9, "bandwidth": 1e9,
+    figures: dict[str, Any] = {"process_bytes": 7, "start_bytes": 5, "operations": 1e9, "step_operations": 1e9, "bandwidth": 1e9,
                "call_seconds": 1e-5}  # fmt: skip
 
     def measured(form: str) -> dict[str, float]:
