@@ -218,8 +218,10 @@ def test_what_cannot_be_planned(known: None) -> None:
 def test_the_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAFTLM_CACHE", str(tmp_path))
     calls: list[str] = []
-    figures: dict[str, Any] = {"process_bytes": 7, "start_bytes": 5, "operations": 1e9, "step_operations": 1e9, "bandwidth": 1e9,
-               "call_seconds": 1e-5}  # fmt: skip
+    figures: dict[str, Any] = {
+        "process_bytes": 7, "start_bytes": 5, "operations": 1e9, "step_operations": 1e9, "bandwidth": 1e9,
+        "call_seconds": 1e-5,
+    }  # fmt: skip
 
     def measured(form: str) -> dict[str, float]:
         calls.append(form)
