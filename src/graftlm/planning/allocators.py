@@ -241,6 +241,12 @@ def gone(events: Iterable[Event]) -> list[Event]:
     return [(number, -size) for number, size in events]
 
 
+def within(events: Sequence[Event]) -> list[Event]:
+    """What happens to storages that come among these events."""
+    own = {number for number, size in events if size > 0}
+    return [event for event in events if event[0] in own]
+
+
 def staying(events: Iterable[Event]) -> list[Event]:
     """The storages that come and do not go."""
     found: dict[int, int] = {}

@@ -12,7 +12,7 @@ from ..errors import GraftError, PlanError
 from ..training.evaluation import IGNORE_INDEX, LABEL_FORMAT, usual_loss
 from ..training.measuring import SAMPLE_TOKENS, SAMPLES
 from ..training.schema import Recipe
-from .allocators import Allocator, CudaCache, Heap, play
+from .allocators import Allocator, CudaCache, Heap, play, within
 from .rows import Rows, tensors
 from .skeleton import Skeleton
 from .step import Heights, of_all_blocks
@@ -64,7 +64,7 @@ def passed(found: Skeleton, batch: dict[str, Tensor], allocator: Allocator) -> i
             del logits
         else:
             model(**batch)
-    play(allocator, account.events[weights:])
+    play(allocator, within(account.events[weights:]))
     return allocator.held
 
 

@@ -21,7 +21,7 @@ from ..kernels import linear
 from ..preparation import enable_checkpointing
 from ..training.bases import auto_class
 from ..training.schema import Recipe
-from .allocators import STATES, CudaCache, Heap, Training, held_in_training
+from .allocators import STATES, CudaCache, Heap, Training, held_in_training, within
 from .sizes import bytes_of, sizes
 from .skeleton import Skeleton, attached, config_of, skeleton, without_quantization
 from .tracing import Account
@@ -217,7 +217,7 @@ def traced(
             kept = account.live - weights
             loss.backward()
         del loss
-        step = account.events[len(before) :]
+        step = within(account.events[len(before) :])
     if gpu is None:
         held = held_in_training(Heap(), [], trained, step, Training())
     else:
