@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,8 +168,6 @@ def test_train_without_memory_keeps_what_was_saved(
 
 def test_compare_without_memory_says_what_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row fails alone; another one's adapter stays."""
-    import json
-
     from typer.testing import CliRunner
 
     from graftlm.cli import app
@@ -225,3 +224,45 @@ def test_apply_writes_a_recipe_that_fits(tmp_path: Path) -> None:
     assert graftlm.plan(str(file), device=device, **GIVEN).fits
     again = CliRunner().invoke(app, [*words, "--apply", str(file)])
     assert again.exit_code == 2 and "already" in again.stderr
+
+
+def invoked(*words: str) -> Any:
+    from typer.testing import CliRunner
+
+    from graftlm.cli import app
+
+    return CliRunner().invoke(app, ["plan", "--rows", "40", "--length", "200", *words])
+
+
+def test_the_largest_batch_fits_and_a_larger_one_does_not() -> None:
+    recipe = Recipe.from_dict({"training": {"batch_size": 5}})
+    device = str(graftlm.plan(recipe, **GIVEN).peak_bytes + 1000)
+    result = invoked("--largest", "batch_size", "--device", device, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)["largest"]
+    assert found["value"] == 5 and found["plan"]["fits"]
+    assert not graftlm.plan(recipe.replace("training.batch_size=6"), device=device, **GIVEN).fits
+    assert invoked("--largest", "rank").exit_code == 2
+    none = invoked("--largest", "batch_size", "--device", "100MiB")
+    assert none.exit_code == 2 and "batch_size=1 does not fit" in none.stderr
+
+
+def test_methods_side_by_side_as_table_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graftlm.training.defaults.method_names", lambda: ["lora", "ia3", "prompt-tuning"])
+    picture = tmp_path / "p.svg"
+    result = invoked("--compare", "--picture", str(picture))
+    assert result.exit_code == 0, result.stderr
+    order = [line.split()[1] for line in result.stdout.splitlines() if "yes" in line]
+    assert sorted(order) == ["ia3", "lora", "prompt-tuning"] and "Planned, not measured" in result.stdout
+    peaks = {m: graftlm.plan(Recipe.from_dict({"method": m}), **GIVEN).peak_bytes for m in order}
+    assert order == sorted(order, key=peaks.__getitem__)
+    drawn = picture.read_text(encoding="utf-8")
+    assert "Planned, not measured" in drawn and all(method in drawn for method in order)
+    assert invoked("--picture", str(picture)).exit_code == 2
+
+
+def test_a_base_that_is_not_here_is_said_to_be() -> None:
+    result = invoked("--set", "base=no-such-owner/no-such-base")
+    assert result.exit_code == 2 and "no network" in result.stderr
+    assert invoked("--device", "tpu").exit_code == 2
+    assert invoked("--rows", "-5").exit_code == 2
