@@ -39,7 +39,7 @@ def test_a_segment_that_is_nearly_fitting_is_not_split() -> None:
 
 def test_what_lies_between_storages_cannot_be_used_by_one_of_their_size() -> None:
     """The ends of aligned storages belong to small objects: a heap of many equal storages grows beyond them."""
-    heap, size = Heap(), 1 << 16
+    heap, size = Heap(2), 1 << 16
     play(heap, [(i, size) for i in range(40)])
     first = heap.held
     assert 40 * size < first < 41 * size

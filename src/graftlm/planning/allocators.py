@@ -19,6 +19,7 @@ from typing import Protocol
 
 MIB = 1 << 20
 STATES = 2  # of AdamW, for each trained tensor
+OBJECTS = 1, 2  # small ones that come and go with a storage: real steps lie between
 Event = tuple[int, int]
 """(number of a storage, its bytes) where it comes; (number, -its bytes) where it goes."""
 
@@ -117,9 +118,9 @@ class Heap:
     """glibc's heap (2.36), without threads."""
 
     ALIGNED, LEAST, CACHED = 64, 32, 7  # bytes of torch's alignment, of the shortest block; blocks that the cache keeps
-    OBJECTS = 2  # small ones that come and go with a storage: by what real steps show, on the safe side
 
-    def __init__(self) -> None:
+    def __init__(self, objects: int) -> None:
+        self._objects = objects  # small ones that come and go with a storage
         self.held = self._top = 0
         self._free, self._cache = Free(), list[tuple[int, int]]()
         self._used: dict[int, list[tuple[int, int]]] = {}  # number -> blocks: the storage's, those of its small objects
@@ -136,7 +137,7 @@ class Heap:
         if after >= self.LEAST:
             self._end(address + before + want, after)
             after = 0
-        small = [self._cache.pop() if self._cache else (self._block(64), 64) for _ in range(self.OBJECTS)]
+        small = [self._cache.pop() if self._cache else (self._block(64), 64) for _ in range(self._objects)]
         self._used[number] = [(address + before, want + after), *small]
 
     def give(self, number: int) -> None:
@@ -227,13 +228,14 @@ def held_in_training(
     return allocator.held
 
 
-def play(allocator: Allocator, events: Iterable[Event]) -> None:
-    """Storages come and go."""
+def play(allocator: Allocator, events: Iterable[Event]) -> int:
+    """Storages come and go; what is held then."""
     for number, size in events:
         if size > 0:
             allocator.take(number, size)
         else:
             allocator.give(number)
+    return allocator.held
 
 
 def gone(events: Iterable[Event]) -> list[Event]:

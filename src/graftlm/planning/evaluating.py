@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import mean
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ..errors import GraftError, PlanError
 from ..training.evaluation import IGNORE_INDEX, LABEL_FORMAT, usual_loss
 from ..training.measuring import SAMPLE_TOKENS, SAMPLES
 from ..training.schema import Recipe
-from .allocators import Allocator, CudaCache, Heap, play, within
+from .allocators import OBJECTS, CudaCache, Heap, play, within
 from .rows import Rows, tensors
 from .skeleton import Skeleton
 from .step import Heights, of_all_blocks
@@ -29,18 +30,15 @@ def evaluation_memory(recipe: Recipe, rows: Rows, whole: Skeleton, gpu: bool = F
         return 0
     batch = longest(recipe, rows)
 
-    def forward(found: Skeleton) -> Heights:
-        return Heights(0, 0, 0, passed(found, batch, CudaCache() if gpu else Heap()))
-
     try:
-        highest = of_all_blocks(recipe, whole, forward, 2, 1).held
+        found = of_all_blocks(recipe, whole, lambda found: passed(found, batch, gpu), 2, 1)
     except GraftError:
         raise
     except Exception as error:
         raise PlanError(
             f"the memory of an evaluation of {whole.config.model_type} cannot be planned: {type(error).__name__}: {error}"
         ) from error
-    return max(round(highest), generation_memory(recipe, rows, whole))
+    return max(round(found.held if gpu else found.share * found.highest), generation_memory(recipe, rows, whole))
 
 
 def longest(recipe: Recipe, rows: Rows) -> dict[str, Tensor]:
@@ -48,15 +46,14 @@ def longest(recipe: Recipe, rows: Rows) -> dict[str, Tensor]:
     return tensors(rows.collator(rows.held.longest(recipe.training.eval_batch_size)))
 
 
-def passed(found: Skeleton, batch: dict[str, Tensor], allocator: Allocator) -> int:
-    """Bytes above the weights that an allocator holds after a pass without gradients, with its loss as `training.evaluation`
-    makes it."""
+def passed(found: Skeleton, batch: dict[str, Tensor], gpu: bool) -> Heights:
+    """A pass without gradients, with its loss as `training.evaluation` makes it."""
     model, account = found.model.eval(), Account()
     account.take(model)
     labels = batch["labels"] if found.seq2seq else batch["labels"][:, 1:]
     places = labels.ne(IGNORE_INDEX).any(0).nonzero()[:, 0]
     with account, torch.no_grad():
-        weights = len(account.events)
+        weights, before = account.live, len(account.events)
         if usual_loss(model) and 2 * len(places) < labels.shape[1]:
             given = {k: v for k, v in batch.items() if k != "labels"}
             logits = model(**given, logits_to_keep=places).logits
@@ -64,8 +61,9 @@ def passed(found: Skeleton, batch: dict[str, Tensor], allocator: Allocator) -> i
             del logits
         else:
             model(**batch)
-    play(allocator, within(account.events[weights:]))
-    return allocator.held
+    events, highest = within(account.events[before:]), account.highest - weights
+    held = [play(allocator, events) for allocator in ([CudaCache()] if gpu else map(Heap, OBJECTS))]
+    return Heights(0, highest, 0, mean(held), share=mean(held) / max(highest, 1))
 
 
 def generation_memory(recipe: Recipe, rows: Rows, whole: Skeleton) -> int:

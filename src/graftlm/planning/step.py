@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
+from statistics import mean
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ..kernels import linear
 from ..preparation import enable_checkpointing
 from ..training.bases import auto_class
 from ..training.schema import Recipe
-from .allocators import STATES, CudaCache, Heap, Training, held_in_training, within
+from .allocators import OBJECTS, STATES, CudaCache, Heap, Training, held_in_training, within
 from .sizes import bytes_of, sizes
 from .skeleton import Skeleton, attached, config_of, skeleton, without_quantization
 from .tracing import Account
@@ -76,7 +77,8 @@ class StepMemory:
 @dataclass(frozen=True)
 class Heights:
     """What one traced step shows, in bytes above the weights: kept activations; highest in forward and backward pass; in the
-    loss; held by the allocator (without AdamW's states). And its work: operations, bytes moved, calls."""
+    loss; held by the allocator (without AdamW's states). Its work: operations, bytes moved, calls. And what the allocator
+    holds as a share of the highest."""
 
     kept: float
     highest: float
@@ -85,10 +87,13 @@ class Heights:
     operations: float = 0
     moved: float = 0
     calls: float = 0
+    share: float = 0
 
     def at(self, other: Heights, blocks: float) -> Heights:
-        """Carried on by `blocks` times the difference to `other`, which has one unit more."""
-        return Heights(*(max(a + blocks * (b - a), 0) for a, b in zip(astuple(self), astuple(other), strict=True)))
+        """Carried on by `blocks` times the difference to `other`, which has one unit more; of the share the mean is taken:
+        how storages come to lie in a heap is chance, and a difference carried on would be many times that chance."""
+        made = Heights(*(max(a + blocks * (b - a), 0) for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return replace(made, share=(self.share + other.share) / 2)
 
 
 def step_memory(
@@ -123,10 +128,11 @@ def step_memory(
     size = sizes(whole)
     trained = [p for p in whole.model.parameters() if p.requires_grad]
     gradients = sum(map(bytes_of, trained))
+    beyond = found.held - found.highest if gpu else (found.share - 1) * found.highest
     return StepMemory(
         base=size.base_bytes, adapter=size.adapter_bytes, gradients=gradients, optimizer=2 * gradients,
         kept=round(found.kept), workspace=max(round(found.highest - found.kept) - gradients, 0),
-        allocator=max(round(found.held - found.highest), 0), loss=round(found.loss),
+        allocator=max(round(beyond), 0), loss=round(found.loss),
         work=Work(found.operations, found.moved, found.calls, batch["input_ids"].numel()),
     )  # fmt: skip
 
@@ -219,11 +225,12 @@ def traced(
         del loss
         step = within(account.events[len(before) :])
     if gpu is None:
-        held = held_in_training(Heap(), [], trained, step, Training())
+        held = mean(held_in_training(Heap(objects), [], trained, step, Training()) for objects in OBJECTS)
     else:
         held = held_in_training(CudaCache(), before, trained, step, gpu) - weights
+    held, highest = held - STATES * sum(trained), top[0] - weights
     work = account.operations, account.moved, account.calls
-    return Heights(kept, top[0] - weights, lost[0], held - STATES * sum(trained), *work)
+    return Heights(kept, highest, lost[0], held, *work, held / max(highest, 1))
 
 
 def ways_known(dtype: torch.dtype) -> None:
