@@ -19,7 +19,7 @@ from typing import Protocol
 
 MIB = 1 << 20
 STATES = 2  # of AdamW, for each trained tensor
-OBJECTS = 2, 3  # small ones that come and go with a storage: what real steps hold lies at these or below
+OBJECTS = 2, 3  # small ones that come and go with a storage: by what real steps hold, of both the mean is taken
 Event = tuple[int, int]
 """(number of a storage, its bytes) where it comes; (number, -its bytes) where it goes."""
 
