@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,9 +45,9 @@ class Part:
     def counted(self) -> tuple[list[int], int]:
         """Tokens of each row, and labelled ones of all."""
         lengths, labelled = list[int](), 0
-        for row in self.rows:  # a data set reads them one after the other
-            lengths.append(len(row["input_ids"]))
-            labelled += sum(label != IGNORE_INDEX for label in row["labels"])
+        for ids, labels in pairs_of(self.rows):
+            lengths.append(len(ids))
+            labelled += len(labels) - labels.count(IGNORE_INDEX)
         return lengths, labelled
 
     @property
@@ -75,6 +75,15 @@ class Part:
         """Rows of the most tokens, the longest first."""
         order = sorted(range(len(self.rows)), key=lambda i: -self.lengths[i])
         return [self.rows[i] for i in order[:count]]
+
+
+def pairs_of(rows: Any) -> Iterator[tuple[list[int], list[int]]]:
+    """Token ids and labels of each row; a data set is read by a thousand rows at a time."""
+    if not hasattr(rows, "iter"):
+        yield from ((row["input_ids"], row["labels"]) for row in rows)
+        return
+    for batch in rows.iter(batch_size=1000):
+        yield from zip(batch["input_ids"], batch["labels"], strict=True)
 
 
 @dataclass(frozen=True)
