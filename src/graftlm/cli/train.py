@@ -146,9 +146,8 @@ def several(console: Any, recipes: list[Recipe], quiet: bool, no_plan: bool, pro
         if outcome.result is not None:
             report(console, outcome.recipe, outcome.result)
             console.print()
-    failed = [o for o in outcomes if o.error is not None]
-    for outcome in failed:
-        folder, error = outcome.recipe.output_dir, outcome.error
+    failed = [(o.recipe.output_dir, o.error) for o in outcomes if o.error is not None]
+    for folder, error in failed:
         text = explained(planned, folder, error) if exhausted(error) else error
         console.print(f"{folder}: {text}", style="red", markup=False, highlight=False)
     if failed:
