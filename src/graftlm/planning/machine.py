@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 FORMAT = 3  # raise it when what is measured changes
 WIDTH, INNER, BLOCKS, ROWS, LENGTH = 640, 1792, 6, 4, 96  # of the measuring run
 SMALL = 1, 8  # rows of its small step, tokens of each
+RUN = 2, 32  # of the run whose memory is measured: few, so that it shows the process and not its activations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ def measuring_recipe(form: str, folder: Path) -> Recipe:
     return Recipe.from_dict({
         "base": str(folder / "base"), "quantization": form if form in ("int8", "nf4", "fp4") else None,
         "dtype": "bf16" if form == "bf16" else "fp32", "data": {"source": str(folder / "rows.jsonl"), "holdout": 0},
-        "training": {"batch_size": ROWS, "max_steps": 3, "eval_strategy": "no", "save_strategy": "no"},
+        "training": {"batch_size": RUN[0], "max_steps": 3, "eval_strategy": "no", "save_strategy": "no"},
         "output_dir": str(folder / "out"),
     })  # fmt: skip
 
@@ -131,8 +132,8 @@ def make_base(folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         LlamaForCausalLM(config).save_pretrained(folder / "base")
     AutoTokenizer.from_pretrained(base_path()).save_pretrained(folder / "base")
-    line = json.dumps({"text": " ".join(["the"] * LENGTH)})
-    (folder / "rows.jsonl").write_text("\n".join([line] * 2 * ROWS), encoding="utf-8")
+    line = json.dumps({"text": " ".join(["the"] * RUN[1])})
+    (folder / "rows.jsonl").write_text("\n".join([line] * 2 * RUN[0]), encoding="utf-8")
 
 
 def measured(form: str) -> dict[str, float]:
