@@ -231,7 +231,7 @@ def invoked(*words: str) -> Any:
 
     from graftlm.cli import app
 
-    return CliRunner().invoke(app, ["plan", "--rows", "40", "--length", "200", *words])
+    return CliRunner().invoke(app, ["plan", "--rows", "40", "--length", "200", *words], env={"COLUMNS": "160"})
 
 
 def test_the_largest_batch_fits_and_a_larger_one_does_not() -> None:
