@@ -19,8 +19,8 @@ COUNT = 3000
 
 
 def texts() -> list[str]:
-    """Of 1 to 40 words, one of 100."""
-    lengths = [1 + (i * 7919) % 40 for i in range(COUNT)]
+    """Of 3 to 42 words, one of 100."""
+    lengths = [3 + (i * 7919) % 40 for i in range(COUNT)]
     lengths[1234] = 100
     return [" ".join(["the"] * n) for n in lengths]
 
