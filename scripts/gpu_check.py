@@ -45,9 +45,10 @@ PARTS = (
         "training",
         ("benchmarks/training.py", "lora", "qlora", "prefix", "--dtype", "bfloat16", "--device", "cuda", "--no-memory",
          "--json", "{json}"),
-        170,
+        150,
     ),
-    Part("mixed", ("benchmarks/mixed_batch.py", "--device", "cuda", "--rounds", "3", "--json", "{json}"), 110),
+    Part("mixed", ("benchmarks/mixed_batch.py", "--device", "cuda", "--rounds", "3", "--json", "{json}"), 80),
+    Part("planning", ("benchmarks/planning_gpu.py", "--json", "{json}"), 60),
     Part("generation", ("benchmarks/generation.py", "--device", "cuda", "--json", "{json}"), 60),
 )  # fmt: skip
 

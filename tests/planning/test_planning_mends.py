@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,16 @@ import torch
 import graftlm
 from graftlm.errors import ExhaustedError, PlanError
 from graftlm.planning import machine as machines
-from graftlm.planning import mends, watching
-from graftlm.training import Recipe
+from graftlm.planning import mends, step, watching
+from graftlm.training import Recipe, defaults
 
 KNOWN = machines.Machine(
-    process_bytes=600 << 20, start_bytes=500 << 20, operations=5e10, step_operations=2.5e10, block_seconds=0.01
+    process_bytes=600 << 20,
+    start_bytes=500 << 20,
+    operations=5e10,
+    step_operations=2.5e10,
+    bandwidth=5e9,
+    call_seconds=2e-5,
 )
 GIVEN: dict[str, Any] = {"rows": 40, "length": 200}
 
@@ -159,6 +166,50 @@ def test_train_without_memory_keeps_what_was_saved(
     assert any((tmp_path / "out").glob("checkpoint-*"))
 
 
+def test_compare_without_memory_says_what_to_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row fails alone; another one's adapter stays."""
+    from typer.testing import CliRunner
+
+    from graftlm.cli import app
+    from graftlm.training import trainer
+
+    monkeypatch.setattr(watching, "SMALL", 0)
+    step = trainer.Trainer.training_step
+
+    def failing(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if "lora" in str(self.args.output_dir):
+            exhaust()
+        return step(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.Trainer, "training_step", failing)
+    sets = ["data.max_examples=8", "data.max_eval_examples=4", "training.batch_size=2", "training.eval_strategy=no"]
+    words = ["compare", "-d", "quotes", "-m", "lora", "-m", "ia3", "--max-steps", "1", "--general", "none",
+             "-o", str(tmp_path / "out"), *(w for s in sets for w in ("--set", s))]  # fmt: skip
+    result = CliRunner().invoke(app, words)
+    assert "Plan: " in result.stderr, result.stderr
+    rows = {r["label"]: r for r in json.loads((tmp_path / "out" / "comparison.json").read_text())["runs"]}
+    for word in ("memory ran out", "Planned were", "had taken at most", "--at-once", "training.batch_size=1"):
+        assert word in rows["lora"]["error"]
+    assert rows["ia3"]["status"] == "done" and any((tmp_path / "out" / "ia3").glob("adapter_model*"))
+
+
+def test_packing_is_proposed_only_where_it_holds() -> None:
+    """A base that gives other results for packed rows is not told to pack them, nor planned with packed rows."""
+    recipe = Recipe.from_dict({"training": {"batch_size": 4}})
+    tried = mends.tried(recipe, "packing", ("training.packing=true", "training.tokens=200"), GIVEN)
+    assert tried is not None
+    forms = step.short_cuts
+
+    def padded(*args: Any) -> Any:
+        return dataclasses.replace(forms(*args), packs=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("graftlm.planning.whole.short_cuts", padded)
+        assert mends.tried(recipe, "packing", ("training.packing=true", "training.tokens=200"), GIVEN) is None
+        with pytest.raises(PlanError, match="other results for packed rows"):
+            graftlm.plan(recipe.replace("training.packing=true", "training.tokens=200"), **GIVEN)
+
+
 def test_apply_writes_a_recipe_that_fits(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
@@ -173,3 +224,46 @@ def test_apply_writes_a_recipe_that_fits(tmp_path: Path) -> None:
     assert graftlm.plan(str(file), device=device, **GIVEN).fits
     again = CliRunner().invoke(app, [*words, "--apply", str(file)])
     assert again.exit_code == 2 and "already" in again.stderr
+
+
+def invoked(*words: str) -> Any:
+    from typer.testing import CliRunner
+
+    from graftlm.cli import app
+
+    return CliRunner().invoke(app, ["plan", "--rows", "40", "--length", "200", *words], env={"COLUMNS": "160"})
+
+
+def test_the_largest_batch_fits_and_a_larger_one_does_not() -> None:
+    recipe = Recipe.from_dict({"training": {"batch_size": 5}})
+    device = str(graftlm.plan(recipe, **GIVEN).peak_bytes + 1000)
+    result = invoked("--largest", "batch_size", "--device", device, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)["largest"]
+    assert found["value"] == 5 and found["plan"]["fits"]
+    assert not graftlm.plan(recipe.replace("training.batch_size=6"), device=device, **GIVEN).fits
+    assert invoked("--largest", "rank").exit_code == 2
+    none = invoked("--largest", "batch_size", "--device", "100MiB")
+    assert none.exit_code == 2 and "batch_size=1 does not fit" in none.stderr
+
+
+def test_methods_side_by_side_as_table_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = {n: k for n, k in defaults.method_names().items() if n in ("lora", "ia3", "prompt-tuning")}
+    monkeypatch.setattr(defaults, "method_names", lambda: some)
+    picture = tmp_path / "p.svg"
+    result = invoked("--compare", "--picture", str(picture))
+    assert result.exit_code == 0, result.stderr
+    order = [line.split()[1] for line in result.stdout.splitlines() if "yes" in line]
+    assert sorted(order) == ["ia3", "lora", "prompt-tuning"] and "Planned, not measured" in result.stdout
+    peaks = {m: graftlm.plan(Recipe.from_dict({"method": m}), **GIVEN).peak_bytes for m in order}
+    assert order == sorted(order, key=peaks.__getitem__)
+    drawn = picture.read_text(encoding="utf-8")
+    assert "Planned, not measured" in drawn and all(method in drawn for method in order)
+    assert invoked("--picture", str(picture)).exit_code == 2
+
+
+def test_a_base_that_is_not_here_is_said_to_be() -> None:
+    result = invoked("--set", "base=no-such-owner/no-such-base")
+    assert result.exit_code == 2 and "no network" in result.stderr
+    assert invoked("--device", "tpu").exit_code == 2
+    assert invoked("--rows", "-5").exit_code == 2

@@ -41,6 +41,14 @@ def test_parameters_and_files_are_exact(method: str, form: str | None, tmp_path:
     assert planned.base_bytes == pytest.approx(before, rel=0.02)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_merged_model_is_as_long_as_its_file(dtype: str, tmp_path: Path) -> None:
+    planned = sizes(skeleton(Recipe.from_dict({"dtype": dtype})))
+    base, _ = resolve_base("graftlm-base", dtype=dtype)
+    get_peft_model(base, config_type("lora")(task_type=TaskType.CAUSAL_LM)).merge_and_unload().save_pretrained(tmp_path)
+    assert planned.merged == (tmp_path / "model.safetensors").stat().st_size
+
+
 def of_config(config: Any, **recipe: Any) -> Any:
     return sizes(skeleton(Recipe.from_dict({"base": "some/where"} | recipe), config))
 

@@ -14,6 +14,7 @@ from . import _base, say
 
 if TYPE_CHECKING:
     from ..comparison import ComparisonResult
+    from ..planning import Plan
 
 
 def compare(
@@ -67,22 +68,35 @@ def compare(
     settings = recipe_settings(epochs, max_steps, batch_size, set_)
     given: dict[str, Any] = {"source": data, "format": format, "split": split, "eval_split": eval_split}
     given = {k: v for k, v in given.items() if v is not None}
+    planned = None
     if not (quiet or no_plan):
-        planned_before(
-            base, {k: v for k, v in given.items() if v is not None}, method or comparison.METHODS, settings, at_once
-        )
-    with _base.notices_on_stderr():
+        planned = planned_before(base, given, method or comparison.METHODS, settings, at_once)
+    from ..planning.watching import memory_watched
+
+    with _base.notices_on_stderr(), memory_watched(planned, str(output), compared=True):
         result = comparison.compare(
             base=base, data=given, methods=method or comparison.METHODS,
             output_dir=output, overwrite=overwrite, seeds=seed or [0], settings=settings, quiet=quiet,
             command=shlex.join(["graftlm", *sys.argv[1:]]), budget=None if budget is None else time_of(budget),
             general=None if general == "none" else general, at_once=at_once,
         )  # fmt: skip
+    explain_lacks(result, planned)
     finish(result)
 
 
-def planned_before(base: str, data: Any, methods: Any, settings: Any, at_once: int) -> None:
-    """Say what the comparison takes in a line."""
+def explain_lacks(result: ComparisonResult, planned: Plan | None) -> None:
+    """Rows for which memory ran out say what was planned and taken, and what to change."""
+    from ..planning.watching import exhausted, explained
+
+    lacking = [run for run in result.runs if run.error and exhausted(run.error)]
+    for run in lacking:
+        run.error = explained(planned, str(result.output_dir), run.error or "", compared=True)
+    if lacking:
+        result.save()
+
+
+def planned_before(base: str, data: Any, methods: Any, settings: Any, at_once: int) -> Plan | None:
+    """Say what the comparison takes in a line; its plan, if there is one."""
     from ..comparison.run import layers_of
     from ..comparison.spec import merged, parse_all
     from ..planning.watching import ahead
@@ -99,7 +113,7 @@ def planned_before(base: str, data: Any, methods: Any, settings: Any, at_once: i
         except (GraftError, ValueError, TypeError):
             continue  # its row of the table says why
     with _base.notices_on_stderr():
-        ahead(recipes, say, at_once)
+        return ahead(recipes, say, at_once)[0]
 
 
 def time_of(text: str) -> float:

@@ -149,8 +149,9 @@ def show(out: Any, found: Plan) -> None:
     table.add_column()
     table.add_column(justify="right")
     for name, count in (
-        ("process", found.process_bytes), ("base", step.base), ("adapter", step.adapter), ("gradients", step.gradients),
-        ("optimizer", step.optimizer), ("activations kept", step.kept), ("workspace", step.workspace),
+        ("process", found.process_bytes), ("data", found.data_bytes), ("base", step.base), ("adapter", step.adapter),
+        ("gradients", step.gradients), ("optimizer", step.optimizer), ("activations kept", step.kept),
+        ("workspace", step.workspace),
         ("allocator", step.allocator), ("loss (at another moment)", step.loss),
         ("evaluations and samples (at another moment)", found.evaluation_bytes),
         ("highest while loading", found.loading_bytes), ("peak of the process", found.peak_bytes),
@@ -160,6 +161,8 @@ def show(out: Any, found: Plan) -> None:
     s, r = found.sizes, found.rows
     file = size(s.adapter_tensors) if s.adapter_file is None else f"{s.adapter_file:,} bytes"
     merged = "none" if s.merged is None else size(s.merged)
+    if s.adapter_file is None:
+        out.print("The base is known by its configuration only: its weights are not here.", highlight=False)
     for line in (
         f"{s.trained:,} trained of {s.base:,} parameters",
         f"Files: adapter {file}, a checkpoint {size(s.checkpoint)}, merged model {merged}",

@@ -132,7 +132,7 @@ def several(console: Any, recipes: list[Recipe], quiet: bool, no_plan: bool, pro
     Raises:
         Exit: code 1 if one failed, 130 after Ctrl-C.
     """
-    from ..planning.watching import memory_watched
+    from ..planning.watching import exhausted, explained, memory_watched
     from ..training import TrainingInterrupted, train_together
 
     planned, _ = planned_before(recipes, quiet or no_plan or processes.count() > 1)
@@ -146,9 +146,10 @@ def several(console: Any, recipes: list[Recipe], quiet: bool, no_plan: bool, pro
         if outcome.result is not None:
             report(console, outcome.recipe, outcome.result)
             console.print()
-    failed = [o for o in outcomes if o.error is not None]
-    for outcome in failed:
-        console.print(f"{outcome.recipe.output_dir}: {outcome.error}", style="red", markup=False, highlight=False)
+    failed = [(o.recipe.output_dir, o.error) for o in outcomes if o.error is not None]
+    for folder, error in failed:
+        text = explained(planned, folder, error) if exhausted(error) else error
+        console.print(f"{folder}: {text}", style="red", markup=False, highlight=False)
     if failed:
         raise typer.Exit(1)
     processes.leave()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import mean
 from typing import Any
 
 import torch
@@ -12,59 +13,57 @@ from ..errors import GraftError, PlanError
 from ..training.evaluation import IGNORE_INDEX, LABEL_FORMAT, usual_loss
 from ..training.measuring import SAMPLE_TOKENS, SAMPLES
 from ..training.schema import Recipe
+from .allocators import OBJECTS, CudaCache, Heap, play, within
 from .rows import Rows, tensors
 from .skeleton import Skeleton
-from .step import Heights, of_all_blocks, short_cuts
+from .step import Heights, of_all_blocks
 from .tracing import Account
 
 
-def evaluation_memory(recipe: Recipe, rows: Rows, whole: Skeleton) -> int:
+def evaluation_memory(recipe: Recipe, rows: Rows, whole: Skeleton, gpu: bool = False) -> int:
     """Bytes above the weights at the highest moment of an evaluation: of its longest batch, or of the generated samples.
 
     Raises:
         PlanError: this model cannot be run over fake tensors.
     """
-    if not rows.held:
+    if not rows.held.count:
         return 0
     batch = longest(recipe, rows)
 
-    def forward(found: Skeleton) -> Heights:
-        return Heights(0, passed(found, batch), 0)
-
     try:
-        short_cuts(recipe, whole.config)
-        highest = of_all_blocks(recipe, whole, forward, 2, 1).highest
+        found = of_all_blocks(recipe, whole, lambda found: passed(found, batch, gpu), 2, 1)
     except GraftError:
         raise
     except Exception as error:
         raise PlanError(
             f"the memory of an evaluation of {whole.config.model_type} cannot be planned: {type(error).__name__}: {error}"
         ) from error
-    return max(round(highest), generation_memory(recipe, rows, whole))
+    return max(round(found.held if gpu else found.share * found.highest), generation_memory(recipe, rows, whole))
 
 
 def longest(recipe: Recipe, rows: Rows) -> dict[str, Tensor]:
     """The longest batch of the rows that are evaluated."""
-    found = sorted(rows.held, key=lambda row: -len(row["input_ids"]))[: recipe.training.eval_batch_size]
-    return tensors(rows.collator(found))
+    return tensors(rows.collator(rows.held.longest(recipe.training.eval_batch_size)))
 
 
-def passed(found: Skeleton, batch: dict[str, Tensor]) -> int:
-    """Bytes above the weights of a pass without gradients, with its loss as `training.evaluation` makes it."""
+def passed(found: Skeleton, batch: dict[str, Tensor], gpu: bool) -> Heights:
+    """A pass without gradients, with its loss as `training.evaluation` makes it."""
     model, account = found.model.eval(), Account()
     account.take(model)
     labels = batch["labels"] if found.seq2seq else batch["labels"][:, 1:]
     places = labels.ne(IGNORE_INDEX).any(0).nonzero()[:, 0]
     with account, torch.no_grad():
-        weights = account.live
-        with account.peak() as top:
-            if usual_loss(model) and 2 * len(places) < labels.shape[1]:
-                given = {k: v for k, v in batch.items() if k != "labels"}
-                logits = model(**given, logits_to_keep=places).logits
-                F.cross_entropy(logits.flatten(0, 1).float(), labels[:, places].flatten(), reduction="sum")
-            else:
-                model(**batch)
-    return top[0] - weights
+        weights, before = account.live, len(account.events)
+        if usual_loss(model) and 2 * len(places) < labels.shape[1]:
+            given = {k: v for k, v in batch.items() if k != "labels"}
+            logits = model(**given, logits_to_keep=places).logits
+            F.cross_entropy(logits.flatten(0, 1).float(), labels[:, places].flatten(), reduction="sum")
+            del logits
+        else:
+            model(**batch)
+    events, highest = within(account.events[before:]), account.highest - weights
+    held = [play(allocator, events) for allocator in ([CudaCache()] if gpu else map(Heap, OBJECTS))]
+    return Heights(0, highest, 0, mean(held), share=mean(held) / max(highest, 1))
 
 
 def generation_memory(recipe: Recipe, rows: Rows, whole: Skeleton) -> int:
@@ -73,10 +72,10 @@ def generation_memory(recipe: Recipe, rows: Rows, whole: Skeleton) -> int:
         return 0
     config, width = whole.config, cache_width(whole.config)
     if rows.format == LABEL_FORMAT:
-        count, new = min(recipe.training.eval_batch_size, len(rows.held)), 16
+        count, new = min(recipe.training.eval_batch_size, rows.held.count), 16
     else:
-        count, new = min(SAMPLES, len(rows.held)), SAMPLE_TOKENS
-    length = max(len(row["input_ids"]) for row in rows.held) + new
+        count, new = min(SAMPLES, rows.held.count), SAMPLE_TOKENS
+    length = max(rows.held.lengths) + new
     return count * (length * width * whole.dtype.itemsize + 2 * config.vocab_size * 4)
 
 

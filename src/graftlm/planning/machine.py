@@ -17,7 +17,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,8 +27,13 @@ from ..gguf import cache_directory
 from ..training.schema import Recipe
 from ..version import __version__
 
-FORMAT = 2  # raise it when what is measured changes
+if TYPE_CHECKING:
+    from .step import Work
+
+FORMAT = 3  # raise it when what is measured changes
 WIDTH, INNER, BLOCKS, ROWS, LENGTH = 640, 1792, 6, 4, 96  # of the measuring run
+SMALL = 1, 8  # rows of its small step, tokens of each
+RUN = 2, 32  # of the run whose memory is measured: few, so that it shows the process and not its activations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,15 +44,17 @@ class Machine:
         process_bytes: of the process, besides what is planned for a step.
         start_bytes: of the process when its base is loaded, besides the base.
         operations: a second, of the fastest large product.
-        step_operations: a second, of whole training steps.
-        block_seconds: that a block takes in a step whatever its size.
+        step_operations: a second, of the products of training steps.
+        bandwidth: bytes a second that all else reads and writes.
+        call_seconds: that a call takes whatever its size.
     """
 
     process_bytes: int
     start_bytes: int
     operations: float
     step_operations: float
-    block_seconds: float
+    bandwidth: float
+    call_seconds: float
 
 
 def machine(form: str, say: Any = None) -> Machine:
@@ -107,7 +114,7 @@ def measuring_recipe(form: str, folder: Path) -> Recipe:
     return Recipe.from_dict({
         "base": str(folder / "base"), "quantization": form if form in ("int8", "nf4", "fp4") else None,
         "dtype": "bf16" if form == "bf16" else "fp32", "data": {"source": str(folder / "rows.jsonl"), "holdout": 0},
-        "training": {"batch_size": ROWS, "max_steps": 3, "eval_strategy": "no", "save_strategy": "no"},
+        "training": {"batch_size": RUN[0], "max_steps": 3, "eval_strategy": "no", "save_strategy": "no"},
         "output_dir": str(folder / "out"),
     })  # fmt: skip
 
@@ -125,13 +132,13 @@ def make_base(folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         LlamaForCausalLM(config).save_pretrained(folder / "base")
     AutoTokenizer.from_pretrained(base_path()).save_pretrained(folder / "base")
-    line = json.dumps({"text": " ".join(["the"] * LENGTH)})
-    (folder / "rows.jsonl").write_text("\n".join([line] * 2 * ROWS), encoding="utf-8")
+    line = json.dumps({"text": " ".join(["the"] * RUN[1])})
+    (folder / "rows.jsonl").write_text("\n".join([line] * 2 * RUN[0]), encoding="utf-8")
 
 
 def measured(form: str) -> dict[str, float]:
     """The figures, from a run in a process of its own."""
-    from .rows import longest_batch, rows_of
+    from .rows import longest_batch, rows_given, rows_of
     from .step import step_memory
 
     with tempfile.TemporaryDirectory() as name:
@@ -143,11 +150,32 @@ def measured(form: str) -> dict[str, float]:
             raise PlanError(f"this machine could not be measured: {last}")
         found = json.loads(done.stdout.strip().splitlines()[-1])
         recipe = measuring_recipe(form, folder)
-        planned = step_memory(recipe, longest_batch(recipe, rows_of(recipe))).total
-    return {
-        "process_bytes": max(found["peak"] - planned, 0), "start_bytes": found["start"], "operations": operations(form),
-        "step_operations": found["rate"], "block_seconds": found["block"],
-    }  # fmt: skip
+        rows = rows_of(recipe)
+        step = step_memory(recipe, longest_batch(recipe, rows))
+        small = step_memory(recipe, longest_batch(recipe, rows_given(*SMALL)))
+        large = step_memory(recipe, longest_batch(recipe, rows_given(ROWS, LENGTH)))
+    process = max(found["peak"] - step.total - rows.data_bytes, 0)
+    rates = fitted(small.work, large.work, found["small"], found["large"], bandwidth())
+    return {"process_bytes": process, "start_bytes": found["start"], "operations": operations(form)} | rates
+
+
+def fitted(small: Work, large: Work, small_seconds: float, large_seconds: float, bandwidth: float) -> dict[str, float]:
+    """Rate of products and time of a call, of which the seconds of two steps are made up."""
+    products = large_seconds - small_seconds - (large.moved - small.moved) / bandwidth
+    rate = (large.operations - small.operations) / max(products, large_seconds / 10)
+    calls = small_seconds - small.operations / rate - small.moved / bandwidth
+    return {"step_operations": rate, "bandwidth": bandwidth, "call_seconds": max(calls, small_seconds / 10) / small.calls}
+
+
+def bandwidth() -> float:
+    """Bytes a second that a sum of two large tensors reads and writes, the best of some."""
+    x, y, out = (torch.ones(1 << 22) for _ in range(3))
+    best = float("inf")
+    for _ in range(10):
+        start = time.perf_counter()
+        torch.add(x, y, out=out)
+        best = min(best, time.perf_counter() - start)
+    return 3 * x.numel() * x.element_size() / best
 
 
 def operations(form: str) -> float:
@@ -177,7 +205,7 @@ def main(form: str, folder: str) -> None:
 
 
 def step_times(form: str, folder: str) -> dict[str, float]:
-    """Operations a second of a large step, and seconds a block of a small one, the best of some."""
+    """Seconds of a small and of a large step, the best of some."""
     from ..methods import LoraConfig
     from ..model import get_peft_model
     from ..training.bases import resolve_base
@@ -194,9 +222,7 @@ def step_times(form: str, folder: str) -> dict[str, float]:
             best = min(best, time.perf_counter() - start)
         return best
 
-    small, large = seconds(1, 8), seconds(ROWS, LENGTH)
-    weights = BLOCKS * (4 * WIDTH**2 + 3 * WIDTH * INNER) + 4096 * WIDTH
-    return {"rate": 4 * weights * (ROWS * LENGTH - 8) / max(large - small, 1e-6), "block": small / BLOCKS}
+    return {"small": seconds(*SMALL), "large": seconds(ROWS, LENGTH)}
 
 
 if __name__ == "__main__":

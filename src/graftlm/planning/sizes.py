@@ -35,7 +35,7 @@ class Sizes:
             their values.
         adapter_tensors: the tensors in that file.
         checkpoint: tensors of a Trainer's checkpoint: the adapter, once, and AdamW's two moments.
-        merged: tensors of the merged model in the base's dtype; None where the method has no merge.
+        merged: of the merged model's weights in the base's dtype, in one file; None where the method has no merge.
     """
 
     trained: int
@@ -68,7 +68,7 @@ def sizes(found: Skeleton) -> Sizes:
         adapter_file=adapter_file(found, stored),
         adapter_tensors=sum(map(bytes_of, stored.values())),
         checkpoint=kept + moments,
-        merged=base_parameters(host) * found.dtype.itemsize if method.mergeable else None,
+        merged=merged_file(found) if method.mergeable else None,
     )
 
 
@@ -129,6 +129,21 @@ def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> i
         place += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return 8 + len(text) + -len(text) % 8 + place
+
+
+def merged_file(found: Skeleton) -> int:
+    """Bytes of the file that `save_pretrained` makes of the merged model."""
+    host = found.model
+    wanted, kept = base_ids(host), dict[int, tuple[str, Tensor]]()
+    for path, module in host.base.named_modules():
+        own = [(n, p) for n, p in module._parameters.items() if p is not None and id(p) in wanted]
+        own += [(n, b) for n, b in module._buffers.items() if b is not None and n not in module._non_persistent_buffers_set]
+        for name, value in own:
+            packed = name == "weight" and quantized_kind(module) is not None
+            shape = (module.out_features, module.in_features) if packed else value.shape
+            dtype = found.dtype if value.is_floating_point() or packed else value.dtype
+            kept.setdefault(id(value), (clean_path(f"{path}.{name}"), torch.empty(shape, dtype=dtype, device="meta")))
+    return safetensors_bytes(dict(kept.values()), {"format": "pt"})
 
 
 def order(dtype: torch.dtype) -> int:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
+from statistics import mean
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ..kernels import linear
 from ..preparation import enable_checkpointing
 from ..training.bases import auto_class
 from ..training.schema import Recipe
+from .allocators import OBJECTS, STATES, CudaCache, Heap, Training, held_in_training, within
 from .sizes import bytes_of, sizes
 from .skeleton import Skeleton, attached, config_of, skeleton, without_quantization
 from .tracing import Account
@@ -30,10 +32,17 @@ WIDTHS = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim")
 INNER = ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "ffn_hidden_size", "encoder_ffn_dim", "decoder_ffn_dim")
 HEADS = ("head_dim", "kv_channels", "d_kv")
 VOCABULARY = ("vocab_size", "padded_vocab_size")
-HEAP = (
-    0.2  # share of the kept activations that resident memory grows by besides: fitted to the runs of benchmarks/planning.py
-)
 TINY = {**dict.fromkeys(LAYERS, 2), **dict.fromkeys(INNER, 64), **dict.fromkeys(HEADS, 8), **dict.fromkeys(VOCABULARY, 512)}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step computes: operations of products, bytes that all else reads and writes, calls, tokens of its batch."""
+
+    operations: float
+    moved: float
+    calls: float
+    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +53,9 @@ class StepMemory:
         base, adapter, gradients, optimizer: weights, and what training keeps beside those it trains.
         kept: activations kept for the backward pass.
         workspace: what else is alive at the highest moment of the forward or backward pass.
-        allocator: what the heap holds between activations that come and go (`HEAP`).
+        allocator: what the allocator holds besides, between storages that come and go (see `allocators`).
         loss: highest in head and loss, above what was alive before (it counts where it is the highest moment).
+        work: of the step.
     """
 
     base: int
@@ -56,6 +66,7 @@ class StepMemory:
     workspace: int
     allocator: int
     loss: int
+    work: Work
 
     @property
     def total(self) -> int:
@@ -66,27 +77,37 @@ class StepMemory:
 @dataclass(frozen=True)
 class Heights:
     """What one traced step shows, in bytes above the weights: kept activations; highest in forward and backward pass; in the
-    loss."""
+    loss; held by the allocator (without AdamW's states). Its work: operations, bytes moved, calls. And what the allocator
+    holds as a share of the highest."""
 
     kept: float
     highest: float
     loss: float
+    held: float
+    operations: float = 0
+    moved: float = 0
+    calls: float = 0
+    share: float = 0
 
     def at(self, other: Heights, blocks: float) -> Heights:
-        """Carried on by `blocks` times the difference to `other`, which has one unit more."""
-        parts = ((getattr(self, k), getattr(other, k)) for k in ("kept", "highest", "loss"))
-        return Heights(*(max(a + blocks * (b - a), 0) for a, b in parts))
+        """Carried on by `blocks` times the difference to `other`, which has one unit more; of the share the mean is taken:
+        how storages come to lie in a heap is chance, and a difference carried on would be many times that chance."""
+        made = Heights(*(max(a + blocks * (b - a), 0) for a, b in zip(astuple(self), astuple(other), strict=True)))
+        return replace(made, share=(self.share + other.share) / 2)
 
 
 def step_memory(
-    recipe: Recipe, batch: dict[str, Tensor], config: Any = None, path: str = "", whole: Skeleton | None = None
-) -> StepMemory:
+    recipe: Recipe, batch: dict[str, Tensor], config: Any = None, path: str = "", whole: Skeleton | None = None,
+    forms: ShortCuts | None = None, gpu: Training | None = None,
+) -> StepMemory:  # fmt: skip
     """The memory of a step on a batch.
 
     Args:
         batch: `input_ids`, `labels` and perhaps `attention_mask`, `position_ids`, as the collator gives them.
         config: of the base, in place of the recipe's.
         whole: the recipe's skeleton, where there is one already.
+        forms: which short cuts hold, where it is known.
+        gpu: how a GPU trains it; None: a CPU does.
 
     Raises:
         PlanError: this model cannot be run over fake tensors.
@@ -95,8 +116,8 @@ def step_memory(
         config, path = config_of(recipe)
     whole = whole or skeleton(recipe, config, path)
     try:
-        forms = short_cuts(recipe, config)
-        found = heights(recipe, whole, batch, forms)
+        forms = forms or short_cuts(recipe, config)
+        found = heights(recipe, whole, batch, forms, gpu)
     except GraftError:
         raise
     except Exception as error:
@@ -107,18 +128,22 @@ def step_memory(
     size = sizes(whole)
     trained = [p for p in whole.model.parameters() if p.requires_grad]
     gradients = sum(map(bytes_of, trained))
+    beyond = found.held - found.highest if gpu else (found.share - 1) * found.highest
     return StepMemory(
         base=size.base_bytes, adapter=size.adapter_bytes, gradients=gradients, optimizer=2 * gradients,
         kept=round(found.kept), workspace=max(round(found.highest - found.kept) - gradients, 0),
-        allocator=round(HEAP * found.kept), loss=round(found.loss),
+        allocator=max(round(beyond), 0), loss=round(found.loss),
+        work=Work(found.operations, found.moved, found.calls, batch["input_ids"].numel()),
     )  # fmt: skip
 
 
 # -- tracing --------------------------------------------------------------------------------------------------------------
-def heights(recipe: Recipe, whole: Skeleton, batch: dict[str, Tensor], forms: Any) -> Heights:
+def heights(
+    recipe: Recipe, whole: Skeleton, batch: dict[str, Tensor], forms: ShortCuts, gpu: Training | None = None
+) -> Heights:
     """Those of a step of the whole model."""
     every = max(int(recipe.training.gradient_checkpointing), 1)
-    return of_all_blocks(recipe, whole, lambda found: traced(recipe, found, batch, forms), 2 * every, every)
+    return of_all_blocks(recipe, whole, lambda found: traced(recipe, found, batch, forms, gpu), 2 * every, every)
 
 
 def of_all_blocks(recipe: Recipe, whole: Skeleton, traced: Callable[[Skeleton], Heights], few: int, more: int) -> Heights:
@@ -163,7 +188,9 @@ def outline(block: nn.Module) -> tuple:
     return named, tuple((n, type(m).__name__) for n, m in block.named_modules())
 
 
-def traced(recipe: Recipe, found: Skeleton, batch: dict[str, Tensor], forms: Any) -> Heights:
+def traced(
+    recipe: Recipe, found: Skeleton, batch: dict[str, Tensor], forms: ShortCuts, gpu: Training | None = None
+) -> Heights:
     """A step of a skeleton, traced; the skeleton is used up."""
     model, account = found.model, Account()
     checkpointing = recipe.training.gradient_checkpointing
@@ -175,6 +202,7 @@ def traced(recipe: Recipe, found: Skeleton, batch: dict[str, Tensor], forms: Any
     ways_known(found.dtype)
     model.entry.shortcuts.trials.forms = forms.forms
     model.entry.shortcuts.trials.divides = forms.divides
+    model.lean = forms.lean
     loss_of, lost = model.entry.loss.of, [0]
 
     def watched(*args: Any) -> Any:
@@ -185,8 +213,9 @@ def traced(recipe: Recipe, found: Skeleton, batch: dict[str, Tensor], forms: Any
         return made
 
     model.entry.loss.of = watched
+    trained = [bytes_of(p) for p in model.parameters() if p.requires_grad]
     with buffers_apart(), account:
-        weights = account.live
+        weights, before = account.live, list(account.events)
         with account.peak() as top:
             output = model(**batch)
             loss = output.loss
@@ -194,7 +223,14 @@ def traced(recipe: Recipe, found: Skeleton, batch: dict[str, Tensor], forms: Any
             kept = account.live - weights
             loss.backward()
         del loss
-    return Heights(kept, top[0] - weights, lost[0])
+        step = within(account.events[len(before) :])
+    if gpu is None:
+        held = mean(held_in_training(Heap(objects), [], trained, step, Training()) for objects in OBJECTS)
+    else:
+        held = held_in_training(CudaCache(), before, trained, step, gpu) - weights
+    held, highest = held - STATES * sum(trained), top[0] - weights
+    work = account.operations, account.moved, account.calls
+    return Heights(kept, highest, lost[0], held, *work, held / max(highest, 1))
 
 
 def ways_known(dtype: torch.dtype) -> None:
@@ -219,8 +255,32 @@ def buffers_apart() -> Iterator[None]:
 
 
 # -- short cuts -----------------------------------------------------------------------------------------------------------
-def short_cuts(recipe: Recipe, config: Any) -> Any:
-    """What trials show of a tiny model of this kind with the recipe's adapter: which short cuts hold.
+@dataclass(frozen=True)
+class ShortCuts:
+    """Which short cuts of training hold.
+
+    Attributes:
+        forms, divides: what the engine's trials have shown (see `passes.shortcuts.Trials`).
+        packs: rows can be packed on a CPU.
+        flash: on a GPU they are tried too: its flash kernel could do all of the attention.
+        lean: the engine takes any.
+    """
+
+    forms: dict[Any, Any]
+    divides: bool
+    packs: bool
+    flash: bool = False
+    lean: bool = True
+
+    def on_gpu(self, dtype: torch.dtype) -> ShortCuts:
+        """Those that hold on a GPU for a base in this dtype."""
+        packs = self.packs and self.flash and dtype in (torch.float16, torch.bfloat16)
+        forms = {key: form and replace(form, packs=form.packs and packs) for key, form in self.forms.items()}
+        return replace(self, forms=forms, packs=packs)
+
+
+def short_cuts(recipe: Recipe, config: Any) -> ShortCuts:
+    """What trials show of a tiny model of this kind with the recipe's adapter.
 
     Raises:
         PlanError: there is no tiny model of this kind.
@@ -231,14 +291,15 @@ def short_cuts(recipe: Recipe, config: Any) -> Any:
             base = loader.from_config(tiny(without_quantization(config)), dtype=torch.float32)
             model = attached(recipe, base).train()
             model.try_out()
-            trials = model.entry.shortcuts.trials
-            trials.divides = model.heeds_items()
+            trials, packing = model.entry.shortcuts.trials, model.entry.packing
+            return ShortCuts(
+                trials.forms, model.heeds_items(), model.can_pack(), packing.shares_virtual and packing.slopes is None
+            )
     except (ValueError, RuntimeError, AttributeError, TypeError) as error:
         raise PlanError(
             f"the memory of a step cannot be planned for {config.model_type}: no small model of its kind could be made to "
             f"see which short cuts hold ({type(error).__name__}: {error})"
         ) from error
-    return trials
 
 
 def tiny(config: Any) -> Any:

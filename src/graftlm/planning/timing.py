@@ -1,6 +1,6 @@
 """The time of a run, from its operations and the rates that this machine was seen to reach.
 
-A range: at best every product runs as the fastest one did; at worst half as slow again as the measured whole steps.
+What a step computes is counted when it is traced; how fast products, other operations and calls are is measured once.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from typing import Any
 from ..data.packing import first_fit
 from ..layers.frozen import KINDS
 from ..quantization import quantized_kind
-from ..training.evaluation import IGNORE_INDEX
 from ..training.measuring import SAMPLE_TOKENS
 from ..training.schema import Recipe
 from .machine import Machine
-from .rows import Rows
+from .rows import Part, Rows
 from .sizes import Sizes, base_ids
 from .skeleton import Skeleton
+from .step import Work
 
-SLOWEST = 1.5
+LEAST, SLOWEST = 0.7, 1.5  # of what is expected, the range
 DISK = 2e8  # bytes a second at which files are written, at least
 
 
@@ -26,8 +26,8 @@ def steps_an_epoch(recipe: Recipe, rows: Rows) -> int:
     """Batches, or packs, that the rows make."""
     t = recipe.training
     if t.packing:
-        return len(first_fit(rows.lengths, t.tokens, t.seed))
-    return -(-len(rows.train) // (t.batch_size or 1))
+        return round(rows.train.share * len(first_fit(rows.train.lengths, t.tokens, t.seed))) or 1
+    return -(-rows.train.count // (t.batch_size or 1))
 
 
 def updates(recipe: Recipe, rows: Rows) -> int:
@@ -36,47 +36,58 @@ def updates(recipe: Recipe, rows: Rows) -> int:
     return t.max_steps or max(round(-(-steps_an_epoch(recipe, rows) // t.accumulation) * (t.epochs or 1)), 1)
 
 
-def run_times(recipe: Recipe, rows: Rows, made: Skeleton, size: Sizes, own: Machine) -> tuple[float, float, float]:
+def run_times(
+    recipe: Recipe, rows: Rows, made: Skeleton, size: Sizes, own: Machine, work: Work
+) -> tuple[float, float, float]:
     """Seconds of a run, with its evaluations and saves, without starting and loading: the least, expected, the most.
 
-    Of a frozen base every weight takes 2 operations a token forward and 2 backward, again 2 where activations are computed
-    again; the head takes them for labelled tokens only. Of adapters in the last blocks alone the forward pass is counted.
+    Args:
+        work: of the step of the longest rows.
     """
     t = recipe.training
     total = updates(recipe, rows)
     steps = total * t.accumulation
-    epochs = steps / steps_an_epoch(recipe, rows)
-    last = recipe.method == "adaption-prompt" or "layers_to_transform" in recipe.method_options
-    passes = (2 if last else 4) + 2 * bool(t.gradient_checkpointing)
-    blocks = blocks_of(made.config)
-    often = {"no": 0, "epoch": epochs, "steps": total / t.interval}
-    checks = (2 + often[t.eval_strategy]) if rows.held else 0
-    batches = -(-len(rows.held) // t.eval_batch_size)
-    work = epochs * operations_of(made, rows.train, passes) + checks * operations_of(made, rows.held, 2)
-    samples = 2 * SAMPLE_TOKENS * (bool(rows.held) and rows.prompts)
-    calls = blocks * (steps * passes / 4 + (checks * batches + samples) / 3)  # forward alone: a third of a step
+    often = {"no": 0, "epoch": steps / steps_an_epoch(recipe, rows), "steps": total / t.interval}
+    checks = (2 + often[t.eval_strategy]) if rows.held.count else 0
+    batches = -(-rows.held.count // t.eval_batch_size)
+    samples = 2 * SAMPLE_TOKENS * (rows.held.count > 0 and rows.prompts)
+    # a forward pass has a third of a step's calls, and moves a third of its bytes
+    passes = seconds_of(Work(0, work.moved / 3, work.calls / 3, work.tokens), own)
+    evaluations = checks * (operations_of(made, rows.held, 2) / own.step_operations + batches * passes)
     saves = (often[t.save_strategy] + 1) * size.checkpoint / DISK
-    expected = work / own.step_operations + calls * own.block_seconds + saves
-    least = work / max(own.operations, own.step_operations) + calls * own.block_seconds / 2
-    return min(least, expected), expected, SLOWEST * expected
+    training = steps * step_time(recipe, rows, made, own, work)
+    expected = training + evaluations + samples * passes + saves
+    return LEAST * expected, expected, SLOWEST * expected
 
 
-def step_time(recipe: Recipe, rows: Rows, made: Skeleton, own: Machine) -> float:
-    """Seconds that a step is expected to take, the mean over the rows."""
+def step_time(recipe: Recipe, rows: Rows, made: Skeleton, own: Machine, work: Work) -> float:
+    """Seconds that a step is expected to take, the mean over the rows.
+
+    Of what the step of the longest rows computes, that is less which other rows have less of: 2 operations for every weight
+    and token forward and 2 backward, again 2 where activations are computed again; the head's for labelled tokens only.
+    """
     passes = 4 + 2 * bool(recipe.training.gradient_checkpointing)
-    work = operations_of(made, rows.train, passes) / steps_an_epoch(recipe, rows)
-    return work / own.step_operations + blocks_of(made.config) * own.block_seconds * passes / 4
+    steps = steps_an_epoch(recipe, rows)
+    mean = rows.train.tokens / steps
+    share = min(mean / max(work.tokens, 1), 1.0)
+    usual = operations_of(made, rows.train, passes) / steps
+    longest = usual / share
+    operations = max(work.operations - (longest - usual), min(usual, work.operations) * share)
+    return seconds_of(Work(operations, work.moved * share, work.calls, round(mean)), own)
 
 
-def operations_of(made: Skeleton, rows: Any, passes: int) -> float:
+def seconds_of(work: Work, own: Machine) -> float:
+    """The time of products, of all else by the bytes that it moves, and of calls."""
+    return work.operations / own.step_operations + work.moved / own.bandwidth + work.calls * own.call_seconds
+
+
+def operations_of(made: Skeleton, rows: Part, passes: int) -> float:
     """Operations of `passes` / 2 passes over rows: the base's products, the head's, and attention's two."""
-    tokens = sum(len(row["input_ids"]) for row in rows)
-    labelled = sum(sum(label != IGNORE_INDEX for label in row["labels"]) for row in rows)
-    pairs = sum(len(row["input_ids"]) ** 2 for row in rows)
     config = made.config
     width: Any = getattr(config, "hidden_size", None) or getattr(config, "n_embd", None) or getattr(config, "d_model", 0)
     head = config.vocab_size * width if made.model.base.get_output_embeddings() is not None else 0
-    return passes * (multiplied(made.model) * tokens + head * labelled + 2 * blocks_of(config) * width * pairs)
+    attention = 2 * blocks_of(config) * width * rows.pairs
+    return passes * (multiplied(made.model) * rows.tokens + head * rows.labelled + attention)
 
 
 def blocks_of(config: Any) -> int:

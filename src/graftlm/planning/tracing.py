@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from .allocators import Event
 
 _DEVICE_OF = torch.ops.prim.device.default
 
@@ -26,6 +29,10 @@ class Account(TorchDispatchMode):
 
     Attributes:
         live, highest: bytes that are alive now, and were at most.
+        events: storages in the order in which they came and went (see `allocators`).
+        operations: of products (torch's `flop_counter`).
+        moved: bytes that all else reads and writes.
+        calls: operations on tensors.
     """
 
     def __init__(self) -> None:
@@ -33,6 +40,8 @@ class Account(TorchDispatchMode):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.device = torch.device("cpu")
         self.live = self.highest = 0
+        self.events: list[Event] = []
+        self.operations = self.moved = self.calls = 0
         self._seen: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -48,24 +57,40 @@ class Account(TorchDispatchMode):
             made = func(*args, **kwargs)
         if not given and isinstance(made, Tensor) and not made.is_floating_point() and made.device.type == "cpu":
             return func(*args, **kwargs)  # ids, places, masks
+        self.count(func, args, kwargs, given, made)
         for x in tree_leaves(made):
             if isinstance(x, FakeTensor):
                 self.note(x)
         return made
+
+    def count(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], made: Any) -> None:
+        """Count the work of an operation."""
+        self.calls += 1
+        if (flops := flop_registry.get(func._overloadpacket)) is not None:
+            self.operations += flops(*args, **kwargs, out_val=made)
+            return
+        known = {id(x.untyped_storage()) for x in given}
+        new = [x for x in tree_leaves(made) if isinstance(x, Tensor) and id(x.untyped_storage()) not in known]
+        if new or func._schema.is_mutable:  # no view
+            self.moved += sum(x.numel() * x.element_size() for x in [*given, *(new or given[:1])])
 
     def note(self, tensor: Tensor) -> None:
         """Count a tensor's storage, if it is new."""
         storage = tensor.untyped_storage()
         if id(storage) in self._seen:
             return
-        size = storage.nbytes()
-        self._seen[id(storage)] = weakref.finalize(storage, self._gone, id(storage), size)
+        size, number = storage.nbytes(), len(self.events)
+        self._seen[id(storage)] = weakref.finalize(storage, self._gone, id(storage), number, size)
         self.live += size
+        if size:
+            self.events.append((number, size))
         self.highest = max(self.highest, self.live)
 
-    def _gone(self, place: int, size: int) -> None:
+    def _gone(self, place: int, number: int, size: int) -> None:
         del self._seen[place]
         self.live -= size
+        if size:
+            self.events.append((number, -size))
 
     def take(self, model: nn.Module) -> None:
         """Turn a meta model's parameters, buffers and quantised values into fake tensors, which are counted."""

@@ -100,17 +100,17 @@ def measured_or_assumed(form: str) -> Machine:
     """The machine's figures, where it was measured; else this process's memory, and rates of a slow processor."""
     assumed = Machine(
         process_bytes=memory_now() + BESIDES, start_bytes=memory_now(), operations=5e10, step_operations=2.5e10,
-        block_seconds=0.02,
+        bandwidth=5e9, call_seconds=2e-5,
     )  # fmt: skip
     return known(form) or assumed
 
 
 @contextmanager
-def memory_watched(planned: Plan | None, folder: str) -> Iterator[None]:
+def memory_watched(planned: Plan | None, folder: str, compared: bool = False) -> Iterator[None]:
     """Within the block, a lack of memory ends with what was planned, what was taken, and what to change.
 
     Args:
-        folder: where the run saves.
+        folder, compared: see `explained`.
 
     Raises:
         ExhaustedError: memory ran out.
@@ -120,18 +120,26 @@ def memory_watched(planned: Plan | None, folder: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not exhausted(error):
             raise
-        raise ExhaustedError(explained(planned, folder, error)) from error
+        raise ExhaustedError(explained(planned, folder, error, compared)) from error
 
 
-def exhausted(error: BaseException) -> bool:
-    """Whether an error is a lack of memory: Python's, CUDA's, or the one of torch's allocator on a CPU."""
-    text = str(error).lower()
-    named = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return named or any(part in text for part in ("can't allocate memory", "not enough memory", "out of memory"))
+def exhausted(error: BaseException | str) -> bool:
+    """Whether an error (or what was written down of it) is a lack of memory: Python's, CUDA's, or the one of torch's
+    allocator on a CPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    signs = ("memoryerror", "outofmemoryerror", "can't allocate memory", "not enough memory", "out of memory")
+    return any(sign in str(error).lower() for sign in signs)
 
 
-def explained(planned: Plan | None, folder: str, error: BaseException) -> str:
-    """What an `ExhaustedError` says."""
+def explained(planned: Plan | None, folder: str, error: BaseException | str, compared: bool = False) -> str:
+    """What an `ExhaustedError` says.
+
+    Args:
+        folder: where the run saves.
+        error: the error, or what was written down of it.
+        compared: the run is one of a comparison, which trains several at a time and does not resume.
+    """
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     plan = "It was not planned"
     mend = "graftlm plan says what a run takes, and what to change"
@@ -139,7 +147,9 @@ def explained(planned: Plan | None, folder: str, error: BaseException) -> str:
         plan = f"Planned were {size(planned.peak_bytes)} of {size(planned.device.free_bytes)} that were free"
         entries = [" ".join(entries) for _, entries in list(changes(planned))[:6]]
         mend = f"change one of these (--set), the cheapest first: {'; '.join(entries)}. graftlm plan has each one's memory"
+    fewer = "train fewer at a time (--at-once); else " if compared else ""
+    kept = "" if compared else "; where it holds a checkpoint, --resume goes on from it"
     return (
-        f"memory ran out ({first}). {plan}, and the process had taken at most {size(peak_memory())}. To mend it, {mend}. "
-        f"What was saved in {folder} stays; where it holds a checkpoint, --resume goes on from it."
+        f"memory ran out ({first}). {plan}, and the process had taken at most {size(peak_memory())}. "
+        f"To mend it, {fewer}{mend}. What was saved in {folder} stays{kept}."
     )

@@ -9,20 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..architectures import model_dims
-from ..errors import PlanError
+from ..errors import BaseModelError, DataError, PlanError
+from ..quantization import quantized_layers
 from ..training.schema import Recipe
+from .allocators import Training
 from .devices import Device, device
 from .evaluating import evaluation_memory
 from .machine import Machine, machine
 from .rows import Rows, longest_batch, rows_given, rows_of
-from .sizes import Sizes, sizes
+from .sizes import Sizes, bytes_of, sizes
 from .skeleton import Skeleton, config_of, skeleton
-from .step import StepMemory, step_memory
+from .step import ShortCuts, StepMemory, short_cuts, step_memory
 from .timing import run_times, step_time, updates
 
 CUDA_CONTEXT = 600 << 20  # bytes that CUDA and its libraries take on a GPU: assumed, not measured
+AHEAD = {"int8": 2.0, "nf4": 0.5, "fp4": 0.5}
+"""Bytes a quantised weight that threads have read ahead while a base is loaded: seen of seven bases. It is a race: of one
+base it differed by 100 MiB from one run to the next."""
+QUANTISING = 45 << 20  # bytes of the code that loads and quantises, seen in the same runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +43,7 @@ class Plan:
         process_bytes: of the process besides (measured on this machine).
         loading_bytes: highest while the base is loaded, of the whole process.
         evaluation_bytes: highest in evaluations and samples, above the weights.
+        data_bytes: of the data, as text and as tokens.
         peak_bytes: highest of the whole process.
         rows: number and lengths of the rows to train on.
         updates: optimizer steps of the whole run.
@@ -51,6 +59,7 @@ class Plan:
     process_bytes: int
     loading_bytes: int
     evaluation_bytes: int
+    data_bytes: int
     peak_bytes: int
     rows: dict[str, int]
     updates: int
@@ -119,11 +128,20 @@ def plan(
         given: Rows | None = rows_given(rows, length)
     else:
         given = None
-    plans = [single(r, place, given or rows_of(r), lambda form: machine(form, say), config) for r in recipes]
+    plans = [single(r, place, given or data_of(r), lambda form: machine(form, say), config) for r in recipes]
     return plans[0] if len(plans) == 1 else joined(plans)
 
 
 find_device = device
+
+
+def data_of(recipe: Recipe) -> Rows:
+    """The recipe's rows; where they are not to be had, the error says that a plan does without them."""
+    try:
+        return rows_of(recipe)
+    except (DataError, BaseModelError) as error:
+        advice = "To plan without data and tokenizer, give the rows' number and length: --rows 1000 --length 200"
+        raise type(error)(f"{error}. {advice}") from error
 
 
 def read(recipe: Any) -> Recipe:
@@ -141,27 +159,56 @@ def single(recipe: Recipe, place: Device, found: Rows, measured: Callable[[str],
         recipe = recipe.replace("dtype=bf16")  # of the same size; this CPU would choose otherwise
     if config is None:
         config, path = config_of(recipe)
-    if not found.train:
+    if not found.train.count:
         raise PlanError("there are no rows to train on")
     made = skeleton(recipe, config, path)
-    if recipe.training.packing and made.seq2seq:
-        raise PlanError("training.packing is for decoder-only models; leave it out for encoder-decoder ones")
+    forms = short_cuts(recipe, config)
+    forms = forms.on_gpu(made.dtype) if place.gpu else forms
+    check_packing(recipe, made, forms)
     dims = model_dims(made.model.base)
-    recipe = recipe.filled(dims.hidden, len(found.train), dims.layers)
+    recipe = recipe.filled(dims.hidden, found.train.count, dims.layers)
     own, size_of = measured(form(made)), sizes(made)
-    times, a_step = run_times(recipe, found, made, size_of, own), step_time(recipe, found, made, own)
-    step = step_memory(recipe, longest_batch(recipe, found), config, path, made)
-    evaluation = evaluation_memory(recipe, found, made)
-    highest, process = loading(made, size_of, own), own.process_bytes
-    if place.gpu:  # weights are loaded there piece by piece, and CUDA's allocator is another one
-        highest, process, step = 0, CUDA_CONTEXT, dataclasses.replace(step, allocator=0)
-        times, a_step = (0.0, 0.0, 0.0), 0.0
-    weights = step.base + step.adapter + step.optimizer
+    gpu = Training(batches=min(recipe.training.accumulation, 2), flat=recurrent(made.model)) if place.gpu else None
+    step = step_memory(recipe, longest_batch(recipe, found), config, path, made, forms, gpu)
+    times = run_times(recipe, found, made, size_of, own, step.work)
+    a_step = step_time(recipe, found, made, own, step.work)
+    evaluation = evaluation_memory(recipe, found, made, place.gpu)
+    highest, process, data = loading(made, size_of, own), own.process_bytes, found.data_bytes
+    if place.gpu:  # weights are loaded there piece by piece, and the data stays in main memory
+        highest, process, data, times, a_step = 0, CUDA_CONTEXT, 0, (0.0, 0.0, 0.0), 0.0
     return Plan(
         recipe=recipe, sizes=size_of, step=step, process_bytes=process, loading_bytes=highest, evaluation_bytes=evaluation,
-        peak_bytes=max(process + step.total, process + weights + evaluation, highest), rows=found.summary(),
+        data_bytes=data, peak_bytes=peak(process + data, step, evaluation, highest), rows=found.summary(),
         updates=updates(recipe, found), seconds=times, step_seconds=a_step, device=place,
     )  # fmt: skip
+
+
+def peak(besides: int, step: StepMemory, evaluation: int, loading: int) -> int:
+    """The highest of a process: in a training step, in an evaluation, or while the base is loaded.
+
+    Args:
+        besides: what it takes besides the step (libraries, data).
+        evaluation: highest above the weights.
+        loading: highest of the whole process.
+    """
+    weights = step.base + step.adapter + step.optimizer
+    return max(besides + step.total, besides + weights + evaluation, loading)
+
+
+def check_packing(recipe: Recipe, made: Skeleton, forms: ShortCuts) -> None:
+    """PlanError where the run would refuse to pack its rows."""
+    if recipe.training.packing and made.seq2seq:
+        raise PlanError("training.packing is for decoder-only models; leave it out for encoder-decoder ones")
+    if recipe.training.packing and not forms.packs:
+        raise PlanError(
+            f"training.packing: {type(made.model.base).__name__} with {recipe.method} gives other results for packed rows; "
+            "leave packing out, its batches are then padded"
+        )
+
+
+def recurrent(model: nn.Module) -> list[list[int]]:
+    """Bytes of the weights of each recurrent network."""
+    return [[bytes_of(p) for p in m.parameters()] for m in model.modules() if isinstance(m, nn.RNNBase)]
 
 
 def form(made: Skeleton) -> str:
@@ -170,13 +217,15 @@ def form(made: Skeleton) -> str:
 
 
 def loading(made: Skeleton, size_of: Sizes, own: Machine) -> int:
-    """Highest memory while the base is loaded: its files are mapped, and what changes its dtype is a copy beside them."""
+    """Highest memory while the base is loaded: its files are mapped, and what changes its dtype is a copy beside them. Of
+    what is quantised one weight after the other is there twice in fp32, and some of their copies are read ahead."""
     stored = sum(f.stat().st_size for f in Path(made.path).glob("*.safetensors")) if made.path else 0
     plain = size_of.base * made.dtype.itemsize
     copies = made.scheme is not None or abs(stored - plain) > 0.02 * plain
-    stored = stored or plain
-    transient = size_of.base * 4 if made.scheme in ("nf4", "fp4") else 0
-    return own.start_bytes + stored + (max(size_of.base_bytes, transient) if copies else 0)
+    counts = [m.in_features * m.out_features for _, m in quantized_layers(made.model.base)]
+    transient = 2 * 4 * max(counts, default=0) + QUANTISING * bool(counts)
+    transient += round(AHEAD.get(made.scheme or "", 0) * sum(counts))
+    return own.start_bytes + (stored or plain) + (size_of.base_bytes + transient if copies else 0)
 
 
 def joined(plans: Sequence[Plan]) -> Plan:
@@ -195,14 +244,14 @@ def joined(plans: Sequence[Plan]) -> Plan:
     step = StepMemory(
         base=first.step.base, adapter=add("adapter"), gradients=add("gradients"), optimizer=add("optimizer"),
         kept=add("kept"), workspace=max(p.step.workspace for p in plans), allocator=add("allocator"),
-        loss=max(p.step.loss for p in plans),
+        loss=max(p.step.loss for p in plans), work=first.step.work,
     )  # fmt: skip
     least, expected, most = (sum(times) for times in zip(*(p.seconds for p in plans), strict=True))
     evaluation = max(p.evaluation_bytes for p in plans)
-    weights = step.base + step.adapter + step.optimizer
-    peak = max(first.process_bytes + max(step.total, weights + evaluation), first.loading_bytes)
+    data = sum(p.data_bytes for p in plans)
     return dataclasses.replace(
-        first, step=step, peak_bytes=peak, evaluation_bytes=evaluation, seconds=(least, expected, most),
+        first, step=step, evaluation_bytes=evaluation, data_bytes=data, seconds=(least, expected, most),
+        peak_bytes=peak(first.process_bytes + data, step, evaluation, first.loading_bytes),
         step_seconds=sum(p.step_seconds for p in plans), together=len(plans),
     )  # fmt: skip
 
