@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import html
 import io
 import json
 import re
@@ -14,6 +16,7 @@ from studio_helpers import client, studio, until
 from graftlm.studio import records
 from graftlm.studio.errors import PageError
 from graftlm.studio.index import recipe_in
+from graftlm.studio.views.adapters import MAKES
 
 
 @pytest.fixture
@@ -31,10 +34,13 @@ def browser(made):
     return client(made)
 
 
+WEIGHTS = (2).to_bytes(8, "little") + b"{}"  # a safetensors file without tensors
+
+
 def an_adapter(made, name: str = "mine"):
     folder = made.workspace.new_run(name)
     records.write(folder / "adapter_config.json", {"peft_type": "LORA", "r": 8})
-    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    (folder / "adapter_model.safetensors").write_bytes(WEIGHTS)
     (folder / "README.md").write_text("# A card <b>")
     (folder / "recipe.yaml").write_text("method: lora\nbase: graftlm-base\ntraining: {seed: 1}\n")
     (folder / "metrics.json").write_text(
@@ -139,25 +145,82 @@ def test_a_run_is_started_and_repeated(browser, made):
     assert "event: end" in browser.get(f"/runs/{name}/events").text
 
 
-def test_a_plan_says_what_would_fit(browser, made, monkeypatch):
+PLAN = {
+    "fits": False, "needs": 9 * 2**30, "free": 2**30, "time": "1 s", "updates": 5, "trained": 10, "of": 100, "rows": 3,
+    "longest": 4, "together": 1,
+    "changes": [{"values": {"training.batch_size": "1"}, "needs": 2**29, "time": "2 s", "fits": True}],
+}  # fmt: skip
+
+
+def test_a_plan_says_what_would_fit_and_changes_it_so(browser, made, monkeypatch):
     asked = []
 
     async def ask(name, /, **values):
         asked.append((name, values))
-        return {
-            "fits": False, "peak": "9 GiB", "free": "1 GiB", "time": "1 s", "updates": 5, "trained": 10, "of": 100,
-            "rows": 3, "longest": 4, "change": {"training.batch_size": 1},
-        }  # fmt: skip
+        return PLAN
 
-    monkeypatch.setattr(made.worker, "ask", ask)
-    text = browser.post("/train/plan", data={"text": "method: lora\n"}).text
-    assert "Does not fit" in text and "training.batch_size: 1" in text and asked[0][0] == "plan"
+    with monkeypatch.context() as patched:
+        patched.setattr(made.worker, "ask", ask)
+        text = browser.post("/train/plan", data={"text": "method: lora\n"}).text
+    assert "Does not fit" in text and "9.00 GiB at most" in text and asked == [("plan", {"texts": ["method: lora\n"]})]
+    values = json.loads(html.unescape(re.search(r'hx-vals="([^"]+)"', text)[1]))
+    changed = browser.post("/train/check", data=values | {"text": "method: lora\ntraining: {epochs: 2, batch_size: 8}\n"}).text
+    written = yaml.safe_load(re.search(r'data-sets="yaml" hidden>(.*?)</div>', changed, re.S)[1])
+    assert written == {"method": "lora", "training": {"epochs": 2, "batch_size": 1}}
+    assert 'name="training.batch_size" value="1"' in changed  # the form follows
 
     async def refuse(name, /, **values):
         raise PageError(422, "no such base <b>")
 
     monkeypatch.setattr(made.worker, "ask", refuse)
     assert "no such base &lt;b&gt;" in browser.post("/train/plan", data={"text": ""}).text
+
+
+def test_runs_that_train_together(browser, made, tmp_path):
+    first, second = "method: lora\n", "method: ia3\ntraining: {seed: 3}\n"
+    put = browser.post("/train/beside", data={"text": first}).text
+    assert f'<textarea name="other" hidden aria-hidden="true">{first}' in put and "/train/plan" in put
+    for bad, said in (
+        (first, "change it first"), ("base: smollm2\n", "share one base in one form"), ("method: loraa\n", "did you mean"),
+    ):  # fmt: skip
+        for place in ("/train/beside", "/train/check", "/train/start"):
+            text = browser.post(place, data={"text": bad, "other": [first], "by": "yaml"}).text
+            assert said in text and "<li class" not in text, (place, bad)
+    secret = f"data: {{source: {tmp_path / 'other' / 'rows.jsonl'}}}\n"
+    assert "outside" in browser.post("/train/start", data={"text": second, "other": [secret]}).text and not made.jobs.going()
+    answer = browser.post("/train/start", data={"text": second, "other": [first], "title": "both"})
+    assert answer.headers["hx-redirect"] == "/runs/both"
+    folders = [made.workspace.run(name) for name in ("both", "both-2")]
+    assert [recipe_in(f)["output_dir"] for f in folders] == ["runs/both", "runs/both-2"]
+    args = ["train", "runs/both/settings.yaml", "runs/both-2/settings.yaml", "--progress"]
+    assert all(records.read(f / "job.json")["args"] == args for f in folders)
+    until(lambda: made.look() or {r.state for r in made.index.runs()} == {"done"})
+    page = browser.get("/runs/both-2").text
+    assert 'href="/runs/both"' in page and "args train" in page  # the log is the first one's
+
+
+def test_a_run_that_waits_says_whether_it_fits_beside_what_goes_on(browser, made):
+    folders = [made.workspace.new_run(name) for name in "ab"]
+    for folder in folders:
+        (folder / "settings.yaml").write_text(f"output_dir: runs/{folder.name}\n")
+        made.jobs.add(folder, "train", ["sleep", "600"])
+    assert "fit beside" not in browser.get("/runs/b").text
+    asked = []
+
+    async def ask(name, /, texts):
+        asked.append((name, texts))
+        return PLAN | {"needs": 1}
+
+    made.worker.ask = ask
+    asyncio.run(made.plan_queue())
+    asyncio.run(made.plan_queue())
+    assert asked == [("plan", ["output_dir: runs/a\n"]), ("plan", ["output_dir: runs/b\n"])]  # each once
+    page = browser.get("/runs/b").text
+    assert "it fits beside what goes on" in page and 'id="beside"' in page
+    assert browser.post("/runs/b/beside").headers["hx-redirect"] == "/runs/b" and made.jobs.going() == ["a", "b"]
+    for folder in folders:
+        browser.post(f"/runs/{folder.name}/stop", data={"now": "1"})
+    until(lambda: made.look() or {r.state for r in made.index.runs()} == {"stopped"})
 
 
 # -- data ------------------------------------------------------------------------------------------------------------------
@@ -254,13 +317,16 @@ def test_a_chat_of_three_with_votes(browser, made):
     for name in ("one", "bad"):
         an_adapter(made, name)
     form = {"base": "graftlm-base", "adapter": ["", "one", "bad"], "message": "<b>hi</b>", "system": "Be kind.", "seed": "3"}
+    form |= {"top_k": "5", "repetition_penalty": "1.2", "frequency_penalty": "-1"}
     text = browser.post("/chat/send", data=form).text
     name = re.search(r'name="name" id="chat-name" value="([^"]+)"', text)[1]
     assert "<b>hi" not in text and "&lt;b&gt;hi" in text
     events = browser.get(f"/chat/{name}/0/events").text
     assert "one said: &lt;b&gt;hi&lt;/b&gt;" in events and "<b>hi" not in events and "no such model" in events
     assert events.rstrip().endswith("data:") and "event: end" in events
-    assert made.server.asked[0][1][0] == {"role": "system", "content": "Be kind."} and made.server.asked[0][2]["seed"] == 3
+    assert made.server.asked[0][1][0] == {"role": "system", "content": "Be kind."} and made.server.asked[0][2] == {
+        "max_tokens": 128, "temperature": 0.0, "seed": 3, "top_k": 5, "repetition_penalty": 1.2, "frequency_penalty": -1.0,
+    }  # fmt: skip
     assert browser.post(f"/chat/{name}/rows").status_code == 422
     assert 'aria-pressed="true"' in browser.post(f"/chat/{name}/0/vote", data={"answer": "one"}).text
     assert browser.post(f"/chat/{name}/0/vote", data={"answer": "bad"}).status_code == 422
@@ -270,6 +336,7 @@ def test_a_chat_of_three_with_votes(browser, made):
     (own,) = [m for a, m, _ in made.server.asked if a == "one"]
     assert [m["content"] for m in own] == ["Be kind.", "<b>hi</b>", "one said: <b>hi</b>", "again"]
     page = browser.get(f"/chat?name={name}").text
+    assert re.search(r'name="top_k"[^>]*value="5"', page) and re.search(r'name="seed"[^>]*value="3"', page)
     assert "one said: again" in page and made.index.chats()[0].votes == 1
     place = browser.post(f"/chat/{name}/rows").headers["hx-redirect"]
     (row,) = [json.loads(line) for line in (made.workspace.data / place.rpartition("/")[2]).read_text().splitlines()]
@@ -281,7 +348,7 @@ def test_what_a_chat_refuses(browser, made):
     made.server = Echo()
     good = {"base": "graftlm-base", "adapter": "", "message": "hi"}
     for bad, status in (
-        ({"message": " "}, 422), ({"adapter": "nothing"}, 404), ({"temperature": "hot"}, 422), ({"max_tokens": "0"}, 422),
+        ({"message": " "}, 422), ({"adapter": "nothing"}, 404), ({"temperature": "hot"}, 422), ({"max_tokens": "0"}, 422), ({"top_k": "0"}, 422), ({"presence_penalty": "9"}, 422),
         ({"base": "/etc"}, 403), ({"name": "../x"}, 404), ({"name": "nothing"}, 404),
     ):  # fmt: skip
         assert browser.post("/chat/send", data=good | bad).status_code == status, bad
@@ -296,20 +363,115 @@ def test_adapters_are_shown_packed_and_turned_into_others(browser, made):
     assert "/adapters/mine" in browser.get("/adapters").text
     page = browser.get("/adapters/mine").text
     assert "LORA" in page and "# A card &lt;b&gt;" in page
-    names = zipfile.ZipFile(io.BytesIO(browser.get("/adapters/mine/zip").content)).namelist()
-    assert "mine/adapter_model.safetensors" in names
-    assert browser.get("/adapters/mine/files/adapter_model.safetensors").content == b"weights"
+    packed = zipfile.ZipFile(io.BytesIO(browser.get("/adapters/mine/zip").content))
+    assert packed.testzip() is None and packed.read("mine/adapter_model.safetensors") == WEIGHTS
+    assert browser.get("/adapters/mine/files/adapter_model.safetensors").content == WEIGHTS
     for bad in ("job.json", "..%2f..%2fkey", "nothing"):
         assert browser.get(f"/adapters/mine/files/{bad}").status_code == 404
     (folder / "loss.png").symlink_to(made.workspace.own / "key")
     assert browser.get("/adapters/mine/files/loss.png").status_code == 403
     assert browser.get("/adapters/mine/zip").status_code == 403
-    place = browser.post("/adapters/mine/make", data={"what": "merge"}).headers["hx-redirect"]
-    args = records.read(made.workspace.run(place.rpartition("/")[2]) / "job.json")["args"]
-    assert args == ["merge", "--adapter", "runs/mine", "--output", "runs/mine-merge/out", "--base", "graftlm-base"]
-    assert browser.post("/adapters/mine/make", data={"what": "--help"}).status_code == 422
+    for what, rank, more in (
+        ("merge", "", []), ("convert", "", ["--rank", "16"]), ("convert", "0.95", ["--rank", "0.95"]), ("vllm", "", []),
+        ("vllm", "8", ["--rank", "8"]), ("gguf", "8", []),
+    ):  # fmt: skip
+        place = browser.post("/adapters/mine/make", data={"what": what, "rank": rank}).headers["hx-redirect"]
+        name = place.rpartition("/")[2]
+        args = records.read(made.workspace.run(name) / "job.json")["args"]
+        assert args[args.index("--output") :] == ["--output", f"runs/{name}/out", "--base", "graftlm-base", *more], what
+        assert args[: args.index("runs/mine")] == MAKES[what]
+    for bad in ({"what": "--help"}, {"what": "convert", "rank": "--to"}):
+        assert browser.post("/adapters/mine/make", data=bad).status_code == 422
     assert browser.get("/adapters/mine-merge").status_code == 404
     until(lambda: not made.jobs.advance() and not made.jobs.going())
+
+
+def test_what_a_job_made_is_packed_and_used(browser, made):
+    folder = made.workspace.new_run("mine-merge")
+    records.write(folder / "job.json", {"kind": "merge", "args": []})
+    records.write(folder / "state.json", {"state": "done"})
+    assert browser.get("/runs/mine-merge/zip").status_code == 404
+    (folder / "out").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / "out" / name).write_text("{}")
+    page = browser.get("/runs/mine-merge").text
+    assert "The files are in runs/mine-merge/out." in page and "/chat?base=runs/mine-merge/out" in page
+    assert 'value="runs/mine-merge/out"' not in browser.get("/chat").text
+    assert "<option selected>runs/mine-merge/out" in browser.get("/chat?base=runs/mine-merge/out").text
+    names = zipfile.ZipFile(io.BytesIO(browser.get("/runs/mine-merge/zip").content)).namelist()
+    assert names == ["mine-merge/config.json", "mine-merge/model.safetensors"]
+    (folder / "out" / "key").symlink_to(made.workspace.own / "key")
+    assert browser.get("/runs/mine-merge/zip").status_code == 403
+
+
+def test_an_adapter_is_copied_into_a_folder(browser, made, tmp_path):
+    an_adapter(made)
+    text = browser.post("/adapters/mine/folder", data={}).text
+    assert "exports/mine" in text and (made.workspace.root / "exports" / "mine" / "README.md").exists()
+    given = tmp_path / "given" / "mine"
+    browser.post("/adapters/mine/folder", data={"path": str(given)})
+    assert (given / "adapter_model.safetensors").read_bytes() == WEIGHTS
+    for path, status in {str(given): 409, str(tmp_path / "other" / "x"): 403, "../x": 403, ".studio/x": 403}.items():
+        assert browser.post("/adapters/mine/folder", data={"path": path}).status_code == status, path
+
+
+def elsewhere(folder, **config) -> None:
+    """An adapter as HF PEFT saves it."""
+    folder.mkdir(parents=True)
+    records.write(folder / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "their/base"} | config)
+    (folder / "adapter_model.safetensors").write_bytes(WEIGHTS)
+
+
+def as_zip(*files: tuple[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as packed:
+        for name, content in files:
+            packed.writestr(name, content)
+    return out.getvalue()
+
+
+def test_adapters_from_elsewhere_are_taken_in(browser, made, tmp_path):
+    theirs = tmp_path / "given" / "theirs"
+    elsewhere(theirs)
+    (theirs / "optimizer.bin").write_bytes(b"x")
+    assert browser.post("/adapters/point", data={"path": str(theirs)}).headers["hx-redirect"] == "/adapters/theirs"
+    page = browser.get("/adapters/theirs").text
+    assert "their/base" in page and "optimizer" not in page and "theirs" in browser.get("/chat").text
+    assert (made.index.run("theirs").method, made.index.run("theirs").base) == ("lora", "their/base")
+    again = browser.post("/adapters/point", data={"path": str(theirs), "base": "graftlm-base"}).headers["hx-redirect"]
+    assert again == "/adapters/theirs-2" and made.index.run("theirs-2").base == "graftlm-base"
+    config = (theirs / "adapter_config.json").read_bytes()
+    content = as_zip(("../../x/adapter_config.json", config), ("a/adapter_model.safetensors", WEIGHTS), ("a/x.py", b"1"))
+    place = browser.post("/adapters/upload", files={"file": ("My zip.zip", content)}).headers["hx-redirect"]
+    folder = made.workspace.run(place.rpartition("/")[2])
+    assert folder.name == "My-zip" and {p.name for p in folder.iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "origin.json",
+    }  # fmt: skip
+    assert not list(made.workspace.own.glob("*.zip"))
+
+
+def test_adapters_that_cannot_be_taken_in_say_why_and_leave_nothing(browser, made, tmp_path):
+    given = tmp_path / "given"
+    elsewhere(given / "pickled")
+    (given / "pickled" / "adapter_model.safetensors").rename(given / "pickled" / "adapter_model.bin")
+    elsewhere(given / "cut")
+    (given / "cut" / "adapter_model.safetensors").write_bytes(WEIGHTS[:12])
+    elsewhere(given / "nameless", peft_type=None)
+    elsewhere(given / "linked")
+    (given / "linked" / "README.md").symlink_to(tmp_path / "other" / "rows.jsonl")
+    (given / "empty").mkdir()
+    for name, said in {
+        "pickled": "Pickled", "cut": "no safetensors file", "nameless": "peft_type", "linked": "outside", "empty": "no adapter",
+        "nothing": "does not exist", "../other": "outside",
+    }.items():  # fmt: skip
+        answer = browser.post("/adapters/point", data={"path": str(given / name)})
+        assert 400 <= answer.status_code < 500 and said in answer.text, name
+    for name, content, said in (
+        ("a.zip", b"PK", "no zip"), ("a.zip", as_zip(("x/key", b"")), "no adapter"), ("a.tar", b"", "Choose a zip"),
+    ):  # fmt: skip
+        answer = browser.post("/adapters/upload", files={"file": (name, content)})
+        assert answer.status_code == 422 and said in answer.text, name
+    assert not list(made.workspace.runs.iterdir()) and not list(made.workspace.own.glob("*.zip"))
 
 
 def test_comparisons(browser, made, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +81,16 @@ def name_for(content: dict[str, Any]) -> str:
     return slug(f"{content.get('method', 'lora')}-{Path(source).stem}")
 
 
-def start(workspace: Workspace, jobs: Jobs, text: str, title: str = "") -> Path:
-    """Queue a run of a recipe that was checked; its folder."""
-    content = content_of(text)
-    folder = workspace.new_run(title or name_for(content))
-    content |= {"output_dir": f"runs/{folder.name}"}
-    settings = folder / SETTINGS
-    settings.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    jobs.add(folder, "train", ["train", workspace.shown(settings), "--progress"], title=title)
-    return folder
+def start(workspace: Workspace, jobs: Jobs, texts: Sequence[str], title: str = "") -> list[Path]:
+    """Queue a run of a recipe that was checked, or several that train together; their folders."""
+    folders = []
+    for text in texts:
+        content = content_of(text)
+        folder = workspace.new_run(title or name_for(content))
+        content |= {"output_dir": f"runs/{folder.name}"}
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        (folder / SETTINGS).write_text(text, encoding="utf-8")
+        folders.append(folder)
+    files = [workspace.shown(folder / SETTINGS) for folder in folders]
+    jobs.add(folders, "train", ["train", *files, "--progress"], title=title)
+    return folders

@@ -31,9 +31,8 @@ def router(studio: Studio) -> APIRouter:
 
     @made.get("")
     def compare(request: Request) -> Response:
-        found = [r for r in studio.index.runs(limit=500, text="") if r.kind == "compare"]
         return studio.page(
-            request, "compare.html", runs=found, methods=METHODS, usual=USUAL, bundled=BUNDLED,
+            request, "compare.html", runs=studio.index.runs(limit=50, kind="compare"), methods=METHODS, usual=USUAL, bundled=BUNDLED,
             bases=bases.known(studio.workspace), data_sets=studio.index.data_sets(),
         )  # fmt: skip
 

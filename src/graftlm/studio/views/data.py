@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
 from starlette.datastructures import UploadFile
@@ -93,19 +94,24 @@ async def kept(studio: Studio, file: UploadFile) -> Response:
         raise PageError(422, f"{file.filename}: expected a file of {', '.join(ENDINGS)}.")
     path = studio.workspace.new_file(name)
     try:
-        written = 0
-        with path.open("wb") as out:
-            while piece := await file.read(PIECE):
-                written += len(piece)
-                if written > studio.settings.max_upload:
-                    raise PageError(413, f"Too large: at most {studio.settings.max_upload // 2**20} MiB (--upload-limit).")
-                await asyncio.to_thread(out.write, piece)
+        await stored(file, path, studio.settings.max_upload)
         await studio.worker.ask("look", source=studio.workspace.shown(path), base="graftlm-base")
     except BaseException:
         path.unlink(missing_ok=True)
         raise
     await asyncio.to_thread(studio.index.sync)
     return go(f"/data/{path.name}")
+
+
+async def stored(file: UploadFile, path: Path, most: int) -> None:
+    """Write an upload down. PageError: it has more bytes than `most`."""
+    written = 0
+    with path.open("wb") as out:
+        while piece := await file.read(PIECE):
+            written += len(piece)
+            if written > most:
+                raise PageError(413, f"Too large: at most {most // 2**20} MiB (--upload-limit).")
+            await asyncio.to_thread(out.write, piece)
 
 
 def source_of(studio: Studio, name: str) -> str:
