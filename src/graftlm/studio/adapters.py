@@ -31,7 +31,7 @@ def folder_of(workspace: Workspace, name: str) -> Path:
 
 
 def base_of(workspace: Workspace, name: str) -> str:
-    """The base that an adapter's recipe names, or that was chosen for it, or that it names itself; the bundled one without."""
+    """The base that an adapter's recipe names, else that was chosen for it or that it names itself, else the bundled one."""
     folder = workspace.run(name)
     found = (recipe_in(folder) or {}).get("base") or base_beside(folder, records.read(folder / CONFIG))
     return str(found or "graftlm-base")
@@ -60,7 +60,7 @@ def take_in(workspace: Workspace, source: Path, wanted: str, base: str) -> Path:
 
 
 def unpack(source: Path, folder: Path) -> None:
-    """The files of an adapter out of a zip, in which they may lie in a folder. Only their names count: no path is followed."""
+    """The files of an adapter out of a zip, whatever folder they have in it: no path of a zip is followed."""
     try:
         with zipfile.ZipFile(source) as packed:
             for entry in packed.infolist():

@@ -1,9 +1,9 @@
 """Jobs: processes of their own, one at a time, that outlive the studio.
 
 A job is a folder of `runs/` with a job.json: what `graftlm …` is called with, in the workspace. Runs that train together are
-one job of several folders, whose log is in the first. What waits or goes on has a file in `queue/`, by time; whoever sees that
-there is room starts the next: the studio, or a job's own process at its end, so the queue goes on when nobody watches. A lock
-keeps two of them apart.
+one job of several folders, whose log is in the first. What waits or goes on has a file in `queue/`, by time; whoever sees
+that there is room starts the next: the studio, or a job's own process at its end, so the queue goes on when nobody watches.
+A lock keeps two of them apart.
 
     state.json   {"state": "waiting" | "running" | "stopping" | "done" | "stopped" | "failed" | "lost", …}
 
@@ -168,7 +168,7 @@ class Jobs:
         return (len(going) < self.at_once or entry.get("beside", False)) and fits(entry, going)
 
     def entries(self) -> list[tuple[Path, dict[str, Any]]]:
-        """What waits or goes on, oldest first: files of the queue with what is in them; without runs whose folders are gone."""
+        """What waits or goes on, oldest first: files with what is in them; without runs whose folders are gone."""
         found = []
         for file in sorted(self.workspace.queue.glob("*.json")):
             entry = records.read(file)

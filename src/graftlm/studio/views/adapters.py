@@ -43,8 +43,8 @@ def add_list(made: APIRouter, studio: Studio) -> None:
         page = max(1, min(page, pages))
         found = studio.index.runs(limit=PAGE, offset=(page - 1) * PAGE, text=q, adapters=True)
         return studio.page(
-            request, "adapters.html", runs=found, q=q, count=count, page=page, pages=pages, bases=bases.known(studio.workspace),
-            server=studio.server,
+            request, "adapters.html", runs=found, q=q, count=count, page=page, pages=pages, server=studio.server,
+            bases=bases.known(studio.workspace),
         )  # fmt: skip
 
     @made.post("/point")

@@ -28,6 +28,7 @@ LIMITS: dict[str, tuple[Any, float, float, str]] = {
     "repetition_penalty": (float, 0.1, 10.0, "1"), "presence_penalty": (float, -2.0, 2.0, "0"),
     "frequency_penalty": (float, -2.0, 2.0, "0"), "max_tokens": (int, 1, 8192, "128"), "seed": (int, 0, 2**62, "–"),
 }  # fmt: skip
+MOST = 200  # adapters to choose from
 USUAL = {"max_tokens": 128, "temperature": 0.0}
 
 
@@ -43,7 +44,7 @@ def router(studio: Studio) -> APIRouter:
         base = found.get("base") or (base_of(studio.workspace, adapter) if adapter else base or "graftlm-base")
         return studio.page(
             request, "chat.html", name=name, chat=found, base=base, chosen=chosen, bases=bases.known(studio.workspace),
-            adapters=studio.index.runs(limit=200, adapters=True), chats=studio.index.chats(20), limits=LIMITS,
+            adapters=studio.index.runs(limit=MOST, adapters=True), most=MOST, chats=studio.index.chats(20), limits=LIMITS,
         )  # fmt: skip
 
     @made.post("/send")

@@ -32,8 +32,8 @@ def router(studio: Studio) -> APIRouter:
     @made.get("")
     def compare(request: Request) -> Response:
         return studio.page(
-            request, "compare.html", runs=studio.index.runs(limit=50, kind="compare"), methods=METHODS, usual=USUAL, bundled=BUNDLED,
-            bases=bases.known(studio.workspace), data_sets=studio.index.data_sets(),
+            request, "compare.html", runs=studio.index.runs(limit=50, kind="compare"), methods=METHODS, usual=USUAL,
+            bundled=BUNDLED, bases=bases.known(studio.workspace), data_sets=studio.index.data_sets(),
         )  # fmt: skip
 
     @made.post("/start")
