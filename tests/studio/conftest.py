@@ -1,12 +1,13 @@
-"""Fixtures of the tests in a real browser: headless Chromium by Playwright, and a studio that runs as its users run it."""
+"""Fixtures: a studio without a network; one that runs as its users run it, with headless Chromium by Playwright."""
 
 from __future__ import annotations
 
 import shutil
 
 import pytest
+import studio_helpers
 from studio_browser import LONG, tiny_base
-from studio_helpers import Process
+from studio_helpers import Process, client
 
 CHROMIUM = next((p for c in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(c))), None)
 
@@ -47,3 +48,18 @@ def page(chromium, studio):
     yield made
     context.close()
     assert not wrong
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    (tmp_path / "given").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "rows.jsonl").write_text('{"text": "secret"}\n')
+    found = studio_helpers.studio(tmp_path / "workspace", tmp_path / "given")
+    monkeypatch.chdir(found.workspace.root)  # as the worker's process has it
+    return found
+
+
+@pytest.fixture
+def browser(made):
+    return client(made)

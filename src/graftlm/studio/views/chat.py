@@ -35,7 +35,12 @@ USUAL = {"max_tokens": 128, "temperature": 0.0}
 def router(studio: Studio) -> APIRouter:
     """Routes of the page."""
     made = APIRouter(prefix="/chat")
+    add_page(made, studio)
+    add_answers(made, studio)
+    return made
 
+
+def add_page(made: APIRouter, studio: Studio) -> None:
     @made.get("")
     def chat(request: Request, adapter: str = "", name: str = "", base: str = "") -> Response:
         studio.index.sync()
@@ -69,6 +74,8 @@ def router(studio: Studio) -> APIRouter:
         number = len(found["turns"]) - 1
         return studio.page(request, "_turn.html", name=name, number=number, turn=found["turns"][number], live=True, new=True)
 
+
+def add_answers(made: APIRouter, studio: Studio) -> None:
     @made.get("/{name}/{number}/events")
     async def events(request: Request, name: str, number: int) -> Response:
         file = studio.workspace.chat(name)
@@ -96,8 +103,6 @@ def router(studio: Studio) -> APIRouter:
     async def stop() -> Response:
         await studio.server.end()
         return Response(status_code=204)
-
-    return made
 
 
 def label(adapter: str) -> str:

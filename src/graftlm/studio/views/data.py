@@ -23,7 +23,12 @@ FORMATS = ("label", "text", "alpaca", "adgen", "completion", "chat")
 def router(studio: Studio) -> APIRouter:
     """Routes of the pages."""
     made = APIRouter(prefix="/data")
+    add_list(made, studio)
+    add_one(made, studio)
+    return made
 
+
+def add_list(made: APIRouter, studio: Studio) -> None:
     @made.get("")
     def data(request: Request) -> Response:
         studio.index.sync()
@@ -50,6 +55,8 @@ def router(studio: Studio) -> APIRouter:
         studio.index.sync()
         return go(f"/data/{name}")
 
+
+def add_one(made: APIRouter, studio: Studio) -> None:
     @made.get("/{name}")
     def one(request: Request, name: str) -> Response:
         found = source_of(studio, name)
@@ -83,8 +90,6 @@ def router(studio: Studio) -> APIRouter:
                 file.unlink()
         studio.index.sync()
         return go("/data")
-
-    return made
 
 
 async def kept(studio: Studio, file: UploadFile) -> Response:

@@ -33,7 +33,12 @@ PAGE = 50
 def router(studio: Studio) -> APIRouter:
     """Routes of the pages."""
     made = APIRouter(prefix="/runs")
+    add_pages(made, studio)
+    add_actions(made, studio)
+    return made
 
+
+def add_pages(made: APIRouter, studio: Studio) -> None:
     @made.get("")
     def runs(request: Request, q: str = "", state: str = "", page: int = 1) -> Response:
         studio.index.sync()
@@ -70,6 +75,8 @@ def router(studio: Studio) -> APIRouter:
         view = View(studio, studio.workspace.run(name))
         return StreamingResponse(follow(request, view), media_type="text/event-stream")
 
+
+def add_actions(made: APIRouter, studio: Studio) -> None:
     @made.post("/{name}/stop")
     async def stop(name: str, request: Request) -> Response:
         now = (await request.form()).get("now") == "1"
@@ -100,8 +107,6 @@ def router(studio: Studio) -> APIRouter:
         await asyncio.to_thread(studio.look)  # what trains together with it changed, too
         await asyncio.to_thread(studio.index.note, folder)
         return go(f"/runs/{name}")
-
-    return made
 
 
 class View:

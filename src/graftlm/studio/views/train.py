@@ -20,8 +20,12 @@ OWN = ("output_dir", "overwrite", "resume")
 def router(studio: Studio) -> APIRouter:
     """Routes of the page."""
     made = APIRouter(prefix="/train")
-    planning = Latest()
+    add_page(made, studio)
+    add_checks(made, studio)
+    return made
 
+
+def add_page(made: APIRouter, studio: Studio) -> None:
     @made.get("")
     def train(request: Request) -> Response:
         content = first(studio, dict(request.query_params))
@@ -30,6 +34,23 @@ def router(studio: Studio) -> APIRouter:
             request, "train.html", text=text, bases=bases.known(studio.workspace), data_sets=studio.index.data_sets(),
             bundled=BUNDLED,
         )  # fmt: skip
+
+    @made.post("/start")
+    async def start(request: Request) -> Response:
+        form = await request.form()
+        text, others = str(form.get("text", "")), others_in(form)
+        found = await checked(studio, text, None, others)
+        if found["problems"]:
+            return studio.page(request, "_problems.html", problems=found["problems"])
+        title = str(form.get("title", "")).strip()
+        folders = await asyncio.to_thread(recipes.start, studio.workspace, studio.jobs, [*others, text], title)
+        for folder in folders:
+            await asyncio.to_thread(studio.index.note, folder)
+        return go(f"/runs/{folders[0].name}")
+
+
+def add_checks(made: APIRouter, studio: Studio) -> None:
+    planning = Latest()
 
     @made.post("/check")
     async def check(request: Request) -> Response:
@@ -65,21 +86,6 @@ def router(studio: Studio) -> APIRouter:
         except PageError as error:
             return studio.page(request, "_plan.html", plan=None, error=str(error))
         return studio.page(request, "_plan.html", plan=found)
-
-    @made.post("/start")
-    async def start(request: Request) -> Response:
-        form = await request.form()
-        text, others = str(form.get("text", "")), others_in(form)
-        found = await checked(studio, text, None, others)
-        if found["problems"]:
-            return studio.page(request, "_problems.html", problems=found["problems"])
-        title = str(form.get("title", "")).strip()
-        folders = await asyncio.to_thread(recipes.start, studio.workspace, studio.jobs, [*others, text], title)
-        for folder in folders:
-            await asyncio.to_thread(studio.index.note, folder)
-        return go(f"/runs/{folders[0].name}")
-
-    return made
 
 
 def others_in(form: Any) -> list[str]:
