@@ -103,6 +103,21 @@ def test_adapters_from_elsewhere_are_taken_in(browser, made, tmp_path):
     assert not list(made.workspace.own.glob("*.zip"))
 
 
+def test_a_base_outside_is_not_read_whoever_names_it(browser, made, tmp_path):
+    """Neither one that an adapter from elsewhere names, nor a link."""
+    elsewhere(tmp_path / "given" / "evil", base_model_name_or_path=str(tmp_path / "other"))
+    browser.post("/adapters/point", data={"path": str(tmp_path / "given" / "evil")})
+    (made.workspace.root / "link").symlink_to(tmp_path / "other")
+    answers = [
+        browser.post("/adapters/evil/make", data={"what": "merge"}), browser.post("/adapters/evil/load"),
+        browser.post("/chat/send", data={"base": "link", "adapter": "", "message": "hi"}),
+        browser.post("/data/tweets/look", data={"base": "link"}),
+        browser.post("/adapters/point", data={"path": str(tmp_path / "given" / "evil"), "base": "link"}),
+    ]  # fmt: skip
+    assert all(a.status_code == 403 and "outside" in a.text for a in answers)
+    assert not made.jobs.going() and not made.server.running
+
+
 def test_adapters_that_cannot_be_taken_in_say_why_and_leave_nothing(browser, made, tmp_path):
     given = tmp_path / "given"
     elsewhere(given / "pickled")

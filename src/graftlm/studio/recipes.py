@@ -14,6 +14,7 @@ from .jobs import Jobs
 from .workspace import Workspace, slug
 
 PATHS = ("base", "data.source", "init_from")
+STARTS = ("/", "~", ".", "\\")  # of what can only be a path
 EXAMPLES: dict[str, dict[str, Any]] = {
     "tweets": {
         "title": "Sort complaints", "about": "Label short messages as complaint or no complaint. 50 examples.",
@@ -43,7 +44,7 @@ def outside(workspace: Workspace, text: str) -> list[dict[str, str]]:
     """Paths in a recipe that the studio may not read, as problems."""
     found = []
     for key, value in leaves(content_of(text)):
-        named = key in PATHS and value.startswith(("/", "~", ".", "\\"))
+        named = key in PATHS and value.startswith(STARTS)
         if not named and not exists(workspace, value):
             continue
         try:
@@ -52,6 +53,12 @@ def outside(workspace: Workspace, text: str) -> list[dict[str, str]]:
             if error.status == 403:
                 found.append({"key": key, "text": f"{key}: {error}"})
     return found
+
+
+def permit(workspace: Workspace, text: str) -> None:
+    """PageError where a base or a data set is named by a path that may not be read, or that is not there."""
+    if text.startswith(STARTS) or exists(workspace, text):
+        workspace.path(text)
 
 
 def exists(workspace: Workspace, text: str) -> bool:

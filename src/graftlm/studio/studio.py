@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,8 @@ class Studio:
             return
         for file, entry in entries:
             if "needs" not in entry:
-                self.jobs.note_plan(file, await self._needs(entry["folders"]))
+                needs = await self._needs(entry["folders"])
+                await asyncio.to_thread(self.jobs.note_plan, file, needs)
 
     async def _needs(self, names: list[str]) -> int | None:
         """Bytes that runs, which train together, need at most by their plan; None where there is none."""
@@ -122,15 +124,21 @@ class Studio:
             return None
 
     async def watch(self) -> None:
-        """`look` again and again."""
-        while True:
-            try:
-                await asyncio.to_thread(self.look)
-                await self.plan_queue()
-                await self.worker.rest()
-            except Exception:  # a full disk, a folder that was taken away: told, and tried again
-                log.exception("looking at the queue failed")
-            await asyncio.sleep(self.settings.watch)
+        """Look at the queue, and plan what is in it, again and again."""
+
+        async def look() -> None:
+            await asyncio.to_thread(self.look)
+            await self.worker.rest()
+
+        async def again(action: Callable[[], Awaitable[None]]) -> None:
+            while True:
+                try:
+                    await action()
+                except Exception:  # a full disk, a folder that was taken away: told, and tried again
+                    log.exception("looking at the queue failed")
+                await asyncio.sleep(self.settings.watch)
+
+        await asyncio.gather(again(look), again(self.plan_queue))
 
 
 def go(place: str, **query: Any) -> Response:

@@ -10,7 +10,7 @@ from fastapi.responses import FileResponse, StreamingResponse
 from starlette.datastructures import UploadFile
 
 from .. import adapters as files
-from .. import bases, records
+from .. import bases, recipes, records
 from ..errors import PageError
 from ..index import ORIGIN
 from ..studio import Studio, go
@@ -71,8 +71,7 @@ def add_list(made: APIRouter, studio: Studio) -> None:
 
 async def taken_in(studio: Studio, source: Path, name: str, base: str) -> Response:
     """Take an adapter in, and show it."""
-    if base.startswith(("/", "~", ".")):
-        studio.workspace.path(base)
+    recipes.permit(studio.workspace, base)
     folder = await asyncio.to_thread(files.take_in, studio.workspace, source, name, base)
     await asyncio.to_thread(studio.index.sync)
     return go(f"/adapters/{folder.name}")
@@ -119,7 +118,7 @@ def add_actions(made: APIRouter, studio: Studio) -> None:
         if rank and not rank.replace(".", "", 1).isdigit():
             raise PageError(422, f"Rank: expected a number, or a share such as 0.95, got {rank!r}.")
         folder = studio.workspace.new_run(f"{name}-{'lora' if what == 'convert' else what}")
-        base = files.base_of(studio.workspace, name)
+        base = permitted_base(studio, name)
         args = [*MAKES[what], f"runs/{name}", "--output", f"runs/{folder.name}/out", "--base", base]
         lift = what == "convert"
         if lift or what == "vllm" and rank:
@@ -140,6 +139,13 @@ def add_actions(made: APIRouter, studio: Studio) -> None:
     @made.post("/{name}/load")
     async def load(request: Request, name: str) -> Response:
         files.folder_of(studio.workspace, name)
-        await studio.server.use(files.base_of(studio.workspace, name))
+        await studio.server.use(permitted_base(studio, name))
         await studio.server.load(name)
         return studio.page(request, "_server.html", server=studio.server, name=name)
+
+
+def permitted_base(studio: Studio, name: str) -> str:
+    """An adapter's base. PageError: an adapter from elsewhere names a path that may not be read."""
+    base = files.base_of(studio.workspace, name)
+    recipes.permit(studio.workspace, base)
+    return base

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from markupsafe import escape
 
-from .. import bases, records
+from .. import bases, recipes, records
 from ..adapters import base_of
 from ..errors import PageError
 from ..index import chat_row
@@ -59,8 +59,7 @@ def add_page(made: APIRouter, studio: Studio) -> None:
         if not prompt or not chosen:
             raise PageError(422, "Write something, and choose the base or an adapter.")
         base = str(form.get("base", ""))
-        if base.startswith(("/", "~", ".")):
-            studio.workspace.path(base)
+        recipes.permit(studio.workspace, base)
         for adapter in filter(None, chosen):
             studio.workspace.run(adapter)
         name = str(form.get("name", "")) or slug(f"{time.strftime('%Y%m%d-%H%M%S')}-{prompt[:24]}")

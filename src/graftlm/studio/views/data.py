@@ -8,7 +8,7 @@ from pathlib import Path
 from fastapi import APIRouter, Request, Response
 from starlette.datastructures import UploadFile
 
-from .. import bases, records
+from .. import bases, recipes, records
 from ..errors import PageError
 from ..index import DataSet
 from ..studio import Studio, go
@@ -67,8 +67,7 @@ def add_one(made: APIRouter, studio: Studio) -> None:
     async def look(request: Request, name: str) -> Response:
         given = {k: str(v) for k, v in (await request.form()).items()}
         base = given.get("base") or "graftlm-base"
-        if base.startswith(("/", "~", ".")):
-            studio.workspace.path(base)
+        recipes.permit(studio.workspace, base)
         shown, format = given.get("format_shown", ""), given.get("format", "")
         same = bool(shown) and format in ("", shown)  # columns that were chosen are those of the format that was shown
         format = shown if same else format
