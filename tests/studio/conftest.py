@@ -17,7 +17,7 @@ def chromium():
     playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine")
-    playwright.expect.set_options(timeout=30_000)
+    playwright.expect.set_options(timeout=120_000)
     with playwright.sync_playwright() as started:
         made = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield made

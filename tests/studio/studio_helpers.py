@@ -55,7 +55,7 @@ def client(made: Studio, inside: bool = True) -> TestClient:
     return found
 
 
-def until(asked: Any, seconds: float = 60.0) -> Any:
+def until(asked: Any, seconds: float = 240.0) -> Any:
     """What `asked` gives, once that is true."""
     end = time.monotonic() + seconds
     while not (found := asked()):

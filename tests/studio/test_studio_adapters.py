@@ -19,6 +19,11 @@ def test_adapters_are_shown_packed_and_turned_into_others(browser, made):
     packed = zipfile.ZipFile(io.BytesIO(browser.get("/adapters/mine/zip").content))
     assert packed.testzip() is None and packed.read("mine/adapter_model.safetensors") == WEIGHTS
     assert browser.get("/adapters/mine/files/adapter_model.safetensors").content == WEIGHTS
+    for step in (50, 100):
+        (folder / f"checkpoint-{step}").mkdir()
+        (folder / f"checkpoint-{step}" / "adapter_config.json").write_text("{}")
+    page = browser.get("/adapters/mine").text
+    assert page.index("checkpoint-50&") < page.index("checkpoint-100&")
     for bad in ("job.json", "..%2f..%2fkey", "nothing"):
         assert browser.get(f"/adapters/mine/files/{bad}").status_code == 404
     (folder / "loss.png").symlink_to(made.workspace.own / "key")

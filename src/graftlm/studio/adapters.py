@@ -37,6 +37,12 @@ def base_of(workspace: Workspace, name: str) -> str:
     return str(found or "graftlm-base")
 
 
+def checkpoints(folder: Path) -> list[str]:
+    """Names of a run's checkpoints that hold an adapter, in the order of their steps."""
+    found = [p.name for p in folder.glob("checkpoint-*") if (p / CONFIG).is_file()]
+    return sorted(found, key=lambda name: (len(name), name))
+
+
 def take_in(workspace: Workspace, source: Path, wanted: str, base: str) -> Path:
     """Copy an adapter of GraftLM or HF PEFT, a folder or a zip of one, into the workspace; its new folder.
 
