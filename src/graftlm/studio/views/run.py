@@ -217,7 +217,7 @@ async def follow(request: Request, view: View) -> AsyncIterator[bytes]:
         elif now - spoke > BREATH:
             spoke = now
             yield b": here\n\n"
-        await asyncio.sleep(PAUSE)
+        await asyncio.sleep(PAUSE if view.state.get("state") != "waiting" else 3 * PAUSE)
 
 
 def event(name: str, text: str) -> bytes:
