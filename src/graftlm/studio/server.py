@@ -43,7 +43,7 @@ class ChatServer:
         self.port = 0
         self.loaded: dict[str, float] = {}  # adapters, with the time of their weights
         self.process: subprocess.Popen | None = None
-        self._starting = asyncio.Lock()
+        self._starting, self._loading = asyncio.Lock(), asyncio.Lock()
 
     @property
     def running(self) -> bool:
@@ -110,14 +110,14 @@ class ChatServer:
             changed = (folder / WEIGHTS).stat().st_mtime
         except FileNotFoundError as gone:
             raise PageError(404, f"{adapter} has no {WEIGHTS}.") from gone
-        if self.loaded.get(adapter) == changed:
-            return
         body = {"lora_name": adapter, "lora_path": str(folder), "load_inplace": True}
-        async with self._client(self.admin_key) as client:
+        async with self._loading, self._client(self.admin_key) as client:
+            if self.loaded.get(adapter) == changed:
+                return
             answer = await client.post("/v1/load_lora_adapter", json=body)
-        if answer.status_code != 200:
-            raise PageError(answer.status_code, message_of(answer.content))
-        self.loaded[adapter] = changed
+            if answer.status_code != 200:
+                raise PageError(answer.status_code, message_of(answer.content))
+            self.loaded[adapter] = changed
 
     async def write(self, adapter: str, messages: list[dict[str, str]], **params: Any) -> AsyncIterator[str]:
         """Pieces of the answer of an adapter ("" for the base) to a conversation.

@@ -86,7 +86,8 @@ def add_files(made: APIRouter, studio: Studio) -> None:
             request, "adapter.html", name=name, config=records.read(folder / files.CONFIG), makes=MAKES, rank=RANK,
             base=files.base_of(studio.workspace, name), origin=records.read(folder / ORIGIN), server=studio.server,
             files=[(f, (folder / f).stat().st_size) for f in files.FILES if (folder / f).is_file()],
-            checkpoints=files.checkpoints(folder), card=card.read_text(encoding="utf-8", errors="replace") if card.is_file() else "",
+            card=card.read_text(encoding="utf-8", errors="replace") if card.is_file() else "",
+            checkpoints=files.checkpoints(folder),
         )  # fmt: skip
 
     @made.get("/{name}/files/{file}")
