@@ -17,7 +17,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 FIGURES = Path(__file__).resolve().parent.parent / "docs" / "figures" / "studio"
 LONG = 1_800_000  # ms
-RECIPE = "data: {source: tweets}\ntraining: {epochs: 4}\n"
+RECIPE = "data: {source: tweets}\ntraining: {epochs: 3}\n"
 PROMPT = "Tweet text : my train was late again, and nobody said why Label :"
 
 
@@ -87,7 +87,7 @@ def compare(page: Page, home: str) -> None:
     page.goto(f"{home}compare")
     for box in page.locator("input[name=method]").all():
         box.set_checked(box.get_attribute("value") in ("lora", "ia3"))
-    page.fill("[name=steps]", "30")
+    page.fill("[name=steps]", "10")
     page.locator("main button.main").click()
     page.wait_for_url("**/runs/*")
     expect(page.locator("#state .badge.done")).to_be_visible()

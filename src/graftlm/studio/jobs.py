@@ -225,11 +225,10 @@ def log_of(folder: Path) -> Path:
 def fits(entry: dict[str, Any], going: Sequence[dict[str, Any]]) -> bool:
     """Whether the plans leave room for a job beside those that go on: in the memory that is free, less what those will still
     take. One without a plan fits beside nothing, and nothing beside it."""
-    plans = [other.get("needs") for other in going]
-    if entry.get("needs") is None or None in plans:
+    if any(one.get("needs") is None for one in (entry, *going)):
         return False
-    ahead = sum(max(0, needs - taken(other["pid"])) for needs, other in zip(plans, going, strict=True))
-    return entry["needs"] <= psutil.virtual_memory().available - ahead
+    ahead = sum(max(0, other["needs"] - taken(other["pid"])) for other in going)
+    return bool(entry["needs"] <= psutil.virtual_memory().available - ahead)
 
 
 def taken(pid: int) -> int:
