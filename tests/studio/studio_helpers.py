@@ -81,6 +81,13 @@ def an_adapter(made: Studio, name: str = "mine") -> Path:
     return folder
 
 
+def parses(args: list[str]) -> bool:
+    """Whether a job's arguments are a command line of `graftlm`; click's error where they are not."""
+    from graftlm.cli import load
+
+    return bool(load(args[0]).make_context(args[0], list(args[1:])))
+
+
 class Process:
     """`graftlm studio` as a process."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 
-from studio_helpers import WEIGHTS, an_adapter, until
+from studio_helpers import WEIGHTS, an_adapter, parses, until
 
 from graftlm.studio import records
 from graftlm.studio.views.adapters import MAKES
@@ -37,7 +37,7 @@ def test_adapters_are_shown_packed_and_turned_into_others(browser, made):
         name = place.rpartition("/")[2]
         args = records.read(made.workspace.run(name) / "job.json")["args"]
         assert args[args.index("--output") :] == ["--output", f"runs/{name}/out", "--base", "graftlm-base", *more], what
-        assert args[: args.index("runs/mine")] == MAKES[what]
+        assert args[: args.index("runs/mine")] == MAKES[what] and parses(args)
     for bad in ({"what": "--help"}, {"what": "convert", "rank": "--to"}):
         assert browser.post("/adapters/mine/make", data=bad).status_code == 422
     assert browser.get("/adapters/mine-merge").status_code == 404
@@ -156,7 +156,8 @@ def test_comparisons(browser, made, tmp_path):
         assert browser.post("/compare/start", data=form | bad).status_code == status, bad
     name = browser.post("/compare/start", data=form).headers["hx-redirect"].rpartition("/")[2]
     folder = made.workspace.run(name)
-    assert records.read(folder / "job.json")["args"][-6:] == ["--method", "lora", "--method", "ia3", "--max-steps", "5"]
+    args = records.read(folder / "job.json")["args"]
+    assert args[-6:] == ["--method", "lora", "--method", "ia3", "--max-steps", "5"] and parses(args)
     until(lambda: not made.jobs.advance() and not made.jobs.going())
     assert browser.get(f"/compare/{name}").status_code == 404
     (folder / "out").mkdir()

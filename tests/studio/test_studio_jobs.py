@@ -255,6 +255,8 @@ def test_the_log_without_a_terminals_codes(tmp_path):
     assert len(tail(log)) <= 24_000 and tail(log).startswith("line\n")
     log.write_text("Error: first\nError: no such\nfile")
     assert last_words(log) == "no such\nfile"
+    log.write_text("Try 'graftlm -h'.\n╭─ Error ─╮\n│ No such option: -x │\n╰──╯\n")
+    assert last_words(log) == "No such option: -x"
 
 
 def lines(*events: dict) -> str:

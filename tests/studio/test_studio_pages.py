@@ -9,7 +9,7 @@ import re
 
 import pytest
 import yaml
-from studio_helpers import an_adapter, client, studio, until
+from studio_helpers import an_adapter, client, parses, studio, until
 
 from graftlm.studio import records
 from graftlm.studio.errors import PageError
@@ -101,7 +101,8 @@ def test_a_run_is_started_and_repeated(browser, made):
     name = answer.headers["hx-redirect"].removeprefix("/runs/")
     folder = made.workspace.run(name)
     assert name == "My-first-run" and recipe_in(folder) == {"training": {"epochs": 2}, "output_dir": f"runs/{name}"}
-    assert records.read(folder / "job.json")["args"] == ["train", f"runs/{name}/settings.yaml", "--progress"]
+    args = records.read(folder / "job.json")["args"]
+    assert args == ["train", f"runs/{name}/settings.yaml", "--progress"] and parses([*args, "--resume"])
     until(lambda: made.look() or made.index.run(name).state == "done")
     page = browser.get(f"/runs/{name}")
     assert page.status_code == 200 and "graftlm train runs/My-first-run/settings.yaml" in page.text

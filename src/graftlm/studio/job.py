@@ -18,6 +18,7 @@ from .jobs import JOB, LOG, OUT, STATE, Jobs
 from .workspace import Workspace
 
 ENDS = {0: "done", 130: "stopped"}  # of exit codes; all others are "failed"
+BOX = "╭─╮│╰╯ "  # around what a command line refuses
 TAIL = 4000  # characters of the log that hold what went wrong
 
 
@@ -87,7 +88,10 @@ def last_words(log: Path, own: str = "") -> str:
     if found and not rest.startswith("starts"):
         return rest.partition("\nruns/")[0].strip()
     _, found, rest = text.rpartition("Error: ")
-    return rest.strip() if found else text.splitlines()[-1] if text else ""
+    if found:
+        return rest.strip()
+    lines = [line.strip("│ ") for line in text.splitlines() if line.strip(BOX)]
+    return lines[-1] if lines else ""
 
 
 if __name__ == "__main__":

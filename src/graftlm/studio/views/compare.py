@@ -52,7 +52,7 @@ def router(studio: Studio) -> APIRouter:
         if wrong:
             raise PageError(403, wrong[0]["text"])
         folder = studio.workspace.new_run(f"compare-{slug(data.rpartition('/')[2])}")
-        args = ["compare", data, "--base", base, "--output", f"runs/{folder.name}/out", "--quiet"]
+        args = ["compare", "--data", data, "--base", base, "--output", f"runs/{folder.name}/out", "--no-plan"]
         args += [a for m in methods for a in ("--method", m)] + (["--max-steps", steps] if steps else [])
         await asyncio.to_thread(studio.jobs.add, folder, "compare", args, title=f"{len(methods)} methods on {data}")
         await asyncio.to_thread(studio.index.note, folder)
