@@ -202,6 +202,7 @@ def test_three_answer_side_by_side(page, studio):
     page.fill("#message", PROMPT)
     page.click("#send")
     expect(page.locator(".answer button")).to_have_count(3, timeout=LONG)
+    assert page.locator(".answer").count() == 3 and page.locator("#turns > *").count() == 1  # each piece in its place
     texts = page.locator(".answer .text").all_inner_texts()
     names = page.locator(".answer h3").all_inner_texts()
     assert set(names) == {"base", ours, "theirs"} and texts[names.index("theirs")] != texts[names.index("base")]

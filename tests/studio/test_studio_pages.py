@@ -288,6 +288,7 @@ def test_a_chat_of_three_with_votes(browser, made):
     text = browser.post("/chat/send", data=form).text
     name = re.search(r'name="name" id="chat-name" value="([^"]+)"', text)[1]
     assert "<b>hi" not in text and "&lt;b&gt;hi" in text
+    assert text.count("sse-swap=") == text.count('hx-target="this" hx-swap="innerHTML"') == 4  # not the form's own
     events = browser.get(f"/chat/{name}/0/events").text
     assert "one said: &lt;b&gt;hi&lt;/b&gt;" in events and "<b>hi" not in events and "no such model" in events
     assert events.rstrip().endswith("data:") and "event: end" in events
