@@ -1,4 +1,4 @@
-"""Take the pictures of docs/studio.md: a studio with one finished run, in headless Chromium.
+"""Take the pictures of docs/studio.md: a studio in which one has trained and chatted, in headless Chromium.
 
 python scripts/studio_screenshots.py [FOLDER]       default: docs/figures/studio; needs Playwright and Chromium
 """
@@ -10,13 +10,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import Page, expect, sync_playwright
 
 FIGURES = Path(__file__).resolve().parent.parent / "docs" / "figures" / "studio"
-LONG = 600_000  # ms
-RECIPE = "data: {source: tweets}\ntraining: {epochs: 6}\n"
+LONG = 1_800_000  # ms
+RECIPE = "data: {source: tweets}\ntraining: {epochs: 3}\n"
+PROMPT = "Tweet text : my train was late again, and nobody said why Label :"
 
 
 def main(folder: Path) -> None:
@@ -34,30 +36,63 @@ def main(folder: Path) -> None:
 
 
 def pictures(address: str, folder: Path) -> None:
+    """Go through the pages as a user does."""
     with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_context(viewport={"width": 1200, "height": 900}, bypass_csp=True).new_page()
+        page = browser.new_context(viewport={"width": 1200, "height": 900}).new_page()
         page.set_default_timeout(LONG)
+        expect.set_options(timeout=LONG)
+        home = address.partition("?")[0]
 
         def shot(name: str) -> None:
             page.screenshot(path=folder / f"{name}.png")
 
         page.goto(address)
-        page.click("#example-tweets")
-        page.fill("#yaml", RECIPE)
-        expect(page.locator("#plan dl")).to_be_visible(timeout=LONG)
-        shot("train")
-        page.click("#start")
-        expect(page.locator("#state .badge.done")).to_be_visible(timeout=LONG)
-        page.reload()
-        shot("run")
-        home = address.partition("?")[0]
+        name = train(page, shot)
+        page.goto(f"{home}data/tweets")
+        expect(page.locator("#rows svg")).to_be_visible()
+        shot("data")
+        page.goto(f"{home}compare/runs?run=lora-tweets&run=ia3-tweets")
+        expect(page.locator(".chart canvas")).to_be_visible()
+        shot("compare")
+        page.goto(f"{home}adapters/{name}")
+        page.click("#load")
+        expect(page.locator("#server dl")).to_be_visible()
+        shot("adapters")
+        chat(page, home, name)
+        shot("chat")
         page.goto(home)
         shot("start")
-        page.goto(f"{home}data/tweets")
-        expect(page.locator("#rows svg")).to_be_visible(timeout=LONG)
-        shot("data")
         browser.close()
+
+
+def train(page: Page, shot: Callable[[str], None]) -> str:
+    """Two runs together; the name of one."""
+    page.click("#example-tweets")
+    expect(page.locator("#f-method")).to_be_visible()
+    page.fill("#yaml", RECIPE + "method: ia3\n")
+    page.click("#put-beside")
+    expect(page.locator("#together li")).to_have_count(1)
+    page.fill("#yaml", RECIPE)
+    expect(page.locator("#plan")).to_contain_text("2 ")
+    shot("train")
+    page.click("#start")
+    expect(page.locator("#state .badge.done")).to_be_visible()
+    page.reload()
+    shot("run")
+    return page.url.rpartition("/")[2]
+
+
+def chat(page: Page, home: str, name: str) -> None:
+    """The base and two adapters on one message, with a vote."""
+    page.goto(f"{home}chat?adapter={name}")
+    for box in page.locator("input[name=adapter]").all():
+        box.check()
+    page.fill("#message", PROMPT)
+    page.click("#send")
+    expect(page.locator(".answer button")).to_have_count(3)
+    page.locator(".answer button").nth(1).click()
+    expect(page.locator(".answer.best")).to_have_count(1)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 
 from starlette.testclient import TestClient
 
+from graftlm.studio import records
 from graftlm.studio.app import create_app
 from graftlm.studio.studio import Settings, Studio
 from graftlm.studio.workspace import Workspace
@@ -54,13 +55,37 @@ def client(made: Studio, inside: bool = True) -> TestClient:
     return found
 
 
-def until(asked: Any, seconds: float = 60.0) -> Any:
+def until(asked: Any, seconds: float = 240.0) -> Any:
     """What `asked` gives, once that is true."""
     end = time.monotonic() + seconds
     while not (found := asked()):
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.05)
     return found
+
+
+WEIGHTS = (2).to_bytes(8, "little") + b"{}"  # a safetensors file without tensors
+
+
+def an_adapter(made: Studio, name: str = "mine") -> Path:
+    """A run that has ended, with an adapter; its folder."""
+    folder = made.workspace.new_run(name)
+    records.write(folder / "adapter_config.json", {"peft_type": "LORA", "r": 8})
+    (folder / "adapter_model.safetensors").write_bytes(WEIGHTS)
+    (folder / "README.md").write_text("# A card <b>")
+    (folder / "recipe.yaml").write_text("method: lora\nbase: graftlm-base\ntraining: {seed: 1}\n")
+    (folder / "metrics.json").write_text(
+        json.dumps({"metrics": {"loss": 1.0, "loss_before": 2.0}, "history": [{"step": 5, "eval_loss": 1.0}]})
+    )
+    made.index.sync()
+    return folder
+
+
+def parses(args: list[str]) -> bool:
+    """Whether a job's arguments are a command line of `graftlm`; click's error where they are not."""
+    from graftlm.cli import load
+
+    return bool(load(args[0]).make_context(args[0], list(args[1:])))
 
 
 class Process:

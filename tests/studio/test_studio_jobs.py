@@ -16,7 +16,7 @@ from studio_helpers import SLEEPER, client, studio, until
 from graftlm.studio import records
 from graftlm.studio.errors import PageError
 from graftlm.studio.job import last_words
-from graftlm.studio.jobs import Jobs, alive, identity, state_of
+from graftlm.studio.jobs import Jobs, alive, identity, log_of, state_of
 from graftlm.studio.progress import Progress, tail
 from graftlm.studio.workspace import Workspace
 
@@ -26,7 +26,7 @@ def jobs(tmp_path):
     made = Jobs(Workspace(tmp_path))
     made.program = (sys.executable, str(SLEEPER))
     yield made
-    for _, entry in made._entries():
+    for _, entry in made.entries():
         if "pid" in entry and alive(entry):
             os.killpg(entry["pid"], signal.SIGKILL)
 
@@ -63,19 +63,77 @@ def test_one_at_a_time_and_the_next_starts_without_the_studio(jobs):
     assert state_of(second)["started"] <= state_of(third)["started"]
 
 
-def test_two_at_a_time(tmp_path):
+def planned(jobs: Jobs, *needs: int | None) -> None:
+    """Write plans to what is in the queue."""
+    for (file, _), count in zip(jobs.entries(), needs, strict=True):
+        jobs.note_plan(file, count)
+
+
+def test_two_at_a_time_where_the_plans_leave_room(tmp_path):
     jobs = Jobs(Workspace(tmp_path), at_once=2)
     jobs.program = (sys.executable, str(SLEEPER))
     folders = [job(jobs, name, "sleep", "600") for name in "abc"]
-    assert len(jobs.going()) == 2 and jobs.waiting() == ["c"]
-    for folder in folders[:2]:
-        until(lambda folder=folder: asleep(folder))
+    until(lambda: asleep(folders[0]))
+    free = psutil.virtual_memory().available
+    for needs in ((None, None, None), (1, None, 1), (1, 2 * free, 1), (2 * free, 1, 1), (None, 1, 1)):
+        planned(jobs, *needs)  # no plan, too much for both, or too much still to be taken by the first: it goes alone
+        jobs.advance()
+        assert (jobs.going(), jobs.waiting()) == (["a"], ["b", "c"]), needs
+    planned(jobs, 1, 1, 1)
+    jobs.advance()
+    assert (jobs.going(), jobs.waiting()) == (["a", "b"], ["c"])
+    until(lambda: asleep(folders[1]))
     jobs.stop(folders[0])
     until(lambda: asleep(folders[2]))
-    assert len(jobs.going()) == 2
     for folder in folders[1:]:
         jobs.stop(folder, at_once=True)
-        until(lambda folder=folder: jobs.advance() or state(folder) == "lost")
+        until(lambda folder=folder: jobs.advance() or state(folder) == "stopped")
+
+
+def test_one_is_started_beside_another_where_a_user_asks_for_it_and_the_plans_leave_room(jobs):
+    first, second = job(jobs, "a", "sleep", "600"), job(jobs, "b", "hello")
+    planned(jobs, 1, 2**60)
+    jobs.beside(second)
+    assert jobs.waiting() == ["b"]
+    planned(jobs, 1, 1)
+    assert jobs.advance() == [second]
+    until(lambda: state(second) == "done" and jobs.going() == ["a"])
+    with pytest.raises(PageError, match="not running"):
+        jobs.beside(second)
+    jobs.stop(first, at_once=True)
+    until(lambda: jobs.advance() or state(first) == "stopped")
+
+
+def test_what_trains_together_is_one_job(jobs):
+    """One process for all, one log; each is told how it ended itself, and what did not end is resumed without the others."""
+    folders = [jobs.workspace.new_run(name) for name in "abc"]
+    files = [f"runs/{f.name}/settings.yaml" for f in folders]
+    jobs.add(folders, "train", ["several", *files])
+    assert jobs.going() == ["a", "b", "c"] and len(list(jobs.workspace.queue.glob("*.json"))) == 1
+    until(lambda: state(folders[2]) == "failed")
+    assert [state(f) for f in folders] == ["done", "failed", "failed"]
+    assert state_of(folders[1])["error"] == "there are no rows" and state_of(folders[2])["error"] == "there is no base"
+    assert {log_of(f) for f in folders} == {folders[0] / "log.txt"}
+    until(lambda: not jobs.going())
+    jobs.again(folders[1], "--resume")
+    until(lambda: not jobs.advance() and not jobs.going())
+    assert "several runs/b/settings.yaml runs/c/settings.yaml --resume" in tail(log_of(folders[2]))
+    assert state(folders[0]) == "done" and log_of(folders[2]) == folders[1] / "log.txt"
+
+
+def test_what_trains_together_is_stopped_together(jobs):
+    first, *folders = (jobs.workspace.new_run(name) for name in "abc")
+    jobs.add(first, "train", ["sleep", "600"])
+    jobs.add(folders, "train", ["sleep", "600"])
+    assert jobs.waiting() == ["b", "c"]
+    jobs.stop(folders[1])
+    assert [state(f) for f in folders] == ["stopped", "stopped"] and jobs.waiting() == []
+    jobs.again(folders[0])
+    until(lambda: asleep(first))
+    jobs.stop(first)
+    until(lambda: asleep(folders[0]))
+    jobs.stop(folders[1])
+    until(lambda: [state(f) for f in folders] == ["stopped", "stopped"])
 
 
 def test_what_waits_can_be_taken_out(jobs):
@@ -85,7 +143,7 @@ def test_what_waits_can_be_taken_out(jobs):
     with pytest.raises(PageError, match="not running"):
         jobs.stop(second)
     jobs.stop(first, at_once=True)
-    until(lambda: jobs.advance() or state(first) == "lost")
+    until(lambda: jobs.advance() or state(first) == "stopped")
 
 
 def test_failures_say_what_the_command_said(jobs):
@@ -100,7 +158,7 @@ def test_failures_say_what_the_command_said(jobs):
 def test_a_job_that_is_killed_is_lost_and_says_so(jobs):
     folder = job(jobs, "a", "sleep", "600")
     until(lambda: asleep(folder))
-    (entry,) = [e for _, e in jobs._entries()]
+    (entry,) = [e for _, e in jobs.entries()]
     os.kill(entry["pid"], signal.SIGKILL)
     assert until(jobs.advance) == [folder]
     assert state(folder) == "lost" and "without a word" in state_of(folder)["error"]
@@ -129,7 +187,7 @@ def test_a_process_is_known_by_more_than_its_id(tmp_path):
         folder = made.workspace.new_run("a")
         records.write(folder / "job.json", {"kind": "train", "args": ["x"]})
         records.write(folder / "state.json", {"state": "running"})
-        past = entry | {"born": entry["born"] - 100, "folder": "a", "args": [], "queued": 1.0}
+        past = entry | {"born": entry["born"] - 100, "folders": ["a"], "args": [], "queued": 1.0}
         records.write(made.workspace.queue / "1-a.json", past)
         made.stop(folder)
         assert made.advance() == [folder] and state(folder) == "lost"
@@ -182,7 +240,7 @@ def test_pages_stop_resume_and_delete(tmp_path):
     assert records.read(next(made.workspace.queue.glob("*.json")))["args"][-1] == "--resume"
     until(lambda: asleep(folder))
     browser.post("/runs/a/stop", data={"now": "1"})
-    until(lambda: made.look() or made.index.run("a").state == "lost")
+    until(lambda: made.look() or made.index.run("a").state == "stopped")
     assert browser.post("/runs/a/delete").status_code == 204 and not folder.exists()
     assert browser.get("/runs/a").status_code == 404 and browser.post("/runs/a/stop").status_code == 404
 
@@ -196,6 +254,8 @@ def test_the_log_without_a_terminals_codes(tmp_path):
     assert len(tail(log)) <= 24_000 and tail(log).startswith("line\n")
     log.write_text("Error: first\nError: no such\nfile")
     assert last_words(log) == "no such\nfile"
+    log.write_text("Try 'graftlm -h'.\n╭─ Error ─╮\n│ No such option: -x │\n╰──╯\n")
+    assert last_words(log) == "No such option: -x"
 
 
 def lines(*events: dict) -> str:

@@ -2,47 +2,18 @@
 
 from __future__ import annotations
 
-import io
+import asyncio
+import html
 import json
 import re
-import zipfile
 
 import pytest
 import yaml
-from studio_helpers import client, studio, until
+from studio_helpers import an_adapter, client, parses, studio, until
 
 from graftlm.studio import records
 from graftlm.studio.errors import PageError
 from graftlm.studio.index import recipe_in
-
-
-@pytest.fixture
-def made(tmp_path, monkeypatch):
-    (tmp_path / "given").mkdir()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "rows.jsonl").write_text('{"text": "secret"}\n')
-    found = studio(tmp_path / "workspace", tmp_path / "given")
-    monkeypatch.chdir(found.workspace.root)  # as the worker's process has it
-    return found
-
-
-@pytest.fixture
-def browser(made):
-    return client(made)
-
-
-def an_adapter(made, name: str = "mine"):
-    folder = made.workspace.new_run(name)
-    records.write(folder / "adapter_config.json", {"peft_type": "LORA", "r": 8})
-    (folder / "adapter_model.safetensors").write_bytes(b"weights")
-    (folder / "README.md").write_text("# A card <b>")
-    (folder / "recipe.yaml").write_text("method: lora\nbase: graftlm-base\ntraining: {seed: 1}\n")
-    (folder / "metrics.json").write_text(
-        json.dumps({"metrics": {"loss": 1.0, "loss_before": 2.0}, "history": [{"step": 5, "eval_loss": 1.0}]})
-    )
-    made.index.sync()
-    return folder
-
 
 PLACES = ("/", "/data", "/data/tweets", "/train", "/runs", "/compare", "/chat", "/adapters")
 
@@ -130,7 +101,8 @@ def test_a_run_is_started_and_repeated(browser, made):
     name = answer.headers["hx-redirect"].removeprefix("/runs/")
     folder = made.workspace.run(name)
     assert name == "My-first-run" and recipe_in(folder) == {"training": {"epochs": 2}, "output_dir": f"runs/{name}"}
-    assert records.read(folder / "job.json")["args"] == ["train", f"runs/{name}/settings.yaml", "--progress"]
+    args = records.read(folder / "job.json")["args"]
+    assert args == ["train", f"runs/{name}/settings.yaml", "--progress"] and parses([*args, "--resume"])
     until(lambda: made.look() or made.index.run(name).state == "done")
     page = browser.get(f"/runs/{name}")
     assert page.status_code == 200 and "graftlm train runs/My-first-run/settings.yaml" in page.text
@@ -139,25 +111,83 @@ def test_a_run_is_started_and_repeated(browser, made):
     assert "event: end" in browser.get(f"/runs/{name}/events").text
 
 
-def test_a_plan_says_what_would_fit(browser, made, monkeypatch):
+PLAN = {
+    "fits": False, "needs": 9 * 2**30, "free": 2**30, "time": "1 s", "updates": 5, "trained": 10, "of": 100, "rows": 3,
+    "longest": 4, "together": 1,
+    "changes": [{"values": {"training.batch_size": "1"}, "needs": 2**29, "time": "2 s", "fits": True}],
+}  # fmt: skip
+
+
+def test_a_plan_says_what_would_fit_and_changes_it_so(browser, made, monkeypatch):
     asked = []
 
     async def ask(name, /, **values):
         asked.append((name, values))
-        return {
-            "fits": False, "peak": "9 GiB", "free": "1 GiB", "time": "1 s", "updates": 5, "trained": 10, "of": 100,
-            "rows": 3, "longest": 4, "change": {"training.batch_size": 1},
-        }  # fmt: skip
+        return PLAN
 
-    monkeypatch.setattr(made.worker, "ask", ask)
-    text = browser.post("/train/plan", data={"text": "method: lora\n"}).text
-    assert "Does not fit" in text and "training.batch_size: 1" in text and asked[0][0] == "plan"
+    with monkeypatch.context() as patched:
+        patched.setattr(made.worker, "ask", ask)
+        text = browser.post("/train/plan", data={"text": "method: lora\n"}).text
+    assert "Does not fit" in text and "9.00 GiB at most" in text and asked == [("plan", {"texts": ["method: lora\n"]})]
+    values = json.loads(html.unescape(re.search(r'hx-vals="([^"]+)"', text)[1]))
+    values["text"] = "method: lora\ntraining: {epochs: 2, batch_size: 8}\n"
+    changed = browser.post("/train/check", data=values).text
+    written = yaml.safe_load(re.search(r'data-sets="yaml" hidden>(.*?)</div>', changed, re.S)[1])
+    assert written == {"method": "lora", "training": {"epochs": 2, "batch_size": 1}}
+    assert 'name="training.batch_size" value="1"' in changed  # the form follows
 
     async def refuse(name, /, **values):
         raise PageError(422, "no such base <b>")
 
     monkeypatch.setattr(made.worker, "ask", refuse)
     assert "no such base &lt;b&gt;" in browser.post("/train/plan", data={"text": ""}).text
+
+
+def test_runs_that_train_together(browser, made, tmp_path):
+    first, second = "method: lora\n", "method: ia3\ntraining: {seed: 3}\n"
+    put = browser.post("/train/beside", data={"text": first}).text
+    assert f'<textarea name="other" hidden aria-hidden="true">{first}' in put and "/train/plan" in put
+    for bad, said in (
+        (first, "change it first"), ("base: smollm2\n", "share one base in one form"), ("method: loraa\n", "did you mean"),
+    ):  # fmt: skip
+        for place in ("/train/beside", "/train/check", "/train/start"):
+            text = browser.post(place, data={"text": bad, "other": [first], "by": "yaml"}).text
+            assert said in text and "<li class" not in text, (place, bad)
+    secret = f"data: {{source: {tmp_path / 'other' / 'rows.jsonl'}}}\n"
+    assert "outside" in browser.post("/train/start", data={"text": second, "other": [secret]}).text and not made.jobs.going()
+    answer = browser.post("/train/start", data={"text": second, "other": [first], "title": "both"})
+    assert answer.headers["hx-redirect"] == "/runs/both"
+    folders = [made.workspace.run(name) for name in ("both", "both-2")]
+    assert [recipe_in(f)["output_dir"] for f in folders] == ["runs/both", "runs/both-2"]
+    args = ["train", "runs/both/settings.yaml", "runs/both-2/settings.yaml", "--progress"]
+    assert all(records.read(f / "job.json")["args"] == args for f in folders)
+    until(lambda: made.look() or {r.state for r in made.index.runs()} == {"done"})
+    page = browser.get("/runs/both-2").text
+    assert 'href="/runs/both"' in page and "args train" in page  # the log is the first one's
+
+
+def test_a_run_that_waits_says_whether_it_fits_beside_what_goes_on(browser, made):
+    folders = [made.workspace.new_run(name) for name in "ab"]
+    for folder in folders:
+        (folder / "settings.yaml").write_text(f"output_dir: runs/{folder.name}\n")
+        made.jobs.add(folder, "train", ["sleep", "600"])
+    assert "fit beside" not in browser.get("/runs/b").text
+    asked = []
+
+    async def ask(name, /, texts):
+        asked.append((name, texts))
+        return PLAN | {"needs": 1}
+
+    made.worker.ask = ask
+    asyncio.run(made.plan_queue())
+    asyncio.run(made.plan_queue())
+    assert asked == [("plan", ["output_dir: runs/a\n"]), ("plan", ["output_dir: runs/b\n"])]  # each once
+    page = browser.get("/runs/b").text
+    assert "it fits beside what goes on" in page and 'id="beside"' in page
+    assert browser.post("/runs/b/beside").headers["hx-redirect"] == "/runs/b" and made.jobs.going() == ["a", "b"]
+    for folder in folders:
+        browser.post(f"/runs/{folder.name}/stop", data={"now": "1"})
+    until(lambda: made.look() or {r.state for r in made.index.runs()} == {"stopped"})
 
 
 # -- data ------------------------------------------------------------------------------------------------------------------
@@ -254,13 +284,17 @@ def test_a_chat_of_three_with_votes(browser, made):
     for name in ("one", "bad"):
         an_adapter(made, name)
     form = {"base": "graftlm-base", "adapter": ["", "one", "bad"], "message": "<b>hi</b>", "system": "Be kind.", "seed": "3"}
+    form |= {"top_k": "5", "repetition_penalty": "1.2", "frequency_penalty": "-1"}
     text = browser.post("/chat/send", data=form).text
     name = re.search(r'name="name" id="chat-name" value="([^"]+)"', text)[1]
     assert "<b>hi" not in text and "&lt;b&gt;hi" in text
+    assert text.count("sse-swap=") == text.count('hx-target="this" hx-swap="innerHTML"') == 4  # not the form's own
     events = browser.get(f"/chat/{name}/0/events").text
     assert "one said: &lt;b&gt;hi&lt;/b&gt;" in events and "<b>hi" not in events and "no such model" in events
     assert events.rstrip().endswith("data:") and "event: end" in events
-    assert made.server.asked[0][1][0] == {"role": "system", "content": "Be kind."} and made.server.asked[0][2]["seed"] == 3
+    assert made.server.asked[0][1][0] == {"role": "system", "content": "Be kind."} and made.server.asked[0][2] == {
+        "max_tokens": 128, "temperature": 0.0, "seed": 3, "top_k": 5, "repetition_penalty": 1.2, "frequency_penalty": -1.0,
+    }  # fmt: skip
     assert browser.post(f"/chat/{name}/rows").status_code == 422
     assert 'aria-pressed="true"' in browser.post(f"/chat/{name}/0/vote", data={"answer": "one"}).text
     assert browser.post(f"/chat/{name}/0/vote", data={"answer": "bad"}).status_code == 422
@@ -270,6 +304,7 @@ def test_a_chat_of_three_with_votes(browser, made):
     (own,) = [m for a, m, _ in made.server.asked if a == "one"]
     assert [m["content"] for m in own] == ["Be kind.", "<b>hi</b>", "one said: <b>hi</b>", "again"]
     page = browser.get(f"/chat?name={name}").text
+    assert re.search(r'name="top_k"[^>]*value="5"', page) and re.search(r'name="seed"[^>]*value="3"', page)
     assert "one said: again" in page and made.index.chats()[0].votes == 1
     place = browser.post(f"/chat/{name}/rows").headers["hx-redirect"]
     (row,) = [json.loads(line) for line in (made.workspace.data / place.rpartition("/")[2]).read_text().splitlines()]
@@ -282,60 +317,10 @@ def test_what_a_chat_refuses(browser, made):
     good = {"base": "graftlm-base", "adapter": "", "message": "hi"}
     for bad, status in (
         ({"message": " "}, 422), ({"adapter": "nothing"}, 404), ({"temperature": "hot"}, 422), ({"max_tokens": "0"}, 422),
+        ({"top_k": "0"}, 422), ({"presence_penalty": "9"}, 422),
         ({"base": "/etc"}, 403), ({"name": "../x"}, 404), ({"name": "nothing"}, 404),
     ):  # fmt: skip
         assert browser.post("/chat/send", data=good | bad).status_code == status, bad
     text = browser.post("/chat/send", data=good | {"base": "broken"}).text
     name = re.search(r'id="chat-name" value="([^"]+)"', text)[1]
     assert "cannot be served: &lt;b&gt;" in browser.get(f"/chat/{name}/0/events").text
-
-
-# -- adapters and comparisons ----------------------------------------------------------------------------------------------
-def test_adapters_are_shown_packed_and_turned_into_others(browser, made):
-    folder = an_adapter(made)
-    assert "/adapters/mine" in browser.get("/adapters").text
-    page = browser.get("/adapters/mine").text
-    assert "LORA" in page and "# A card &lt;b&gt;" in page
-    names = zipfile.ZipFile(io.BytesIO(browser.get("/adapters/mine/zip").content)).namelist()
-    assert "mine/adapter_model.safetensors" in names
-    assert browser.get("/adapters/mine/files/adapter_model.safetensors").content == b"weights"
-    for bad in ("job.json", "..%2f..%2fkey", "nothing"):
-        assert browser.get(f"/adapters/mine/files/{bad}").status_code == 404
-    (folder / "loss.png").symlink_to(made.workspace.own / "key")
-    assert browser.get("/adapters/mine/files/loss.png").status_code == 403
-    assert browser.get("/adapters/mine/zip").status_code == 403
-    place = browser.post("/adapters/mine/make", data={"what": "merge"}).headers["hx-redirect"]
-    args = records.read(made.workspace.run(place.rpartition("/")[2]) / "job.json")["args"]
-    assert args == ["merge", "--adapter", "runs/mine", "--output", "runs/mine-merge/out", "--base", "graftlm-base"]
-    assert browser.post("/adapters/mine/make", data={"what": "--help"}).status_code == 422
-    assert browser.get("/adapters/mine-merge").status_code == 404
-    until(lambda: not made.jobs.advance() and not made.jobs.going())
-
-
-def test_comparisons(browser, made, tmp_path):
-    form = {"base": "graftlm-base", "data": "quotes", "method": ["lora", "ia3"], "steps": "5"}
-    for bad, status in (
-        ({"method": ["nothing"]}, 422), ({"steps": "x"}, 422), ({"data": str(tmp_path / "other")}, 403),
-        ({"data": "--help"}, 422),
-    ):  # fmt: skip
-        assert browser.post("/compare/start", data=form | bad).status_code == status, bad
-    name = browser.post("/compare/start", data=form).headers["hx-redirect"].rpartition("/")[2]
-    folder = made.workspace.run(name)
-    assert records.read(folder / "job.json")["args"][-6:] == ["--method", "lora", "--method", "ia3", "--max-steps", "5"]
-    until(lambda: not made.jobs.advance() and not made.jobs.going())
-    assert browser.get(f"/compare/{name}").status_code == 404
-    (folder / "out").mkdir()
-    (folder / "out" / "report.html").write_text("<p>the report<script>alert(1)</script>")
-    assert "sandbox" in browser.get(f"/compare/{name}").text
-    policy = browser.get(f"/compare/{name}/report").headers["content-security-policy"]
-    assert "default-src 'none'" in policy and "sandbox" in policy and "script-src" not in policy
-
-
-def test_runs_beside_each_other(browser, made):
-    an_adapter(made, "one")
-    other = an_adapter(made, "two")
-    (other / "recipe.yaml").write_text("method: ia3\nbase: graftlm-base\ntraining: {seed: 1}\n")
-    text = browser.get("/compare/runs?run=one&run=two").text
-    assert "<code>method</code>" in text and "<code>training.seed</code>" not in text and "data-curve" in text
-    assert browser.get("/compare/runs?run=one").status_code == 422
-    assert browser.get("/compare/runs?run=one&run=nothing").status_code == 404

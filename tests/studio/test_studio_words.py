@@ -27,6 +27,17 @@ def test_every_text_is_in_the_catalogue():
         assert sorted(re.findall(r"{\w+}", text)) == sorted(re.findall(r"{\w+}", translation)), text
 
 
+def test_every_help_of_the_form_is_in_the_catalogue():
+    from graftlm.studio import forms
+    from graftlm.training.defaults import method_names
+
+    known = words.catalogue("zh")
+    options = [f for name in method_names() for f in forms.option_fields(name)]
+    assert all(f["help"] for f in [*forms.fields(), *options])
+    assert not {f["help"] for f in [*forms.fields(), *options]} - known.keys()
+    assert forms.helps(forms.config_type("lora"))["r"] == "rank of the update."
+
+
 def test_no_text_of_a_page_is_left_untranslated():
     """Words that stand in a template outside of tags and of `_(…)`."""
     for template in TEMPLATES:

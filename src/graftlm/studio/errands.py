@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,8 +26,12 @@ def recipe_form(method: str = "lora") -> dict[str, Any]:
     return {"fields": forms.fields(), "options": forms.option_fields(method)}
 
 
-def check(values: dict[str, str] | None, text: str) -> dict[str, Any]:
-    """A recipe out of a form (`values`, over the YAML `text`) or out of the text alone: YAML, form, fields and problems."""
+def check(values: dict[str, str] | None, text: str, others: Sequence[str] = ()) -> dict[str, Any]:
+    """A recipe out of a form (`values`, over the YAML `text`) or out of the text alone: YAML, form, fields and problems.
+
+    Args:
+        others: recipes that are to train together with it.
+    """
     from . import forms
 
     wrong = ""
@@ -36,6 +40,8 @@ def check(values: dict[str, str] | None, text: str) -> dict[str, Any]:
     else:
         content = forms.from_form(values, text)
     found = [{"key": "", "text": wrong}] if wrong else forms.problems(content)
+    if others and not found:
+        found = forms.apart([content, *(forms.read(other)[0] for other in others)])
     shown = forms.flat(content)
     return {
         "yaml": text if values is None else forms.written(content), "values": shown, "problems": found,
@@ -43,23 +49,27 @@ def check(values: dict[str, str] | None, text: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def plan(text: str) -> dict[str, Any]:
-    """The plan of a recipe, and where it does not fit, what would."""
+def plan(texts: Sequence[str]) -> dict[str, Any]:
+    """The plan of a recipe, or of several that train together, and where one does not fit, what would make it."""
     from ..planning import plan as planned
     from ..planning.mends import mends
-    from ..planning.whole import size
     from ..training import Recipe
     from ..training.schema import load_yaml
 
-    recipe = Recipe.from_dict(load_yaml(text) or {})
-    made = planned(recipe)
-    found = () if made.fits else mends(recipe, made, {})
-    chosen = next((mend.overrides for mend in found if mend.plan.fits), None)
-    change = None if chosen is None else load_yaml("\n".join(entry.replace("=", ": ", 1) for entry in chosen))
+    recipes = [Recipe.from_dict(load_yaml(text) or {}) for text in texts]
+    made = planned(recipes)
+    found = () if made.fits or len(recipes) > 1 else mends(recipes[0], made, {})
     return {
-        "fits": made.fits, "peak": size(made.peak_bytes), "free": size(made.device.free_bytes), "device": made.device.name,
+        "fits": made.fits, "needs": made.peak_bytes, "free": made.device.free_bytes, "device": made.device.name,
         "time": made.time(), "updates": made.updates, "trained": made.sizes.trained, "of": made.sizes.base,
-        "rows": made.rows["rows"], "longest": made.rows["longest"], "change": change,
+        "rows": made.rows["rows"], "longest": made.rows["longest"], "together": made.together,
+        "changes": [
+            {
+                "values": dict(entry.split("=", 1) for entry in mend.overrides), "needs": mend.plan.peak_bytes,
+                "time": mend.plan.time(), "fits": mend.plan.fits,
+            }
+            for mend in found
+        ],
     }  # fmt: skip
 
 

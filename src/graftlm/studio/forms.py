@@ -7,7 +7,10 @@ default; so the YAML holds only what was said. Keys that the form does not have 
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 import types
+from collections.abc import Sequence
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
@@ -73,7 +76,7 @@ def option_fields(method: str) -> list[dict[str, Any]]:
         kind, given = config_type(method), defaults_of(method).options
     except ConfigError:
         return []
-    hints = get_type_hints(kind)
+    hints, texts = get_type_hints(kind), helps(kind)
     found = []
     for f in dataclasses.fields(kind):
         if f.name in HIDDEN_FIELDS or not f.init:
@@ -83,9 +86,23 @@ def option_fields(method: str) -> list[dict[str, Any]]:
         found.append(
             {
                 "key": OPTIONS + f.name, "section": "method_options", "name": f.name, "kind": kind_of(hints[f.name]),
-                "choices": None, "help": "", "default": default, "min": None, "max": None, "basic": False,
+                "choices": None, "help": texts.get(f.name, ""), "default": default, "min": None, "max": None, "basic": False,
             }
         )  # fmt: skip
+    return found
+
+
+ARGUMENTS = re.compile(r"^Args:\n((?:    .*\n?|\n)+)", re.M)
+ARGUMENT = re.compile(r"^    (\w+(?:, \w+)*): (.*\n?(?:        .*\n?)*)", re.M)
+
+
+def helps(kind: type) -> dict[str, str]:
+    """What a configuration's documentation says of its fields, and what the classes below it say."""
+    found: dict[str, str] = {}
+    for own in reversed(kind.__mro__):
+        arguments = ARGUMENTS.search(inspect.cleandoc(vars(own).get("__doc__") or ""))
+        for names, text in ARGUMENT.findall(arguments[1] if arguments else ""):
+            found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
     return found
 
 
@@ -173,4 +190,19 @@ def problems(content: dict[str, Any]) -> list[dict[str, str]]:
     except RecipeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:]]
         return [{"key": line.partition(": ")[0] if ": " in line else "", "text": line} for line in lines]
+    return []
+
+
+def apart(contents: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """What keeps recipes, the first of which is being written, from training together."""
+    from ..training import Together
+
+    made = Together(quiet=True)
+    if contents[0] in contents[1:]:
+        return [{"key": "", "text": "The same recipe is among those that train together already; change it first."}]
+    try:
+        for number, content in enumerate([*contents[1:], contents[0]], 1):
+            made.add(Recipe.from_dict(content | {"output_dir": f"recipe {number}"}))
+    except RecipeError as error:
+        return [{"key": "", "text": str(error)}]
     return []

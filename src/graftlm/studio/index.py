@@ -7,6 +7,7 @@ went by other hands are noticed by their names (`sync`). `rebuild` makes the fil
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from .jobs import JOB, state_of
 from .workspace import Workspace
 
 VERSION = 1  # of the tables; a file with another is made anew
-SETTINGS, RECIPE = "settings.yaml", "recipe.yaml"
+COARSE = 3.0  # seconds, of the clocks of file systems
+SETTINGS, RECIPE, ORIGIN = "settings.yaml", "recipe.yaml", "origin.json"  # the last: of an adapter from elsewhere
 
 
 class Run(SQLModel, table=True):
@@ -67,6 +69,7 @@ class Index:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
+        self._looked: dict[str, tuple[float, float]] = {}  # of each folder: when it was looked at, and its time then
         self.path = workspace.own / "index.sqlite"
         self.engine = create_engine(f"sqlite:///{self.path}", connect_args={"check_same_thread": False})
         with self.engine.connect() as connection:
@@ -76,6 +79,7 @@ class Index:
 
     def rebuild(self) -> dict[str, int]:
         """Make the tables anew out of the folders; how many rows each has."""
+        self._looked.clear()
         tables: Any = [t.__table__ for t in TABLES]  # type: ignore[attr-defined]
         SQLModel.metadata.drop_all(self.engine, tables=tables)
         SQLModel.metadata.create_all(self.engine, tables=tables)
@@ -88,11 +92,22 @@ class Index:
     def sync(self) -> None:
         """Take in what came into the folders, and let go of what went."""
         w = self.workspace
-        self._match(Run, {e.name for e in os.scandir(w.runs) if e.is_dir()}, lambda name: run_row(w.runs / name))
-        files = {e.name for e in os.scandir(w.data) if not e.name.startswith(".")}
-        self._match(DataSet, {name.removesuffix(".link.json") for name in files}, lambda name: data_row(w, name))
-        chats = {e.name.removesuffix(".json") for e in os.scandir(w.chats) if e.name.endswith(".json")}
-        self._match(Chat, {c for c in chats if not c.startswith(".")}, lambda name: chat_row(w.chats / f"{name}.json"))
+        if self._changed(w.runs):
+            self._match(Run, {e.name for e in os.scandir(w.runs) if e.is_dir()}, lambda name: run_row(w.runs / name))
+        if self._changed(w.data):
+            files = {e.name for e in os.scandir(w.data) if not e.name.startswith(".")}
+            self._match(DataSet, {name.removesuffix(".link.json") for name in files}, lambda name: data_row(w, name))
+        if self._changed(w.chats):
+            chats = {e.name.removesuffix(".json") for e in os.scandir(w.chats) if e.name.endswith(".json")}
+            self._match(Chat, {c for c in chats if not c.startswith(".")}, lambda name: chat_row(w.chats / f"{name}.json"))
+
+    def _changed(self, folder: Path) -> bool:
+        """Whether names may have come or gone since the last look. A folder's time is as coarse as the file system's clock:
+        one that changed just before the look may have changed again just after it."""
+        now, changed = time.time(), folder.stat().st_mtime
+        looked, seen = self._looked.get(folder.name, (0.0, 0.0))
+        self._looked[folder.name] = now, changed
+        return changed != seen or looked - changed < COARSE
 
     def _match(self, table: Any, there: set[str], row: Any) -> None:
         with Session(self.engine) as session:
@@ -114,11 +129,12 @@ class Index:
         self.put(run_row(folder))
 
     def runs(
-        self, *, limit: int = 50, offset: int = 0, text: str = "", state: str = "", adapters: bool = False
+        self, *, limit: int = 50, offset: int = 0, text: str = "", state: str = "", kind: str = "", adapters: bool = False
     ) -> list[Run]:
         """Runs, the latest first. text: in name, method, base or data."""
         with Session(self.engine) as session:
-            wanted = self._wanted(select(Run), text, state, adapters).order_by(col(Run.created).desc(), col(Run.name))
+            wanted = self._wanted(select(Run), text, state, adapters)
+            wanted = (wanted.where(Run.kind == kind) if kind else wanted).order_by(col(Run.created).desc(), col(Run.name))
             return list(session.exec(wanted.offset(offset).limit(limit)).all())
 
     def count(self, *, text: str = "", state: str = "", adapters: bool = False) -> int:
@@ -151,16 +167,16 @@ class Index:
 def run_row(folder: Path) -> Run:
     """A run as its folder has it."""
     job, state = records.read(folder / JOB), state_of(folder)
-    recipe = recipe_in(folder)
+    recipe, config = recipe_in(folder), records.read(folder / "adapter_config.json")
     measures = records.read(folder / "metrics.json").get("metrics", {})
     return Run(
         name=folder.name, kind=job.get("kind", "train"), state=state.get("state", "unknown"),
-        method=text_of(recipe, "method", "lora" if recipe is not None else ""),
-        base=text_of(recipe, "base", "graftlm-base" if recipe is not None else ""),
+        method=text_of(recipe, "method", "lora" if recipe is not None else str(config.get("peft_type") or "").lower()),
+        base=text_of(recipe, "base", "graftlm-base" if recipe is not None else base_beside(folder, config)),
         data=text_of((recipe or {}).get("data"), "source", ""),
         created=job.get("created") or folder.stat().st_mtime, ended=state.get("ended"),
         loss_before=measures.get("loss_before"), loss=measures.get("loss"), accuracy=measures.get("accuracy"),
-        adapter=(folder / "adapter_config.json").exists(), title=job.get("title", ""),
+        adapter=bool(config), title=job.get("title", ""),
     )  # fmt: skip
 
 
@@ -174,6 +190,11 @@ def recipe_in(folder: Path) -> dict[str, Any] | None:
         if isinstance(found, dict):
             return found
     return None
+
+
+def base_beside(folder: Path, config: dict[str, Any]) -> str:
+    """The base of an adapter that has no recipe: what was chosen when it came, or what it names itself."""
+    return str(records.read(folder / ORIGIN).get("base") or config.get("base_model_name_or_path") or "")
 
 
 def text_of(section: Any, key: str, otherwise: str) -> str:

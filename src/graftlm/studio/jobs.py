@@ -1,13 +1,17 @@
 """Jobs: processes of their own, one at a time, that outlive the studio.
 
-A job is a folder of `runs/` with a job.json: what `graftlm …` is called with, in the workspace. What waits or goes on has a
-file in `queue/`, by time; whoever sees that there is room starts the next: the studio, or a job's own process at its end, so
-the queue goes on when nobody watches. A lock keeps two of them apart.
+A job is a folder of `runs/` with a job.json: what `graftlm …` is called with, in the workspace. Runs that train together are
+one job of several folders, whose log is in the first. What waits or goes on has a file in `queue/`, by time; whoever sees
+that there is room starts the next: the studio, or a job's own process at its end, so the queue goes on when nobody watches.
+A lock keeps two of them apart.
 
     state.json   {"state": "waiting" | "running" | "stopping" | "done" | "stopped" | "failed" | "lost", …}
 
 "lost" is a process that ended without a word (killed, out of memory, machine off). A process is known by its id and the time
 at which it began: ids are used again.
+
+A job starts beside others where so many may go at once, or a user asked for it, and the plans of all leave room for it
+(`needs`, in bytes; see `fits`). One that has no plan goes alone.
 """
 
 from __future__ import annotations
@@ -48,13 +52,22 @@ class Jobs:
         self._children: list[subprocess.Popen] = []
 
     # -- what users ask ----------------------------------------------------------------------------------------------------
-    def add(self, folder: Path, kind: str, args: Sequence[str], **told: Any) -> None:
-        """Put a run's folder into the queue. args: of `graftlm`, in the workspace. told: kept in job.json."""
-        records.write(folder / JOB, {"kind": kind, "args": list(args), "created": time.time()} | told)
-        self._queue(folder, list(args))
+    def add(self, folders: Path | Sequence[Path], kind: str, args: Sequence[str], **told: Any) -> None:
+        """Put a run's folder into the queue, or those of runs that train together.
+
+        Args:
+            args: of `graftlm`, in the workspace; what is in a run's folder begins with `runs/NAME/`.
+            told: kept in job.json.
+        """
+        folders = [folders] if isinstance(folders, Path) else list(folders)
+        told |= {"together": [f.name for f in folders]} if len(folders) > 1 else {}
+        for folder in folders:
+            records.write(folder / JOB, {"kind": kind, "args": list(args), "created": time.time()} | told)
+        self._queue(folders, list(args))
 
     def again(self, folder: Path, *more: str) -> None:
-        """Queue a job that has ended once more, with further arguments (`--resume`).
+        """Queue a job that has ended once more, with further arguments (`--resume`), and what trained together with it and
+        did not come to its end either.
 
         Raises:
             PageError: it has not ended, or was not made here.
@@ -64,43 +77,64 @@ class Jobs:
             raise PageError(409, f"{folder.name} was not started from the studio; go on with it on the command line.")
         if state_of(folder).get("state") not in ENDED:
             raise PageError(409, f"{folder.name} has not ended.")
-        self._queue(folder, [*job["args"], *more])
+        names = job.get("together", [folder.name])
+        found = [f for f in map(self.workspace.runs.joinpath, names) if f == folder or cut_short(f)]
+        left = tuple(f"runs/{name}/" for name in names if name not in {f.name for f in found})
+        self._queue(found, [*(a for a in job["args"] if not a.startswith(left)), *more])
 
-    def _queue(self, folder: Path, args: list[str]) -> None:
-        now = time.time()
-        records.write(folder / STATE, {"state": "waiting", "queued": now})
-        entry = {"folder": folder.name, "args": args, "queued": now}
-        records.write(self.workspace.queue / f"{time.time_ns():020}-{folder.name}.json", entry)
+    def _queue(self, folders: list[Path], args: list[str]) -> None:
+        now, names = time.time(), [f.name for f in folders]
+        for folder in folders:
+            records.write(folder / STATE, {"state": "waiting", "queued": now, "log": names[0]})
+        entry = {"folders": names, "args": args, "queued": now}
+        records.write(self.workspace.queue / f"{time.time_ns():020}-{names[0]}.json", entry)
         self.advance()
 
     def stop(self, folder: Path, at_once: bool = False) -> None:
-        """As Ctrl-C: training ends its step and saves. at_once: kill. One that waits is taken out of the queue.
+        """As Ctrl-C: training ends its step and saves. at_once: kill. One that waits is taken out of the queue. What trains
+        together is stopped together.
 
         Raises:
             PageError: it does not go on.
         """
         with self.lock:
-            found = next((e for e in self._entries() if e[1]["folder"] == folder.name), None)
-            if found is None:
-                raise PageError(409, f"{folder.name} is not running.")
-            file, entry = found
+            file, entry = self._entry_of(folder)
             if "pid" not in entry:
                 file.unlink()
-                records.write(folder / STATE, {"state": "stopped", "ended": time.time(), "queued": entry["queued"]})
+                for own in self._folders(entry):
+                    records.write(own / STATE, records.read(own / STATE) | {"state": "stopped", "ended": time.time()})
                 return
             if not alive(entry):
                 return
-            records.write(folder / STATE, records.read(folder / STATE) | {"state": "stopping"})
+            for own in self._folders(entry):
+                records.write(own / STATE, records.read(own / STATE) | {"state": "stopping"})
             if at_once:
                 os.killpg(entry["pid"], signal.SIGKILL)
             else:
                 os.kill(entry["pid"], signal.SIGINT)
 
+    def beside(self, folder: Path) -> None:
+        """Start one that waits beside those that go on, as soon as the plans say that there is room.
+
+        Raises:
+            PageError: it does not wait.
+        """
+        with self.lock:
+            file, entry = self._entry_of(folder)
+            records.write(file, entry | {"beside": True})
+        self.advance()
+
+    def note_plan(self, file: Path, needs: int | None) -> None:
+        """Write down what a job of the queue needs at most, in bytes; None: there is no plan of it."""
+        with self.lock:
+            if file.exists():  # else it has ended meanwhile
+                records.write(file, records.read(file) | {"needs": needs})
+
     def leave(self, folder: Path) -> None:
         """For a job's own process at its end: make room, and start what waits next."""
         with self.lock:
-            for file, entry in self._entries():
-                if entry["folder"] == folder.name:
+            for file, entry in self.entries():
+                if folder.name in entry["folders"]:
                     file.unlink()
         self.advance()
 
@@ -110,50 +144,100 @@ class Jobs:
         self._children = [child for child in self._children if child.poll() is None]
         changed = []
         with self.lock:
-            entries = self._entries()
-            for file, entry in entries:
+            for file, entry in self.entries():
                 if "pid" in entry and not alive(entry):
-                    folder = self.workspace.runs / entry["folder"]
-                    settle(folder)
+                    for folder in self._folders(entry):
+                        settle(folder)
+                        changed.append(folder)
                     file.unlink()
-                    changed.append(folder)
-            going = self._entries()
-            room = self.at_once - sum("pid" in entry for _, entry in going)
-            for file, entry in [e for e in going if "pid" not in e[1]][: max(room, 0)]:
-                self._start(file, entry)
-                changed.append(self.workspace.runs / entry["folder"])
+            found = self.entries()
+            going = [entry for _, entry in found if "pid" in entry]
+            for file, entry in found:
+                if "pid" in entry:
+                    continue
+                if not self._room(entry, going):
+                    break
+                going.append(self._start(file, entry))
+                changed += self._folders(entry)
         return changed
 
-    def _entries(self) -> list[tuple[Path, dict[str, Any]]]:
-        """What waits or goes on, oldest first; without runs whose folders are gone."""
+    def _room(self, entry: dict[str, Any], going: list[dict[str, Any]]) -> bool:
+        """Whether a job may start beside those that go on."""
+        if not going:
+            return True
+        return (len(going) < self.at_once or entry.get("beside", False)) and fits(entry, going)
+
+    def entries(self) -> list[tuple[Path, dict[str, Any]]]:
+        """What waits or goes on, oldest first: files with what is in them; without runs whose folders are gone."""
         found = []
         for file in sorted(self.workspace.queue.glob("*.json")):
             entry = records.read(file)
-            if (self.workspace.runs / str(entry.get("folder"))).is_dir():
+            if any(folder.is_dir() for folder in self._folders(entry)):
                 found.append((file, entry))
             else:
                 file.unlink()
         return found
 
+    def _entry_of(self, folder: Path) -> tuple[Path, dict[str, Any]]:
+        found = next((e for e in self.entries() if folder.name in e[1]["folders"]), None)
+        if found is None:
+            raise PageError(409, f"{folder.name} is not running.")
+        return found
+
+    def _folders(self, entry: dict[str, Any]) -> list[Path]:
+        return [self.workspace.runs / name for name in entry.get("folders", ())]
+
     def waiting(self) -> list[str]:
         """Names of the runs that wait, in their order."""
-        return [entry["folder"] for _, entry in self._entries() if "pid" not in entry]
+        return [name for _, entry in self.entries() if "pid" not in entry for name in entry["folders"]]
 
     def going(self) -> list[str]:
         """Names of the runs that go on."""
-        return [entry["folder"] for _, entry in self._entries() if "pid" in entry]
+        return [name for _, entry in self.entries() if "pid" in entry for name in entry["folders"]]
 
-    def _start(self, file: Path, entry: dict[str, Any]) -> None:
-        folder = self.workspace.runs / entry["folder"]
-        command = [*self.program, str(self.workspace.root), folder.name, str(self.at_once)]
-        records.write(folder / STATE, {"state": "running", "queued": entry["queued"], "started": time.time()})
-        with (folder / LOG).open("ab") as log:
+    def _start(self, file: Path, entry: dict[str, Any]) -> dict[str, Any]:
+        """Start a job; its entry with its process."""
+        folders = self._folders(entry)
+        command = [*self.program, str(self.workspace.root), "/".join(entry["folders"]), str(self.at_once)]
+        for folder in folders:
+            records.write(folder / STATE, records.read(folder / STATE) | {"state": "running", "started": time.time()})
+        with (folders[0] / LOG).open("ab") as log:
             child = subprocess.Popen(
                 [*command, *entry["args"]], cwd=self.workspace.root, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
         self._children.append(child)
-        records.write(file, entry | identity(child.pid))
+        entry |= identity(child.pid)
+        records.write(file, entry)
+        return entry
+
+
+def cut_short(folder: Path) -> bool:
+    """Whether a run has ended, and not as it should."""
+    return folder.is_dir() and state_of(folder).get("state") in ENDED[1:]
+
+
+def log_of(folder: Path) -> Path:
+    """A run's log: the first run's, where several train together."""
+    return folder.with_name(records.read(folder / STATE).get("log", folder.name)) / LOG
+
+
+def fits(entry: dict[str, Any], going: Sequence[dict[str, Any]]) -> bool:
+    """Whether the plans leave room for a job beside those that go on: in the memory that is free, less what those will still
+    take. One without a plan fits beside nothing, and nothing beside it."""
+    if any(one.get("needs") is None for one in (entry, *going)):
+        return False
+    ahead = sum(max(0, other["needs"] - taken(other["pid"])) for other in going)
+    return bool(entry["needs"] <= psutil.virtual_memory().available - ahead)
+
+
+def taken(pid: int) -> int:
+    """Bytes that a process and those that it started hold."""
+    try:
+        process = psutil.Process(pid)
+        return sum(p.memory_info().rss for p in (process, *process.children(recursive=True)))
+    except psutil.Error:  # it ended meanwhile
+        return 0
 
 
 def identity(pid: int) -> dict[str, Any]:
@@ -174,9 +258,11 @@ def alive(entry: dict[str, Any]) -> bool:
 
 
 def settle(folder: Path) -> None:
-    """After its process: a job that did not say how it ended is lost."""
+    """After its process: a job that did not say how it ended was stopped, where that was asked for, or is lost."""
     state = records.read(folder / STATE)
-    if state.get("state") not in ENDED:
+    if state.get("state") == "stopping":
+        records.write(folder / STATE, state | {"state": "stopped", "ended": time.time()})
+    elif state.get("state") not in ENDED:
         records.write(folder / STATE, state | {"state": "lost", "ended": time.time(), "error": LOST})
 
 

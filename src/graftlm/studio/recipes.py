@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from .jobs import Jobs
 from .workspace import Workspace, slug
 
 PATHS = ("base", "data.source", "init_from")
+STARTS = ("/", "~", ".", "\\")  # of what can only be a path
 EXAMPLES: dict[str, dict[str, Any]] = {
     "tweets": {
         "title": "Sort complaints", "about": "Label short messages as complaint or no complaint. 50 examples.",
@@ -43,7 +44,7 @@ def outside(workspace: Workspace, text: str) -> list[dict[str, str]]:
     """Paths in a recipe that the studio may not read, as problems."""
     found = []
     for key, value in leaves(content_of(text)):
-        named = key in PATHS and value.startswith(("/", "~", ".", "\\"))
+        named = key in PATHS and value.startswith(STARTS)
         if not named and not exists(workspace, value):
             continue
         try:
@@ -52,6 +53,12 @@ def outside(workspace: Workspace, text: str) -> list[dict[str, str]]:
             if error.status == 403:
                 found.append({"key": key, "text": f"{key}: {error}"})
     return found
+
+
+def permit(workspace: Workspace, text: str) -> None:
+    """PageError where a base or a data set is named by a path that may not be read, or that is not there."""
+    if text.startswith(STARTS) or exists(workspace, text):
+        workspace.path(text)
 
 
 def exists(workspace: Workspace, text: str) -> bool:
@@ -81,12 +88,16 @@ def name_for(content: dict[str, Any]) -> str:
     return slug(f"{content.get('method', 'lora')}-{Path(source).stem}")
 
 
-def start(workspace: Workspace, jobs: Jobs, text: str, title: str = "") -> Path:
-    """Queue a run of a recipe that was checked; its folder."""
-    content = content_of(text)
-    folder = workspace.new_run(title or name_for(content))
-    content |= {"output_dir": f"runs/{folder.name}"}
-    settings = folder / SETTINGS
-    settings.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    jobs.add(folder, "train", ["train", workspace.shown(settings), "--progress"], title=title)
-    return folder
+def start(workspace: Workspace, jobs: Jobs, texts: Sequence[str], title: str = "") -> list[Path]:
+    """Queue a run of a recipe that was checked, or several that train together; their folders."""
+    folders = []
+    for text in texts:
+        content = content_of(text)
+        folder = workspace.new_run(title or name_for(content))
+        content |= {"output_dir": f"runs/{folder.name}"}
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        (folder / SETTINGS).write_text(text, encoding="utf-8")
+        folders.append(folder)
+    files = [workspace.shown(folder / SETTINGS) for folder in folders]
+    jobs.add(folders, "train", ["train", *files, "--progress"], title=title)
+    return folders

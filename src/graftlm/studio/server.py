@@ -1,6 +1,8 @@
 """The process that chats: `graftlm serve` over one base and all adapters of the workspace, as a child of the studio.
 
-It is started by the first question for a base, and again where another base is asked for: one base in memory at a time.
+It is started by the first question for a base, and again where another base is asked for: one base in memory at a time. An
+adapter is loaded before its first question, and again when its files have changed since. Other programs may ask the server,
+too: it is OpenAI's API, at `address` with `key`.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from .jobs import alive, identity
 from .workspace import Workspace
 
 START_S, PAUSE = 300.0, 0.3
+WEIGHTS = "adapter_model.safetensors"
 BASE = "(base)"  # what requests call it; no folder is called so
 
 
@@ -36,14 +39,19 @@ class ChatServer:
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
         self.note, self.log = workspace.own / "server.json", workspace.own / "server.log"
-        self.base = self.key = ""
+        self.base = self.key = self.admin_key = ""
         self.port = 0
+        self.loaded: dict[str, float] = {}  # adapters, with the time of their weights
         self.process: subprocess.Popen | None = None
-        self._starting = asyncio.Lock()
+        self._starting, self._loading = asyncio.Lock(), asyncio.Lock()
 
     @property
     def running(self) -> bool:
         return self.process is not None and self.process.poll() is None
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
 
     async def use(self, base: str) -> None:
         """Have a server of this base.
@@ -55,7 +63,8 @@ class ChatServer:
             if self.running and base == self.base:
                 return
             await self.end()
-            self.base, self.key, self.port = base, secrets.token_urlsafe(24), free_port()
+            self.base, self.port, self.loaded = base, free_port(), {}
+            self.key, self.admin_key = secrets.token_urlsafe(24), secrets.token_urlsafe(24)
             await asyncio.to_thread(self._start)
             await self._ready()
 
@@ -68,7 +77,7 @@ class ChatServer:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=self.workspace.root, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                env=os.environ | {"GRAFTLM_API_KEY": self.key},
+                env=os.environ | {"GRAFTLM_API_KEY": self.key, "GRAFTLM_ADMIN_KEY": self.admin_key},
             )  # fmt: skip
         records.write(self.note, identity(self.process.pid))
 
@@ -86,18 +95,38 @@ class ChatServer:
         await self.end()
         raise PageError(504, f"{self.base} was not ready after {START_S:.0f} s.")
 
-    def _client(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(
-            base_url=f"http://127.0.0.1:{self.port}", headers={"Authorization": f"Bearer {self.key}"}, timeout=None,
-            trust_env=False,
-        )  # fmt: skip
+    def _client(self, key: str = "") -> httpx.AsyncClient:
+        headers = {"Authorization": f"Bearer {key or self.key}"}
+        return httpx.AsyncClient(base_url=self.address, headers=headers, timeout=None, trust_env=False)
+
+    async def load(self, adapter: str) -> None:
+        """Have an adapter of the workspace in the server, as its files are now.
+
+        Raises:
+            PageError: it cannot be loaded over this base; what the server said.
+        """
+        folder = self.workspace.run(adapter)
+        try:
+            changed = (folder / WEIGHTS).stat().st_mtime
+        except FileNotFoundError as gone:
+            raise PageError(404, f"{adapter} has no {WEIGHTS}.") from gone
+        body = {"lora_name": adapter, "lora_path": str(folder), "load_inplace": True}
+        async with self._loading, self._client(self.admin_key) as client:
+            if self.loaded.get(adapter) == changed:
+                return
+            answer = await client.post("/v1/load_lora_adapter", json=body)
+            if answer.status_code != 200:
+                raise PageError(answer.status_code, message_of(answer.content))
+            self.loaded[adapter] = changed
 
     async def write(self, adapter: str, messages: list[dict[str, str]], **params: Any) -> AsyncIterator[str]:
         """Pieces of the answer of an adapter ("" for the base) to a conversation.
 
         Raises:
-            PageError: the server refused it.
+            PageError: the server refused it, or its adapter.
         """
+        if adapter:
+            await self.load(adapter)
         body = {"model": adapter or BASE, "messages": messages, "stream": True} | params
         async with self._client() as client, client.stream("POST", "/v1/chat/completions", json=body) as answer:
             if answer.status_code != 200:

@@ -51,4 +51,9 @@ def as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-FILTERS = {f.__name__: f for f in (size, duration, moment, number, share, whole, as_json)}
+def combine(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """The keys of both; the second's values where both have one."""
+    return first | second
+
+
+FILTERS = {f.__name__: f for f in (size, duration, moment, number, share, whole, as_json, combine)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from jinja2 import Environment, FileSystemLoader
 
 from ..version import __version__
 from . import records, shown, words
-from .index import Index
-from .jobs import ENDED, STATE, UNFINISHED, Jobs, settle, state_of
+from .errors import PageError
+from .index import SETTINGS, Index
+from .jobs import ENDED, JOB, STATE, UNFINISHED, Jobs, settle, state_of
 from .server import ChatServer
 from .worker import Worker
 from .workspace import Workspace
@@ -100,15 +102,43 @@ class Studio:
             if (self.workspace.runs / name).is_dir():
                 self.index.note(self.workspace.runs / name)
 
+    async def plan_queue(self) -> None:
+        """Have a plan made of each job of the queue, once one waits: by them it may start beside others."""
+        entries = await asyncio.to_thread(self.jobs.entries)
+        if all("pid" in entry for _, entry in entries):
+            return
+        for file, entry in entries:
+            if "needs" not in entry:
+                needs = await self._needs(entry["folders"])
+                await asyncio.to_thread(self.jobs.note_plan, file, needs)
+
+    async def _needs(self, names: list[str]) -> int | None:
+        """Bytes that runs, which train together, need at most by their plan; None where there is none."""
+        folders = [self.workspace.runs / name for name in names]
+        if any(records.read(folder / JOB).get("kind") != "train" for folder in folders):
+            return None
+        try:
+            texts = [(folder / SETTINGS).read_text(encoding="utf-8") for folder in folders]
+            return (await self.worker.ask("plan", texts=texts))["needs"]
+        except (OSError, PageError):  # it goes alone, and says itself what is wrong
+            return None
+
     async def watch(self) -> None:
-        """`look` again and again."""
-        while True:
-            try:
-                await asyncio.to_thread(self.look)
-                await self.worker.rest()
-            except Exception:  # a full disk, a folder that was taken away: told, and tried again
-                log.exception("looking at the queue failed")
-            await asyncio.sleep(self.settings.watch)
+        """Look at the queue, and plan what is in it, again and again."""
+
+        async def look() -> None:
+            await asyncio.to_thread(self.look)
+            await self.worker.rest()
+
+        async def again(action: Callable[[], Awaitable[None]]) -> None:
+            while True:
+                try:
+                    await action()
+                except Exception:  # a full disk, a folder that was taken away: told, and tried again
+                    log.exception("looking at the queue failed")
+                await asyncio.sleep(self.settings.watch)
+
+        await asyncio.gather(again(look), again(self.plan_queue))
 
 
 def go(place: str, **query: Any) -> Response:

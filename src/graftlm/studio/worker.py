@@ -38,7 +38,7 @@ class Worker:
         self._reader: asyncio.Task | None = None
         self._asked = 0.0
 
-    async def ask(self, name: str, /, timeout: float = 120.0, **values: Any) -> Any:
+    async def ask(self, name: str, /, timeout: float = 600.0, **values: Any) -> Any:
         """The answer of an errand.
 
         Raises:

@@ -44,14 +44,29 @@ class Workspace:
         Raises:
             PageError: it lies elsewhere (403), or is not there (404).
         """
+        found = self._inside(text)
+        if not found.exists():
+            raise PageError(404, f"{text!r} does not exist.")
+        return found
+
+    def target(self, text: str) -> Path:
+        """A path for a new folder, in the workspace or a given folder.
+
+        Raises:
+            PageError: it lies elsewhere (403), or is there already (409).
+        """
+        found = self._inside(text)
+        if found.exists():
+            raise PageError(409, f"{text!r} is there already; name a new folder.")
+        return found
+
+    def _inside(self, text: str) -> Path:
         found = self._resolved(text)
         if self.own in (found, *found.parents) or not any(root in (found, *found.parents) for root in self.roots):
             places = ", ".join(str(root) for root in self.roots)
             raise PageError(
                 403, f"{text!r} is outside of what the studio may read ({places}). Start it with --folder to add a folder."
             )
-        if not found.exists():
-            raise PageError(404, f"{text!r} does not exist.")
         return found
 
     def _resolved(self, text: str) -> Path:

@@ -57,6 +57,9 @@
     }
   });
   on("htmx:responseError", (event) => tell(event.detail.xhr.responseText.trim() || `${event.detail.xhr.status}`));
-  on("htmx:sendError", () => tell("The studio does not answer. Is it running? What runs goes on without it."));
+  const silent = () => tell(document.getElementById("told").dataset.silent);
+  on("htmx:sendError", silent);
+  on("htmx:sseError", silent);
+  on("htmx:sseOpen", () => tell(""));
   on("htmx:beforeRequest", () => tell(""));
 })();

@@ -13,35 +13,43 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from markupsafe import escape
 
-from .. import bases, records
+from .. import bases, recipes, records
+from ..adapters import base_of
 from ..errors import PageError
-from ..index import chat_row, recipe_in
+from ..index import chat_row
 from ..studio import Studio, go
 from ..workspace import slug
 from .run import event
 
 PACE = 0.1  # seconds between two pieces that are sent
-LIMITS = {
-    "temperature": (float, 0.0, 5.0),
-    "top_p": (float, 0.01, 1.0),
-    "max_tokens": (int, 1, 8192),
-    "seed": (int, 0, 2**62),
-}
+# sampling settings as the server has them: kind, least, most, what it is without
+LIMITS: dict[str, tuple[Any, float, float, str]] = {
+    "temperature": (float, 0.0, 5.0, "0"), "top_p": (float, 0.01, 1.0, "1"), "top_k": (int, 1, 10**6, "–"),
+    "repetition_penalty": (float, 0.1, 10.0, "1"), "presence_penalty": (float, -2.0, 2.0, "0"),
+    "frequency_penalty": (float, -2.0, 2.0, "0"), "max_tokens": (int, 1, 8192, "128"), "seed": (int, 0, 2**62, "–"),
+}  # fmt: skip
+MOST = 200  # adapters to choose from
+USUAL = {"max_tokens": 128, "temperature": 0.0}
 
 
 def router(studio: Studio) -> APIRouter:
     """Routes of the page."""
     made = APIRouter(prefix="/chat")
+    add_page(made, studio)
+    add_answers(made, studio)
+    return made
 
+
+def add_page(made: APIRouter, studio: Studio) -> None:
     @made.get("")
-    def chat(request: Request, adapter: str = "", name: str = "") -> Response:
+    def chat(request: Request, adapter: str = "", name: str = "", base: str = "") -> Response:
         studio.index.sync()
         found = records.read(studio.workspace.chat(name)) if name else {}
         chosen = found.get("adapters", ["", adapter] if adapter else [""])
-        base = found.get("base") or base_of(studio, adapter)
+        base = found.get("base") or (base_of(studio.workspace, adapter) if adapter else base or "graftlm-base")
         return studio.page(
             request, "chat.html", name=name, chat=found, base=base, chosen=chosen, bases=bases.known(studio.workspace),
-            adapters=studio.index.runs(limit=200, adapters=True), chats=studio.index.chats(20),
+            adapters=studio.index.runs(limit=MOST, adapters=True), most=MOST, chats=studio.index.chats(20), limits=LIMITS,
         )  # fmt: skip
 
     @made.post("/send")
@@ -51,8 +59,7 @@ def router(studio: Studio) -> APIRouter:
         if not prompt or not chosen:
             raise PageError(422, "Write something, and choose the base or an adapter.")
         base = str(form.get("base", ""))
-        if base.startswith(("/", "~", ".")):
-            studio.workspace.path(base)
+        recipes.permit(studio.workspace, base)
         for adapter in filter(None, chosen):
             studio.workspace.run(adapter)
         name = str(form.get("name", "")) or slug(f"{time.strftime('%Y%m%d-%H%M%S')}-{prompt[:24]}")
@@ -66,6 +73,8 @@ def router(studio: Studio) -> APIRouter:
         number = len(found["turns"]) - 1
         return studio.page(request, "_turn.html", name=name, number=number, turn=found["turns"][number], live=True, new=True)
 
+
+def add_answers(made: APIRouter, studio: Studio) -> None:
     @made.get("/{name}/{number}/events")
     async def events(request: Request, name: str, number: int) -> Response:
         file = studio.workspace.chat(name)
@@ -94,24 +103,16 @@ def router(studio: Studio) -> APIRouter:
         await studio.server.end()
         return Response(status_code=204)
 
-    return made
-
 
 def label(adapter: str) -> str:
     """What an answer's column is called."""
     return adapter or "base"
 
 
-def base_of(studio: Studio, adapter: str) -> str:
-    """The base that an adapter's recipe names; the bundled one without any."""
-    recipe = recipe_in(studio.workspace.run(adapter)) if adapter else None
-    return str((recipe or {}).get("base", "graftlm-base"))
-
-
 def limits(form: Any) -> dict[str, Any]:
     """Sampling settings of a form; PageError for one that is out of its limits."""
     found = {}
-    for key, (kind, low, high) in LIMITS.items():
+    for key, (kind, low, high, _) in LIMITS.items():
         text = str(form.get(key, "")).strip()
         if not text:
             continue
@@ -122,7 +123,7 @@ def limits(form: Any) -> dict[str, Any]:
         if not low <= value <= high:
             raise PageError(422, f"{key}: expected {low} to {high}, got {text}.")
         found[key] = value
-    return {"max_tokens": 128} | found
+    return USUAL | found
 
 
 def turn_of(chat: dict[str, Any], number: int) -> dict[str, Any]:

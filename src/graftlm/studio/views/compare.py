@@ -31,10 +31,9 @@ def router(studio: Studio) -> APIRouter:
 
     @made.get("")
     def compare(request: Request) -> Response:
-        found = [r for r in studio.index.runs(limit=500, text="") if r.kind == "compare"]
         return studio.page(
-            request, "compare.html", runs=found, methods=METHODS, usual=USUAL, bundled=BUNDLED,
-            bases=bases.known(studio.workspace), data_sets=studio.index.data_sets(),
+            request, "compare.html", runs=studio.index.runs(limit=50, kind="compare"), methods=METHODS, usual=USUAL,
+            bundled=BUNDLED, bases=bases.known(studio.workspace), data_sets=studio.index.data_sets(),
         )  # fmt: skip
 
     @made.post("/start")
@@ -53,7 +52,7 @@ def router(studio: Studio) -> APIRouter:
         if wrong:
             raise PageError(403, wrong[0]["text"])
         folder = studio.workspace.new_run(f"compare-{slug(data.rpartition('/')[2])}")
-        args = ["compare", data, "--base", base, "--output", f"runs/{folder.name}/out", "--quiet"]
+        args = ["compare", "--data", data, "--base", base, "--output", f"runs/{folder.name}/out", "--no-plan"]
         args += [a for m in methods for a in ("--method", m)] + (["--max-steps", steps] if steps else [])
         await asyncio.to_thread(studio.jobs.add, folder, "compare", args, title=f"{len(methods)} methods on {data}")
         await asyncio.to_thread(studio.index.note, folder)

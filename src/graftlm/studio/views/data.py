@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
 from starlette.datastructures import UploadFile
 
-from .. import bases, records
+from .. import bases, recipes, records
 from ..errors import PageError
 from ..index import DataSet
 from ..studio import Studio, go
@@ -22,7 +23,12 @@ FORMATS = ("label", "text", "alpaca", "adgen", "completion", "chat")
 def router(studio: Studio) -> APIRouter:
     """Routes of the pages."""
     made = APIRouter(prefix="/data")
+    add_list(made, studio)
+    add_one(made, studio)
+    return made
 
+
+def add_list(made: APIRouter, studio: Studio) -> None:
     @made.get("")
     def data(request: Request) -> Response:
         studio.index.sync()
@@ -49,6 +55,8 @@ def router(studio: Studio) -> APIRouter:
         studio.index.sync()
         return go(f"/data/{name}")
 
+
+def add_one(made: APIRouter, studio: Studio) -> None:
     @made.get("/{name}")
     def one(request: Request, name: str) -> Response:
         found = source_of(studio, name)
@@ -59,8 +67,7 @@ def router(studio: Studio) -> APIRouter:
     async def look(request: Request, name: str) -> Response:
         given = {k: str(v) for k, v in (await request.form()).items()}
         base = given.get("base") or "graftlm-base"
-        if base.startswith(("/", "~", ".")):
-            studio.workspace.path(base)
+        recipes.permit(studio.workspace, base)
         shown, format = given.get("format_shown", ""), given.get("format", "")
         same = bool(shown) and format in ("", shown)  # columns that were chosen are those of the format that was shown
         format = shown if same else format
@@ -83,8 +90,6 @@ def router(studio: Studio) -> APIRouter:
         studio.index.sync()
         return go("/data")
 
-    return made
-
 
 async def kept(studio: Studio, file: UploadFile) -> Response:
     """Keep an upload, once it could be read as what it says it is; else nothing of it stays."""
@@ -93,19 +98,24 @@ async def kept(studio: Studio, file: UploadFile) -> Response:
         raise PageError(422, f"{file.filename}: expected a file of {', '.join(ENDINGS)}.")
     path = studio.workspace.new_file(name)
     try:
-        written = 0
-        with path.open("wb") as out:
-            while piece := await file.read(PIECE):
-                written += len(piece)
-                if written > studio.settings.max_upload:
-                    raise PageError(413, f"Too large: at most {studio.settings.max_upload // 2**20} MiB (--upload-limit).")
-                await asyncio.to_thread(out.write, piece)
+        await stored(file, path, studio.settings.max_upload)
         await studio.worker.ask("look", source=studio.workspace.shown(path), base="graftlm-base")
     except BaseException:
         path.unlink(missing_ok=True)
         raise
     await asyncio.to_thread(studio.index.sync)
     return go(f"/data/{path.name}")
+
+
+async def stored(file: UploadFile, path: Path, most: int) -> None:
+    """Write an upload down. PageError: it has more bytes than `most`."""
+    written = 0
+    with path.open("wb") as out:
+        while piece := await file.read(PIECE):
+            written += len(piece)
+            if written > most:
+                raise PageError(413, f"Too large: at most {most // 2**20} MiB (--upload-limit).")
+            await asyncio.to_thread(out.write, piece)
 
 
 def source_of(studio: Studio, name: str) -> str:

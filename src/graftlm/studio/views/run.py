@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 import shutil
 import time
 from collections.abc import AsyncIterator
@@ -16,11 +17,13 @@ from fastapi.responses import StreamingResponse
 from markupsafe import escape
 
 from .. import records
+from ..bases import is_model
 from ..errors import PageError
 from ..index import recipe_in
-from ..jobs import ENDED, LOG, OUT, state_of
+from ..jobs import ENDED, JOB, OUT, fits, log_of, state_of
 from ..progress import Progress, tail
 from ..studio import Studio, go
+from .adapters import as_zip
 
 PAUSE = 0.7  # seconds between looks at a run that goes on
 BREATH = 15.0  # seconds of silence after which the browser is told that we are there
@@ -30,7 +33,12 @@ PAGE = 50
 def router(studio: Studio) -> APIRouter:
     """Routes of the pages."""
     made = APIRouter(prefix="/runs")
+    add_pages(made, studio)
+    add_actions(made, studio)
+    return made
 
+
+def add_pages(made: APIRouter, studio: Studio) -> None:
     @made.get("")
     def runs(request: Request, q: str = "", state: str = "", page: int = 1) -> Response:
         studio.index.sync()
@@ -49,24 +57,38 @@ def router(studio: Studio) -> APIRouter:
         view = View(studio, folder)
         view.read()
         return studio.page(
-            request, "run.html", **view.values(), log=tail(folder / LOG), curve=view.curve(),
+            request, "run.html", **view.values(), log=tail(log_of(folder)), curve=view.curve(),
             settings=yaml.safe_dump(recipe_in(folder) or {}, sort_keys=False, allow_unicode=True),
-            command=" ".join(["graftlm", *records.read(folder / "job.json").get("args", ())]),
+            command=shlex.join(["graftlm", *view.job.get("args", ())]), others=others_to(studio, name),
         )  # fmt: skip
+
+    @made.get("/{name}/zip")
+    def zipped(name: str) -> Response:
+        folder = studio.workspace.run(name)
+        found = [(p, f"{name}/{p.relative_to(folder / OUT)}") for p in sorted((folder / OUT).rglob("*")) if p.is_file()]
+        if not found:
+            raise PageError(404, f"{name} has made no files.")
+        return as_zip(name, [(studio.workspace.path(str(path)), own) for path, own in found])
 
     @made.get("/{name}/events")
     async def events(request: Request, name: str) -> Response:
         view = View(studio, studio.workspace.run(name))
         return StreamingResponse(follow(request, view), media_type="text/event-stream")
 
+
+def add_actions(made: APIRouter, studio: Studio) -> None:
     @made.post("/{name}/stop")
     async def stop(name: str, request: Request) -> Response:
         now = (await request.form()).get("now") == "1"
         return await done(name, lambda folder: studio.jobs.stop(folder, at_once=now))
 
+    @made.post("/{name}/beside")
+    async def beside(name: str) -> Response:
+        return await done(name, studio.jobs.beside)
+
     @made.post("/{name}/resume")
     async def resume(name: str) -> Response:
-        if records.read(studio.workspace.run(name) / "job.json").get("kind") != "train":
+        if records.read(studio.workspace.run(name) / JOB).get("kind") != "train":
             raise PageError(409, "Only training can be resumed.")
         return await done(name, lambda folder: studio.jobs.again(folder, "--resume"))
 
@@ -82,10 +104,9 @@ def router(studio: Studio) -> APIRouter:
     async def done(name: str, action: Any) -> Response:
         folder = studio.workspace.run(name)
         await asyncio.to_thread(action, folder)
+        await asyncio.to_thread(studio.look)  # what trains together with it changed, too
         await asyncio.to_thread(studio.index.note, folder)
         return go(f"/runs/{name}")
-
-    return made
 
 
 class View:
@@ -109,20 +130,39 @@ class View:
         found = records.read(self.folder / "metrics.json") if state.get("state") in ENDED else {}
         return {
             "name": self.folder.name, "state": state, "progress": progress, "results": found,
-            "ended": state.get("state") in ENDED, "place": self._place(), "kind": self.job.get("kind", "train"),
+            "ended": state.get("state") in ENDED, "queue": self._queue(), "kind": self.job.get("kind", "train"),
             "resumable": bool(self.job) and any(self.folder.glob("checkpoint-*/trainer_state.json")),
             "adapter": (self.folder / "adapter_config.json").exists(), "took": until - since if since else None,
-            "report": (self.folder / OUT / "report.html").exists(),
+            "report": (self.folder / OUT / "report.html").exists(), "made": self._made(),
+            "together": [n for n in self.job.get("together", ()) if n != self.folder.name],
         }  # fmt: skip
 
     @property
     def job(self) -> dict[str, Any]:
-        return records.read(self.folder / "job.json")
+        return records.read(self.folder / JOB)
 
-    def _place(self) -> int | None:
-        """How many runs come before this one, where it waits."""
-        waiting = self.studio.jobs.waiting() if self.state.get("state") == "waiting" else []
-        return waiting.index(self.folder.name) + 1 if self.folder.name in waiting else None
+    def _made(self) -> dict[str, Any]:
+        """What a job of another kind than training made: the folder as recipes name it, whether it is a model."""
+        out = self.folder / OUT
+        if self.state.get("state") != "done" or not out.is_dir():
+            return {}
+        return {"place": self.studio.workspace.shown(out), "model": is_model(out)}
+
+    def _queue(self) -> dict[str, Any]:
+        """Where a run that waits stands: its place, what it needs, whether it fits beside what goes on (None: not known)."""
+        if self.state.get("state") != "waiting":
+            return {}
+        entries = [entry for _, entry in self.studio.jobs.entries()]
+        waiting = [entry for entry in entries if "pid" not in entry]
+        place = next((i for i, entry in enumerate(waiting) if self.folder.name in entry["folders"]), None)
+        if place is None:
+            return {}
+        own, going = waiting[place], [entry for entry in entries if "pid" in entry]
+        known = all("needs" in entry for entry in (own, *going))
+        return {
+            "place": place + 1, "needs": own.get("needs"), "fits": fits(own, going) if known and not place else None,
+            "beside": own.get("beside", False),
+        }  # fmt: skip
 
     def curve(self) -> dict[str, Any]:
         """The curve of the file, or, where the run wrote none, that of its measures."""
@@ -142,16 +182,23 @@ class View:
             "state": lambda: text(request, "_run_state.html", **self.values()),
             "curve": lambda: json.dumps(self.curve()),
             "samples": lambda: text(request, "_samples.html", **self.values()),
-            "log": lambda: str(escape(tail(self.folder / LOG))),
+            "log": lambda: str(escape(tail(log_of(self.folder)))),
         }
         moved = self.progress.generation, self.progress.step, len(self.progress.steps)
         marks = {
-            "state": (str(self.state), moved, self._place()), "curve": moved, "samples": len(self.progress.evaluations),
-            "log": (self.folder / LOG).stat().st_size if (self.folder / LOG).exists() else 0,
+            "state": (str(self.state), moved, self._queue()), "curve": moved, "samples": len(self.progress.evaluations),
+            "log": log.stat().st_size if (log := log_of(self.folder)).exists() else 0,
         }  # fmt: skip
         changed = [name for name, mark in marks.items() if self._sent.get(name) != mark]
         self._sent = marks
         return [event(name, parts[name]()) for name in changed]
+
+
+def others_to(studio: Studio, name: str) -> list[str]:
+    """Names of other trained runs, to compare one with, the latest first; those on the same data before the rest."""
+    own = studio.index.run(name)
+    found = studio.index.runs(limit=PAGE, kind="train")
+    return [r.name for r in sorted(found, key=lambda r: own is not None and r.data != own.data) if r.name != name]
 
 
 async def follow(request: Request, view: View) -> AsyncIterator[bytes]:
@@ -170,7 +217,7 @@ async def follow(request: Request, view: View) -> AsyncIterator[bytes]:
         elif now - spoke > BREATH:
             spoke = now
             yield b": here\n\n"
-        await asyncio.sleep(PAUSE)
+        await asyncio.sleep(PAUSE if view.state.get("state") != "waiting" else 3 * PAUSE)
 
 
 def event(name: str, text: str) -> bytes:

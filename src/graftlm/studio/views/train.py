@@ -12,6 +12,7 @@ from .. import bases, recipes
 from ..errors import PageError
 from ..index import recipe_in
 from ..studio import Studio, go
+from .data import BUNDLED
 
 OWN = ("output_dir", "overwrite", "resume")
 
@@ -19,54 +20,84 @@ OWN = ("output_dir", "overwrite", "resume")
 def router(studio: Studio) -> APIRouter:
     """Routes of the page."""
     made = APIRouter(prefix="/train")
-    planning = Latest()
+    add_page(made, studio)
+    add_checks(made, studio)
+    return made
 
+
+def add_page(made: APIRouter, studio: Studio) -> None:
     @made.get("")
     def train(request: Request) -> Response:
         content = first(studio, dict(request.query_params))
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True) if content else ""
         return studio.page(
             request, "train.html", text=text, bases=bases.known(studio.workspace), data_sets=studio.index.data_sets(),
-            bundled=("tweets", "prompts", "quotes", "alpaca-zh", "adgen-zh"),
+            bundled=BUNDLED,
         )  # fmt: skip
+
+    @made.post("/start")
+    async def start(request: Request) -> Response:
+        form = await request.form()
+        text, others = str(form.get("text", "")), others_in(form)
+        found = await checked(studio, text, None, others)
+        if found["problems"]:
+            return studio.page(request, "_problems.html", problems=found["problems"])
+        title = str(form.get("title", "")).strip()
+        folders = await asyncio.to_thread(recipes.start, studio.workspace, studio.jobs, [*others, text], title)
+        for folder in folders:
+            await asyncio.to_thread(studio.index.note, folder)
+        return go(f"/runs/{folders[0].name}")
+
+
+def add_checks(made: APIRouter, studio: Studio) -> None:
+    planning = Latest()
 
     @made.post("/check")
     async def check(request: Request) -> Response:
-        given = {k: str(v) for k, v in (await request.form()).items()}
-        by_form = given.get("by") == "form"
-        found = await checked(studio, given.get("text", ""), given if by_form else None)
+        form = await request.form()
+        given = {k: str(v) for k, v in form.items() if k != "other"}
+        by_form = given.get("by") != "yaml"
+        found = await checked(studio, given.get("text", ""), given if by_form else None, others_in(form))
         changed = given.get("options_of") != (found["values"].get("method") or "lora")  # else what is typed into stays
-        return studio.page(request, "_checked.html", by_form=by_form, options_changed=changed, **found)
+        return studio.page(request, "_checked.html", by=given.get("by", "yaml"), options_changed=changed, **found)
+
+    @made.post("/beside")
+    async def beside(request: Request) -> Response:
+        form = await request.form()
+        text = str(form.get("text", ""))
+        found = await checked(studio, text, None, others_in(form))
+        return studio.page(
+            request, "_beside.html", text=text, problems=found["problems"], name=recipes.name_for(recipes.content_of(text))
+        )
+
+    @made.post("/apart")
+    def apart(request: Request) -> Response:
+        return studio.page(request, "_replan.html")
 
     @made.post("/plan")
     async def plan(request: Request) -> Response:
-        text = str((await request.form()).get("text", ""))
-        if recipes.outside(studio.workspace, text):
+        form = await request.form()
+        texts = [str(form.get("text", "")), *others_in(form)]
+        if any(recipes.outside(studio.workspace, text) for text in texts):
             return studio.page(request, "_plan.html", plan=None)
         try:
             async with planning as newest:
-                found = await studio.worker.ask("plan", text=text) if newest() else None
+                found = await studio.worker.ask("plan", texts=texts) if newest() else None
         except PageError as error:
             return studio.page(request, "_plan.html", plan=None, error=str(error))
         return studio.page(request, "_plan.html", plan=found)
 
-    @made.post("/start")
-    async def start(request: Request) -> Response:
-        given = {k: str(v) for k, v in (await request.form()).items()}
-        found = await checked(studio, given.get("text", ""), None)
-        if found["problems"]:
-            return studio.page(request, "_problems.html", problems=found["problems"])
-        folder = recipes.start(studio.workspace, studio.jobs, given.get("text", ""), given.get("title", "").strip())
-        await asyncio.to_thread(studio.index.note, folder)
-        return go(f"/runs/{folder.name}")
 
-    return made
+def others_in(form: Any) -> list[str]:
+    """Recipes that are to train together with the one that is written."""
+    return [str(text) for text in form.getlist("other")]
 
 
-async def checked(studio: Studio, text: str, values: dict[str, str] | None) -> dict[str, Any]:
+async def checked(studio: Studio, text: str, values: dict[str, str] | None, others: list[str]) -> dict[str, Any]:
     """What the recipe's checks say, and paths that may not be read."""
-    found = await studio.worker.ask("check", values=values, text=text)
-    found["problems"] += recipes.outside(studio.workspace, found["yaml"])
+    found = await studio.worker.ask("check", values=values, text=text, others=others)
+    for own in (found["yaml"], *others):
+        found["problems"] += recipes.outside(studio.workspace, own)
     return found
 
 
