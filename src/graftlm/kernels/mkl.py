@@ -1,10 +1,10 @@
 """How MKL divides a product among its threads.
 
-MKL cuts the output of ``x W^T`` by itself, on some processors along the rows of x: each thread then lays out the whole weight
-for itself, which with few rows takes as long as the multiplication. Cut along the columns, each lays out a part of it. (The
-setting is `MKL_NUM_STRIPES` in oneMKL's developer guide, "partitions along the leading dimension of the output matrix".) It is
-of the whole process, so it is set for one product and set back; a product of another thread meanwhile may be cut the same
-way, which changes no value.
+MKL cuts the output of ``x W^T`` by itself, on some processors along the rows of x: each thread then lays out the whole
+weight for itself, which with few rows takes as long as the multiplication. Cut along the columns, each lays out a part of
+it. (The setting is `MKL_NUM_STRIPES` in oneMKL's developer guide, "partitions along the leading dimension of the output
+matrix".) It is of the whole process, so it is set for one product and set back; a product of another thread meanwhile may
+be cut the same way, which changes no value.
 """
 
 from __future__ import annotations
