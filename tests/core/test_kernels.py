@@ -350,7 +350,6 @@ def test_lora_in_16_bits_works_in_fp32_where_that_is_faster(
 ) -> None:
     """The update and its gradients are those of fp32, rounded when they are handed on."""
     monkeypatch.setattr(lora, "working_dtype", lambda dtype, device: torch.float32)
-    monkeypatch.setattr(lora, "_FEW", 0)
     x, y = narrow(2, 12, 16), narrow(2, 12, 20, seed=1)
     a, b = normal(3, 16, seed=2, dtype=torch.float32), normal(20, 3, seed=3, dtype=torch.float32)
     outer = narrow(2, 12, 20, seed=4)
@@ -369,6 +368,27 @@ def test_lora_in_16_bits_works_in_fp32_where_that_is_faster(
         torch.testing.assert_close(ours.float(), wide, rtol=1e-2, atol=1e-2)
     for ours, wide in zip(made[0][2:], made[1][2:], strict=True):  # never rounded
         torch.testing.assert_close(ours, wide)
+
+
+def test_16_bit_values_are_kept_as_they_come_where_products_are_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the gradient of an update and of attention: no fp32 copy of what is in memory in bf16 anyway."""
+    for module in (lora, attention):
+        monkeypatch.setattr(module, "working_dtype", lambda dtype, device: torch.float32)
+    x, y, q, k = narrow(2, 12, 16).requires_grad_(), narrow(2, 12, 20), narrow(4, 6, 8).requires_grad_(), narrow(2, 6, 8)
+    a, b = normal(3, 16, dtype=torch.float32).requires_grad_(), normal(20, 3, dtype=torch.float32).requires_grad_()
+    wide: set[tuple[int, ...]] = set()
+
+    def keep(t: Tensor) -> Tensor:
+        if t.dtype is torch.float32:
+            wide.add(tuple(t.shape))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        updated = kernels.low_rank(y.clone(), x, a, b, 0.5)
+        attended = Segments([Piece(0, 6)]).attend(q, k, k, 0, 0.5)
+    assert wide == {(3, 16), (20, 3), (24, 3), (2, 12, 6)}  # A, B, the product with A, and the probabilities
+    for value, leaf in ((updated, x), (attended, q)):
+        assert torch.autograd.grad(value.float().sum(), leaf)[0].dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("joint", [False, True], ids=["apart", "joint"])
