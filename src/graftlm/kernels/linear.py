@@ -33,6 +33,7 @@ _BUFFER = 2**22  # elements of a weight that are in fp32 at a time
 
 MULTIPLE = 16  # of rows: products of odd sizes run at little more than half the speed
 _FEW, _MANY = 64, 128
+MAGNITUDES = (1, 4, 16, _FEW, _MANY)  # numbers of rows that ways are timed for; of 16-bit products up to _FEW
 
 Way = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -106,7 +107,7 @@ def way_for(x: Tensor, weight: Tensor, backward: bool = False) -> Way:
 
 
 def _magnitude(rows: int) -> int:
-    """1, 4, 16, 64 or 128: the nearest number of rows that ways are timed for. Of more, MKL cuts well by itself, too."""
+    """The nearest of `MAGNITUDES`. (Of more rows than the last, MKL cuts well by itself, too.)"""
     return 1 if rows == 1 else next((m for m, below in ((4, 8), (16, 32), (_FEW, 96)) if rows < below), _MANY)
 
 
