@@ -256,8 +256,8 @@ class _Short(torch.autograd.Function):
         for (low, high), (sum_k, sum_v) in shared.items():
             to_k[:, low:high] += sum_k.to(k.dtype)
             to_v[:, low:high] += sum_v.to(v.dtype)
-        made = (to_q, to_k, to_v, *to_memory)
-        to_q, to_k, to_v, *to_memory = (t.to(g.dtype) for t, g in zip(made, given, strict=True))
+        found = to_q, to_k, to_v, *to_memory
+        to_q, to_k, to_v, *to_memory = (t.to(g.dtype) for t, g in zip(found, given, strict=True))
         return to_q, to_k, to_v, None, None, None, None, *to_memory
 
 
