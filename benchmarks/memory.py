@@ -29,19 +29,25 @@ SHAPES = {
     "glm-1b": {"hidden_size": 2048, "num_hidden_layers": 20, "intermediate_size": 6144, "num_attention_heads": 16},
 }
 VOCABULARY, LENGTHS = 65_024, (60, 84, 113, 141, 172, 200)
-SMOLLM2 = "smollm2"  # a shape by itself: Llama, LoRA everywhere
+LLAMAS = {  # LoRA everywhere: SmolLM2-135M's shape, and one in which the vocabulary weighs nothing
+    "smollm2": {
+        "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3,
+    },
+    "layers": {
+        "vocab_size": 4_096, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12,
+        "num_attention_heads": 16, "num_key_value_heads": 4,
+    },
+}  # fmt: skip
 SCHEMES = ("bf16", "nf4", "int8")
 
 
 def config(shape: str):
-    """SmolLM2-135M's, or GLM with two key-value heads, as ChatGLM3."""
+    """A Llama, or GLM with two key-value heads, as ChatGLM3."""
     from transformers import GlmConfig, LlamaConfig
 
-    if shape == SMOLLM2:
-        return LlamaConfig(
-            vocab_size=49_152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-            num_key_value_heads=3, tie_word_embeddings=True, dtype="bfloat16",
-        )  # fmt: skip
+    if shape in LLAMAS:
+        return LlamaConfig(**LLAMAS[shape], tie_word_embeddings=True, dtype="bfloat16")
     sizes = SHAPES[shape]
     head = sizes["hidden_size"] // sizes["num_attention_heads"]
     return GlmConfig(
@@ -100,7 +106,7 @@ def worker(library: str, scheme: str, checkpointing: bool, folder: str) -> None:
     settings = lib.LoraConfig(task_type="CAUSAL_LM", lora_alpha=32, **targets)
     model = lib.get_peft_model(base, settings).train()
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    inputs = {k: v.to(device) for k, v in batch((40,) * 4 if small else LENGTHS).items()}
+    inputs = {k: v.to(device) for k, v in batch((40,) * 4 if small else LENGTHS, base.config.vocab_size).items()}
     settle(device)
     start = resident(device)
     losses = []
@@ -114,7 +120,7 @@ def worker(library: str, scheme: str, checkpointing: bool, folder: str) -> None:
     print(json.dumps(found | {"weights": base.get_memory_footprint()}))
 
 
-def batch(lengths: tuple[int, ...] = LENGTHS) -> dict:
+def batch(lengths: tuple[int, ...] = LENGTHS, vocabulary: int = VOCABULARY) -> dict:
     """Rows of so many tokens, padded on the right, all labelled."""
     import torch
 
@@ -123,7 +129,7 @@ def batch(lengths: tuple[int, ...] = LENGTHS) -> dict:
     labels = torch.full_like(ids, -100)
     mask = torch.zeros_like(ids)
     for i, length in enumerate(lengths):
-        ids[i, :length] = labels[i, :length] = torch.randint(3, 40_000, (length,), generator=generator)
+        ids[i, :length] = labels[i, :length] = torch.randint(3, min(40_000, vocabulary), (length,), generator=generator)
         mask[i, :length] = 1
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
@@ -174,7 +180,7 @@ def measure(folder: Path, case: tuple[str, str, bool]) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=[*SHAPES, SMOLLM2], default="glm-0.4b")
+    parser.add_argument("--shape", choices=[*SHAPES, *LLAMAS], default="glm-0.4b")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=["fp32", *SCHEMES, "nf4-fp32"])
     parser.add_argument("--no-checkpointing", action="store_true", help="without activation checkpointing only")
     parser.add_argument("--json", type=Path, default=None, help="write the figures there as well")

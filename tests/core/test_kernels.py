@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from helpers import close, on_flash
 from torch import Tensor
 
 from graftlm import kernels
-from graftlm.kernels import HeadForm, Segments, Update, attention, grouped_low_rank, linear, lora, loss, packed, timing
+from graftlm.kernels import HeadForm, Segments, Update, attention, grouped_low_rank, linear, lora, loss, mkl, packed, timing
 from graftlm.kernels.attention import Piece
 from graftlm.kernels.gated import ACTIVATIONS as GATED
 
@@ -226,7 +226,7 @@ def test_products_in_16_bits_are_fp32s_rounded_once(
         assert torch.equal(kernels.product(x, weight, bias), got)
 
 
-@pytest.mark.parametrize("way", [linear.onednn, linear.widened])
+@pytest.mark.parametrize("way", [linear.onednn, mkl.striped, linear.widened])
 def test_products_may_be_written_into(way: linear.Way, monkeypatch: pytest.MonkeyPatch) -> None:
     """As what a linear layer gives: by an activation in place, by clamping (OLMo's `clip_qkv`)."""
     dtype = torch.bfloat16 if way is linear.widened else torch.float32
@@ -262,6 +262,28 @@ def test_the_fastest_way_is_taken_where_it_wins_clearly(monkeypatch: pytest.Monk
         assert timing.fastest(calls, like, 0.8) == best
 
 
+@pytest.mark.skipif(mkl._stripes() is None, reason="a torch whose MKL cannot be told how to cut products")
+def test_a_product_that_mkl_cuts_along_its_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    get, put = cast("tuple[Any, Any]", mkl._stripes())
+    seen: list[int] = []
+    plain = F.linear
+    monkeypatch.setattr(mkl.F, "linear", lambda *given: seen.append(get()) or plain(*given))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert mkl.takes_stripes()
+    x, weight, bias = normal(5, 7, 40), normal(24, 40, seed=1), normal(24, seed=2)
+    for before in (0, 2):
+        put(before)
+        close(mkl.striped(x, weight, bias), x @ weight.t() + bias)
+        assert get() == before
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        mkl.striped(x, weight.t(), bias)
+    assert get() == 2
+    put(0)
+    assert seen == [3] * 3
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert not mkl.takes_stripes()
+
+
 def test_a_way_that_is_slower_by_far_is_timed_once() -> None:
     runs = [0, 0]
 
@@ -277,7 +299,7 @@ def test_a_way_that_is_slower_by_far_is_timed_once() -> None:
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("way", [F.linear, linear.onednn])
+@pytest.mark.parametrize("way", [F.linear, mkl.striped, linear.onednn])
 def test_a_layer_and_its_update_in_one_function(
     p: float, bias: bool, transposed: bool, way: linear.Way, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,7 +350,6 @@ def test_lora_in_16_bits_works_in_fp32_where_that_is_faster(
 ) -> None:
     """The update and its gradients are those of fp32, rounded when they are handed on."""
     monkeypatch.setattr(lora, "working_dtype", lambda dtype, device: torch.float32)
-    monkeypatch.setattr(lora, "_FEW", 0)
     x, y = narrow(2, 12, 16), narrow(2, 12, 20, seed=1)
     a, b = normal(3, 16, seed=2, dtype=torch.float32), normal(20, 3, seed=3, dtype=torch.float32)
     outer = narrow(2, 12, 20, seed=4)
@@ -347,6 +368,27 @@ def test_lora_in_16_bits_works_in_fp32_where_that_is_faster(
         torch.testing.assert_close(ours.float(), wide, rtol=1e-2, atol=1e-2)
     for ours, wide in zip(made[0][2:], made[1][2:], strict=True):  # never rounded
         torch.testing.assert_close(ours, wide)
+
+
+def test_16_bit_values_are_kept_as_they_come_where_products_are_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the gradient of an update and of attention: no fp32 copy of what is in memory in bf16 anyway."""
+    for module in (lora, attention):
+        monkeypatch.setattr(module, "working_dtype", lambda dtype, device: torch.float32)
+    x, y, q, k = narrow(2, 12, 16).requires_grad_(), narrow(2, 12, 20), narrow(4, 6, 8).requires_grad_(), narrow(2, 6, 8)
+    a, b = normal(3, 16, dtype=torch.float32).requires_grad_(), normal(20, 3, dtype=torch.float32).requires_grad_()
+    wide: set[tuple[int, ...]] = set()
+
+    def keep(t: Tensor) -> Tensor:
+        if t.dtype is torch.float32:
+            wide.add(tuple(t.shape))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        updated = kernels.low_rank(y.clone(), x, a, b, 0.5)
+        attended = Segments([Piece(0, 6)]).attend(q, k, k, 0, 0.5)
+    assert wide == {(3, 16), (20, 3), (24, 3), (2, 12, 6)}  # A, B, the product with A, and the probabilities
+    for value, leaf in ((updated, x), (attended, q)):
+        assert torch.autograd.grad(value.float().sum(), leaf)[0].dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("joint", [False, True], ids=["apart", "joint"])

@@ -57,15 +57,16 @@ class Segments:
         kind = q.device.type
         given = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
         dtype = working_dtype(given, q.device)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        memory = [t.to(dtype) for m in self.memories for t in m[layer]]
+        memory = [t for m in self.memories for t in m[layer]]
         with torch.autocast(kind, enabled=False):
-            if not p and self.slopes is None and varlen.takes(q.device, dtype):
+            flash = not p and self.slopes is None and varlen.takes(q.device, dtype)
+            if self.longest < LONG and not flash:
+                return _Short.apply(q, k, v, self, dtype, scale, p, *memory).to(given)
+            q, k, v, *memory = (t.to(dtype) for t in (q, k, v, *memory))
+            if flash:
                 if self._layout is None:
                     self._layout = varlen.Layout(self.pieces, [t.shape[1] for t in memory[::2]], q.device)
                 return varlen.attend(q, k, v, self._layout, memory, scale)
-            if self.longest < LONG:
-                return _Short.apply(q, k, v, self, scale, p, *memory).to(given)
             return self._long(q, k, v, memory, scale, p).to(given)
 
     @staticmethod
@@ -181,12 +182,15 @@ class _Bucket(NamedTuple):
 
 
 class _Short(torch.autograd.Function):
-    """Batched products for each bucket of sequences. Kept: q, k, v and the probabilities."""
+    """Batched products in `dtype` for each bucket of sequences. Kept: q, k, v as they come, and the probabilities."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float, p: float, *memory: Tensor
-    ) -> Tensor:
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Segments, dtype: torch.dtype, scale: float, p: float,
+        *memory: Tensor,
+    ) -> Tensor:  # fmt: skip
+        given = q, k, v, *memory
+        q, k, v, *memory = (t.to(dtype) for t in given)  # type: ignore[assignment]
         heads, count, width = q.shape
         groups = k.shape[0]
         out = q.new_empty(count, heads, width)
@@ -203,7 +207,7 @@ class _Short(torch.autograd.Function):
                 kept.append(_mask_of(shares, p))
                 shares = shares * kept[-1]
             bucket.put(torch.bmm(shares, all_v), out.transpose(0, 1))
-        ctx.save_for_backward(q, k, v, *memory, *kept)
+        ctx.save_for_backward(*given, *kept)
         ctx.rest = buckets, scale, bool(p), len(memory)
         return out
 
@@ -211,8 +215,9 @@ class _Short(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         buckets, scale, dropped, memories = ctx.rest
-        q, k, v, *rest = ctx.saved_tensors
-        memory, remaining = rest[:memories], iter(rest[memories:])
+        given, kept = ctx.saved_tensors[: 3 + memories], ctx.saved_tensors[3 + memories :]
+        q, k, v, *memory = (t.to(gradient.dtype) for t in given)
+        remaining = iter(kept)
         heads, count, width = q.shape
         groups = k.shape[0]
         # token-major, as projections are laid out, so that no copy follows
@@ -251,7 +256,9 @@ class _Short(torch.autograd.Function):
         for (low, high), (sum_k, sum_v) in shared.items():
             to_k[:, low:high] += sum_k.to(k.dtype)
             to_v[:, low:high] += sum_v.to(v.dtype)
-        return to_q, to_k, to_v, None, None, None, *(t.to(m.dtype) for t, m in zip(to_memory, memory, strict=True))
+        found = to_q, to_k, to_v, *to_memory
+        to_q, to_k, to_v, *to_memory = (t.to(g.dtype) for t, g in zip(found, given, strict=True))
+        return to_q, to_k, to_v, None, None, None, None, *to_memory
 
 
 def _mask_of(shares: Tensor, p: float) -> Tensor:

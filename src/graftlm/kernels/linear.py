@@ -1,7 +1,7 @@
 """Linear layers on CPUs in the way that is the fastest there.
 
-* torch hands fp32 products to MKL; oneDNN is up to twice as fast on some processors, above all for few rows, and slower on
-  others.
+* torch hands fp32 products to MKL, whose way to divide them among threads is a bad one on some processors (see `mkl`);
+  oneDNN is faster still on some, above all for few rows, and slower on others.
 * Processors without instructions for 16-bit products multiply such values in a scalar loop, a hundred times slower where a
   factor is transposed, as in every backward pass. There the values are brought to fp32, a tile of the weight at a time in a
   buffer that is kept, and multiplied in fp32; the result equals the fp32 product of the same values, rounded once.
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .mkl import striped, takes_stripes
 from .order import first_order
 from .timing import fastest
 
@@ -31,7 +32,8 @@ CHOSEN = tuple(_SMALL)  # dtypes for which there is a choice
 _BUFFER = 2**22  # elements of a weight that are in fp32 at a time
 
 MULTIPLE = 16  # of rows: products of odd sizes run at little more than half the speed
-_FEW = 64
+_FEW, _MANY = 64, 128
+MAGNITUDES = (1, 4, 16, _FEW, _MANY)  # numbers of rows that ways are timed for; of 16-bit products up to _FEW
 
 Way = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -100,13 +102,13 @@ def way_for(x: Tensor, weight: Tensor, backward: bool = False) -> Way:
     ):
         return F.linear
     transposed = weight.stride(0) == 1 and out > 1
-    most = 256 if x.dtype is torch.float32 else _FEW  # of 16-bit products many rows tell no more, and may take seconds
+    most = _MANY if x.dtype is torch.float32 else _FEW  # of 16-bit products many rows tell no more, and may take seconds
     return way(x.dtype, min(_magnitude(rows), most), transposed != backward)
 
 
 def _magnitude(rows: int) -> int:
-    """1, 4, 16, 64 or 256: the nearest number of rows that ways are timed for."""
-    return 1 if rows == 1 else next((m for m in (4, 16, _FEW) if rows < 2 * m), 256)
+    """The nearest of `MAGNITUDES`. (Of more rows than the last, MKL cuts well by itself, too.)"""
+    return 1 if rows == 1 else next((m for m, below in ((4, 8), (16, 32), (_FEW, 96)) if rows < below), _MANY)
 
 
 @functools.cache
@@ -114,6 +116,7 @@ def way(dtype: torch.dtype, rows: int, transposed: bool) -> Way:
     """The fastest way here for products of `rows` rows, the weight lying [out, in] or (`transposed`) [in, out]; measured
     once (some ten milliseconds)."""
     ways: list[Way] = [F.linear]
+    ways += [striped] * (dtype is torch.float32 and takes_stripes())
     ways += [onednn] * onednn_multiplies(dtype)
     ways += [widened] * (dtype is not torch.float32)
     if len(ways) == 1:

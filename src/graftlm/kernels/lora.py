@@ -119,7 +119,8 @@ def low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, p: float 
         p: probability of dropping an element of x.
     """
     with torch.autocast(y.device.type, enabled=False):
-        if y.device.type == "cpu" and x.numel() + y.numel() <= _FEW:
+        few = y.device.type == "cpu" and x.numel() + y.numel() <= _FEW
+        if few and working_dtype(x.dtype, x.device) is x.dtype:  # else a wider copy of x would be kept for each layer
             short = F.linear(dropout(x.to(a.dtype), p) if p else x.to(a.dtype), a)
             return y + F.linear((short * scale).to(b.dtype), b).to(y.dtype)
         return _LowRank.apply(y, x.to(y.dtype), a, b, scale, p)

@@ -34,7 +34,7 @@ class _RMSNorm(torch.autograd.Function):
         to_unit = gradient.float() * (1.0 + weight.float() if ctx.one_more else weight.float())
         unit = x.float() * inverse
         share = (to_unit * unit).mean(-1, keepdim=True)
-        return to_unit.sub_(unit.mul_(share)).mul_(inverse).to(x.dtype), None, None, None
+        return to_unit.addcmul_(unit, share, value=-1).mul_(inverse).to(x.dtype), None, None, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, one_more: bool = False) -> Tensor:

@@ -235,8 +235,8 @@ def traced(
 
 def ways_known(dtype: torch.dtype) -> None:
     """Let the ways of products be timed on real tensors before fake ones ask for them."""
-    for kind, most in ((torch.float32, 256), (dtype, 64)):
-        for rows in (n for n in (1, 4, 16, 64, 256) if n <= most):
+    for kind in {torch.float32, dtype}:
+        for rows in linear.MAGNITUDES if kind is torch.float32 else linear.MAGNITUDES[:-1]:
             for transposed in (False, True):
                 linear.way(kind, rows, transposed)
     linear.working_dtype(dtype, torch.device("cpu"))
