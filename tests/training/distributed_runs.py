@@ -39,6 +39,7 @@ class Case:
     family: str = "llama"
     rows: int = 7
     sharded: bool = False
+    parts: bool = False  # of the adapter
     overrides: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -66,7 +67,11 @@ CASES = {f"method-{name}": Case(method=name) for name in sorted(method_names())}
 }
 
 
-CASES |= {f"fsdp2-{name}": replace(case, sharded=True) for name, case in CASES.items()}
+WHOLE = dict(CASES)
+CASES |= {f"fsdp2-{name}": replace(case, sharded=True) for name, case in WHOLE.items()}
+CASES |= {
+    f"parts-{name}": replace(case, sharded=True, parts=True) for name, case in WHOLE.items() if case.method != "adalora"
+}
 
 
 EPSILON = 1e-3  # of Adam: else the last bit of a gradient that is all but zero makes an update of the learning rate
@@ -96,7 +101,7 @@ def result_of(case: Case, steps: int, folder: Path) -> dict[str, Any]:
     options = defaults_of(case.method).options | OPTIONS.get(case.method, {}) | case.options
     model = get_peft_model(base, config_type(case.method)(task_type=task(case.family), **options))
     if case.sharded and processes.count() > 1:
-        shard(model)
+        shard(model, case.parts)
     rate = min(defaults_of(case.method).rate(32, 2), 2e-3)
     values = PLAIN | {
         "output_dir": str(folder), "max_steps": steps, "per_device_train_batch_size": BATCH // processes.count(),
@@ -109,7 +114,8 @@ def result_of(case: Case, steps: int, folder: Path) -> dict[str, Any]:
     )
     trainer.train()
     history = trainer.state.log_history
-    return {key: [e[key] for e in history if key in e] for key in KEYS} | {"parameters": trained(model)}
+    parameters = {k: p.full_tensor() if isinstance(p, DTensor) else p for k, p in trained(model).items()}
+    return {key: [e[key] for e in history if key in e] for key in KEYS} | {"parameters": parameters}
 
 
 # -- whole recipes -------------------------------------------------------------------------------------------------------
@@ -125,11 +131,13 @@ def save_rows(folder: Path, train: int = 13, test: int = 5) -> Path:
     return folder
 
 
-RUNS = ("packing", "packing-fsdp2", "early-stop", "int8", "nf4", "joint", "joint-seq2seq", "fsdp2", "resumed")
+WHOLE_ADAPTERS = ("training.strategy=ddp", "training.shard_adapters=false")
+RUNS = ("packing", "packing-fsdp2", "early-stop", "int8", "nf4", "joint", "joint-seq2seq", "fsdp2", "parts", "resumed")
 # Without `slow`: FSDP2 under each of the entry points, and in the cases where the processes differ in what they hold.
 OFTEN = ("lora", "adalora", "prompt-tuning", "prefix-tuning", "bottleneck", "trainable-tokens")
-QUICK = [name for name in CASES if not name.startswith("fsdp2-")]
-QUICK += ["fsdp2-five-rows", "fsdp2-accumulation-uneven", *(f"fsdp2-method-{name}" for name in OFTEN)]
+QUICK = list(WHOLE)
+QUICK += ["parts-accumulation-uneven", "parts-method-lora", "fsdp2-five-rows", "fsdp2-accumulation-uneven"]
+QUICK += [f"fsdp2-method-{name}" for name in OFTEN]
 
 
 def recipes_of(name: str, place: Path, steps: int, out: Path) -> list[Recipe]:
@@ -148,9 +156,12 @@ def recipes_of(name: str, place: Path, steps: int, out: Path) -> list[Recipe]:
         training["strategy"] = "fsdp2"
     if name == "early-stop":
         training |= often | {"early_stopping": 1, "learning_rate": 0.5, "max_steps": 20}
-    if name == "resumed":  # from a sharded run's checkpoint
+    if name == "parts":
+        training |= often | {"load_best": True}
+    if name == "resumed":
         training |= {"save_strategy": "steps", "interval": 1, "schedule": "constant"}
-        training["strategy"] = "fsdp2" if count > 1 else "ddp"
+    if name in ("parts", "resumed") and count > 1:
+        training |= {"strategy": "fsdp2", "shard_adapters": True}
     if name in ("int8", "nf4"):
         values |= {"quantization": name, "base": str(place / "wide")}
     if name.startswith("joint"):
@@ -177,8 +188,9 @@ def run_of(name: str, place: Path, steps: int, out: Path) -> dict[str, Any]:
     else:
         results = [run(recipes[0], quiet=True)]
     if name == "resumed":
-        further = recipes[0].replace(f"training.max_steps={steps + 2}", "training.strategy=ddp", resume=True)
-        results = [run(further, quiet=True)]
+        whole = recipes[0].replace(f"training.max_steps={steps + 2}", *WHOLE_ADAPTERS, resume=True)
+        run(whole, quiet=True)
+        results = [run(recipes[0].replace(f"training.max_steps={steps + 4}", resume=True), quiet=True)]
     histories = [result.history for result in results if result is not None]
     found = {key: [e[key] for history in histories for e in history if key in e] for key in KEYS}
     found["held_out"] = [result.metrics["loss"] for result in results if result is not None]

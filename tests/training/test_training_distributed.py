@@ -33,7 +33,7 @@ def alone(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     done: dict[tuple[str, int], dict[str, Any]] = {}
 
     def found(name: str, steps: int) -> dict[str, Any]:
-        key = (name if name in RUNS else name.removeprefix("fsdp2-"), steps)
+        key = (name if name in RUNS else name.removeprefix("fsdp2-").removeprefix("parts-"), steps)
         if key not in done:
             done[key] = made_of(key[0], place, steps, tmp_path_factory.mktemp("alone"))
         return done[key]

@@ -23,12 +23,13 @@ from training_helpers import save_base, save_tweets
 from graftlm import processes
 from graftlm.cli._processes import launch
 from graftlm.errors import ConfigError, RecipeError, UnsupportedError
+from graftlm.quantization import scheme_of
 from graftlm.training import Recipe, resolve_base, run
 from graftlm.training.recipes import only_the_first_speaks
 from graftlm.training.resume import last_complete_checkpoint
 from graftlm.training.runs import check_enough
 from graftlm.training.search import with_best_rate
-from graftlm.training.sharding import check_base, check_strategy
+from graftlm.training.sharding import check_scheme, check_strategy
 from graftlm.training.surroundings import check_agreement, join_processes
 from graftlm.training.trainer import log
 
@@ -133,7 +134,7 @@ def test_strategies_that_cannot_be(
 def test_a_quantised_base_is_not_shared_out(tmp_path: Path) -> None:
     base, _ = resolve_base(str(save_base(tmp_path, "llama", hidden_size=64)), quantization="nf4")
     with pytest.raises(UnsupportedError, match="fsdp2 cannot hold a base in nf4.*ddp"):
-        check_base(base)
+        check_scheme(scheme_of(base))
 
 
 def test_recipes_whose_strategy_contradicts_them() -> None:
