@@ -21,6 +21,7 @@ from training_helpers import NEEDED, PLAIN, WORDS, trained, uneven
 
 from graftlm import get_peft_model, processes
 from graftlm.kernels import linear
+from graftlm.quantization import quantized_layers
 from graftlm.training import Recipe, Together, Trainer, run, runs
 from graftlm.training.defaults import config_type, defaults_of, method_names
 from graftlm.training.sharding import base_parameters, shard, stacks, traffic
@@ -78,10 +79,19 @@ EPSILON = 1e-3  # of Adam: else the last bit of a gradient that is all but zero 
 
 
 def exactly(patch: Callable[[Any, str, Any], None]) -> None:
-    """Products in one way, whatever their rows (ways that are chosen by timing round differently), and Adam by EPSILON."""
+    """Products in one way, whatever their rows (ways that are chosen by timing round differently), Adam by EPSILON, and int8
+    without outliers: bitsandbytes takes these out by columns of a whole batch (`test_training_int8_batches`)."""
     patch(linear, "way", lambda dtype, rows, transposed: torch.nn.functional.linear)
-    arguments = runs.training_arguments
+    resolve, arguments = runs.resolve_base, runs.training_arguments
+    patch(runs, "resolve_base", lambda *given, **named: without_outliers(*resolve(*given, **named)))
     patch(runs, "training_arguments", lambda *given: replace_in(arguments(*given)))
+
+
+def without_outliers(base: Any, tokenizer: Any) -> tuple[Any, Any]:
+    for kind, layer in quantized_layers(base):
+        if kind == "int8":
+            layer.state.threshold = 0.0
+    return base, tokenizer
 
 
 def replace_in(arguments: t.TrainingArguments) -> t.TrainingArguments:

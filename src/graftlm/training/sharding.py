@@ -102,6 +102,9 @@ def shard(model: Any, adapters: bool = False) -> None:
     for stack, blocks in found:
         for module in (*blocks, stack):
             fully_shard(module, mesh=mesh, ignored_params=set(model.parameters()) - shared)
+    for block in (block for _, blocks in found for block in blocks):
+        block.unshard()  # once outside of inference mode: what is gathered into stays, and training writes to it, too
+        block.reshard()
     for tensor in (*model.parameters(), *model.buffers()):
         if not hasattr(tensor, "placements"):
             tensor.data = tensor.data.to(device)
