@@ -259,12 +259,13 @@ def test_a_signal_saves_once_and_any_number_of_processes_goes_on(number: signal.
     assert started.returncode and out.count("Stopped. The adapter so far is in") == 1, errors
     step = max(int(p.name.partition("-")[2]) for p in (endless / "out").glob("checkpoint-*"))
     assert (endless / "out" / "adapter_model.safetensors").is_file()
-    flags = ["--resume", "--quiet", "--set", f"training.max_steps={step + 2}"]
-    done = subprocess.run(
-        [*GRAFTLM, "train", str(endless / "recipe.yaml"), *flags], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads((endless / "out" / "metrics.json").read_text())["history"][-1]["step"] == step + 2
+    for more, several in ((2, []), (4, ["--processes", "2"]), (6, [])):
+        flags = ["--resume", "--quiet", "--set", f"training.max_steps={step + more}", *several]
+        done = subprocess.run(
+            [*GRAFTLM, "train", str(endless / "recipe.yaml"), *flags], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads((endless / "out" / "metrics.json").read_text())["history"][-1]["step"] == step + more
 
 
 @pytest.mark.slow

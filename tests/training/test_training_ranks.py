@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,9 @@ def test_what_each_rank_holds(planned: dict[str, Plan]) -> None:
     assert parts.gathered == 3 * BLOCK
     assert parts.exchanged_bytes == one.gradients + 2 * 6 * BLOCK * 7 // 8
     assert parts.adapter == one.adapter and parts.peak_bytes < ddp.peak_bytes
+    both = ranks(replace(planned["fsdp2"], recipe=recipe("fsdp2").replace("training.shard_adapters=true")), 8, config)
+    assert (both.base, both.exchanged_bytes > parts.exchanged_bytes) == (parts.base, True)
+    assert both.gradients == both.adapter == one.adapter // 8 and both.optimizer == one.optimizer // 8
     uneven = ranks(planned["fsdp2"], 3, config)  # 1024 rows in three: parts of 342, filled up
     assert uneven.base > one.base - 6 * BLOCK + 6 * BLOCK // 3
     assert ranks(planned["fsdp2"], 1, config).base == one.base

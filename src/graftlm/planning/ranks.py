@@ -11,6 +11,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import PlanError
 from ..training.sharding import base_parameters, check_scheme, check_strategy, stacks
 from .sizes import bytes_of
@@ -69,35 +71,44 @@ def ranks(planned: Plan, processes: int, config: Any = None) -> Ranks:
     recipe, step = planned.recipe, planned.step
     strategy = recipe.training.strategy
     check_strategy(strategy, False, planned.together > 1, processes)
-    held, gathered, sent = step.base, 0, 0
+    elsewhere = trained_elsewhere = gathered = sent = 0
     if strategy == "fsdp2" and processes > 1:
         made = skeleton(recipe, config)
         check_scheme(made.scheme)
-        held, gathered, sent = shares(made, step.base, processes)
-    weights = held + step.adapter + step.gradients + step.optimizer
+        blocks, trained = in_blocks(made, recipe.training.shard_adapters)
+        elsewhere, trained_elsewhere = (
+            sum(bytes_of(p) - part(p, processes) for b in of for p in b) for of in (blocks, trained)
+        )
+        sizes = [sum(map(bytes_of, (*a, *b))) for a, b in zip(blocks, trained, strict=True)]
+        gathered, sent = min(AT_ONCE * max(sizes), sum(sizes)), 2 * sum(sizes) * (processes - 1) // processes
+    base, adapter = step.base - elsewhere, step.adapter - trained_elsewhere
+    gradients, optimizer = step.gradients - trained_elsewhere, step.optimizer - 2 * trained_elsewhere
     activations = step.kept + step.workspace + step.allocator
-    exchange = step.gradients if processes > 1 else 0
+    exchange = gradients if processes > 1 else 0
     # DDP's buckets stay; the copy that `sharding.Exchange` sends is there when activations are gone
     always = exchange if strategy == "ddp" and planned.together == 1 else 0
-    training = weights + max(activations + gathered + always, exchange)
-    evaluating = weights - step.gradients + gathered + planned.evaluation_bytes
-    peak = max(planned.process_bytes + max(training, evaluating), planned.loading_bytes)
+    weights = base + adapter + optimizer
+    training = weights + gradients + max(activations + gathered + always, exchange)
+    peak = planned.process_bytes + max(training, weights + gathered + planned.evaluation_bytes)
+    peak = max(peak, planned.loading_bytes)
     return Ranks(
-        processes=processes, strategy=strategy, base=held, gathered=gathered, adapter=step.adapter,
-        gradients=step.gradients, optimizer=step.optimizer, activations=activations, exchange=exchange,
-        loading_bytes=planned.loading_bytes, exchanged_bytes=exchange + sent,
+        processes=processes, strategy=strategy, base=base, gathered=gathered, adapter=adapter, gradients=gradients,
+        optimizer=optimizer, activations=activations, exchange=exchange, loading_bytes=planned.loading_bytes,
+        peak_bytes=peak, exchanged_bytes=(step.gradients if processes > 1 else 0) + sent,
         updates=recipe.training.max_steps or -(-planned.updates // processes),
-        peak_bytes=peak, fits=(1 if planned.device.gpu else processes) * peak <= planned.device.free_bytes,
+        fits=(1 if planned.device.gpu else processes) * peak <= planned.device.free_bytes,
     )  # fmt: skip
 
 
-def shares(made: Skeleton, base: int, processes: int) -> tuple[int, int, int]:
-    """Under fsdp2, bytes of a base that a process holds, of the blocks that are whole at one time, and that it gets in a
-    pass (forward and backward)."""
+def in_blocks(made: Skeleton, adapters: bool) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+    """What `sharding.shard` shares out of each block: the base's parameters, and where wanted the adapter's."""
     host = made.model
     own = {id(p) for p in base_parameters(host.base)}
-    blocks = [[p for p in block.parameters() if id(p) in own] for _, found in stacks(host.base) for block in found]
-    whole = sum(bytes_of(p) for block in blocks for p in block)
-    part = sum(-(-p.shape[0] // processes) * bytes_of(p) // p.shape[0] for block in blocks for p in block)
-    largest = max((sum(map(bytes_of, block)) for block in blocks), default=0)
-    return base - whole + part, min(AT_ONCE * largest, whole), 2 * whole * (processes - 1) // processes
+    blocks = [list(block.parameters()) for _, found in stacks(host.base) for block in found]
+    trained = [[p for p in block if adapters and id(p) not in own and p.requires_grad and p.dim()] for block in blocks]
+    return [[p for p in block if id(p) in own] for block in blocks], trained
+
+
+def part(tensor: Tensor, processes: int) -> int:
+    """Bytes of a process's part: rows, of which an uneven number is filled up."""
+    return -(-tensor.shape[0] // processes) * bytes_of(tensor) // tensor.shape[0]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 
+from ..errors import UnsupportedError
 from ..model import PeftModel
 from .meters import TokenLoss
 from .sharding import Exchange, base_parameters, is_sharded
@@ -32,6 +33,8 @@ class AcrossProcesses(transformers.Trainer):
             self.exchange = Exchange(inner)
             self.accelerator.prepare_model = lambda model, *args, **kwargs: model
             if self.exchange.parts.found:
+                if self.args.fp16:
+                    raise UnsupportedError("shard_adapters trains in fp32 or bf16: fp16's scaling is of whole gradients")
                 self.accelerator.clip_grad_norm_ = self.exchange.clip
 
     @property
@@ -66,7 +69,12 @@ class AcrossProcesses(transformers.Trainer):
         if self.accelerator.num_processes == 1:
             return loss
         joined = TokenLoss()
-        parts = torch.tensor([loss.total, loss.tokens], device=self.accelerator.device, dtype=torch.float64)
-        total, tokens = self.accelerator.reduce(parts, "sum").tolist()
+        total, tokens = self._summed(loss.total, loss.tokens)
         joined.total, joined.tokens = total, int(tokens)
         return joined
+
+    def _summed(self, *own: float) -> list[float]:
+        """Sums over all processes."""
+        return self.accelerator.reduce(
+            torch.tensor(own, device=self.accelerator.device, dtype=torch.float64), "sum"
+        ).tolist()

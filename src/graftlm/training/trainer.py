@@ -269,7 +269,10 @@ class Trainer(AcrossProcesses):
         return entry | {"tokens_per_second": self._tokens_per_second(), "peak_memory_bytes": peak_memory()}
 
     def _tokens_per_second(self) -> float:
-        return self.meter.tokens_per_second * self.accelerator.num_processes
+        """Of all processes, by the clock of this one."""
+        if self.accelerator.num_processes == 1 or not self.meter.seconds:
+            return self.meter.tokens_per_second
+        return float(self._summed(self.meter.tokens)[0]) / self.meter.seconds
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
