@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .. import fingerprint, processes
 from ..architectures import base_modules
 from ..errors import UnsupportedError
+from ..kernels import return_freed_memory
 from ..methods.base import Method
 from ..quantization import scheme_of
 from .parts import Parts
@@ -105,6 +106,7 @@ def shard(model: Any, adapters: bool = False) -> None:
     for block in (block for _, blocks in found for block in blocks):
         block.unshard()  # once outside of inference mode: what is gathered into stays, and training writes to it, too
         block.reshard()
+    return_freed_memory()
     for tensor in (*model.parameters(), *model.buffers()):
         if not hasattr(tensor, "placements"):
             tensor.data = tensor.data.to(device)
