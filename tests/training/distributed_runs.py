@@ -71,7 +71,9 @@ CASES = {f"method-{name}": Case(method=name) for name in sorted(method_names())}
 WHOLE = dict(CASES)
 CASES |= {f"fsdp2-{name}": replace(case, sharded=True) for name, case in WHOLE.items()}
 CASES |= {
-    f"parts-{name}": replace(case, sharded=True, parts=True) for name, case in WHOLE.items() if case.method != "adalora"
+    f"parts-{name}": replace(case, sharded=True, parts=True)
+    for name, case in WHOLE.items()
+    if name.startswith(("method", "accumulation-u", "check")) and case.method != "adalora"
 }
 
 
@@ -143,11 +145,13 @@ def save_rows(folder: Path, train: int = 13, test: int = 5) -> Path:
 
 WHOLE_ADAPTERS = ("training.strategy=ddp", "training.shard_adapters=false")
 RUNS = ("packing", "packing-fsdp2", "early-stop", "int8", "nf4", "joint", "joint-seq2seq", "fsdp2", "parts", "resumed")
-# Without `slow`: FSDP2 under each of the entry points, and in the cases where the processes differ in what they hold.
+# Without `slow`: one method of each entry point and of each kind of parameter, the runs that differ most, and FSDP2 where
+# the processes differ in what they hold. All of them, for many more steps, are `slow`.
 OFTEN = ("lora", "adalora", "prompt-tuning", "prefix-tuning", "bottleneck", "trainable-tokens")
-QUICK = list(WHOLE)
-QUICK += ["parts-accumulation-uneven", "parts-method-lora", "fsdp2-five-rows", "fsdp2-accumulation-uneven"]
-QUICK += [f"fsdp2-method-{name}" for name in OFTEN]
+QUICK = [f"method-{name}" for name in (*OFTEN, "vera", "p-tuning")]
+QUICK += ["five-rows", "smoothing", "accumulation-uneven", "checkpointing", "seq2seq", "bloom"]
+QUICK += ["fsdp2-five-rows", "parts-accumulation-uneven", *(f"fsdp2-method-{name}" for name in OFTEN)]
+OFTEN_RUN = ("packing", "early-stop", "nf4", "joint", "parts", "resumed")
 
 
 def recipes_of(name: str, place: Path, steps: int, out: Path) -> list[Recipe]:
