@@ -68,6 +68,20 @@ def test_what_cannot_be_planned(planned: dict[str, Plan]) -> None:
         ranks(quantised, 2)
 
 
+def test_ranks_on_the_command_line() -> None:
+    from typer.testing import CliRunner
+
+    from graftlm import cli
+
+    words = ["plan", "--rows", "8", "--length", "8", "--device", "h100", "--processes", "2", "--strategy", "fsdp2"]
+    found = CliRunner().invoke(cli.app, words)
+    text = " ".join(found.stdout.split())
+    assert found.exit_code == 0, found.stderr
+    assert "2 processes, fsdp2: rank 0 to 1, each base" in text and "Peak of each process" in text
+    refused = CliRunner().invoke(cli.app, [*words, "--compare"])
+    assert refused.exit_code == 2 and "--processes is of a plain plan" in refused.stderr
+
+
 def process(rank: int, port: int, folder: Path) -> None:
     """One of two processes: a run, and what the first of them takes while it trains."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
