@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
+from families import build
 from safetensors.torch import load_file
 from training_helpers import save_base, save_tweets
 
-from graftlm import processes
+from graftlm import AdaLoraConfig, LoraConfig, get_peft_model, processes
 from graftlm.cli._processes import launch
 from graftlm.errors import ConfigError, RecipeError, UnsupportedError
 from graftlm.quantization import scheme_of
@@ -29,7 +30,7 @@ from graftlm.training.recipes import only_the_first_speaks
 from graftlm.training.resume import last_complete_checkpoint
 from graftlm.training.runs import check_enough
 from graftlm.training.search import with_best_rate
-from graftlm.training.sharding import check_scheme, check_strategy
+from graftlm.training.sharding import check_adapters, check_scheme, check_strategy
 from graftlm.training.surroundings import check_agreement, join_processes
 from graftlm.training.trainer import log
 
@@ -137,9 +138,18 @@ def test_a_quantised_base_is_not_shared_out(tmp_path: Path) -> None:
         check_scheme(scheme_of(base))
 
 
+def test_adapters_that_are_not_shared_out() -> None:
+    config = AdaLoraConfig(task_type="CAUSAL_LM", init_r=4, target_r=2, total_step=10, tinit=1, tfinal=1)
+    with pytest.raises(UnsupportedError, match="shard_adapters: ADALORA chooses its ranks by whole matrices"):
+        check_adapters(get_peft_model(build("llama"), config))
+    check_adapters(get_peft_model(build("llama"), LoraConfig(task_type="CAUSAL_LM")))
+
+
 def test_recipes_whose_strategy_contradicts_them() -> None:
     with pytest.raises(RecipeError, match="torch_compile and strategy fsdp2"):
         Recipe.from_dict({"training": {"strategy": "fsdp2", "torch_compile": True}})
+    with pytest.raises(RecipeError, match="training.shard_adapters and strategy ddp: it is of strategy fsdp2"):
+        Recipe.from_dict({"training": {"shard_adapters": True}})
     with pytest.raises(RecipeError, match="training.strategy: expected 'ddp', 'fsdp2'"):
         Recipe.from_dict({"training": {"strategy": "fsdp"}})
 
