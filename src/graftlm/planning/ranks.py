@@ -105,7 +105,9 @@ def in_blocks(made: Skeleton, adapters: bool) -> tuple[list[list[Tensor]], list[
     host = made.model
     own = {id(p) for p in base_parameters(host.base)}
     blocks = [list(block.parameters()) for _, found in stacks(host.base) for block in found]
-    trained = [[p for p in block if adapters and id(p) not in own and p.requires_grad and p.dim()] for block in blocks]
+    trained: list[list[Tensor]] = [
+        [p for p in block if adapters and id(p) not in own and p.requires_grad and p.dim()] for block in blocks
+    ]
     return [[p for p in block if id(p) in own] for block in blocks], trained
 
 

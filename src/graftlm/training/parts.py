@@ -46,7 +46,7 @@ class Parts:
         from torch.distributed.tensor import DTensor
 
         self.found = [
-            Part(module, name, p, nn.Parameter(p.detach().to_local()))
+            Part(module, name, p, nn.Parameter(p.detach().to_local()))  # type: ignore[union-attr]
             for module in model.modules()
             for name, p in module._parameters.items()
             if isinstance(p, DTensor) and p.requires_grad
@@ -98,7 +98,7 @@ class Parts:
         return norm.float()
 
     @contextmanager
-    def whole_states(self, states: dict[Tensor, dict[str, Any]]) -> Iterator[None]:
+    def whole_states(self, states: Any) -> Iterator[None]:
         """Within the block an optimizer's states are those of whole parameters."""
         kept = {part.local: states[part.local] for part in self.found if part.local in states}
         for part in self.found:

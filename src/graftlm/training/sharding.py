@@ -104,8 +104,9 @@ def shard(model: Any, adapters: bool = False) -> None:
         for module in (*blocks, stack):
             fully_shard(module, mesh=mesh, ignored_params=set(model.parameters()) - shared)
     for block in (block for _, blocks in found for block in blocks):
-        block.unshard()  # once outside of inference mode: what is gathered into stays, and training writes to it, too
-        block.reshard()
+        # once outside of inference mode: what is gathered into stays, and training writes to it, too
+        block.unshard()  # type: ignore[operator]
+        block.reshard()  # type: ignore[operator]
     return_freed_memory()
     for tensor in (*model.parameters(), *model.buffers()):
         if not hasattr(tensor, "placements"):
