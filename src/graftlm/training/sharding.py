@@ -44,8 +44,8 @@ def check_strategy(strategy: str, given: bool, together: bool, count: int | None
         raise UnsupportedError(
             f"{wanted} does not train adapters here: its checkpoints would not be those of one process. training.strategy: "
             "fsdp2 shares the frozen base out, as ZeRO-3 would, and with training.shard_adapters the adapter with its "
-            "gradients and optimizer states, as ZeRO-2 would. Start the processes by torchrun, graftlm train --processes, or "
-            "accelerate launch --multi_gpu."
+            "gradients and optimizer states, as ZeRO-2 would. Start the processes by torchrun, graftlm train --processes, "
+            "or accelerate launch --multi_gpu."
         )
     if strategy == "fsdp2" and (count or processes.count()) > 1 and (given or together):
         raise UnsupportedError(
