@@ -4,15 +4,17 @@
     python benchmarks/serving.py --base random --rounds 3 --only base peft --json out.json
     python benchmarks/serving.py --base random --quick  # whether every line runs; its figures say nothing
 
-All run in turns in one process. Lines (`--only`):
+All run in turns in one process. Lines from `trace` on run once, whatever `--rounds` says: each takes minutes. A line is in
+the JSON as soon as it is known. Lines (`--only`):
 
     base      the base alone at several sizes of the batch, against `generate`
     peft      eight LoRA adapters, against HF PEFT's `adapter_names`
     mix       eight LoRA adapters, and a mix of methods, against the bare base in the same engine
-    trace     requests of many lengths over eight adapters, against static batches of 8 and one after the other
     between   p95 of the time between tokens while long prompts arrive, against the median without
     shared    the first token behind a shared start of 60 tokens, against the same without it
     prefill   8 prompts of 128, against `generate`
+    trace     requests of many lengths over eight adapters, against static batches of 8
+    one       the same against one request after the other
     continuous  requests of many lengths on the base alone, against transformers' continuous batching
     turns     64 adapters in turn, against one
 """
@@ -136,21 +138,26 @@ class Bench:
         self.vocabulary = self.shared.config.vocab_size
         self.engine = apart(lambda: engine_on(self.shared))
         self.found: list[dict[str, Any]] = []
+        self.traced: tuple[float, float] | None = None
 
     def say(self, work: str, ratio: float, **figures: Any) -> None:
         self.found.append({"work": work, "ratio": ratio, **figures})
         listed = ", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
         print(f"{work:44} ratio {ratio:.2f}   {listed}", flush=True)
+        if self.args.json:
+            self.args.json.write_text(json.dumps(self.found, indent=1), encoding="utf-8")
 
     def compare(self, work: str, calls: dict[str, Callable[[], Any]], tokens: int) -> None:
-        """Speeds of calls that give the same tokens; the ratio is the last one's over the first one's."""
-        first, *others = [call() for call in calls.values()]  # warms up
+        """Speeds of calls that give the same tokens; the ratio is the last one's, an engine's, over the first one's."""
+        list(calls.values())[-1]()  # warms up
         seconds: dict[str, list[float]] = {name: [] for name in calls}
+        made: dict[str, Any] = {}
         for _ in range(self.args.rounds):
             for name, call in calls.items():
                 begun = time.perf_counter()
-                call()
+                made[name] = call()
                 seconds[name].append(time.perf_counter() - begun)
+        first, *others = made.values()
         speeds = {name: tokens / statistics.median(s) for name, s in seconds.items()}
         ratio = list(speeds.values())[-1] / next(iter(speeds.values()))
         self.say(work, ratio, **speeds, same_tokens=all(other == first for other in others))
@@ -196,21 +203,29 @@ class Bench:
             self.compare(work, calls, 8 * new)
 
     def trace(self) -> None:
+        self.against("batches of 8", 8)
+
+    def one(self) -> None:
+        self.against("one after the other", 1)
+
+    def against(self, work: str, size: int) -> None:
+        """The trace, against batches of so many through `generate`."""
         asked = trace(self.args.requests, self.vocabulary)
         tokens = sum(r.params.max_new_tokens for r in asked)
-        self.stream(asked[:8])  # warms up
-        begun = time.perf_counter()
-        first = self.stream(asked)
-        ours, ttft = time.perf_counter() - begun, statistics.mean(t[0] for t in first)
-        for work, size in (("batches of 8", 8), ("one after the other", 1)):
-            begun, firsts = time.perf_counter(), []
-            for start in range(0, len(asked), size):
-                part = asked[start : start + size]
-                there(self.engine, partial(batch_through_generate, self.engine.model, part))
-                firsts += [time.perf_counter() - begun] * len(part)  # `generate` shows nothing before its end
-            theirs = time.perf_counter() - begun
-            figures = {"engine": tokens / ours, "generate": tokens / theirs}
-            self.say(f"{len(asked)} requests / {work}", theirs / ours, **figures, ttft_ratio=ttft / statistics.mean(firsts))
+        if self.traced is None:
+            self.stream(asked[:8])  # warms up
+            begun = time.perf_counter()
+            first = self.stream(asked)
+            self.traced = time.perf_counter() - begun, statistics.mean(t[0] for t in first)
+        ours, ttft = self.traced
+        begun, firsts = time.perf_counter(), []
+        for start in range(0, len(asked), size):
+            part = asked[start : start + size]
+            there(self.engine, partial(batch_through_generate, self.engine.model, part))
+            firsts += [time.perf_counter() - begun] * len(part)  # `generate` shows nothing before its end
+        theirs = time.perf_counter() - begun
+        figures = {"engine": tokens / ours, "generate": tokens / theirs}
+        self.say(f"{len(asked)} requests / {work}", theirs / ours, **figures, ttft_ratio=ttft / statistics.mean(firsts))
 
     def between(self) -> None:
         long, short = prompt(400, self.vocabulary, 7), [request(32, 64, "", self.vocabulary, i) for i in range(8)]
@@ -246,7 +261,7 @@ class Bench:
         many = apart(lambda: engine_on(self.shared, extra=names))
         self.engine = many
         seconds: dict[str, list[float]] = {"one": [], "turns": []}
-        for round_ in range(self.args.rounds + 1):
+        for round_ in range(2):
             for kind, found in seconds.items():
                 asked = [request(32, 24, names[i] if kind == "turns" else "t0", self.vocabulary, i) for i in range(64)]
                 begun = time.perf_counter()
@@ -263,20 +278,20 @@ class Bench:
 
     def continuous(self) -> None:
         """One side after the other: the threads of both together would be more than there are cores."""
-        new, rounds = self.args.new, range(self.args.rounds)
+        new = self.args.new // 2
         asked = [
             replace(request(len(r.prompt), new, "", self.vocabulary, i), prompt=r.prompt)
             for i, r in enumerate(trace(self.args.requests, self.vocabulary))
         ]
         self.stream(asked[:8])  # warms up
-        ours = [timed(lambda: self.stream(asked)) for _ in rounds]
+        ours = timed(lambda: self.stream(asked))
         self.engine.close()
         try:
-            theirs = apart(lambda: [timed(partial(continuous_batching, self.shared, asked, new)) for _ in rounds])
+            theirs = apart(lambda: timed(partial(continuous_batching, self.shared, asked, new)))
         except Exception as error:
             print(f"transformers' continuous batching does not run here: {error!r}", flush=True)
         else:
-            speeds = [len(asked) * new / statistics.median(seconds) for seconds in (theirs, ours)]
+            speeds = [len(asked) * new / seconds for seconds in (theirs, ours)]
             self.say("base / continuous batching", speeds[1] / speeds[0], transformers=speeds[0], engine=speeds[1])
         self.engine = apart(lambda: engine_on(self.shared))
 
@@ -331,7 +346,7 @@ def batch_through_generate(model: Any, asked: list[Request]) -> None:
 
 
 # the last two change the engine
-LINES = ["base", "peft", "mix", "trace", "between", "shared", "prefill", "continuous", "turns"]
+LINES = ["base", "peft", "mix", "between", "shared", "prefill", "trace", "one", "continuous", "turns"]
 
 
 def main() -> None:
@@ -353,8 +368,6 @@ def main() -> None:
             getattr(bench, "shared_start" if line == "shared" else line)()
     bench.engine.close()
     print(f"{time.perf_counter() - start:.0f} s")
-    if args.json:
-        args.json.write_text(json.dumps(bench.found, indent=1), encoding="utf-8")
     workloads.synchronize()
 
 

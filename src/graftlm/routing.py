@@ -216,6 +216,15 @@ class Attention(Protocol):
         """The surroundings in which a base's layers come here."""
 
 
+class StepAttention(Attention, Protocol):
+    """What attends in a server's step."""
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, p: float = 0.0, both: Tensor | None = None
+    ) -> Tensor:
+        """As above; `both`: keys and values, where they lie side by side [N, 2 G, D]."""
+
+
 @dataclass(frozen=True)
 class Scope:
     """What layers see while they run, or run again in the backward pass.

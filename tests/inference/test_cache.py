@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graftlm.inference.cache import KeyValueCache, Span
 from graftlm.inference.scheduler import Scheduler, Sequence
-from graftlm.inference.space import Space
+from graftlm.inference.space import Extent, Space
 from graftlm.inference.starts import Starts
 from graftlm.passes.served import FrontMemory, PlainCache
 
@@ -78,14 +78,14 @@ def test_rows_equal_the_reference(kind: str, seed: int) -> None:
         if not step.pieces:
             continue
         rng.shuffle(step.pieces)
-        step.pieces.sort(key=lambda p: (p.count > 1, p.sequence.extent.start))
         spans = [Span(p.sequence.extent, p.sequence.front + p.sequence.done, p.count) for p in step.pieces]
         fast, slow = cache.over(spans), plain.over([(p.sequence, p.count) for p in step.pieces])
         for layer in range(LAYERS):
             parts = [[t[:, p.sequence.done : p.sequence.done + p.count] for t in kv[p.sequence][layer]] for p in step.pieces]
             k, v = (torch.cat(side, dim=1) for side in zip(*parts, strict=True))
             q = torch.randn(HEADS, k.shape[1], SIZE, generator=generator)
-            close(fast.attend(q, k, v, layer, 0.3), slow.attend(q, k, v, layer, 0.3))
+            both = torch.cat((k, v)).transpose(0, 1) if layer else None
+            close(fast.attend(q, k, v, layer, 0.3, both=both), slow.attend(q, k, v, layer, 0.3))
         scheduler.ran(step.pieces)
         for piece in step.pieces:
             row = piece.sequence
@@ -96,6 +96,28 @@ def test_rows_equal_the_reference(kind: str, seed: int) -> None:
                     plain.leave(row)
     assert steps > 120 and cache.size > 32
     assert preempted or seed
+
+
+def test_extents_of_nobody_between_rows_change_nothing() -> None:
+    """Rows on both sides of small gaps attend in one product, whatever lies there; a large gap parts them."""
+    served, generator = base(), torch.Generator().manual_seed(0)
+    cache, plain = KeyValueCache(served, 512), PlainCache(served)
+    extents = [Extent(16 * at, 16) for at in (1, 3, 4, 7, 20)]
+    spans = [Span(extent, filled, 1) for extent, filled in zip(extents, (4, 9, 1, 15, 6), strict=True)]
+    cache.over(spans)
+    cache.of(0, *(torch.zeros(2, 1, SIZE) for _ in "kv"))
+    for kept in cache.layers[0]:
+        kept.fill_(torch.nan)
+    for span in spans:
+        before = front_of(served, span.filled, generator)
+        for kept in cache.layers[0]:
+            kept[:, span.extent.start : span.extent.start + 16] = 0
+        cache.fill(span.extent.start, before.memory[:1])
+        plain.join(span, before)
+    attention = cache.over(spans[::-1])
+    assert [part.rows for part in attention.parts] == [7, 1]
+    q, k, v = (torch.randn(heads, 5, SIZE, generator=generator) for heads in (HEADS, 2, 2))
+    close(attention.attend(q, k, v, 0, 0.3), plain.over([(span, 1) for span in spans[::-1]]).attend(q, k, v, 0, 0.3))
 
 
 def test_values_that_are_not_finite_stay_in_their_row() -> None:

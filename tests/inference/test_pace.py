@@ -33,3 +33,26 @@ def test_a_chunk_adds_what_it_may(token: float, wanted: int) -> None:
         count = pace.tokens(4)
         pace.took(4, count, STEP + count * token)
     assert pace.tokens(4) == pytest.approx(wanted, abs=1)
+
+
+@pytest.mark.parametrize(("joining", "wanted"), [(1, 60), (2, 60), (4, 120), (8, 240), (30, 252)])
+def test_the_more_wait_for_their_prompts_the_larger_is_their_share(joining: int, wanted: int) -> None:
+    """Twice as many decode as join: the plain share. A burst beside few that decode comes in at once."""
+    pace = Pace(256)
+    for _ in range(50):
+        pace.took(4, 0, STEP)
+        pace.took(4, 60, STEP + 60 * 0.002)
+    assert pace.tokens(4, joining) == pytest.approx(wanted, abs=2)
+
+
+def test_a_burst_before_anything_is_known() -> None:
+    assert Pace(256).tokens(1, 15) == 255
+
+
+def test_what_prompts_cost_whatever_their_size_does_not_count_as_their_tokens() -> None:
+    """A step of 0.1 s may take 0.12 s more: 0.04 of these for there being a prompt, 2 ms for each of 40 tokens."""
+    pace = Pace(256)
+    for count in (20, 60, 35) * 30:
+        pace.took(4, 0, STEP)
+        pace.took(4, count, STEP + 0.04 + count * 0.002)
+    assert pace.tokens(4) == pytest.approx(40, abs=1)

@@ -273,3 +273,21 @@ def test_extents_never_overlap_and_all_come_back(seed: int) -> None:
     for extent in held:
         space.give(extent)
     assert space.free == space.capacity and space.fits(space.largest)
+
+
+def test_a_chunk_is_sized_by_those_who_decode_and_those_who_join() -> None:
+    asked: list[tuple[int, int]] = []
+
+    def chunk(decoding: int, joining: int) -> int:
+        asked.append((decoding, joining))
+        return 20
+
+    scheduler = Scheduler(Space(4096), max_rows=4, chunk=chunk)
+    for _ in range(6):
+        scheduler.add(Sequence(tokens=[1] * 20))
+    for _ in range(3):
+        scheduler.ran(scheduler.schedule().pieces)
+        for row in scheduler.rows:
+            if not row.pending:
+                row.tokens.append(1)
+    assert asked == [(0, 4), (1, 3), (2, 2)]  # two wait for a row to end

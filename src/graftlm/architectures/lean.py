@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from operator import contains
+from operator import attrgetter, contains
 from typing import Any
 
 import torch
@@ -23,12 +23,14 @@ from transformers.pytorch_utils import Conv1D
 
 from ..kernels.linear import product
 from ..kernels.packed import Joint, block_product, openings
-from ..routing import Attention
+from ..routing import StepAttention
 from .decoders import Decoder, decoder, part
 from .gated import plain
 from .walk import base_modules, innermost
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+_version = attrgetter("_version")
 
 #: what is beside a product: writes into y [N, out], x [N, in]
 Acts = Callable[[Tensor, Tensor], None]
@@ -118,6 +120,8 @@ class Norm:
 
 
 _ZERO = torch.zeros(())
+_FEW = 64  # rows of which columns are taken faster one by one than rolled
+_silu: Any = torch.ops.aten.silu.default
 
 
 def widened(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -139,6 +143,7 @@ class Layer:
         heads, values: heads of queries; of keys, and of values.
         by_head: whether qkv lies head by head.
         size: D.
+        turned: columns of qkv whose queries and keys have their halves exchanged [(Q + G) D].
     """
 
     sites: dict[str, Site]
@@ -150,28 +155,36 @@ class Layer:
     by_head: bool
     size: int
     scale: float
+    turned: Tensor
 
-    def split(self, z: Tensor, turn: Turn | None) -> tuple[Tensor, Tensor, Tensor]:
-        """z [N, (Q + 2 G) D] -> q [Q, N, D], k and v [G, N, D], in its memory."""
+    def split(self, joint: Tensor, turn: Turn | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """joint [N, (Q + 2 G) D] -> q [Q, N, D], k and v [G, N, D], and these two where they lie side by side [N, 2 G, D];
+        all in its memory."""
+        count = joint.shape[0]
         if self.by_head:
-            return z.view(z.shape[0], self.heads, 3, self.size).transpose(0, 1).unbind(2)  # type: ignore[return-value]
-        z = z.view(z.shape[0], -1, self.size)
+            return *joint.view(count, self.heads, 3, self.size).transpose(0, 1).unbind(2), None  # type: ignore[return-value]
+        z = joint.view(count, -1, self.size)
         for norm, first, count in zip(self.head_norms, (0, self.heads), (self.heads, self.values), strict=False):
             part = z[:, first : first + count]
             part.copy_(norm(part[None])[0])
         if turn is not None:
             cos, sin, half = turn
             turned = z[:, : self.heads + self.values]
-            other = turned.roll(half, -1)
+            if count <= _FEW:
+                other = joint.index_select(1, self.turned).view(turned.shape)
+            else:
+                other = turned.roll(half, -1)
             turned.mul_(cos).addcmul_(other, sin)
-        return z.transpose(0, 1).split_with_sizes((self.heads, self.values, self.values))  # type: ignore[return-value]
+        q, k, v = z.transpose(0, 1).split_with_sizes((self.heads, self.values, self.values))
+        return q, k, v, z[:, self.heads :]
 
     def activated(self, z: Tensor) -> Tensor:
         """What is between the MLP's two products."""
         if len(self.sites["up"].modules) == 1:
             return self.activation(z)
-        gate, up = z.chunk(2, dim=1)
-        return F.silu(gate).mul_(up) if self.activation is F.silu else self.activation(gate) * up
+        size = z.shape[1] // 2
+        gate, up = z.split_with_sizes((size, size), 1)
+        return _silu(gate).mul_(up) if self.activation is F.silu else self.activation(gate) * up
 
 
 class Lean:
@@ -201,14 +214,15 @@ class Lean:
         self.called = [m for m in self.called if isinstance(m, nn.Module)]
         inside = {id(m) for module in self.called for m in module.modules()}
         self._watched: list[Any] = [m for _, m in base_modules(base) if id(m) not in inside]
+        self._own = [vars(m) for m in self._watched]
         self._tables = [m.__dict__[name] for m in self._watched for name in _HOOKS]
         self._sizes = [len(table) for table in self._tables]
         self._handles = RemovableHandle.next_id
-        self._held = [m._modules for m in self._watched]
-        self._children = [list(held.values()) for held in self._held]
+        self._held = [m._modules for m in self._watched if m._modules]
+        self._children = [dict(held) for held in self._held]
         self.strange = any((id(table), key) not in own for table in self._tables for key in table)
         self._taken: list[Any] = []  # what sites have taken up, as it then was
-        self._read: list[tuple[dict, str]] = []  # and where it stands
+        self._read: tuple[Sequence[dict], Sequence[str]] = (), ()  # and where it stands
 
     def unchanged(self) -> bool:
         """Whether the base consists of the modules, with the hooks, that it had."""
@@ -217,14 +231,14 @@ class Lean:
             if [*map(len, self._tables)] != self._sizes:
                 return False
             self._handles = RemovableHandle.next_id
-        return [*map(list, map(dict.values, self._held))] == self._children
+        return self._held == self._children
 
     def free(self) -> bool:
         """Whether no hook, no forward of a stranger and no autocast would be passed over."""
         everyones = vars(nn.modules.module)
         return (
             not self.strange
-            and not any(map(contains, map(vars, self._watched), repeat("forward")))
+            and not any(map(contains, self._own, repeat("forward")))
             and not any(everyones[f"_global{name}"] for name in _HOOKS)
             and not torch.is_autocast_enabled(self.layers[0].sites["o"].layers[0].weight.device.type)
         )
@@ -235,7 +249,7 @@ class Lean:
         positions = innermost(self.positions) is self.positions  # no adapter of theirs would be called
         return positions and all(site.usable() for site in sites)
 
-    def __call__(self, ids: Tensor, places: Tensor, attention: Attention, last: Tensor, beside: Beside) -> Tensor:
+    def __call__(self, ids: Tensor, places: Tensor, attention: StepAttention, last: Tensor, beside: Beside) -> Tensor:
         """Hidden states [R, H] that reach the head, of the tokens `last` [R] of ids [N] at `places` [N]."""
         self._take()
         x = self._enter(ids, places)
@@ -246,8 +260,8 @@ class Lean:
             x = x.clone()  # hooks of the embeddings may have kept it
         for index, layer in enumerate(self.layers):
             qkv, o, up, down = ((site, beside.get((index, name), ())) for name, site in layer.sites.items())
-            q, k, v = layer.split(qkv[0](layer.norms[0](x, wide), qkv[1]), turn)
-            y = attention.attend(q, k, v, index, layer.scale).reshape(x.shape[0], -1)
+            q, k, v, both = layer.split(qkv[0](layer.norms[0](x, wide), qkv[1]), turn)
+            y = attention.attend(q, k, v, index, layer.scale, both=both).reshape(x.shape[0], -1)
             x += o[0](y, o[1])
             y = layer.activated(up[0](layer.norms[1](x, wide), up[1]))
             x += down[0](y, down[1])
@@ -255,11 +269,14 @@ class Lean:
 
     def _take(self) -> None:
         """Take up weights that were exchanged, written into or packed since the last step."""
-        kept = [table[name] for table, name in self._read]
-        if [openings(), *((p.data_ptr(), p._version) for p in kept)] != self._taken:
-            self._read = [place for layer in self.layers for site in layer.sites.values() for place in site.take()]
-            kept = [table[name] for table, name in self._read]
-            self._taken = [openings(), *((p.data_ptr(), p._version) for p in kept)]
+        if self._stand() != self._taken:
+            places = [place for layer in self.layers for site in layer.sites.values() for place in site.take()]
+            self._read = tuple(zip(*places, strict=True)) if places else ((), ())  # type: ignore[assignment]
+            self._taken = self._stand()
+
+    def _stand(self) -> list[Any]:
+        kept = [*map(dict.__getitem__, *self._read)]
+        return [openings(), *map(Tensor.data_ptr, kept), *map(_version, kept)]
 
     def _enter(self, ids: Tensor, places: Tensor) -> Tensor:
         x = self.embed(ids[None])[0]
@@ -287,7 +304,14 @@ def _layer(block: Any, family: Decoder) -> Layer:
         sites=sites, norms=(first, second), head_norms=tuple(m for m in head_norms if m is not None),
         activation=_activation(part(block, family.activation)), heads=width // size - 2 * values, values=values,
         by_head=family.by_head, size=size, scale=getattr(attention, family.scale),
+        turned=_exchanged(0 if family.rotary is None else columns[-1].stop - values * size, size, sites["o"]),
     )  # fmt: skip
+
+
+def _exchanged(width: int, size: int, beside: Site) -> Tensor:
+    """Columns up to `width` with the halves of each head exchanged."""
+    columns = torch.arange(width, device=beside.layers[0].weight.device)
+    return columns.view(-1, 2, size // 2).flip(1).flatten()
 
 
 def _activation(module: Any) -> Any:

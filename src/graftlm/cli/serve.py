@@ -37,7 +37,7 @@ def serve(
         typer.Option(envvar="GRAFTLM_ADMIN_KEY", help="Key that loads and unloads adapters; without: nobody can."),
     ] = None,
     max_adapters: Annotated[int, typer.Option(help="Adapters in memory at a time; the others wait on disk.")] = 16,
-    max_rows: Annotated[int, typer.Option(help="Completions that are written at a time.")] = 16,
+    max_rows: Annotated[int, typer.Option(help="Completions that are written at a time.")] = 32,
     cache_tokens: Annotated[int | None, typer.Option(help="Places of the key-value cache. Default: 16384.")] = None,
     max_prompt: Annotated[int | None, typer.Option(help="Tokens of a prompt. Default: the base's context.")] = None,
     max_tokens: Annotated[

@@ -230,12 +230,12 @@ class Batches(Stepping):
         """A token for each row that still writes; logits [B, V] -> ids [B]."""
         self.owner.listen()
         self._expire(self.owner.clock())
-        live = [(Piece(tokens, 1), row) for tokens, row in zip(rows, logits, strict=True) if tokens in self.writings]
-        for piece, row in live:
-            writing = self.writings[piece.sequence]
-            if self.last is not None and writing.count == self._most(piece.sequence) - 1:
+        live = [at for at, tokens in enumerate(rows) if tokens in self.writings]
+        for at in live:
+            writing, row = self.writings[rows[at]], logits[at]
+            if self.last is not None and writing.count == self._most(rows[at]) - 1:
                 row[torch.arange(len(row), device=row.device) != self.last] = -torch.inf
-        self._write(live)
+        self._write([Piece(rows[at], 1) for at in live], logits[live])
         ids = [tokens.tokens[-1] if len(tokens.tokens) > tokens.prompt else 0 for tokens in rows]
         return torch.tensor(ids, device=logits.device)
 

@@ -23,7 +23,7 @@ class EngineConfig:
         prepack: keep the base's weights a second time in the processor's own layout, where the memory is there.
     """
 
-    max_rows: int = 16
+    max_rows: int = 32
     cache_tokens: int = 16384
     kept_tokens: int | None = None
     step_tokens: int = 256

@@ -64,7 +64,9 @@ class Engine:
         self.tokenizer = tokenizer
         self.config = config or EngineConfig()
         self.clock = clock
-        space = Space(self.config.cache_tokens)
+        # rows in extents of few sizes attend in few products; where there is little room it is not wasted
+        share = max(16, self.config.cache_tokens // (4 * self.config.max_rows))
+        space = Space(self.config.cache_tokens, min(64, 1 << (share.bit_length() - 1)))
         kept = self.config.kept_tokens
         self.limit = self._limit(space)
         self.starts = Starts(space.capacity // 2 if kept is None else kept)

@@ -112,7 +112,8 @@ class Scheduler:
         step_tokens: tokens of a step, decoding rows included; a chunk has at least `least_chunk`, however many rows decode.
         quantum: tokens of prompts that a composition may have in one turn.
         known: how many of a sequence's first tokens need not be computed, at most all but one.
-        chunk: tokens of prompts in a step in which so many rows decode; None: what is left of `step_tokens`.
+        chunk: tokens of prompts in a step in which so many rows decode, and so many others are in the cache or may come
+            there; None: what is left of `step_tokens`.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class Scheduler:
         least_chunk: int = 16,
         quantum: int = 256,
         known: Callable[[Sequence], int] = lambda sequence: 0,
-        chunk: Callable[[int], int] | None = None,
+        chunk: Callable[[int, int], int] | None = None,
     ) -> None:
         self.space = space
         self.max_rows = max_rows
@@ -178,7 +179,9 @@ class Scheduler:
         gone = set(step.preempted)
         step.pieces = [piece for piece in step.pieces if piece.sequence not in gone]
         decoding = len(step.pieces)
-        self._prefill(step, self.chunk(decoding) if self.chunk else max(self.least_chunk, self.step_tokens - decoding))
+        joining = min(len(self.rows) + len(self.waiting), self.max_rows) - decoding
+        most = self.step_tokens - decoding if self.chunk is None else self.chunk(decoding, joining)
+        self._prefill(step, max(self.least_chunk, most))
         return step
 
     def _expire(self, step: Step, now: float) -> None:

@@ -218,8 +218,7 @@ class Stepping:
         self._carry_out(step)
         if not step.pieces:
             return
-        # decoding rows whose extents lie side by side attend in one product
-        pieces = sorted(step.pieces, key=lambda p: (p.count > 1, p.sequence.extent.start))  # type: ignore[union-attr]
+        pieces = sorted(step.pieces, key=lambda p: (p.count > 1, self._slot(p.sequence)))
         failed: dict[Piece, Exception] = {}
         begun = time.perf_counter()
         logits = self._forward(pieces, failed)
@@ -227,12 +226,18 @@ class Stepping:
         if self.pace is not None:
             self.pace.took(sum(not p.sequence.filling for p in pieces), prompts, time.perf_counter() - begun)
         ran = [piece for piece in pieces if piece not in failed]
-        completes = [piece.completes for piece in ran]
+        complete = [at for at, piece in enumerate(ran) if piece.completes]
+        begun_only = [at for at, piece in enumerate(ran) if not piece.completes]
         self.scheduler.ran(ran)
-        self._write([(p, row) for p, row, complete in zip(ran, logits, completes, strict=True) if complete])
-        self._drop_broken([(p, row) for p, row, complete in zip(ran, logits, completes, strict=True) if not complete])
+        ahead = complete == list(range(len(complete)))  # then nothing is copied
+        self._write([ran[at] for at in complete], logits[: len(complete)] if ahead else logits[complete])
+        self._drop_broken([(ran[at], logits[at]) for at in begun_only])
         for piece, error in failed.items():
             self._fail(self.writings[piece.sequence], ServingError(f"A step of the model failed: {error!r}"))
+
+    def _slot(self, tokens: Tokens) -> int:
+        """Decoding rows in the order in which their adapters' factors lie go through these at once."""
+        return self.served.lean.slot(self._parts(self.writings[tokens].job, tokens.done, 1)[0][0])
 
     def _expired(self, writing: Writing) -> None:
         writing.end("timeout")
@@ -259,20 +264,18 @@ class Stepping:
                 writing.job.cached = max(writing.job.cached, tokens.cached)
             self.owner.started(writing.job)
 
-    def _forward(self, pieces: list[Piece], failed: dict[Piece, Exception]) -> list[Tensor]:
-        """Logits [V] behind each piece. Where a step fails its rows are tried one by one: what one of them writes to the
-        cache again stands there already."""
+    def _forward(self, pieces: list[Piece], failed: dict[Piece, Exception]) -> Tensor:
+        """Logits [P, V] behind each piece that did not fail. Where a step fails its rows are tried one by one: what one of
+        them writes to the cache again stands there already."""
         try:
-            return list(self._logits(pieces))
+            return self._logits(pieces)
         except Exception as error:
             log.exception("A step of %d rows failed", len(pieces))
             if len(pieces) == 1:
                 failed[pieces[0]] = error
-                return []
-        made = []
-        for piece in pieces:
-            made += self._forward([piece], failed)
-        return made
+                return torch.empty(0, self.vocabulary)
+        made = [part for piece in pieces if len(part := self._forward([piece], failed))]
+        return torch.cat(made) if made else torch.empty(0, self.vocabulary)
 
     def _logits(self, pieces: list[Piece]) -> Tensor:
         rows, spans, last = [], [], []
@@ -299,12 +302,11 @@ class Stepping:
         parts = [(job.composition.acting, start, before), (whole.acting, start + before, count - before)]
         return [part for part in parts if part[2]]
 
-    def _write(self, rows: list[tuple[Piece, Tensor]]) -> None:
-        """Choose the next token of each row; logits [V] a row."""
-        if not rows:
+    def _write(self, pieces: list[Piece], logits: Tensor) -> None:
+        """Choose the next token of each row; logits [P, V]."""
+        if not pieces:
             return
-        writings = [self.writings[piece.sequence] for piece, _ in rows]
-        logits = torch.stack([row for _, row in rows])
+        writings = [self.writings[piece.sequence] for piece in pieces]
         for writing, token, row in zip(writings, choose([w.chooser for w in writings], logits), logits, strict=True):
             tokens = writing.tokens
             if tokens not in self.writings:  # another completion of its request failed

@@ -10,6 +10,7 @@ Shapes: x [..., in], W [out, in], g [..., out].
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -114,7 +115,12 @@ class _PackedProduct(torch.autograd.Function):
 
 def block_product(x: Tensor, blocks: Tensor, bias: Tensor | None) -> Tensor:
     """``x W^T + b`` without a gradient, by the blocks of W."""
-    return torch.ops.mkldnn._linear_pointwise.default(x, blocks, bias, "none", [], "")
+    return _linear()(x, blocks, bias, "none", [], "")
+
+
+@functools.cache
+def _linear() -> Any:
+    return torch.ops.mkldnn._linear_pointwise.default
 
 
 class Joint:

@@ -1,10 +1,11 @@
 """What adapters do in a lean step (see `architectures.lean`) beside each of its products, for rows of several compositions.
 
-Low-rank updates of a composition are joined over the layers of a product: A [in, r] and B [r, out] with zeros where a
-layer's rank meets another layer's columns. Those of all compositions of a step lie in one `Stack`, a slot each:
+Low-rank updates of a composition are joined over the layers of a product: A [in, L r], and B [L, r, out / L] where its L
+layers have one width, else one of L = 1 with zeros where a layer's rank meets another layer's columns. Those of all
+compositions of a step lie in one `Stack`, a slot each:
 
     tokens    x0 (slot 1)  x1 (slot 0)  x2 (slot 1)  x3 (base)
-    by slot   [[x1, .], [x0, x2]]  [S, m, in] ─A→ [S, m, r] ─B→ [S, m, out]  added to x1, x0, x2
+    by slot   [[x1, .], [x0, x2]]  [S, m, in] ─A→ [S, m, L r] ─B→ [S, m, out]  added to x1, x0, x2
 
 A composition of many tokens goes through its slot by itself. Other changes and bottlenecks go by their own functions,
 composition by composition.
@@ -18,21 +19,33 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..architectures.gated import plain
 from ..architectures.lean import Acts, Lean
 from ..layers.adapted import Adapted
 from ..layers.change import Change, Held, LowRank
 from ..layers.frozen import Frozen
+from ..methods.bottleneck import Adapter as Bottleneck
 from ..methods.bottleneck import OutputHook
 from ..routing import Group, Index
+from .slots import grouped, placed, update
 
 if TYPE_CHECKING:
     from ..adapters import AdapterSet
 
 Place = tuple[int, str]  # a layer, and a product in it
-Low = list[tuple[slice, LowRank]]  # updates of the layers of a product, each with its columns
-FEW = 4  # tokens of a composition that go with those of others
+Low = list[tuple[int, LowRank]]  # updates of the layers of a product, each with its layer's number in it
+FEW = 8  # tokens of a composition that go with those of others
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A composition's low-rank updates at a product: the size of what they read; each layer's ranks in sum, and columns."""
+
+    size: int
+    ranks: tuple[int, ...]
+    columns: tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,7 @@ class Acting:
 
     Attributes:
         lows: its low-rank updates, by place.
-        shapes: of their joint factors, by place: in, r, out.
+        shapes: of these, by place.
         others: other changes, by place.
         tails: bottlenecks behind a product, by place.
         in_modules: whether something of it is in modules that a step calls as they stand.
@@ -66,9 +79,9 @@ class Acting:
 
     def __init__(self, host: AdapterSet, form: Lean, group: Group) -> None:
         self.lows: dict[Place, Low] = {}
-        self.shapes: dict[Place, tuple[int, int, int]] = {}
+        self.shapes: dict[Place, Shape] = {}
         self.others: dict[Place, list[Other]] = {}
-        self.tails: dict[Place, tuple[OutputHook, list[str]]] = {}
+        self.tails: dict[Place, Tail] = {}
         soft = [host.prompt_encoder[n] for n in group if any(host.counts((n,)))]  # in the cache, in front of rows
         norms = [norm.module for layer in form.layers for norm in layer.norms]  # with adapters, modules are called
         found = {id(p) for module in (*form.called, *norms) for p in module.parameters()}
@@ -83,13 +96,13 @@ class Acting:
         """What the composition does at a product; the ids of its parameters there."""
         found: set[int] = set()
         lows: Low = []
-        for module, columns in zip(site.modules, site.columns, strict=True):
+        for layer, (module, columns) in enumerate(zip(site.modules, site.columns, strict=True)):
             adapted = next((m for m in _around(module) if m.switch is host.switch), None)
             parts = [] if adapted is None else [(adapted.changes[n], adapted.held(n)) for n in group if n in adapted.changes]
             found |= {id(p) for _, t in parts for _, p in adapted.parts(t.name)}  # type: ignore[union-attr]
             own = [change.low_rank(t) for change, t in parts]
             if all(low is not None and not low.p for low in own):
-                lows += [(columns, low) for low in own if low is not None]
+                lows += [(layer, low) for low in own if low is not None]
             else:
                 self.others.setdefault(place, []).append(Other(adapted, columns, parts))  # type: ignore[arg-type]
             for hook in module._forward_hooks.values():
@@ -97,11 +110,11 @@ class Acting:
                     names = [n for n in group if n in hook.adapters and hook.adapters[n][1] is None]
                     found |= {id(p) for n in names for p in hook.adapters[n][0].parameters()}
                     if names:
-                        self.tails[place] = hook, names
+                        self.tails[place] = Tail(hook, names)
         if lows:
             self.lows[place] = lows
-            a = lows[0][1].a
-            self.shapes[place] = a.shape[1], sum(len(low.a) for _, low in lows), site.columns[-1].stop
+            ranks = tuple(sum(len(low.a) for own, low in lows if own == layer) for layer in range(len(site.columns)))
+            self.shapes[place] = Shape(lows[0][1].a.shape[1], ranks, tuple(site.columns))
         return found
 
 
@@ -127,9 +140,40 @@ def frozen_in(form: Lean) -> list[Frozen] | None:
     return found
 
 
+class Tail:
+    """Bottlenecks behind a product.
+
+    Attributes:
+        known: they are such as `apply` does by itself; else they are called.
+    """
+
+    def __init__(self, hook: OutputHook, names: list[str]) -> None:
+        self.hook = hook
+        self.names = names
+        self.adapters: list[Any] = [hook.adapters[name][0] for name in names]
+        self.known = all(
+            type(m) is Bottleneck
+            and all(plain(type(part)) is nn.Linear and not part._forward_hooks for part in (m.down, m.up))
+            for m in self.adapters
+        )
+
+    def apply(self, index: Index, y: Tensor, x: Tensor) -> None:
+        """Change y [N, out], in place, where `index` says."""
+        rows = y[index]
+        if not self.known:
+            y[index] = self.hook.added(self.names, rows, {})
+            return
+        for adapter in self.adapters:
+            down, up = adapter.down, adapter.up
+            inner = adapter.activation(torch.addmm(down.bias, rows.to(down.weight.dtype), down.weight.t()))
+            rows += torch.addmm(up.bias, inner, up.weight.t()).mul_(adapter.scaling).to(rows.dtype)
+        if not isinstance(index, slice):
+            y[index] = rows
+
+
 class Stack:
-    """Joint factors of the low-rank updates of compositions, by place: A [slots, in, r] and B [slots, r, out], the smaller
-    ranks filled with zeros. Slots are written as compositions come, and taken by others once their own are not wanted.
+    """Joint factors of the low-rank updates of compositions, by place: A [slots, in, L r] and B [slots, L, r, width], the
+    smaller ranks filled with zeros. Slots are written as compositions come, and taken by others when nobody wants them.
 
     Attributes:
         slots: whose each is.
@@ -141,11 +185,15 @@ class Stack:
         self.changes = 0
         self._room = 0  # slots that there is memory for
         self._factors: dict[Place, tuple[Tensor, Tensor]] = {}
+        self._views: dict[tuple[int, int], Factors] = {}  # as they were asked for since the last change
 
-    @property
-    def factors(self) -> dict[Place, tuple[Tensor, Tensor]]:
-        """Of all slots."""
-        return {place: (a[: len(self.slots)], b[: len(self.slots)]) for place, (a, b) in self._factors.items()}
+    def of(self, slots: slice) -> Factors:
+        """The factors of some slots, at the places where one of these has any."""
+        key = slots.start, slots.stop
+        if key not in self._views:
+            places = {place for acting in self.slots[slots] if acting is not None for place in acting.lows}
+            self._views[key] = {p: (a[slots], b[slots]) for p, (a, b) in self._factors.items() if p in places}
+        return self._views[key]
 
     @torch.no_grad()
     def hold(self, wanted: Sequence[Acting]) -> None:
@@ -154,6 +202,7 @@ class Stack:
         if not missing:
             return
         self.changes += 1
+        self._views = {}
         spare = [i for i, acting in enumerate(self.slots) if acting not in wanted]
         more = max(0, len(missing) - len(spare))
         if len(self.slots) + more > self._room or not self._fit(missing):
@@ -167,13 +216,16 @@ class Stack:
     def drop(self, gone: Sequence[Acting]) -> None:
         """Forget these: their values change."""
         self.slots = [None if acting in gone else acting for acting in self.slots]
+        self._views = {}
 
     def _fit(self, new: Sequence[Acting]) -> bool:
         """Whether there is place for the factors of these."""
         for acting in new:
-            for place, (_, rank, _) in acting.shapes.items():
-                a = self._factors[place][0] if place in self._factors else None
-                if a is None or a.shape[2] < rank or any(low.a.dtype is not a.dtype for _, low in acting.lows[place]):
+            for place, shape in acting.shapes.items():
+                a, b = self._factors.get(place, (None, None))
+                if a is None or b is None or _rank(shape, b.shape[1]) > b.shape[2]:
+                    return False
+                if any(low.a.dtype is not a.dtype for _, low in acting.lows[place]):
                     return False
         return True
 
@@ -182,11 +234,16 @@ class Stack:
         self._room = 1 << (len(wanted) - 1).bit_length()  # they come one by one
         for place in {place for acting in wanted for place in acting.lows}:
             own = [acting for acting in wanted if place in acting.lows]
-            rank = max(acting.shapes[place][1] for acting in own)
-            size, _, width = own[0].shapes[place]
-            factors = [low.a for acting in own for _, low in acting.lows[place]]
+            shape, factors = own[0].shapes[place], [low.a for acting in own for _, low in acting.lows[place]]
+            out = shape.columns[-1].stop
+            sizes = []  # of what is read of a slot, in one piece and in one a layer
+            for count in _divisions(shape.columns):
+                rank = max(_rank(acting.shapes[place], count) for acting in own)
+                sizes.append((rank * (shape.size * count + out), count, rank))
+            _, count, rank = min(sizes)
             dtype = factors[0].dtype if len({f.dtype for f in factors}) == 1 else torch.float32
-            made = (factors[0].new_zeros(self._room, *shape, dtype=dtype) for shape in ((size, rank), (rank, width)))
+            shapes = (shape.size, count * rank), (count, rank, out // count)
+            made = (factors[0].new_zeros(self._room, *sides, dtype=dtype) for sides in shapes)
             self._factors[place] = tuple(made)  # type: ignore[assignment]
         for slot, acting in enumerate(wanted):
             self._write(slot, acting)
@@ -195,12 +252,28 @@ class Stack:
         self.slots[slot] = acting
         for place, (a, b) in self._factors.items():
             a[slot], b[slot] = 0, 0
-            start = 0
-            for columns, low in acting.lows.get(place, ()):
-                end = start + len(low.a)
-                a[slot, :, start:end] = low.a.t()
-                torch.mul(low.b.t(), low.scale, out=b[slot, start:end, columns])
-                start = end
+            count, rank, _ = b.shape[1:]
+            filled = [0] * count  # ranks, by part of B
+            for layer, low in acting.lows.get(place, ()):
+                part, columns = (0, acting.shapes[place].columns[layer]) if count == 1 else (layer, slice(None))
+                start, end = filled[part], filled[part] + len(low.a)
+                a[slot, :, part * rank + start : part * rank + end] = low.a.t()
+                torch.mul(low.b.t(), low.scale, out=b[slot, part, start:end, columns])
+                filled[part] = end
+
+
+Factors = dict[Place, tuple[Tensor, Tensor]]
+
+
+def _divisions(columns: tuple[slice, ...]) -> list[int]:
+    """In how many parts B may lie."""
+    widths = {part.stop - part.start for part in columns}
+    return [1, len(columns)] if len(columns) > 1 and len(widths) == 1 else [1]
+
+
+def _rank(shape: Shape, count: int) -> int:
+    """The rank that B needs in so many parts."""
+    return sum(shape.ranks) if count == 1 else max(shape.ranks)
 
 
 class RowsBeside(dict[Place, list[Acts]]):
@@ -231,18 +304,17 @@ class RowsBeside(dict[Place, list[Acts]]):
         few = few if len(few) > 1 and 2 * len(few) >= span.stop - span.start else {}
         for slot, own in slots.items():
             if slot not in few:
-                self._add(partial(update, _index(own, device)), slice(slot, slot + 1))
+                self._add(partial(update, placed(own, device)), slice(slot, slot + 1))
         if few:
-            self._add(
-                grouped({slot - span.start: own for slot, own in few.items()}, span.stop - span.start, end, device), span
-            )
+            near = {slot - span.start: own for slot, own in few.items()}
+            self._add(grouped(near, span.stop - span.start, device), span)
         for a, own in zip(acting, tokens, strict=True):
-            self._add_others(a, _index(own, device))
+            self._add_others(a, placed(own, device))
 
     @property
     def low(self) -> bool:
-        """Whether there are low-rank updates only."""
-        return not any(a.others or a.tails or a.in_modules for a in self.acting)
+        """Whether there are low-rank updates and known bottlenecks only."""
+        return not any(a.others or a.in_modules or not all(t.known for t in a.tails.values()) for a in self.acting)
 
     @property
     def current(self) -> bool:
@@ -250,68 +322,11 @@ class RowsBeside(dict[Place, list[Acts]]):
         return self.changes == self.stack.changes
 
     def _add(self, what: Any, slots: slice) -> None:
-        for place, (a, b) in self.stack.factors.items():
-            if any(acting is not None and place in acting.lows for acting in self.stack.slots[slots]):
-                self.setdefault(place, []).append(partial(what, a[slots], b[slots]))
+        for place, factors in self.stack.of(slots).items():
+            self.setdefault(place, []).append(partial(what, *factors))
 
     def _add_others(self, acting: Acting, index: Index) -> None:
         for place, others in acting.others.items():
             self.setdefault(place, []).extend(partial(other.apply, index) for other in others)
-        for place, (hook, names) in acting.tails.items():
-            self.setdefault(place, []).append(partial(tail, index, hook, names))
-
-
-def grouped(few: dict[int, list[int]], slots: int, count: int, device: torch.device) -> Any:
-    """How tokens, of `count`, go through slots at once: by slot those that are its."""
-    most = max(map(len, few.values()))
-    if most == 1 and len(few) == slots:
-        return partial(update_each, _index([few[slot][0] for slot in range(slots)], device))
-    tokens = [token for own in few.values() for token in own]
-    places = [slot * most + i for slot, own in few.items() for i in range(len(own))]
-    source = torch.zeros(slots * most, dtype=torch.long)
-    source[torch.tensor(places)] = torch.tensor(tokens)
-    everyone = tokens == list(range(count))
-    rows = None if everyone else torch.tensor(tokens, device=device)
-    return partial(update_grouped, source.to(device), torch.tensor(places, device=device), rows)
-
-
-def _index(places: list[int], device: torch.device) -> Index:
-    """A slice where places lie side by side in their order."""
-    first, end = places[0], places[0] + len(places)
-    return slice(first, end) if places == list(range(first, end)) else torch.tensor(places, device=device)
-
-
-# in place: y [N, out], x [N, in]; A [S, in, r], B [S, r, out]
-def update(index: Index, a: Tensor, b: Tensor, y: Tensor, x: Tensor) -> None:
-    """Tokens of one slot."""
-    part = x[index].to(a.dtype) @ a[0]
-    if isinstance(index, slice) and y.dtype is b.dtype:
-        y[index].addmm_(part, b[0])
-    else:
-        y[index] += (part @ b[0]).to(y.dtype)
-
-
-def update_each(index: Index, a: Tensor, b: Tensor, y: Tensor, x: Tensor) -> None:
-    """One token of each slot: `index` says which."""
-    if isinstance(index, slice):
-        part = torch.bmm(x[index].unsqueeze(1).to(a.dtype), a)
-        y[index] += torch.bmm(part, b).squeeze(1).to(y.dtype)
-    else:
-        part = torch.bmm(x.index_select(0, index).unsqueeze(1).to(a.dtype), a)  # type: ignore[arg-type]
-        y.index_add_(0, index, torch.bmm(part, b).squeeze(1).to(y.dtype))  # type: ignore[arg-type]
-
-
-def update_grouped(source: Tensor, places: Tensor, rows: Tensor | None, a: Tensor, b: Tensor, y: Tensor, x: Tensor) -> None:
-    """Tokens of all slots: `source` [S m] says which goes where, `places` where those that count have gone, `rows` who they
-    are, None for all."""
-    part = x.index_select(0, source).view(len(a), -1, x.shape[1]).to(a.dtype)
-    added = torch.bmm(torch.bmm(part, a), b).view(len(source), -1).index_select(0, places).to(y.dtype)
-    if rows is None:
-        y.add_(added)
-    else:
-        y.index_add_(0, rows, added)
-
-
-def tail(index: Index, hook: OutputHook, names: list[str], y: Tensor, x: Tensor) -> None:
-    """Bottlenecks behind a product."""
-    y[index] = hook.added(names, y[index], {})
+        for place, tail in acting.tails.items():
+            self.setdefault(place, []).append(partial(tail.apply, index))

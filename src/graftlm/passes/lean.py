@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..architectures.lean import Lean, lean
 from ..layers.frozen import Frozen
-from ..routing import Attention, Group, Plan, Routes, Scope, within
+from ..routing import Group, Plan, Routes, Scope, StepAttention, within
 from .beside import Acting, RowsBeside, Stack, frozen_in
 
 if TYPE_CHECKING:
@@ -86,6 +86,11 @@ class LeanSteps:
                 kept.popitem(last=False)
         return self._rows[key]
 
+    def slot(self, group: Group) -> int:
+        """Where the low-rank updates of a composition lie; -1 where it has none, or is not known."""
+        acting = self._acting.get(group)
+        return self._stack.slots.index(acting) if acting is not None and acting in self._stack.slots else -1
+
     def _acts(self, form: Lean, group: Group) -> Acting:
         if group not in self._acting:
             self._acting[group] = Acting(self.host, form, group)
@@ -93,7 +98,7 @@ class LeanSteps:
         return self._acting[group]
 
     def step(
-        self, rows: RowsBeside, plan: Plan, routes: Routes | None, ids: Tensor, places: Tensor, attention: Attention,
+        self, rows: RowsBeside, plan: Plan, routes: Routes | None, ids: Tensor, places: Tensor, attention: StepAttention,
         last: Tensor,
     ) -> Tensor:  # fmt: skip
         """Hidden states [R, H] of the rows' last tokens; ids and places [N]."""

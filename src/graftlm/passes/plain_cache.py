@@ -69,7 +69,9 @@ class PlainAttention:
     def installed(self) -> AbstractContextManager:
         return packed_attention(self.cache.served.configs)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, p: float = 0.0) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, p: float = 0.0, both: Tensor | None = None
+    ) -> Tensor:
         """q [H, N, D], k and v [G, N, D] -> [N, H, D]."""
         made, start = [], 0
         for row, count in self.rows:

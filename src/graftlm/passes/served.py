@@ -25,7 +25,7 @@ from ..architectures import blank_ids, is_encoder_decoder, model_dims, per_layer
 from ..architectures.fast import alibi_slopes, attention_configs
 from ..errors import AdapterError, UnsupportedError
 from ..kernels import HeadForm
-from ..routing import Attention, Group, Plan, Routes, Scope, running
+from ..routing import Group, Plan, Routes, Scope, StepAttention, running
 from .facts import decoder_config
 from .lean import LeanSteps
 from .plain_cache import FrontMemory, PlainCache
@@ -109,7 +109,7 @@ class Served:
         return self.front(group)
 
     @torch.no_grad()
-    def step(self, rows: Sequence[Row], attention: Attention) -> Tensor:
+    def step(self, rows: Sequence[Row], attention: StepAttention) -> Tensor:
         """Logits [R, V] behind each row's new tokens, all of which go through the base at once.
 
         Args:
@@ -173,7 +173,7 @@ class Served:
         self._sets = OrderedDict((k, v) for k, v in self._sets.items() if not gone & {n for group in k for n in group})
         self._laid = OrderedDict((k, v) for k, v in self._laid.items() if not gone & set(v.plan.adapters))
 
-    def forward(self, laid: Laid, inputs: dict, places: Tensor, attention: Attention) -> Pass:
+    def forward(self, laid: Laid, inputs: dict, places: Tensor, attention: StepAttention) -> Pass:
         """One pass of the base over rows side by side; places [N]: where their new tokens stand."""
         facts, device, plan = self.host.entry.facts, self.host.adapter_device, laid.plan
         inputs = {name: value.to(device) for name, value in inputs.items()}
