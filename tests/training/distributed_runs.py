@@ -21,6 +21,7 @@ from training_helpers import NEEDED, PLAIN, WORDS, trained, uneven
 
 from graftlm import get_peft_model, processes
 from graftlm.kernels import linear
+from graftlm.quantization import quantized_layers
 from graftlm.training import Recipe, Together, Trainer, run, runs
 from graftlm.training.defaults import config_type, defaults_of, method_names
 from graftlm.training.sharding import base_parameters, shard, stacks, traffic
@@ -39,6 +40,7 @@ class Case:
     family: str = "llama"
     rows: int = 7
     sharded: bool = False
+    parts: bool = False  # of the adapter
     overrides: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -66,17 +68,32 @@ CASES = {f"method-{name}": Case(method=name) for name in sorted(method_names())}
 }
 
 
-CASES |= {f"fsdp2-{name}": replace(case, sharded=True) for name, case in CASES.items()}
+WHOLE = dict(CASES)
+CASES |= {f"fsdp2-{name}": replace(case, sharded=True) for name, case in WHOLE.items()}
+CASES |= {
+    f"parts-{name}": replace(case, sharded=True, parts=True)
+    for name, case in WHOLE.items()
+    if name.startswith(("method", "accumulation-u", "check")) and case.method != "adalora"
+}
 
 
 EPSILON = 1e-3  # of Adam: else the last bit of a gradient that is all but zero makes an update of the learning rate
 
 
 def exactly(patch: Callable[[Any, str, Any], None]) -> None:
-    """Products in one way, whatever their rows (ways that are chosen by timing round differently), and Adam by EPSILON."""
+    """Products in one way, whatever their rows (ways that are chosen by timing round differently), Adam by EPSILON, and int8
+    without outliers: bitsandbytes takes these out by columns of a whole batch (`test_training_int8_batches`)."""
     patch(linear, "way", lambda dtype, rows, transposed: torch.nn.functional.linear)
-    arguments = runs.training_arguments
+    resolve, arguments = runs.resolve_base, runs.training_arguments
+    patch(runs, "resolve_base", lambda *given, **named: without_outliers(*resolve(*given, **named)))
     patch(runs, "training_arguments", lambda *given: replace_in(arguments(*given)))
+
+
+def without_outliers(base: Any, tokenizer: Any) -> tuple[Any, Any]:
+    for kind, layer in quantized_layers(base):
+        if kind == "int8":
+            layer.state.threshold = 0.0
+    return base, tokenizer
 
 
 def replace_in(arguments: t.TrainingArguments) -> t.TrainingArguments:
@@ -96,7 +113,7 @@ def result_of(case: Case, steps: int, folder: Path) -> dict[str, Any]:
     options = defaults_of(case.method).options | OPTIONS.get(case.method, {}) | case.options
     model = get_peft_model(base, config_type(case.method)(task_type=task(case.family), **options))
     if case.sharded and processes.count() > 1:
-        shard(model)
+        shard(model, case.parts)
     rate = min(defaults_of(case.method).rate(32, 2), 2e-3)
     values = PLAIN | {
         "output_dir": str(folder), "max_steps": steps, "per_device_train_batch_size": BATCH // processes.count(),
@@ -109,7 +126,8 @@ def result_of(case: Case, steps: int, folder: Path) -> dict[str, Any]:
     )
     trainer.train()
     history = trainer.state.log_history
-    return {key: [e[key] for e in history if key in e] for key in KEYS} | {"parameters": trained(model)}
+    parameters = {k: p.full_tensor() if isinstance(p, DTensor) else p for k, p in trained(model).items()}
+    return {key: [e[key] for e in history if key in e] for key in KEYS} | {"parameters": parameters}
 
 
 # -- whole recipes -------------------------------------------------------------------------------------------------------
@@ -125,14 +143,15 @@ def save_rows(folder: Path, train: int = 13, test: int = 5) -> Path:
     return folder
 
 
-RUNS = ("packing", "packing-fsdp2", "early-stop", "int8", "nf4", "joint", "joint-seq2seq", "fsdp2", "resumed")
+WHOLE_ADAPTERS = ("training.strategy=ddp", "training.shard_adapters=false")
+RUNS = ("packing", "packing-fsdp2", "early-stop", "int8", "nf4", "joint", "joint-seq2seq", "fsdp2", "parts", "resumed")
 # Without `slow`: one method of each entry point and of each kind of parameter, the runs that differ most, and FSDP2 where
 # the processes differ in what they hold. All of them, for many more steps, are `slow`.
 OFTEN = ("lora", "adalora", "prompt-tuning", "prefix-tuning", "bottleneck", "trainable-tokens")
 QUICK = [f"method-{name}" for name in (*OFTEN, "vera", "p-tuning")]
 QUICK += ["five-rows", "smoothing", "accumulation-uneven", "checkpointing", "seq2seq", "bloom"]
-QUICK += ["fsdp2-five-rows", "fsdp2-accumulation-uneven", *(f"fsdp2-method-{name}" for name in OFTEN)]
-OFTEN_RUN = ("packing", "early-stop", "nf4", "joint", "fsdp2", "resumed")
+QUICK += ["fsdp2-five-rows", "parts-accumulation-uneven", *(f"fsdp2-method-{name}" for name in OFTEN)]
+OFTEN_RUN = ("packing", "early-stop", "nf4", "joint", "parts", "resumed")
 
 
 def recipes_of(name: str, place: Path, steps: int, out: Path) -> list[Recipe]:
@@ -151,9 +170,12 @@ def recipes_of(name: str, place: Path, steps: int, out: Path) -> list[Recipe]:
         training["strategy"] = "fsdp2"
     if name == "early-stop":
         training |= often | {"early_stopping": 1, "learning_rate": 0.5, "max_steps": 20}
-    if name == "resumed":  # from a sharded run's checkpoint
+    if name == "parts":
+        training |= often | {"load_best": True}
+    if name == "resumed":
         training |= {"save_strategy": "steps", "interval": 1, "schedule": "constant"}
-        training["strategy"] = "fsdp2" if count > 1 else "ddp"
+    if name in ("parts", "resumed") and count > 1:
+        training |= {"strategy": "fsdp2", "shard_adapters": True}
     if name in ("int8", "nf4"):
         values |= {"quantization": name, "base": str(place / "wide")}
     if name.startswith("joint"):
@@ -180,8 +202,9 @@ def run_of(name: str, place: Path, steps: int, out: Path) -> dict[str, Any]:
     else:
         results = [run(recipes[0], quiet=True)]
     if name == "resumed":
-        further = recipes[0].replace(f"training.max_steps={steps + 2}", "training.strategy=ddp", resume=True)
-        results = [run(further, quiet=True)]
+        whole = recipes[0].replace(f"training.max_steps={steps + 2}", *WHOLE_ADAPTERS, resume=True)
+        run(whole, quiet=True)
+        results = [run(recipes[0].replace(f"training.max_steps={steps + 4}", resume=True), quiet=True)]
     histories = [result.history for result in results if result is not None]
     found = {key: [e[key] for history in histories for e in history if key in e] for key in KEYS}
     found["held_out"] = [result.metrics["loss"] for result in results if result is not None]

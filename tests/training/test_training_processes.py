@@ -17,18 +17,20 @@ from typing import Any
 import pytest
 import torch
 from accelerate import PartialState
+from families import build
 from safetensors.torch import load_file
 from training_helpers import save_base, save_tweets
 
-from graftlm import processes
+from graftlm import AdaLoraConfig, LoraConfig, get_peft_model, processes
 from graftlm.cli._processes import launch
 from graftlm.errors import ConfigError, RecipeError, UnsupportedError
+from graftlm.quantization import scheme_of
 from graftlm.training import Recipe, resolve_base, run
 from graftlm.training.recipes import only_the_first_speaks
 from graftlm.training.resume import last_complete_checkpoint
 from graftlm.training.runs import check_enough
 from graftlm.training.search import with_best_rate
-from graftlm.training.sharding import check_base, check_strategy
+from graftlm.training.sharding import check_adapters, check_scheme, check_strategy
 from graftlm.training.surroundings import check_agreement, join_processes
 from graftlm.training.trainer import log
 
@@ -133,12 +135,21 @@ def test_strategies_that_cannot_be(
 def test_a_quantised_base_is_not_shared_out(tmp_path: Path) -> None:
     base, _ = resolve_base(str(save_base(tmp_path, "llama", hidden_size=64)), quantization="nf4")
     with pytest.raises(UnsupportedError, match="fsdp2 cannot hold a base in nf4.*ddp"):
-        check_base(base)
+        check_scheme(scheme_of(base))
+
+
+def test_adapters_that_are_not_shared_out() -> None:
+    config = AdaLoraConfig(task_type="CAUSAL_LM", init_r=4, target_r=2, total_step=10, tinit=1, tfinal=1)
+    with pytest.raises(UnsupportedError, match="shard_adapters: ADALORA chooses its ranks by whole matrices"):
+        check_adapters(get_peft_model(build("llama"), config))
+    check_adapters(get_peft_model(build("llama"), LoraConfig(task_type="CAUSAL_LM")))
 
 
 def test_recipes_whose_strategy_contradicts_them() -> None:
     with pytest.raises(RecipeError, match="torch_compile and strategy fsdp2"):
         Recipe.from_dict({"training": {"strategy": "fsdp2", "torch_compile": True}})
+    with pytest.raises(RecipeError, match="training.shard_adapters and strategy ddp: it is of strategy fsdp2"):
+        Recipe.from_dict({"training": {"shard_adapters": True}})
     with pytest.raises(RecipeError, match="training.strategy: expected 'ddp', 'fsdp2'"):
         Recipe.from_dict({"training": {"strategy": "fsdp"}})
 
@@ -258,12 +269,13 @@ def test_a_signal_saves_once_and_any_number_of_processes_goes_on(number: signal.
     assert started.returncode and out.count("Stopped. The adapter so far is in") == 1, errors
     step = max(int(p.name.partition("-")[2]) for p in (endless / "out").glob("checkpoint-*"))
     assert (endless / "out" / "adapter_model.safetensors").is_file()
-    flags = ["--resume", "--quiet", "--set", f"training.max_steps={step + 2}"]
-    done = subprocess.run(
-        [*GRAFTLM, "train", str(endless / "recipe.yaml"), *flags], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads((endless / "out" / "metrics.json").read_text())["history"][-1]["step"] == step + 2
+    for more, several in ((2, []), (4, ["--processes", "2"]), (6, [])):
+        flags = ["--resume", "--quiet", "--set", f"training.max_steps={step + more}", *several]
+        done = subprocess.run(
+            [*GRAFTLM, "train", str(endless / "recipe.yaml"), *flags], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads((endless / "out" / "metrics.json").read_text())["history"][-1]["step"] == step + more
 
 
 @pytest.mark.slow

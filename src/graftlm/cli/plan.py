@@ -14,6 +14,7 @@ from .train import build_recipe
 
 if TYPE_CHECKING:
     from ..planning import Plan
+    from ..planning.ranks import Ranks
     from ..training import Recipe
 
 
@@ -29,6 +30,10 @@ def plan(
     ] = "auto",
     rows: Annotated[int | None, typer.Option(help="Plan for so many rows, in place of the data; with --length.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of each of these rows.")] = None,
+    processes: Annotated[int | None, typer.Option(help="Plan for so many processes: memory of each of them.")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="Of several processes: each holds the base (ddp), or a part of it (fsdp2).")
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Every method, side by side.")] = False,
     largest: Annotated[str | None, typer.Option(help="The largest value that fits, of: batch_size, max_length.")] = None,
     picture: Annotated[
@@ -45,11 +50,14 @@ def plan(
     besides is measured on this machine by a short run, once for each form of a base, and kept.
     """
     _base.quiet_libraries()
-    chosen = [build_recipe(path, {}, override or []) for path in recipes or [None]]  # type: ignore[list-item]
+    flags = {"training.strategy": strategy} if strategy else {}
+    chosen = [build_recipe(path, flags, override or []) for path in recipes or [None]]  # type: ignore[list-item]
     settings: dict[str, Any] = {"device": device, "rows": rows, "length": length, "say": say}
     out = _base.console()
     if (compare or largest or apply) and len(chosen) > 1:
         raise ConfigError("--compare, --largest and --apply are of one recipe; give one")
+    if processes is not None and (compare or largest or apply):
+        raise ConfigError("--processes is of a plain plan; leave --compare, --largest and --apply out")
     if picture is not None and not compare:
         raise ConfigError("--picture is of --compare; give both")
     if apply is not None and (compare or largest):
@@ -58,6 +66,7 @@ def plan(
         raise ConfigError(f"--apply {apply}: the file is there already; name a new one")
     found: Any
     mended: list[Any] = []
+    shared: Any = None
     with _base.notices_on_stderr():
         if compare:
             found = methods_side_by_side(chosen[0], settings)
@@ -67,7 +76,11 @@ def plan(
             from ..planning import plan as planned
 
             found = planned(chosen, **settings)
-            if not found.fits and len(chosen) == 1:
+            if processes is not None:
+                from ..planning.ranks import ranks
+
+                shared = ranks(found, processes)
+            elif not found.fits and len(chosen) == 1:
                 from ..planning.mends import mends
 
                 mended = mends(chosen[0], found, settings)
@@ -76,6 +89,7 @@ def plan(
     if as_json:
         changed = [{"what": m.what, "overrides": m.overrides, "plan": m.plan.to_dict()} for m in mended]
         numbers = as_numbers(found) | ({"mends": changed} if mended else {})
+        numbers |= {"ranks": shared.to_dict()} if shared else {}
         typer.echo(json.dumps(numbers, indent=1, default=str))
     elif compare:
         show_methods(out, found)
@@ -83,7 +97,7 @@ def plan(
         value, made = found["largest"]
         out.print(f"{largest}: {value} is the largest that fits.\n{made.line()}", highlight=False)
     else:
-        show(out, found)
+        show(out, found, shared)
         show_mends(out, mended)
     if apply is not None:
         write_mended(chosen[0], found, mended, apply)
@@ -138,8 +152,8 @@ def as_numbers(found: Any) -> Any:
     return found.to_dict() if hasattr(found, "to_dict") else str(found)
 
 
-def show(out: Any, found: Plan) -> None:
-    """A plan as a table."""
+def show(out: Any, found: Plan, shared: Any = None) -> None:
+    """A plan as a table, and what each of several processes (`Ranks`) takes of it."""
     from rich.table import Table
 
     from ..planning.whole import size
@@ -168,10 +182,28 @@ def show(out: Any, found: Plan) -> None:
         f"Files: adapter {file}, a checkpoint {size(s.checkpoint)}, merged model {merged}",
         f"{r['rows']:,} rows of at most {r['longest']} tokens (nine in ten: {r['quantile']}); {found.updates:,} updates, "
         f"{found.time()}",
-        f"{'Fits' if found.fits else 'Does not fit'}: {size(found.device.free_bytes)} free ({found.device.name})"
+        *([] if shared is None else in_ranks(shared)),
+        f"{'Fits' if (shared or found).fits else 'Does not fit'}: {size(found.device.free_bytes)} free ({found.device.name})"
         + (": not checked on a GPU" if found.device.gpu else ""),
     ):  # fmt: skip
         out.print(line, highlight=False, markup=False)
+
+
+def in_ranks(shared: Ranks) -> list[str]:
+    """Memory by rank, in lines."""
+    from ..planning.whole import size
+
+    held = (
+        ("base", shared.base), ("blocks of others, gathered", shared.gathered), ("adapter", shared.adapter),
+        ("gradients", shared.gradients), ("optimizer", shared.optimizer), ("activations", shared.activations),
+        ("exchange", shared.exchange),
+    )  # fmt: skip
+    return [
+        f"{shared.processes} processes, {shared.strategy}: rank 0 to {shared.processes - 1}, each "
+        + ", ".join(f"{name} {size(count)}" for name, count in held if count),
+        f"Peak of each process {size(shared.peak_bytes)} (while loading {size(shared.loading_bytes)}); "
+        f"{size(shared.exchanged_bytes)} exchanged in each of {shared.updates:,} updates",
+    ]
 
 
 def methods_side_by_side(recipe: Recipe, settings: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ Each has its slow reference in `tests/core/test_kernels.py`.
 """
 
 from . import varlen
-from .allocator import keep_freed_memory, release_freed_memory
+from .allocator import keep_freed_memory, release_freed_memory, return_freed_memory
 from .attention import Segments
 from .dropout import dropout
 from .gated import gated
@@ -25,6 +25,7 @@ __all__ = [
     "low_rank",
     "product",
     "release_freed_memory",
+    "return_freed_memory",
     "rms_norm",
     "token_losses",
     "varlen",

@@ -33,6 +33,16 @@ def keep_freed_memory() -> bool:
         return False
 
 
+def return_freed_memory() -> None:
+    """Keep no blocks of a megabyte and more from here on: a base in parts is gathered and freed all the time, and what is
+    kept of that is what its parts save."""
+    if keep_freed_memory():  # first: it would raise the thresholds later
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt(_MMAP, 1 << 20)
+        library.mallopt(_TRIM, 1 << 20)
+    release_freed_memory()
+
+
 def release_freed_memory() -> None:
     """Give back to the system what is kept and not used, so that what is measured next counts from there."""
     with suppress(OSError, AttributeError):  # another C library

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..routing import Index
+Index = slice | Tensor  # of places side by side, or of others
+
 
 
 def grouped(few: dict[int, list[int]], slots: int, device: torch.device) -> Any:

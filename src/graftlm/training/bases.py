@@ -34,6 +34,7 @@ def resolve_base(
     dtype: str = "auto",
     device: str | torch.device | None = None,
     quantization: str | None = None,
+    in_memory: bool = False,
     **options: Any,
 ) -> tuple[Any, Any]:
     """The base model and its tokenizer.
@@ -46,6 +47,7 @@ def resolve_base(
         device: where to put it; the GPU where there is one.
         quantization: "int8", "nf4" or "fp4", of a checkpoint that is not quantised; one that is loads as it was saved.
             4-bit layers compute in `dtype`; under "auto" in bf16, or on a CPU that multiplies bf16 slowly in fp32.
+        in_memory: leave an unquantised base in main memory, in the device's dtype; `sharding.shard` takes its parts there.
         options: for `from_pretrained` (`num_labels`, `revision`, …); remote code cannot be switched on.
 
     Raises:
@@ -77,7 +79,7 @@ def resolve_base(
     tokenizer = loading(name, path, lambda: AutoTokenizer.from_pretrained(path, **hub))
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
-    return on_device(model, place).eval(), tokenizer
+    return (model if in_memory else on_device(model, place)).eval(), tokenizer
 
 
 def checked_path(name: str) -> str:

@@ -35,7 +35,7 @@ from .results import RunResult, finish
 from .resume import last_complete_checkpoint
 from .schema import Recipe
 from .setup import RunData, attach, load_data_of
-from .sharding import check_base, check_strategy, in_words, shard, traffic
+from .sharding import check_scheme, check_strategy, in_words, shard, traffic
 from .surroundings import check_agreement, join_processes, log, only_the_first_speaks, threads
 from .trainer import Trainer
 
@@ -62,27 +62,27 @@ def run(
     if model is not None:
         recipe = over(model, recipe)
     join_processes()
-    strategy = recipe.training.strategy
-    check_strategy(strategy, model is not None, member is not None)
+    check_strategy(recipe.training.strategy, model is not None, member is not None)
+    in_parts = recipe.training.strategy == "fsdp2" and processes.count() > 1
     output = processes.of_first(lambda: open_output(recipe)) or Path(recipe.output_dir)
     quiet = quiet or not processes.is_first()
     quietly = only_the_first_speaks() if member is None else nullcontext()
     with threads(recipe.training.threads), quietly:
         set_seed(recipe.training.seed)
         if model is None:
-            model, tokenizer = resolve_base(
-                recipe.base, task=recipe.task, dtype=recipe.dtype, quantization=recipe.quantization
-            )
-        if strategy == "fsdp2" and processes.count() > 1:
-            check_base(model)
+            asked = {"task": recipe.task, "dtype": recipe.dtype, "quantization": recipe.quantization}
+            model, tokenizer = resolve_base(recipe.base, **asked, in_memory=in_parts)  # type: ignore[arg-type]
+        if in_parts:
+            check_scheme(scheme_of(model))
         made_ready(model, bool(recipe.training.gradient_checkpointing), quiet)
         size = model.get_memory_footprint() if member is None else member.base_bytes  # without other runs' adapters
         form = {"quantization": scheme_of(model), "base_bytes": size}
         data = data or load_data_of(recipe, tokenizer, is_encoder_decoder(model))
         if baseline is not None:
             check_baseline(baseline, data, tokenizer, is_encoder_decoder(model))
-        with running(Plan(Switch(), ())):  # the base may carry the adapters of other runs
-            before = baseline if baseline is not None else measure(recipe, model, tokenizer, data)
+        before = baseline
+        if before is None and not in_parts:
+            before = plain(recipe, model, tokenizer, data)
         dims = model_dims(model)
         recipe = recipe.filled(dims.hidden, len(data.train_rows), dims.layers)
         check_agreement(facts_of(recipe, data, model))
@@ -93,8 +93,10 @@ def run(
             recipe = search(recipe, model, tokenizer, data, log.info if quiet else print)
         set_seed(recipe.training.seed)
         wrapped, recipe = attach(recipe, model, tokenizer, data)
-        if strategy == "fsdp2" and processes.count() > 1:
-            shard(wrapped)
+        if in_parts:
+            shard(wrapped, recipe.training.shard_adapters)
+        if in_parts and before is None:
+            before = plain(recipe, model, tokenizer, data)
         form |= (exchanged := traffic(wrapped))
         if exchanged and not quiet:
             print(in_words(exchanged))
@@ -113,6 +115,12 @@ def run(
             if recipe.training.gradient_checkpointing and member is None:
                 getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
             wrapped.unload()
+
+
+def plain(recipe: Recipe, model: Any, tokenizer: Any, data: RunData) -> Evaluation | None:
+    """Measures of a base without the adapters that it may carry: this run's, and other runs'."""
+    with running(Plan(Switch(), ())):
+        return measure(recipe, model, tokenizer, data)
 
 
 def check_enough(data: RunData) -> None:

@@ -109,6 +109,7 @@ class TrainingSection(Section):
     strategy: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field(
         default="ddp", description="several processes: each holds the base (ddp), or a part of it (fsdp2)"
     )
+    shard_adapters: bool = Field(default=False, description="fsdp2: each process holds a part of the adapter, too")
     threads: int | None = Field(default=None, ge=1, description="CPU threads of torch")
     report_to: list[str] = Field(default_factory=list, description="trackers of transformers, e.g. tensorboard")
 
@@ -207,6 +208,8 @@ class Recipe(Section):
                 for name, wanted in others.items()
                 if wanted
             ]
+        elif training.shard_adapters:
+            found.append(f"training.shard_adapters and strategy {training.strategy}: it is of strategy fsdp2")
         from transformers import SchedulerType
 
         names = [s.value for s in SchedulerType]

@@ -1,31 +1,38 @@
-"""FSDP2: the frozen base in parts, one a process, and the adapters whole in every process.
+"""FSDP2: the frozen base in parts, one a process, and the adapters whole in every process, or in parts as well (`parts`).
 
 torch's `fully_shard` gathers a block's weights when a pass reaches it and drops them behind it. Embeddings, the last norm
-and the head stay whole: `fully_shard` would hold them from the forward to the end of the backward pass too. Adapters stay
-plain tensors, so files, checkpoints and the optimizer are those of one process; `Exchange` takes their gradients' mean.
+and the head stay whole: `fully_shard` would hold them from the forward to the end of the backward pass too. Adapters that
+are whole stay plain tensors, so files, checkpoints and the optimizer are those of one process; `Exchange` takes their
+gradients' mean.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate import PartialState
+from torch import Tensor, nn
 
 from .. import fingerprint, processes
 from ..architectures import base_modules
 from ..errors import UnsupportedError
+from ..kernels import return_freed_memory
+from ..methods.base import Method
 from ..quantization import scheme_of
+from .parts import Parts
 
 
-def check_strategy(strategy: str, given: bool, together: bool) -> None:
+def check_strategy(strategy: str, given: bool, together: bool, count: int | None = None) -> None:
     """Refuse what this run cannot be shared out by.
 
     Args:
         given: the base came loaded, and is to be given back as it was.
         together: the run shares its passes with others.
+        count: of processes, where they are planned; else those that run.
 
     Raises:
         UnsupportedError: fsdp2 with one of these; DeepSpeed, or accelerate's own FSDP.
@@ -36,11 +43,11 @@ def check_strategy(strategy: str, given: bool, together: bool) -> None:
     if wanted is not None:
         raise UnsupportedError(
             f"{wanted} does not train adapters here: its checkpoints would not be those of one process. training.strategy: "
-            "fsdp2 shares the frozen base out, as ZeRO-3 would; what ZeRO-2 shares out, gradients and optimizer states, is "
-            "the adapter's only. Start the processes by torchrun, graftlm train --processes, or accelerate launch "
-            "--multi_gpu."
+            "fsdp2 shares the frozen base out, as ZeRO-3 would, and with training.shard_adapters the adapter with its "
+            "gradients and optimizer states, as ZeRO-2 would. Start the processes by torchrun, graftlm train --processes, "
+            "or accelerate launch --multi_gpu."
         )
-    if strategy == "fsdp2" and processes.count() > 1 and (given or together):
+    if strategy == "fsdp2" and (count or processes.count()) > 1 and (given or together):
         raise UnsupportedError(
             "training.strategy: fsdp2 is for a run that loads its own base and trains alone: "
             + ("runs that train together share one whole base" if together else "a loaded base would come back in parts")
@@ -48,9 +55,9 @@ def check_strategy(strategy: str, given: bool, together: bool) -> None:
         )
 
 
-def check_base(base: Any) -> None:
+def check_scheme(scheme: str | None) -> None:
     """UnsupportedError for a base that `shard` cannot hold: a quantised one."""
-    if (scheme := scheme_of(base)) is not None:
+    if scheme is not None:
         raise UnsupportedError(
             f"training.strategy: fsdp2 cannot hold a base in {scheme}: its layers keep scales beside their packed weights, "
             "which fully_shard does not share out. Use strategy: ddp (each process holds the quantised base), or leave "
@@ -58,25 +65,52 @@ def check_base(base: Any) -> None:
         )
 
 
-def shard(model: Any) -> None:
-    """Share a wrapped base's weights out to the processes of this run, block by block. All of them must call this.
+def check_adapters(model: Any) -> None:
+    """UnsupportedError for adapters whose parameters are looked at whole after each step."""
+    for name in model.switch.active:
+        method = model.methods[name]
+        if type(method).after_step is not Method.after_step:
+            raise UnsupportedError(
+                f"training.shard_adapters: {method.config.peft_type.value} chooses its ranks by whole matrices after each "
+                "step; leave it out (the base is shared out all the same). Every other method can be in parts."
+            )
+
+
+def shard(model: Any, adapters: bool = False) -> None:
+    """Share a wrapped base's weights out to the processes of this run, block by block, each to its own device, so that no
+    device ever has all of them. All processes must call this.
+
+    Args:
+        adapters: and the adapters' parameters in these blocks.
 
     Raises:
-        UnsupportedError: a quantised base.
+        UnsupportedError: a quantised base; adapters that are looked at whole between passes (AdaLoRA's).
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     base = model.base
-    check_base(base)
+    check_scheme(scheme_of(base))
+    if adapters:
+        check_adapters(model)
     fingerprint.keep(base)
-    mesh = init_device_mesh(base.device.type, (processes.count(),))
+    device = PartialState().device
+    mesh = init_device_mesh(device.type, (processes.count(),))
     own = set(base_parameters(base))
     found = list(stacks(base))
-    shared = {p for _, blocks in found for block in blocks for p in block.parameters()} & own
+    inside = Counter(p for _, blocks in found for block in blocks for p in block.parameters())
+    shared = {p for p, times in inside.items() if p in own or (adapters and p.requires_grad and p.dim() and times == 1)}
     for stack, blocks in found:
         for module in (*blocks, stack):
             fully_shard(module, mesh=mesh, ignored_params=set(model.parameters()) - shared)
+    for block in (block for _, blocks in found for block in blocks):
+        # once outside of inference mode: what is gathered into stays, and training writes to it, too
+        block.unshard()  # type: ignore[operator]
+        block.reshard()  # type: ignore[operator]
+    return_freed_memory()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not hasattr(tensor, "placements"):
+            tensor.data = tensor.data.to(device)
 
 
 def is_sharded(model: Any) -> bool:
@@ -104,32 +138,43 @@ def stacks(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
 
 
 class Exchange:
-    """The mean of adapters' gradients over all processes, where nothing else takes it: one collective for each dtype."""
+    """The mean of adapters' gradients over all processes, where nothing else takes it: one collective for each dtype. Of
+    adapters in parts `fully_shard` takes it."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.parts = Parts(model)
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The trained parameters that every process has whole."""
+        return [p for p in self.model.parameters() if p.requires_grad and not hasattr(p, "placements")]
 
     def __call__(self) -> None:
         """All processes must call this after the same backward pass."""
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        parameters = self.trained
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         for dtype in dict.fromkeys(p.dtype for p in parameters):  # in one order on all: a set's is by address
-            grads = [p.grad for p in parameters if p.dtype is dtype]
-            flat = torch.cat([g.flatten() for g in grads])  # type: ignore[union-attr]
+            grads: list[Tensor] = [p.grad for p in parameters if p.dtype is dtype]  # type: ignore[misc]
+            flat = torch.cat([g.flatten() for g in grads])
             torch.distributed.all_reduce(flat)
-            parts = (flat / processes.count()).split([g.numel() for g in grads])  # type: ignore[union-attr]
-            for gradient, part in zip(grads, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))  # type: ignore[union-attr,arg-type]
+            for gradient, mean in zip(grads, flat.div_(processes.count()).split([g.numel() for g in grads]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
+        self.parts.hand_over()
+
+    def clip(self, parameters: Any, highest: float, *given: Any) -> Tensor:
+        """`Accelerator.clip_grad_norm_` where adapters are in parts."""
+        return self.parts.clip([p.grad for p in self.trained if p.grad is not None], highest)
 
 
 def traffic(model: Any) -> dict[str, int]:
-    """What a process exchanges with the others, in bytes: `gradient_bytes` of adapters an update, and `gathered_bytes` of a
-    sharded base that it gets in one pass, forward and backward. Empty for one process."""
+    """What a process exchanges with the others, in bytes: `gradient_bytes` of adapters an update, and `gathered_bytes` of
+    weights in parts that it gets in one pass, forward and backward. Empty for one process."""
     if processes.count() == 1:
         return {}
-    parts = [p for p in set(base_parameters(model.base)) if hasattr(p, "placements")]
+    parts = [p for p in model.parameters() if hasattr(p, "placements")]
     whole = sum(p.numel() * p.element_size() for p in parts)
     return {
         "processes": processes.count(),
@@ -140,5 +185,5 @@ def traffic(model: Any) -> dict[str, int]:
 
 def in_words(e: dict[str, int]) -> str:
     """A line about `traffic`."""
-    base = f", and {e['gathered_bytes']:,} bytes of the base gathered a pass" if e["gathered_bytes"] else ""
+    base = f", and {e['gathered_bytes']:,} bytes of weights gathered a pass" if e["gathered_bytes"] else ""
     return f"{e['processes']} processes: gradients of {e['gradient_bytes']:,} bytes exchanged an update{base}."

@@ -20,13 +20,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 from ..errors import CheckpointError
 from ..model import PeftModel
+from .across import AcrossProcesses
 from .arguments import check_precision
 from .callbacks import EpochLog, RankSchedule, Request, StopWhenAsked, TrainingInterrupted
 from .curve import save_curve
@@ -34,12 +34,11 @@ from .joining import Joiner
 from .meters import EpochMeter, TokenLoss, labelled_tokens, peak_memory, perplexity, real_tokens
 from .progress import RichProgress
 from .resume import checkpoints, last_complete_checkpoint
-from .sharding import Exchange, base_parameters, is_sharded
 from .sharing import LABELS, cut, has_classes, own_rows, weighed, without_fillers
 from .surroundings import interrupts_go_to, log
 
 
-class Trainer(transformers.Trainer):
+class Trainer(AcrossProcesses):
     """A `transformers.Trainer` for adapters; every argument and method of it stays as it is.
 
     * `train(resume_from_checkpoint=True)` takes the last *complete* checkpoint and says which ones it passed over;
@@ -70,11 +69,9 @@ class Trainer(transformers.Trainer):
             self.add_callback(RankSchedule())
         self._pending: list[Tensor] = []
         self.joiner = Joiner()
-        self.member: Any = None  # of several runs that train together
         self._evaluated = TokenLoss()
         self._measuring = False
         self._labels = 0  # of a batch, over all processes
-        self.exchange: Exchange | None = None  # of gradients, where the model is not wrapped for it
         inner = self.accelerator.unwrap_model(self.model)
         if has_virtual_tokens(inner) and (self.label_smoother is None or self._smooths_inside(inner)):
             self._loss_shifts_labels = False  # the last virtual token predicts the first real one: every label counts
@@ -99,19 +96,6 @@ class Trainer(transformers.Trainer):
                 f"checkpoint are in {self.args.output_dir}; train(resume_from_checkpoint=True) goes on from there."
             )
         return output
-
-    def _share_out(self) -> None:
-        """Among several processes: adapters' gradients alone travel, by DDP, or by `Exchange` where DDP does not see the
-        passes (joint ones, those of a sharded base)."""
-        inner = self.accelerator.unwrap_model(self.model)
-        if self.accelerator.num_processes == 1 or not isinstance(inner, PeftModel):
-            return
-        own = {id(p) for p in base_parameters(inner.base)}
-        frozen = [name for name, p in inner.named_parameters() if id(p) in own]
-        inner._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in inner.named_buffers())]
-        if self.member is not None or is_sharded(inner):
-            self.exchange = Exchange(inner)
-            self.accelerator.prepare_model = lambda model, *args, **kwargs: model
 
     def _last_complete_checkpoint(self) -> str:
         notes: list[str] = []
@@ -285,16 +269,10 @@ class Trainer(transformers.Trainer):
         return entry | {"tokens_per_second": self._tokens_per_second(), "peak_memory_bytes": peak_memory()}
 
     def _tokens_per_second(self) -> float:
-        return self.meter.tokens_per_second * self.accelerator.num_processes
-
-    def _over_processes(self, loss: TokenLoss) -> TokenLoss:
-        if self.accelerator.num_processes == 1:
-            return loss
-        joined = TokenLoss()
-        parts = torch.tensor([loss.total, float(loss.tokens)], device=self.accelerator.device)
-        total, tokens = self.accelerator.reduce(parts, "sum").tolist()
-        joined.total, joined.tokens = total, int(tokens)
-        return joined
+        """Of all processes, by the clock of this one."""
+        if self.accelerator.num_processes == 1 or not self.meter.seconds:
+            return self.meter.tokens_per_second
+        return float(self._summed(self.meter.tokens)[0]) / self.meter.seconds
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -350,20 +328,21 @@ class Trainer(transformers.Trainer):
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if isinstance(model, PeftModel):
             model.card_metrics.update(self.card_metrics())
-        super().save_model(output_dir, _internal_call)
+        with self._whole:
+            super().save_model(output_dir, _internal_call)
         if self.args.should_save and not _internal_call:
             save_curve(self.state.log_history, output_dir or self.args.output_dir)  # type: ignore[arg-type]
 
     def save_adapter(self, output_dir: str | os.PathLike | None = None) -> None:
         """Like `save_model`, without the files that only a resuming Trainer reads."""
-        if not self.args.should_save:
-            return
         folder: Any = output_dir or self.args.output_dir
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if isinstance(model, PeftModel):
             model.card_metrics.update(self.card_metrics())
-        model.save_pretrained(folder)
-        save_curve(self.state.log_history, folder)
+        with self._whole:
+            if self.args.should_save:
+                model.save_pretrained(folder)
+                save_curve(self.state.log_history, folder)
 
     def card_metrics(self) -> dict[str, Any]:
         """The measures of this run for the model card: those of the best checkpoint where it was loaded, else the last."""
