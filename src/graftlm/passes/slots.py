@@ -13,7 +13,6 @@ from torch import Tensor
 Index = slice | Tensor  # of places side by side, or of others
 
 
-
 def grouped(few: dict[int, list[int]], slots: int, device: torch.device) -> Any:
     """How tokens go through slots at once: by slot those that are its."""
     few = dict(sorted(few.items()))
