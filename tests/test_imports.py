@@ -32,7 +32,7 @@ FLOORS: list[set[str]] = [
     {"training", "inference"},
     {"planning"},
     {
-        "comparison", "serving", "exporting", "studio", "cli", "utils", "compat", "as_peft", "functional", "registering",
+        "comparison", "serving", "fleet", "exporting", "studio", "cli", "utils", "compat", "as_peft", "functional", "registering",
         "helpers", "__init__", "__main__",
     },
 ]  # fmt: skip
@@ -223,7 +223,7 @@ def test_foreign_libraries_stay_where_they_belong(path: Path) -> None:
     if path != SOURCE / "quantization.py":
         assert "bitsandbytes" not in roots
     here = top(dotted(path))
-    if here not in ("cli", "training", "comparison", "data", "serving", "studio"):
+    if here not in ("cli", "training", "comparison", "data", "serving", "studio", "fleet"):
         own = {"accelerate"} if here == "processes" else set()  # they meet by its state
         assert not roots & {"typer", "rich", "pydantic", "yaml", "matplotlib", "fastapi", "datasets", "accelerate"} - own
     if path not in (SOURCE / "model.py", SOURCE / "delegating.py"):  # a wrapper can be pickled; no file is read that way
