@@ -7,7 +7,7 @@ same code over a clock.
     no adapter                where its start hashes to, unless that one is over its queue; else the less loaded of two
 
 "Over its queue" bounds what hashing may do to one replica (consistent hashing with bounded loads: Mirrokni et al., 2018):
-it has more requests than rows, and more tokens ahead of it than `SLACK` times the mean. Two choices: Mitzenmacher, 2001.
+it has requests for half of its rows, and more tokens ahead of it than `SLACK` times the mean. Two choices: Mitzenmacher, 2001.
 No group of adapters may fill the fleet: each has at most `SHARE` times the room that is free (Choudhury and Hahne, 1998), so
 there is always room for one that comes new.
 """
@@ -239,8 +239,8 @@ class Router:
         return [place for place in drawn if fit(place)]
 
     def _over(self, place: Place) -> bool:
-        """Whether what comes new would wait there, and less elsewhere."""
-        return place.asked >= place.rows and place.tokens > SLACK * self.tokens / len(self._open)
+        """Whether what comes new would go slower there than elsewhere."""
+        return 2 * place.asked >= place.rows and place.tokens > SLACK * self.tokens / len(self._open)
 
     # -- who holds what ----------------------------------------------------------------------------------------------------
     def _holding(self, adapters: tuple[str, ...]) -> list[Place]:
