@@ -134,7 +134,7 @@ def written(form: dict[str, Any], seed: int, temperature: float = 1.0, most: int
     ends = [names.eos_token_id]
     p = SamplingParams(temperature=temperature, response_format=form)
     made: list[int] = []
-    chooser = Chooser(p, [1], ends, seed, len(names), CPU, Constraints(names).of(form, ends))
+    chooser = Chooser(p, [1], ends, seed, len(names), CPU, Constraints(names).of(form, ends, 2)[seed % 2])
     generator = torch.Generator().manual_seed(seed)
     for _ in range(most):
         logits = torch.randn(len(names), generator=generator)
@@ -180,6 +180,18 @@ def test_forms_that_cannot_be_read(form: dict[str, Any]) -> None:
     pytest.importorskip("llguidance")
     with pytest.raises(ConfigError, match="response_format of type"):
         Constraints(AutoTokenizer.from_pretrained(base_path())).of(form, [1])
+
+
+def test_completions_of_one_request_are_in_places_of_their_own() -> None:
+    pytest.importorskip("llguidance")
+    names = AutoTokenizer.from_pretrained(base_path())
+    first, second = Constraints(names).of({"type": "grammar", "grammar": 'start: "yes" | "no"'}, [1], 2)
+    first.took(names("y", add_special_tokens=False)["input_ids"][-1])
+    allowed = [torch.zeros(len(names)) for _ in range(2)]
+    for constraint, logits in zip((first, second), allowed, strict=True):
+        constraint.mask(logits)
+    assert not torch.equal(*allowed)
+    assert allowed[1][names("n", add_special_tokens=False)["input_ids"][-1]] == 0
 
 
 def test_a_tokenizer_that_cannot_be_read() -> None:

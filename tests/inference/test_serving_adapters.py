@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from helpers import fresh, randomise
 
 import graftlm
 from graftlm.errors import AdapterError, BaseMismatchError, CheckpointError, GraftError, UnknownAdapterError
-from graftlm.inference import registry
+from graftlm.inference import registry, stepping
 from graftlm.inference.requests import Request, SamplingParams
 from graftlm.inference.threads import begin
 
@@ -131,6 +132,34 @@ def test_the_same_content_under_two_names_shares_its_starts(served: Any, tmp_pat
     while not second.done and time.monotonic() < until:
         engine.work()
     assert second.result().usage.cached_tokens == 3
+
+
+def test_compositions_beyond_those_kept_ready(served: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every order of names is one: those used longest ago go, with their fronts, and come back as they were."""
+    monkeypatch.setattr(stepping, "READY", 4)
+    engine = served()
+    for kind in ("prompt", "prefix", "houlsby"):
+        engine.registry.add(kind, saved(tmp_path / kind, kind))
+    orders = ["+".join(names) for n in (1, 2, 3) for names in permutations(("prompt", "prefix", "houlsby"), n)]
+    made = [finished(engine, engine.submit(request(order)))[0] for order in orders]
+    assert len(engine.stepping.compositions) <= 4 and len(engine.starts.fronts) <= 4
+    together = [engine.submit(request(order)) for order in orders]  # none goes that a request goes through
+    assert finished(engine, *together) == made
+
+
+def test_starts_of_detached_adapters_are_bounded(served: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stepping, "READY", 2)
+    engine = served(max_adapters=2)
+    for i in range(6):
+        engine.registry.add(f"a{i}", saved(tmp_path / f"a{i}", "prefix", i))
+        finished(engine, engine.submit(request(f"a{i}")))
+    assert len(engine.starts.fronts) <= 5  # of live ones, and of two that were detached
+    again = engine.submit(request("a4"))
+    for _ in range(10_000):
+        if again.done:
+            break
+        engine.work()
+    assert again.result().usage.cached_tokens == 3
 
 
 def test_unloaded_while_it_writes(served: Any, tmp_path: Path) -> None:

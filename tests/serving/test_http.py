@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,10 @@ pytest.importorskip("httpx", reason="the test client of fastapi needs httpx")
 
 from serving_helpers import KINDS, alone, saved, served, tokenizer  # noqa: E402
 
-from graftlm.inference.requests import Request  # noqa: E402
-from graftlm.serving.schema import CompletionRequest  # noqa: E402
+from graftlm.inference.requests import Event, Request, TokenLogprob  # noqa: E402
+from graftlm.serving.answers import ChatForm, Choice, Piece, Token  # noqa: E402
+from graftlm.serving.running import Running  # noqa: E402
+from graftlm.serving.schema import ChatRequest, CompletionRequest  # noqa: E402
 
 PROMPT = "The river is long and the"
 
@@ -132,6 +135,30 @@ def test_tools(client: Any) -> None:
     assert client.post("/v1/chat/completions", json=body | {"messages": history}).status_code == 200
     wrong = body | {"tool_choice": {"type": "function", "function": {"name": "other"}}}
     assert client.post("/v1/chat/completions", json=wrong).status_code == 400
+
+
+def test_one_call_at_most(client: Any) -> None:
+    """parallel_tool_calls: false ends an answer behind its first call, and answers no more than that one."""
+    two = '<tool_call>{"name": "f", "arguments": {}}</tool_call><tool_call>{"name": "f", "arguments": {"n": 1}}</tool_call>'
+    for calls, wanted in ((None, 2), (1, 1)):
+        form = ChatForm("tiny", False, ["f"], calls)
+        choice = Choice(text=two, finish="stop")
+        assert len(form.whole_choice(0, choice)["message"]["tool_calls"]) == wanted
+        chunks = form.delta(0, choice, Piece("", finish="stop"))
+        assert [len(c["choices"][0]["delta"].get("tool_calls", ())) for c in chunks] == [wanted, 0]
+    tool = {"type": "function", "function": {"name": "f"}}
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "tools": [tool], "max_tokens": 4}
+    assert ChatRequest(**body, parallel_tool_calls=False).stops == ("</tool_call>",)
+    assert ChatRequest(**body).stops == ChatRequest(**body, parallel_tool_calls=False, tool_choice="required").stops == ()
+    assert client.post("/v1/chat/completions", json=body | {"parallel_tool_calls": False}).status_code == 200
+
+
+def test_log_probabilities_of_nothing_are_json() -> None:
+    found = TokenLogprob(token=3, logprob=-math.inf, top={3: -math.inf, 4: 0.0})
+    (token,) = Running([], 1, lambda i, p: Token(i, "a", b"a", p), lambda *_: None)._tokens(
+        Event(index=0, logprobs=(found,))
+    )
+    assert [token.logprob, *(t.logprob for t in token.top)] == [-9999.0, -9999.0, 0.0]
 
 
 def test_embeddings(client: Any) -> None:

@@ -11,6 +11,7 @@ until the batch is over. What arrives meanwhile waits for the next one.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -104,22 +105,20 @@ class Batches(Stepping):
             base.config, "decoder_start_token_id", None
         )
 
-    def composition(self, versions: tuple[Version, ...]) -> Composition:
-        if versions not in self.compositions:
-            host, group = self.served.host, tuple(v.attached for v in versions)
-            for version in versions:
-                if host.methods[version.attached].tasks > 1:
-                    raise UnsupportedError(f"Adapter {version.name!r} has several tasks, between which no request chooses.")
-                if not all(bool(torch.isfinite(p).all()) for _, p in host.adapter_parameters(version.attached)):
-                    raise AdapterError(
-                        f"Under {version.name} the logits are no finite numbers. Train it anew, or load it again."
-                    )
-            self.alike[group] = not self.apart and self._equal(group)
-            self.compositions[versions] = Composition(
-                versions=versions, group=group, acting=group, digest=joint_digest(versions),
-                front=FrontMemory([], sum(host.counts(group))),
-            )  # fmt: skip
-        return self.compositions[versions]
+    def made(self, versions: tuple[Version, ...]) -> Composition:
+        host, group = self.served.host, tuple(v.attached for v in versions)
+        for version in versions:
+            if host.methods[version.attached].tasks > 1:
+                raise UnsupportedError(f"Adapter {version.name!r} has several tasks, between which no request chooses.")
+            if not all(bool(torch.isfinite(p).all()) for _, p in host.adapter_parameters(version.attached)):
+                raise AdapterError(
+                    f"Under {version.name} the logits are no finite numbers. Train it anew, or load it again."
+                )
+        self.alike[group] = not self.apart and self._equal(group)
+        return Composition(
+            versions=versions, group=group, acting=group, digest=joint_digest(versions),
+            front=FrontMemory([], sum(host.counts(group))),
+        )  # fmt: skip
 
     def _equal(self, group: Group) -> bool:
         """Whether rows of these adapters and of the base, of any lengths, equal themselves alone: tried out, once a kind."""
@@ -130,8 +129,9 @@ class Batches(Stepping):
             return False
         return True
 
-    def forget(self, version: Version) -> None:
-        self.compositions = {versions: c for versions, c in self.compositions.items() if version not in versions}
+    def fell(self, gone: Sequence[Composition]) -> None:
+        for composition in gone:
+            self.alike.pop(composition.group, None)
 
     def placed(self, job: Job) -> Composition:
         return self.composition(job.versions)  # `generate` looks for invocations itself

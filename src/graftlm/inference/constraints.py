@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedError
 
-LONGEST = 131_072  # characters of a schema, pattern or grammar: compiling one holds all other requests back
+LONGEST = 131_072  # characters of a schema, pattern or grammar
 
 
 class Constraint:
@@ -50,7 +51,7 @@ class Constraint:
 
 
 class Constraints:
-    """Makes constraints for a tokenizer, which is read at the first one.
+    """Makes constraints for a tokenizer, which is read at the first one. Forms are compiled by whoever asks, in its thread.
 
     Args:
         tokenizer: of the `tokenizers` library (a "fast" one).
@@ -59,9 +60,10 @@ class Constraints:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._read: Any = None
+        self._lock = threading.Lock()
 
-    def of(self, form: Mapping[str, Any], ends: Sequence[int]) -> Constraint:
-        """The constraint of a `response_format`.
+    def of(self, form: Mapping[str, Any], ends: Sequence[int], n: int = 1) -> list[Constraint]:
+        """The constraint of a `response_format`, for each of `n` completions.
 
         Raises:
             ConfigError: a schema, pattern or grammar that cannot be read.
@@ -85,15 +87,17 @@ class Constraints:
             error = str(reason)
         if error:
             raise ConfigError(f"response_format of type {kind!r} cannot be used: {error}")
-        return Constraint(matcher, tokens.vocab_size, ends)
+        matchers = [matcher, *(matcher.deep_copy() for _ in range(n - 1))]
+        return [Constraint(m, tokens.vocab_size, ends) for m in matchers]
 
     def _tokens(self) -> Any:
-        if self._read is None:
-            if getattr(self.tokenizer, "backend_tokenizer", None) is None:
-                raise UnsupportedError(
-                    f"response_format needs a tokenizer of the tokenizers library; got {type(self.tokenizer).__name__}."
-                )
-            from llguidance.hf import from_tokenizer
+        if getattr(self.tokenizer, "backend_tokenizer", None) is None:
+            raise UnsupportedError(
+                f"response_format needs a tokenizer of the tokenizers library; got {type(self.tokenizer).__name__}."
+            )
+        with self._lock:
+            if self._read is None:
+                from llguidance.hf import from_tokenizer
 
-            self._read = from_tokenizer(self.tokenizer)
-        return self._read
+                self._read = from_tokenizer(self.tokenizer)
+            return self._read

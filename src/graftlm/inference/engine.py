@@ -125,7 +125,8 @@ class Engine:
         versions = self.registry.resolve(request.adapter)
         handle = Handle(request, self._cancel, lambda: self.alive)
         deadline = None if request.timeout is None else self.clock() + request.timeout
-        job = Job(handle=handle, versions=versions, deadline=deadline)
+        constraints = self.stepping.constraints_of(request)  # compiled here, where it holds nobody else back
+        job = Job(handle=handle, versions=versions, deadline=deadline, constraints=constraints)
         with self._changed:
             if not self.alive or self._draining:
                 raise ServingError(f"The engine does not run{'' if self.error is None else f': {self.error!r}'}.")

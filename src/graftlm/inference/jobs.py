@@ -8,6 +8,7 @@ from typing import Any
 
 from ..passes.plain_cache import FrontMemory
 from ..routing import Group
+from .constraints import Constraint
 from .detokenize import Detokenizer
 from .handle import Handle
 from .registry import Version
@@ -45,11 +46,13 @@ class Job:
             `composition` is without it then.
         writings: its completions that are on their way.
         later: of these, those that wait for the first one's prompt.
+        constraints: one a completion where the request has a form; taken by its writings.
     """
 
     handle: Handle
     versions: tuple[Version, ...]
     deadline: float | None
+    constraints: list[Constraint] = field(default_factory=list)
     composition: Composition | None = None
     invoked: tuple[int, Composition] | None = None
     writings: list[Writing] = field(default_factory=list)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,12 +16,12 @@ from ..errors import RequestError, ServingError
 from ..passes.served import Row, Served
 from ..routing import Group
 from .cache import KeyValueCache, Span
-from .constraints import Constraints
+from .constraints import Constraint, Constraints
 from .detokenize import Detokenizer
 from .jobs import Composition, Job, Writing
 from .pace import Pace
 from .registry import Registry, Version, joint_digest
-from .requests import Request, TokenLogprob
+from .requests import Request, SamplingParams, TokenLogprob
 from .sampling import Chooser, choose, logprob
 from .scheduler import Piece, Scheduler, Step
 from .scheduler import Sequence as Tokens
@@ -28,6 +29,7 @@ from .starts import Starts
 from .text import end_tokens
 
 log = logging.getLogger("graftlm.serving")
+READY = 256  # compositions kept ready, and as many starts of detached ones: fronts take memory, and "a+b", "b+a" are two
 
 
 class Owner(Protocol):
@@ -73,7 +75,8 @@ class Stepping:
         self.limit = limit
         self.constraints = Constraints(tokenizer)
         self.cache = KeyValueCache(served, scheduler.space.capacity)
-        self.compositions: dict[tuple[Version, ...], Composition] = {}
+        self.compositions: OrderedDict[tuple[Version, ...], Composition] = OrderedDict()  # by their last use
+        self.resting: OrderedDict[Hashable, Composition] = OrderedDict()  # of detached adapters, whose starts are kept
         self.writings: dict[Tokens, Writing] = {}
         self.vocabulary = token_embeddings(served.host.base).weight.shape[0]  # type: ignore[union-attr]
         first, others = end_tokens(tokenizer, served.host)
@@ -85,31 +88,49 @@ class Stepping:
     def composition(self, versions: tuple[Version, ...]) -> Composition:
         """Attached adapters together, ready for steps."""
         if versions not in self.compositions:
-            group, host = tuple(v.attached for v in versions), self.served.host
-            # soft prompts are in the cache once and for all; what else they may train acts on
-            soft = {
-                n for n in group
-                if any(host.counts((n,))) and not getattr(host.methods[n].config, "modules_to_save", None)
-            }  # fmt: skip
-            digest = joint_digest(versions)
-            front = self.served.admit(group)
-            acting = tuple(n for n in group if n not in soft)
-            self.starts.plant(digest, front)
-            self.compositions[versions] = Composition(
-                versions=versions, group=group, acting=acting, digest=digest, front=self.starts.fronts[digest]
-            )
+            self._let_go()
+            made = self.compositions[versions] = self.made(versions)
+            self.resting.pop(made.digest, None)
+        self.compositions.move_to_end(versions)
         return self.compositions[versions]
+
+    def made(self, versions: tuple[Version, ...]) -> Composition:
+        """A composition, made ready."""
+        group, host = tuple(v.attached for v in versions), self.served.host
+        # soft prompts are in the cache once and for all; what else they may train acts on
+        soft = {
+            n for n in group
+            if any(host.counts((n,))) and not getattr(host.methods[n].config, "modules_to_save", None)
+        }  # fmt: skip
+        digest = joint_digest(versions)
+        self.starts.plant(digest, self.served.admit(group))
+        acting = tuple(n for n in group if n not in soft)
+        return Composition(versions=versions, group=group, acting=acting, digest=digest, front=self.starts.fronts[digest])
 
     def forget(self, version: Version) -> None:
         """An adapter was detached."""
         self.served.forget(version.attached)
-        gone = {versions: c for versions, c in self.compositions.items() if version in versions}
-        for versions in gone:
-            del self.compositions[versions]
+        gone = [self.compositions.pop(versions) for versions in list(self.compositions) if version in versions]
+        if not version.retired:  # it may come back to what is kept
+            self.resting |= {c.digest: c for c in gone}
+            gone = [self.resting.popitem(last=False)[1] for _ in range(len(self.resting) - READY)]
+        self.fell(gone)
+
+    def fell(self, gone: Sequence[Composition]) -> None:
+        """Keep nothing of compositions any more but what others compute alike."""
         left = {c.digest for c in self.compositions.values()}
-        for composition in gone.values():
-            if composition.digest not in left and version.retired:  # another one may come back to what is kept
+        for composition in gone:
+            if composition.digest not in left:
                 self.starts.fell(composition.digest)
+
+    def _let_go(self) -> None:
+        """Make room for one more: those go that were used longest ago and that no request goes through."""
+        if len(self.compositions) < READY:
+            return
+        jobs = {writing.job for writing in self.writings.values()}
+        used = {c.versions for job in jobs for c in (job.composition, *(job.invoked or ())[1:]) if c is not None}
+        old = [versions for versions in self.compositions if versions and versions not in used]
+        self.fell([self.compositions.pop(versions) for versions in old[: READY // 4]])
 
     # -- requests begin and end ------------------------------------------------------------------------------------------
     def begin(self, job: Job) -> None:
@@ -134,14 +155,22 @@ class Stepping:
             job.invoked = None if at is None else (at, whole)
         return self.composition(tuple(v for v in job.versions if v not in calls))
 
+    def ends_of(self, p: SamplingParams) -> list[int]:
+        """Tokens that end a completion."""
+        return [*([] if p.ignore_end else self.ends), *p.stop_ids]
+
+    def constraints_of(self, request: Request) -> list[Constraint]:
+        """What a request's form allows, for each of its completions; for any thread."""
+        form = request.params.response_format
+        if form is None or not request.params.formatted:
+            return []
+        return self.constraints.of(form, self.ends_of(request.params), request.n)
+
     def _writing(self, job: Job, composition: Composition, index: int) -> Writing:
         request = job.handle.request
         p = request.params
-        ends = [*([] if p.ignore_end else self.ends), *p.stop_ids]
-        constraint = None
-        if p.formatted:
-            assert p.response_format is not None
-            constraint = self.constraints.of(p.response_format, ends)
+        ends = self.ends_of(p)
+        constraint = job.constraints.pop() if p.formatted else None
         tokens = Tokens(
             tokens=list(request.prompt),
             group=joint_digest(job.versions),

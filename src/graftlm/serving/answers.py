@@ -163,21 +163,23 @@ class ChatForm(Form):
 
     Args:
         tools: names of the functions that may be called; calls in the text are told apart from it.
+        calls: of which so many at most are answered; None: all.
     """
 
     kind = "chat.completion"
     prefix = "chatcmpl"
 
-    def __init__(self, model: str, logprobs: bool, tools: Sequence[str] = ()) -> None:
+    def __init__(self, model: str, logprobs: bool, tools: Sequence[str] = (), calls: int | None = None) -> None:
         super().__init__(model, logprobs)
         self.tools = tools
+        self.calls = calls
 
     @property
     def chunk_kind(self) -> str:
         return "chat.completion.chunk"
 
     def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        text, calls = read_calls(choice.text, self.tools) if self.tools else (choice.text, [])
+        text, calls = read_calls(choice.text, self.tools, self.calls) if self.tools else (choice.text, [])
         message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
         if calls:
             message["tool_calls"] = [call.to_dict() for call in calls]
@@ -198,7 +200,7 @@ class ChatForm(Form):
         if self.tools:
             until = may_be_call(choice.text)
             if finish:
-                _, calls = read_calls(choice.text, self.tools)
+                _, calls = read_calls(choice.text, self.tools, self.calls)
                 until = max(until, choice.sent) if calls else len(choice.text)
                 finish = "tool_calls" if calls and finish == "stop" else finish
         text = choice.text[choice.sent : until]

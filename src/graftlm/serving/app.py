@@ -108,7 +108,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         with service.errors("chat"):
             wanted = await asyncio.to_thread(service.of_chat, body)
             tools = [] if body.tool_choice == "none" else [tool.function.name for tool in body.tools or ()]
-            form = ChatForm(body.model, bool(body.logprobs), tools)
+            form = ChatForm(body.model, bool(body.logprobs), tools, body.calls)
             return await respond(service, request, wanted, form, body)
 
     @app.post("/v1/completions")

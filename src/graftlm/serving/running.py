@@ -12,6 +12,7 @@ from .answers import Choice, Piece, Token, Usage
 from .errors import ApiError, of
 
 Indexed = tuple[int, Piece]
+LOWEST = -9999.0  # for the log of zero, which JSON has not; what OpenAI writes
 ENDED = {"timeout": "The request took longer than it may.", "cancelled": "The request was cancelled."}
 
 
@@ -126,7 +127,7 @@ class Running:
             return []
         made = []
         for found in event.logprobs:
-            plain = self._token(found.token, found.logprob)
-            top = tuple(self._token(i, p) for i, p in found.top.items())
+            plain = self._token(found.token, max(found.logprob, LOWEST))
+            top = tuple(self._token(i, max(p, LOWEST)) for i, p in found.top.items())
             made.append(Token(plain.id, plain.text, plain.data, plain.logprob, top))
         return made

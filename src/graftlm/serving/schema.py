@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from .tools import CLOSE
+
 #: taken and not used: they say who asks, or how a hosted service bills and stores
 Neutral = Any
 MOST_CHOICES = 128
@@ -212,6 +214,16 @@ class ChatRequest(Generation):
     def forced(self) -> bool:
         """Whether the answer has to be a call of a tool."""
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    @property
+    def calls(self) -> int | None:
+        """How many calls an answer may hold; None: any number."""
+        return 1 if self.parallel_tool_calls is False else None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        free = bool(self.tools) and self.tool_choice != "none" and not self.forced
+        return (*super().stops, CLOSE) if free and self.calls == 1 else super().stops
 
 
 class CompletionRequest(Generation):

@@ -72,8 +72,9 @@ def call_schema(tools: Sequence[dict[str, Any]], name: str | None) -> dict[str, 
     return forms[0] if len(forms) == 1 else {"anyOf": forms}
 
 
-def read_calls(text: str, names: Sequence[str]) -> tuple[str, list[Call]]:
-    """What an answer says beside its calls, and these. Text that is no call of a known function stays text."""
+def read_calls(text: str, names: Sequence[str], most: int | None = None) -> tuple[str, list[Call]]:
+    """What an answer says beside its calls, and these, or the first `most` of them. Text that is no call of a known function
+    stays text."""
     said, calls, rest = "", [], text
     while (start := rest.find(OPEN)) >= 0:
         inside, _, after = rest[start + len(OPEN) :].partition(CLOSE)
@@ -83,8 +84,8 @@ def read_calls(text: str, names: Sequence[str]) -> tuple[str, list[Call]]:
         calls += found
         rest = after
     if not calls and (found := _objects(text, names)):
-        return "", found
-    return (said + rest).strip() if calls else text, calls
+        return "", found[:most]
+    return (said + rest).strip() if calls else text, calls[:most]
 
 
 def may_be_call(text: str) -> int:
