@@ -55,6 +55,7 @@ class Wanted:
         params: how tokens are chosen.
         n: completions of each prompt.
         keep: of these the likeliest so many are answered.
+        session, streams: as in the engine's request.
     """
 
     endpoint: str
@@ -64,6 +65,8 @@ class Wanted:
     params: SamplingParams
     n: int
     keep: int
+    session: str = ""
+    streams: bool = False
 
 
 class Service:
@@ -209,7 +212,10 @@ class Service:
             response_format=form,
         )
         made = tuple(tuple(ids) for ids in prompts)
-        return Wanted(endpoint=endpoint, model=body.model, adapter=adapter, prompts=made, params=params, n=n, keep=keep)
+        return Wanted(
+            endpoint=endpoint, model=body.model, adapter=adapter, prompts=made, params=params, n=n, keep=keep,
+            session=str(body.prompt_cache_key or body.user or ""), streams=bool(body.stream),
+        )  # fmt: skip
 
     def room(self, adapter: str, prompt: int) -> int:
         """Tokens that may follow a prompt of so many."""
@@ -240,8 +246,9 @@ class Service:
         try:
             for ids in wanted.prompts:
                 request = Request(
-                    prompt=ids, adapter=wanted.adapter, params=wanted.params, n=wanted.n, timeout=self.settings.timeout
-                )
+                    prompt=ids, adapter=wanted.adapter, params=wanted.params, n=wanted.n, timeout=self.settings.timeout,
+                    session=wanted.session, streams=wanted.streams,
+                )  # fmt: skip
                 handles.append(await asyncio.to_thread(self.engine.submit, request))
         except BaseException:
             for handle in handles:
