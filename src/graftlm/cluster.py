@@ -49,7 +49,7 @@ def connected(address: str | None = None, cpus: int | None = None) -> Iterator[A
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if address is None:
-        ray.init(num_cpus=cpus, object_store_memory=STORE, include_dashboard=False, **quiet)
+        begin(ray, num_cpus=cpus, object_store_memory=STORE, include_dashboard=False, **quiet)
     else:
         if address != "auto":
             answers(address)
@@ -61,6 +61,19 @@ def connected(address: str | None = None, cpus: int | None = None) -> Iterator[A
         yield ray
     finally:
         ray.shutdown()
+
+
+def begin(ray: Any, **options: Any) -> None:
+    """A cluster of this machine. ConfigError where it does not start. (Its parts wait for each other half a minute at most,
+    which a busy machine may take.)"""
+    for tries_left in (2, 1, 0):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:  # Ray raises bare ones here
+            ray.shutdown()
+            if not tries_left:
+                raise ConfigError(f"Ray does not start on this machine: {error}") from error
 
 
 def answers(address: str) -> None:

@@ -130,13 +130,13 @@ class Catalogue:
             self._unloaded.add(name)
 
     def allowed(self, path: str) -> str:
-        """A folder below one of those that adapters may come from, links followed. ConfigError for any other."""
+        """A folder below one of those that adapters may come from, links followed. PermissionError for any other."""
         try:
             found = Path(path).resolve(strict=True)
         except (OSError, ValueError, RuntimeError):
             found = None
         if found is None or not any(found.is_relative_to(root.resolve()) for root in self.roots):
-            raise ConfigError("lora_path is no folder below one of this fleet's adapter_dirs.")
+            raise PermissionError("lora_path is no folder below one of this fleet's adapter_dirs.")
         return str(found)
 
     def files(self, digest: str) -> dict[str, bytes]:

@@ -13,13 +13,14 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import GraftError, ServingError
 from ..inference.requests import Event, Request
 from .catalogue import Entry, digest_of, put_files
+from .config import FleetConfig
 
 News = tuple[int, "Sequence[Event] | Exception", bool]  # a request's number, what has come of it, whether that is all
 GATHERS = 0.001  # seconds in which the other rows' events of a step come, too
@@ -35,6 +36,7 @@ class Facts:
         limit: tokens of a prompt and its answer.
         width: of a hidden state.
         versions: see `cluster.versions`.
+        fingerprint: of the base's values.
     """
 
     tokenizer: Any
@@ -42,7 +44,7 @@ class Facts:
     limit: int
     width: int
     versions: dict[str, str]
-    fingerprint: Any = None
+    fingerprint: dict[str, Any] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,36 +89,48 @@ class Replica:
     """
 
     def __init__(self, values: dict[str, Any]) -> None:
-        import torch
-
-        from ..inference.threads import apart
-        from ..serving.start import engine_for, without_adapters
-        from ..training.bases import resolve_base
-        from .config import FleetConfig
-
-        config = FleetConfig.from_dict(values)
-        torch.set_num_threads(config.replica.threads)
-        base, self.tokenizer = apart(lambda: resolve_base(config.base, quantization=config.quantization))
-        limits = config.replica.engine(config.http.max_choices)
-        self.engine = apart(lambda: engine_for(without_adapters(base), self.tokenizer, limits))
-        self.engine.start()
+        self.config = FleetConfig.from_dict(values)
+        self.engine: Any = None
         self.known: dict[str, int] = {}  # numbers of the entries that names stand for here
         self.locks: dict[str, asyncio.Lock] = {}
         self.boxes: dict[str, Box] = {}
         self.tokens = 0
+        self._facts: Facts | None = None
         self._store: tempfile.TemporaryDirectory | None = None
 
     async def facts(self) -> Facts:
-        """Once the base is loaded and tried out."""
+        """The base is loaded here, at the first call, and tried out.
+
+        Raises:
+            GraftError: it cannot be.
+        """
+        if self._facts is None:
+            try:
+                self._facts = await asyncio.to_thread(self._load)
+            except Exception as error:
+                raise told(error) from None
+        return self._facts
+
+    def _load(self) -> Facts:
+        import torch
+
         from .. import fingerprint
         from ..cluster import versions
+        from ..inference.threads import apart
+        from ..serving.start import engine_for, without_adapters
+        from ..training.bases import resolve_base
 
-        await asyncio.wrap_future(self.engine.ready(""))
-        model = self.engine.model
+        c = self.config
+        torch.set_num_threads(c.replica.threads)
+        base, tokenizer = apart(lambda: resolve_base(c.base, quantization=c.quantization))
+        limits = c.replica.engine(c.http.max_choices)
+        self.engine = engine = apart(lambda: engine_for(without_adapters(base), tokenizer, limits))
+        engine.start()
+        engine.ready("").result()
+        width = int(engine.model.get_input_embeddings().weight.shape[1])
         return Facts(
-            tokenizer=self.tokenizer, vocabulary=self.engine.stepping.vocabulary, limit=self.engine.limit,
-            width=int(model.get_input_embeddings().weight.shape[1]), versions=versions(),
-            fingerprint=await asyncio.to_thread(fingerprint.of, model.base),
+            tokenizer=tokenizer, vocabulary=engine.stepping.vocabulary, limit=engine.limit, width=width,
+            versions=versions(), fingerprint=fingerprint.of(base),
         )  # fmt: skip
 
     async def report(self) -> Report:
@@ -208,6 +222,20 @@ class Replica:
             await asyncio.wrap_future(self.engine.ready(entry.name))
         except Exception as error:
             raise told(error) from None
+
+    async def try_out(self, entry: Entry) -> None:
+        """Whether an adapter can be served, under a name of its own, which is forgotten.
+
+        Raises:
+            GraftError: it cannot be.
+        """
+        trial = replace(entry, name=f"{entry.name}#{entry.number}")
+        try:
+            await self.load(trial)
+        finally:
+            self.known.pop(trial.name, None)
+            if trial.name in self.engine.registry.names:
+                self.engine.unload(trial.name)
 
     async def _have(self, entries: Sequence[Entry]) -> None:
         """Let names stand for these, or for what is newer."""
