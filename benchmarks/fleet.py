@@ -8,8 +8,8 @@
 What is simulated is time alone: which replica gets a request, what goes into a step, who waits, which adapter is put out and
 read again is decided by `graftlm.fleet.router`, `graftlm.inference.scheduler` and `pace` themselves. A step of d rows that
 decode and p tokens of prompts, of g compositions, takes step + row·d + token·p + group·g seconds; attaching an adapter
-holds the replica's steps back for `load` seconds. Steps in which the same rows decode, until one ends or a request comes, are
-gone over at once: nothing is decided in them. `benchmarks/serving_ray.py --validate` compares this with two real
+holds the replica's steps back for `load` seconds. Steps in which the same rows decode, until one ends or a request comes,
+are gone over at once: nothing is decided in them. `benchmarks/serving_ray.py --validate` compares this with two real
 replicas.
 """
 
@@ -39,7 +39,7 @@ from graftlm.inference.space import Space
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a step, and of attaching an adapter. Defaults: smollm2 (135 M, fp32), rank 8 on all linear layers, one core."""
+    """Seconds of a step, and of attaching an adapter; by default those of smollm2 in fp32 with rank 8, on one core."""
 
     step: float = 0.0
     row: float = 0.0

@@ -236,9 +236,13 @@ def test_an_adapter_is_replaced_once_and_everywhere_while_it_is_asked_for(root: 
         assert text(await complete(client, "style")) == old
         broken = tmp_path / "adapters" / "broken"
         broken.mkdir()
-        found = await client.post("/v1/load_lora_adapter", headers=key, json=body | {"lora_path": str(broken), "load_inplace": True})
+        found = await client.post(
+            "/v1/load_lora_adapter", headers=key, json=body | {"lora_path": str(broken), "load_inplace": True}
+        )
         assert found.status_code == 400
-        found = await client.post("/v1/load_lora_adapter", headers=key, json=body | {"lora_path": "/etc", "load_inplace": True})
+        found = await client.post(
+            "/v1/load_lora_adapter", headers=key, json=body | {"lora_path": "/etc", "load_inplace": True}
+        )
         assert found.status_code == 403
         assert text(await complete(client, "style")) == old
         found = await client.post("/v1/load_lora_adapter", headers=key, json=body | {"load_inplace": True})

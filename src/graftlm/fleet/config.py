@@ -86,12 +86,16 @@ class HttpSection(Section):
 class FleetConfig(Section):
     """A whole fleet. Build it from YAML (`from_yaml`) or a dict (`from_dict`); both collect every error in one ConfigError."""
 
-    base: str = Field(default="graftlm-base", description="name, path, GGUF file or hub id; every replica's machine needs it")
+    base: str = Field(
+        default="graftlm-base", description="name, path, GGUF file or hub id; every replica's machine needs it"
+    )
     quantization: Scheme = Field(default=None, description="int8, nf4 or fp4")
     name: str | None = Field(default=None, description="what requests call the base; its name")
     adapters: dict[str, str] = Field(default_factory=dict, description="folders by name, tried out at the start")
     adapter_dirs: list[str] = Field(default_factory=list, description="folders of adapters, each read at its first use")
-    address: str | None = Field(default=None, description="of a Ray cluster: host:port or auto; left out: one is started here")
+    address: str | None = Field(
+        default=None, description="of a Ray cluster: host:port or auto; left out: one is started here"
+    )
     replicas: Replicas = Field(default=Replicas(), description="how many")
     replica: ReplicaSection = Field(default=ReplicaSection(), description="what each is")
     http: HttpSection = Field(default=HttpSection(), description="the door")

@@ -80,7 +80,9 @@ class Manager:
             changed = [f"http.{n}" for n in fixed if getattr(config.http, n) != getattr(before.http, n)]
             changed += [n for n in ("base", "name") if getattr(config, n) != getattr(before, n)]
             if changed:
-                raise ConfigError(f"{', '.join(changed)} cannot change while the fleet runs: graftlm deploy --stop it first.")
+                raise ConfigError(
+                    f"{', '.join(changed)} cannot change while the fleet runs: graftlm deploy --stop it first."
+                )
         else:
             self.catalogue = Catalogue(config.base_name)
         await asyncio.to_thread(self.catalogue.configure, config.adapters, config.adapter_dirs)

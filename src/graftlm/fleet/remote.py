@@ -195,7 +195,9 @@ class Remote:
                 if left <= 0 or self.over:
                     raise
                 if self.waiting >= self.limits["most"]:
-                    raise QueueFullError(f"No replica is ready, and {self.waiting} requests wait. Try again later.") from None
+                    raise QueueFullError(
+                        f"No replica is ready, and {self.waiting} requests wait. Try again later."
+                    ) from None
                 avoid = frozenset()  # better there than nowhere
             self.waiting += 1
             try:

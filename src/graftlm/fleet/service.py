@@ -118,4 +118,3 @@ class FleetService(Service):
 
 def names_in(model: str, base: str) -> list[str]:
     return [] if model == base else model.split("+")
-
