@@ -112,9 +112,9 @@ class Fleet:
             while True:
                 ready = [m for m in self.manager.control.members.values() if m.state == "ready"]
                 mine = all(m.generation == self.manager.control.generation for m in self.manager.control.members.values())
-                if len(ready) == len(self.manager.control.members) == self.config.replicas.min and mine:
-                    if set(self.remote.links) == {m.name for m in ready}:
-                        return
+                enough = len(ready) == len(self.manager.control.members) == self.config.replicas.min
+                if enough and mine and set(self.remote.links) == {m.name for m in ready}:
+                    return
                 await asyncio.sleep(0.05)
 
     async def __aexit__(self, *_: Any) -> None:

@@ -245,7 +245,7 @@ def test_an_adapter_is_replaced_once_and_everywhere_while_it_is_asked_for(root: 
         )
         assert found.status_code == 403
         assert text(await complete(client, "style")) == old
-        found = await client.post("/v1/load_lora_adapter", headers=key, json=body | {"load_inplace": True})
+        found = await client.post("/v1/load_lora_adapter", headers=key, json=inplace)
         assert found.status_code == 200, found.text
         after = await asyncio.gather(*(complete(client, "style") for _ in range(8)))
         assert {text(r) for r in after} == {other}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections import Counter
 
@@ -163,19 +164,18 @@ def test_what_a_replica_says_counts_but_for_what_is_on_its_way_there() -> None:
     assert set(made.places["r0"].held) == {"a", "z", "b"}  # a is on its way, c is not there
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(5))
 def test_counts_hold_whatever_happens(seed: int) -> None:
     rng = random.Random(seed)
     made, sent, born = router(4, room=3, rows=2, most=12, most_tokens=300), [], 4
-    for _ in range(1500):
+    for _ in range(800):
         what = rng.random()
         if what < 0.5:
             adapters = tuple(f"a{min(int(rng.expovariate(0.3)), 20)}" for _ in range(rng.choice((0, 1, 1, 1))))
             ask = Ask(adapters=adapters, key=rng.choice((None, rng.randrange(5))), tokens=rng.randrange(1, 60))
-            try:
-                sent.append((made.choose(ask, rng.sample(list(made.places), 1) if rng.random() < 0.1 else ()), ask))
-            except (QueueFullError, NoReplicaError):
-                pass
+            avoid = rng.sample(list(made.places), 1) if rng.random() < 0.1 else ()
+            with contextlib.suppress(QueueFullError, NoReplicaError):
+                sent.append((made.choose(ask, avoid), ask))
         elif what < 0.9 and sent:
             made.finished(*sent.pop(rng.randrange(len(sent))))
         elif what < 0.95 and made.places:

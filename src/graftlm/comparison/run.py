@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, GraftError
 from .bases import Bases
+from .field import Field
 from .findings import FAILED, INTERRUPTED, JSON_NAME, MethodRun
 from .general import General
 from .progress import Shown

@@ -84,7 +84,7 @@ class HttpSection(Section):
 
 
 class FleetConfig(Section):
-    """A whole fleet. Build it from YAML (`from_yaml`) or a dict (`from_dict`); both collect every error in one ConfigError."""
+    """A whole fleet. `from_yaml` and `from_dict` build it; both collect every error in one ConfigError."""
 
     base: str = Field(
         default="graftlm-base", description="name, path, GGUF file or hub id; every replica's machine needs it"

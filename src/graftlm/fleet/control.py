@@ -3,7 +3,7 @@
     starting → ready → draining → gone        a member is of a generation: what it is made of
 
 Where what replicas are made of has changed, those of the old generation go one by one, each when a new one is ready; where
-there is no room for one more beside them, one of the old is drained first. New ones that do not start leave the old in place.
+there is no room for one more beside them, one of the old is drained first. New ones that do not start leave the old ones.
 """
 
 from __future__ import annotations

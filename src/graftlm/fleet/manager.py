@@ -1,4 +1,4 @@
-"""The fleet's one manager: replicas and adapters, and the table of both that ingresses follow. It runs as a Serve deployment.
+"""The fleet's one manager: replicas, adapters, and the table of both that ingresses follow; a deployment of Serve.
 
 It carries no request: while it is away, what there is goes on.
 """
@@ -110,10 +110,11 @@ class Manager:
         if (manager, version) == (self.id, self.version):
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._news.wait(), HOLDS)
+        seen = [m for m in self.control.members.values() if m.state != "starting"]
         return Table(
             manager=self.id, version=self.version, number=self.catalogue.number, draining=self.draining,
             values=self.config.model_dump(), entries=self.catalogue.changed(number if manager == self.id else 0),
-            replicas={n: (self.actors[n], m.state == "ready") for n, m in self.control.members.items() if m.state != "starting"},
+            replicas={m.name: (self.actors[m.name], m.state == "ready") for m in seen},
         )  # fmt: skip
 
     async def status(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Consistent hashing (Karger et al., 1997): which names come first for a key, wherever it is asked and whoever came or went."""
+"""Consistent hashing (Karger et al., 1997): the names for a key, whoever asks, and whoever came or went."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ same code over a clock.
     no adapter                where its start hashes to, unless that one is over its queue; else the less loaded of two
 
 "Over its queue" bounds what hashing may do to one replica (consistent hashing with bounded loads: Mirrokni et al., 2018):
-it has requests for half of its rows, and more tokens ahead of it than `SLACK` times the mean. Two choices: Mitzenmacher, 2001.
+it has requests for half of its rows, and more tokens ahead of it than `SLACK` times the mean. Two: Mitzenmacher, 2001.
 No group of adapters may fill the fleet: each has at most `SHARE` times the room that is free (Choudhury and Hahne, 1998), so
 there is always room for one that comes new.
 """
@@ -165,7 +165,7 @@ class Router:
             raise NoReplicaError("No replica is ready.")
         if self.by_group[ask.group] >= max(1.0, SHARE * (self._room - self.asked)):
             raise QueueFullError(
-                f"{self.by_group[ask.group]} requests of {ask.group or 'the base'} are on their way already, of {self.asked} "
+                f"{self.by_group[ask.group]} requests of {ask.group or 'the base'} are on their way, of {self.asked} "
                 f"in all; the fleet has room for {self._room}, and one model may not fill it. Try again later."
             )
         found: Place | None = getattr(self, f"_{self.policy}")(ask, avoid)
