@@ -234,6 +234,7 @@ def test_an_adapter_is_replaced_once_and_everywhere_while_it_is_asked_for(root: 
         assert found.status_code == 400 and "load_inplace" in found.text
         shutil.rmtree(tmp_path / "adapters" / "style")  # it was sealed: nobody reads the folder any more
         assert text(await complete(client, "style")) == old
+        inplace = body | {"load_inplace": True}
         broken = tmp_path / "adapters" / "broken"
         broken.mkdir()
         found = await client.post(
