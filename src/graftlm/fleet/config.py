@@ -130,7 +130,7 @@ class FleetConfig(Section):
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike, overrides: Iterable[str] = ()) -> FleetConfig:
-        """Read a file; paths in it that begin with "." are beside it. Errors as in `from_dict`."""
+        """Read a file; relative paths in it are beside it. Errors as in `from_dict`."""
         try:
             values = load_yaml(read_text(path, ConfigError))
         except OSError as error:
@@ -145,7 +145,7 @@ class FleetConfig(Section):
         """The same with relative paths made absolute."""
 
         def whole(path: str) -> str:
-            return str((folder / path).resolve()) if path.startswith(".") else path
+            return str((folder / path).resolve()) if path.startswith(".") or (folder / path).exists() else path
 
         return self.model_copy(
             update={
