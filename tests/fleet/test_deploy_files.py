@@ -1,4 +1,4 @@
-"""The files below deploy/: their structure is Kubernetes' and KubeRay's, as far as they use it; what they say of GraftLM holds.
+"""The files below deploy/: their structure is Kubernetes' and KubeRay's as far as they use it, and what they name is there.
 
 The models below are of those parts of the schemas (apps/v1, v1, ray.io/v1) that the files use, by hand: unknown keys fail.
 """

@@ -41,7 +41,7 @@ def compare(
         str | None,
         typer.Option(
             metavar="[ADDRESS]",
-            help="Train on the machines of a Ray cluster, a form of the base each: host:port or auto; without: this machine.",
+            help="Train on a Ray cluster, a form of the base a machine: host:port or auto; without: this machine.",
         ),
     ] = None,
     at_once: Annotated[int, typer.Option(min=1, help="Runs that train at a time; memory grows with it.")] = 8,
