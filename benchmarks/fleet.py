@@ -309,16 +309,10 @@ def zipf(
 
 
 def measured(base: str, adapters: int = 16) -> Costs:
-    """The seconds of steps of a real engine on this machine: least squares over steps of many sizes."""
-    import numpy as np
-    from serving_ray import sampled_steps
+    """The seconds of steps of a real engine on one core of this machine."""
+    from serving_ray import fitted, sampled_steps
 
-    steps, load = sampled_steps(base, adapters)
-    sizes = np.array([[1.0, decoding, prompts, groups] for decoding, prompts, groups, _ in steps])
-    seconds = np.array([s for *_, s in steps])
-    weight = 1 / seconds  # by relative error: short steps are most of all
-    found, *_ = np.linalg.lstsq(sizes * weight[:, None], seconds * weight, rcond=None)
-    return Costs(*(max(float(v), 0.0) for v in found), load)
+    return Costs(**asdict(fitted(*sampled_steps(base, adapters))))  # (one file may be imported under two names)
 
 
 def main() -> None:
