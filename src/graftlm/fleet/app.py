@@ -27,7 +27,6 @@ from .remote import Remote
 from .replica import Facts
 from .service import FleetAdapters, FleetService
 
-NAME = "graftlm"
 AT_ONCE = 10_000  # calls of a deployment; the router holds back, not Serve
 log = logging.getLogger("graftlm.serving")
 
@@ -91,8 +90,3 @@ def build(args: dict[str, Any]) -> Application:
         name="Ingress", num_replicas=config.http.ingress, graceful_shutdown_timeout_s=config.replicas.grace, **options
     )
     return ingress.bind(managed.bind())
-
-
-def manager() -> DeploymentHandle:
-    """The running fleet's manager."""
-    return serve.get_deployment_handle("Manager", NAME)

@@ -21,6 +21,7 @@ from ..errors import GraftError, ServingError
 from ..inference.requests import Event, Request
 from .catalogue import Entry, digest_of, put_files
 from .config import FleetConfig
+from .handle import manager
 
 News = tuple[int, "Sequence[Event] | Exception", bool]  # a request's number, what has come of it, whether that is all
 GATHERS = 0.001  # seconds in which the other rows' events of a step come, too
@@ -254,8 +255,6 @@ class Replica:
         """Where an entry's files are on this machine; they are fetched where they are not."""
         if Path(entry.folder).is_dir():
             return Path(entry.folder)
-        from .app import manager
-
         if self._store is None:
             self._store = tempfile.TemporaryDirectory(prefix="graftlm-replica-")
         folder = Path(self._store.name) / entry.digest

@@ -14,6 +14,7 @@ from ..cluster import check_machines, connected, port_is_free
 from ..errors import ConfigError, ServingError
 from .config import FleetConfig
 from .control import SEEN
+from .handle import NAME, manager
 
 WAIT = 1800.0  # seconds that a fleet may take to be ready
 
@@ -43,7 +44,7 @@ def bring_up(ray: Any, config: FleetConfig) -> bool:
     """Deploy it in the cluster that this is connected to; whether it ran already. Returns when all of it serves."""
     from ray import serve
 
-    from .app import NAME, build, manager
+    from .app import build
 
     running = NAME in serve.status().applications
     if running:
@@ -144,8 +145,6 @@ def until_told() -> Iterator[threading.Event]:
 def let_end(config: FleetConfig) -> None:
     """Take no more requests; what runs may end; then the fleet goes."""
     from ray import serve
-
-    from .app import NAME, manager
 
     if NAME not in serve.status().applications:
         raise ConfigError("No fleet runs there.")
