@@ -74,7 +74,7 @@ def text(response: httpx.Response) -> str:
 
 
 def status() -> dict[str, Any]:
-    from graftlm.fleet.app import manager
+    from graftlm.fleet.handle import manager
     from graftlm.fleet.start import answer
 
     return answer(manager().status.remote())
