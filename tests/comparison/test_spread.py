@@ -126,13 +126,8 @@ def here(base: str, tmp_path_factory: pytest.TempPathFactory) -> ComparisonResul
 def same(one: ComparisonResult, other: ComparisonResult) -> None:
     """All that a report shows, but for times."""
     for a, b in zip(one.runs, other.runs, strict=True):
-        assert (a.label, a.status, a.error, a.directory, a.quantization) == (
-            b.label,
-            b.status,
-            b.error,
-            b.directory,
-            b.quantization,
-        )
+        for name in ("label", "status", "error", "directory", "quantization"):
+            assert getattr(a, name) == getattr(b, name), (a.label, name)
         assert {k: a.metrics.get(k) for k in OWN} == pytest.approx({k: b.metrics.get(k) for k in OWN}, rel=1e-6)
         assert a.samples == b.samples
         assert a.recipe.replace(str(one.output_dir), "o") == b.recipe.replace(str(other.output_dir), "o")
