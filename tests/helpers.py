@@ -256,7 +256,7 @@ def twenty_steps(model: nn.Module, inputs: Callable[[int], dict[str, Any]], lr: 
 @contextmanager
 def left_behind() -> Iterator[list[Tensor]]:
     """The tensors that the block made and only the garbage collector would free (found when it has ended). What was there
-    before is frozen meanwhile: to look through all that the libraries hold takes longer than most tests."""
+    before is frozen, and stays so: to look through all that the libraries hold takes longer than most tests."""
     left: list[Tensor] = []
     gc.collect()
     gc.freeze()
@@ -266,7 +266,6 @@ def left_behind() -> Iterator[list[Tensor]]:
         left += [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
     finally:
         gc.enable()
-        gc.unfreeze()
 
 
 def flash(

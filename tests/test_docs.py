@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import gc
 import os
 import re
 import shlex
@@ -96,6 +97,8 @@ def run_pages(folder: Path, pages: list[Path]) -> None:
     import graftlm.training  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # the children need not look through it
     waiting, running = list(enumerate(pages)), {}
     while waiting or running:
         while waiting and len(running) < AT_ONCE:

@@ -193,7 +193,7 @@ def read(file: Path, empty: Path) -> tuple[Any, Any]:
     try:
         about = describe(file)
         refuse_scaled_positions(about, file)
-        given = {"gguf_file": str(file)}
+        given = {"gguf_file": str(file.absolute())}  # a relative one would be looked for in `empty`
         config = t.AutoConfig.from_pretrained(empty, **given)
         if config.model_type == "gpt2" and about["context"]:  # transformers leaves it at 1024
             config.n_positions = about["context"]
@@ -202,7 +202,7 @@ def read(file: Path, empty: Path) -> tuple[Any, Any]:
             given = given | {"quantization_config": t.GgufConfig(dequantize=True)}
         options = {"config": config, "dtype": about["dtype"], "output_loading_info": True}
         model, report = auto.from_pretrained(empty, **given, **options)
-        tokenizer = t.AutoTokenizer.from_pretrained(empty, gguf_file=str(file))
+        tokenizer = t.AutoTokenizer.from_pretrained(empty, gguf_file=str(file.absolute()))
     except BaseModelError:
         raise
     except ImportError as error:

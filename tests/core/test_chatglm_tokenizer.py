@@ -535,7 +535,7 @@ def test_an_answer_ends_where_the_next_role_begins(tokenizer, reference):
     assert set(options["eos_token_id"]) == {*ends, 0} and options["pad_token_id"] == 0
 
 
-@pytest.mark.parametrize("first", ["graftlm", "transformers"])
+@pytest.mark.parametrize("first", ["transformers", pytest.param("graftlm", marks=pytest.mark.slow)])
 def test_a_bare_import_of_graftlm_is_enough(first, tmp_path):
     """Auto classes take ours for a tokenizer alone and for a whole folder; no remote code runs, and nobody asks for it."""
     folders = [tokenizer_folder(tmp_path / "alone"), model_config(tokenizer_folder(tmp_path / "whole"), num_layers=1)]

@@ -436,8 +436,13 @@ def test_train_save_and_load_without_sockets(method: str, tmp_path: Path, monkey
 
 
 # -- tied embeddings after merging -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ["gpt2", "opt", "bloom", "gemma3", "llama", "t5", "bart"])
-@pytest.mark.parametrize("where", ["embedding", "head", "both", "head_saved", "plain"])
+@pytest.mark.parametrize(
+    ("name", "where"),
+    cases(
+        ["gpt2", "opt", "bloom", "gemma3", "llama", "t5", "bart"], ["embedding", "head", "both", "head_saved", "plain"],
+        lambda n, where: n in ("gpt2", "llama", "t5") or where == "both",
+    ),
+)  # fmt: skip
 def test_merged_models_reload_in_plain_transformers(name: str, where: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "embedding": {"target_modules": [embedding_name(name)]},
@@ -495,7 +500,13 @@ def lstm_with_dropout() -> graftlm.PromptEncoderConfig:
     return graftlm.PromptEncoderConfig(task_type="CAUSAL_LM", encoder_reparameterization_type="LSTM", **DROPOUT_LSTM)
 
 
-@pytest.mark.parametrize("method", [*EVERY, "lstm_dropout"])
+# Variants that are resumed as the method itself is.
+ALIKE = ("lora_default", "rslora", "gaussian", "patterns", "miss_mini", "oft_exact", "pfeiffer", "parallel")
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(m, marks=[pytest.mark.slow] * (m in ALIKE)) for m in (*EVERY, "lstm_dropout")]
+)
 def test_interrupted_equals_uninterrupted(method: str, tmp_path: Path) -> None:
     """Three steps, saved, loaded into a new model, three more: step for step the six in one go."""
 

@@ -356,8 +356,10 @@ def test_gradients_of_loha() -> None:
 
 
 # -- quantised, mixed, merged ------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("scheme", ["int8", "nf4"])
-@pytest.mark.parametrize("method", NEW)
+@pytest.mark.parametrize(
+    ("scheme", "method"),  # quick: every method over one form
+    cases(("int8", "nf4"), NEW, lambda scheme, m: scheme == ("int8", "nf4")[NEW.index(m) % 2]),
+)
 def test_on_a_quantised_base(folders, method, scheme, tmp_path, capsys):  # noqa: F811
     """As on the base with the quantised layers' weights in fp32; trained, saved, merged and unmerged."""
     base = load(folders["llama"], scheme)
@@ -414,7 +416,7 @@ def test_mixed_rows(name: str) -> None:
         close(got[i], logits_of(model, **own, adapter_names=[row])[0], 2e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "t5"))])
 def test_trained_together(name: str) -> None:
     """Wrappers of every method over one base in one training pass, packed where that can be: each as alone."""
     base, models, wanted = still(name), [], []

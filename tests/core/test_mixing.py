@@ -98,8 +98,13 @@ def same_logits(model: Any, rows: list[Any], inputs: dict[str, Tensor], tokens: 
             assert (got - wanted).abs().max() <= 1e-5, (entry, float((got - wanted).abs().max()))
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", CAUSAL)
+SIDES = ("left", "right")
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),  # quick: both sides of two families that count places in different ways, of the others one in turn
+    cases(CAUSAL, SIDES, lambda n, side: n in ("bloom", "llama") or side == SIDES[list(CAUSAL).index(n) % 2]),
+)
 def test_each_row_equals_itself_alone(name: str, side: str) -> None:
     model = crowd(name)
     rows = rows_of(model)

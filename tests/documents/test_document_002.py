@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 NAME = "bigscience/bloomz-560m"
-REPLACED = {"NUM_EPOCHS = 6": "NUM_EPOCHS = 1", "range(50)": "range(24)"}
+REPLACED = {"NUM_EPOCHS = 6": "NUM_EPOCHS = 1", "range(50)": "range(24)", "max_new_tokens=100": "max_new_tokens=24"}
 
 
 @pytest.fixture(scope="module")

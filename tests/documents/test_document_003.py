@@ -13,7 +13,7 @@ SMALL = {"logging_steps=10": "logging_steps=1, learning_rate=5e-3", "MAX_LENGTH 
 REPLACED = {"LSTM": SMALL, "MLP": SMALL | {LSTM: LSTM.replace("LSTM", "MLP")}}
 
 
-@pytest.fixture(scope="module", params=["MLP", "LSTM"])
+@pytest.fixture(scope="module", params=["MLP", pytest.param("LSTM", marks=pytest.mark.slow)])
 def outcome(request, workplace, base):
     if not (workplace.folder / "bloom-1b4-zh").exists():
         workplace.model("bloom-1b4-zh", base)

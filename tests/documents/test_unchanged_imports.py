@@ -29,7 +29,7 @@ RUNS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(
-    "script", ["document_002", *(pytest.param(s, marks=pytest.mark.slow) for s in RUNS if s != "document_002")]
+    "script", ["document_004_lora", *(pytest.param(s, marks=pytest.mark.slow) for s in RUNS if s != "document_004_lora")]
 )
 def test_documents_run_unchanged(script, workplace, base, models):  # noqa: F811
     for name in ("bloomz-560m", "bigscience/bloomz-560m", "bloom-1b4-zh"):

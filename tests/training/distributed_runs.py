@@ -126,10 +126,13 @@ def save_rows(folder: Path, train: int = 13, test: int = 5) -> Path:
 
 
 RUNS = ("packing", "packing-fsdp2", "early-stop", "int8", "nf4", "joint", "joint-seq2seq", "fsdp2", "resumed")
-# Without `slow`: FSDP2 under each of the entry points, and in the cases where the processes differ in what they hold.
+# Without `slow`: one method of each entry point and of each kind of parameter, the runs that differ most, and FSDP2 where
+# the processes differ in what they hold. All of them, for many more steps, are `slow`.
 OFTEN = ("lora", "adalora", "prompt-tuning", "prefix-tuning", "bottleneck", "trainable-tokens")
-QUICK = [name for name in CASES if not name.startswith("fsdp2-")]
+QUICK = [f"method-{name}" for name in (*OFTEN, "vera", "p-tuning")]
+QUICK += ["five-rows", "smoothing", "accumulation-uneven", "checkpointing", "seq2seq", "bloom"]
 QUICK += ["fsdp2-five-rows", "fsdp2-accumulation-uneven", *(f"fsdp2-method-{name}" for name in OFTEN)]
+OFTEN_RUN = ("packing", "early-stop", "nf4", "joint", "fsdp2", "resumed")
 
 
 def recipes_of(name: str, place: Path, steps: int, out: Path) -> list[Recipe]:

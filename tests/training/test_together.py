@@ -5,22 +5,35 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from training_helpers import build
+from transformers import AutoTokenizer, TrainerCallback
+from typer.testing import CliRunner
 
 import graftlm
+from graftlm import cli
+from graftlm.bundled import base_path
 from graftlm.errors import DivergedError, RecipeError
 from graftlm.kernels import linear
 from graftlm.training import Recipe, Together, TrainingInterrupted, resolve_base, run, train_together
 
 DATA = {"source": "tweets", "max_examples": 48, "max_eval_examples": 6}
+PLACE: dict[str, str] = {}  # the tiny base of all recipes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two layers, with the bundled base's tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    build("bloom", vocab_size=16384, pad_token_id=3).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base_path()).save_pretrained(folder)
+    PLACE["base"] = str(folder)
+    return str(folder)
 
 
 def recipe(folder: Path, name: str, method: str = "lora", options: dict | None = None, **training: Any) -> Recipe:
@@ -34,7 +47,7 @@ def recipe(folder: Path, name: str, method: str = "lora", options: dict | None =
     }
     attention = {"target_modules": ["query_key_value"]} if method == "lora" else {}
     values = {"method": method, "method_options": attention | (options or {}), "data": DATA, "training": settings}
-    return Recipe.from_dict(values | {"output_dir": str(folder / name)})
+    return Recipe.from_dict(values | PLACE | {"output_dir": str(folder / name)})
 
 
 def crowd(folder: Path) -> list[Recipe]:
@@ -229,7 +242,7 @@ def test_each_seed_is_measured_on_its_own_rows(tmp_path: Path) -> None:
 
 
 def test_late_runs_join_and_the_base_is_given_back(tmp_path: Path) -> None:
-    base, tokenizer = resolve_base("graftlm-base", dtype="fp32")
+    base, tokenizer = resolve_base(PLACE["base"], dtype="fp32")
     before = {k: v.clone() for k, v in base.state_dict().items()}
     kinds = [type(m) for m in base.modules()]
     for one in (recipe(tmp_path, "alone", seed=5), recipe(tmp_path, "alone-prompt", "prompt-tuning")):
@@ -291,13 +304,9 @@ def test_command_line(tmp_path: Path) -> None:
     for one in (recipe(tmp_path, "a", max_steps=2), recipe(tmp_path, "b", "prompt-tuning", max_steps=2)):
         paths.append(tmp_path / f"{Path(one.output_dir).name}.yaml")
         paths[-1].write_text(one.to_yaml())
-    done = subprocess.run(
-        [sys.executable, "-m", "graftlm.cli", "train", *map(str, paths)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(cli.app, ["train", *map(str, paths)])
+    assert done.exit_code == 0, done.stderr
     assert "lora" in done.stdout and "prompt-tuning" in done.stdout
     assert all((tmp_path / n / "adapter_model.safetensors").is_file() for n in "ab")
-    again = subprocess.run(
-        [sys.executable, "-m", "graftlm.cli", "train", *map(str, paths)], capture_output=True, text=True, timeout=300
-    )
-    assert again.returncode == 1 and "overwrite" in again.stderr + again.stdout
+    again = CliRunner().invoke(cli.app, ["train", *map(str, paths)])
+    assert again.exit_code == 1 and "overwrite" in again.stderr + again.stdout

@@ -11,7 +11,7 @@ import torch
 import transformers as t
 from families import build
 from test_together import losses as logged
-from test_together import one_way, recipe, weights  # noqa: F401  (a fixture)
+from test_together import one_way, recipe, tiny_base, weights  # noqa: F401  (fixtures)
 from training_helpers import Kill, arguments, equal, examples, losses, trained
 
 import graftlm

@@ -31,6 +31,12 @@ def fit(folder: Path, method: str = "lora_dropout", compiles: bool = True) -> tu
     return trainer, callback
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """The same run without the compiler."""
+    return fit(tmp_path_factory.mktemp("plain"), compiles=False)[0]
+
+
 class _Silent:
     """Nothing that a tensor can be multiplied by."""
 
@@ -70,8 +76,7 @@ def stand_in(
     return calls
 
 
-def test_faster_layers_are_kept_until_training_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    plain, _ = fit(tmp_path / "1", compiles=False)
+def test_faster_layers_are_kept_until_training_ends(plain: Trainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = stand_in(monkeypatch, plain=0.02)
     ours, callback = fit(tmp_path / "2")
     assert callback.trial is not None and callback.trial.kept and callback.trial.ratio is not None
@@ -96,9 +101,9 @@ def test_faster_layers_are_kept_until_training_ends(monkeypatch: pytest.MonkeyPa
     ids=["slower", "other", "nan", "nan gradients", "other gradients", "failing", "failing without a word"],
 )
 def test_other_layers_are_not_kept(
-    options: dict, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    plain, _ = fit(tmp_path / "1", compiles=False)
+    options: dict, reason: str, plain: Trainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     calls = stand_in(monkeypatch, **options)
     ours, callback = fit(tmp_path / "2")
     assert callback.trial is not None and not callback.trial.kept

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_runs import CASES, QUICK, RUNS, exactly, in_two_processes, made_of, process, save_rows
+from distributed_runs import CASES, OFTEN_RUN, QUICK, RUNS, exactly, in_two_processes, made_of, process, save_rows
 from training_helpers import save_base
 
 
@@ -47,7 +47,7 @@ def of_two(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     done: dict[int, Path] = {}
 
     def found(name: str, steps: int) -> list[dict[str, Any]]:
-        names = [*QUICK, *RUNS, "measured"] if steps == FEW else [*CASES, *RUNS]
+        names = [*QUICK, *OFTEN_RUN, "measured"] if steps == FEW else [*CASES, *RUNS]
         if steps not in done:
             done[steps] = tmp_path_factory.mktemp(f"steps-{steps}")
             in_two_processes(process, names, place, steps, done[steps])
@@ -61,7 +61,7 @@ FEW, MANY = 3, 50
 
 @pytest.mark.parametrize(
     ("name", "steps"),
-    [(name, FEW) for name in [*QUICK, *RUNS]]
+    [(name, FEW) for name in [*QUICK, *OFTEN_RUN]]
     + [pytest.param(name, MANY, marks=pytest.mark.slow) for name in [*CASES, *RUNS]],
 )
 def test_two_processes_follow_one(name: str, steps: int, of_two: Any, alone: Any) -> None:

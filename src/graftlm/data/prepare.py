@@ -179,12 +179,16 @@ def _padded(encode: Callable[[Mapping[str, Any]], Row], length: int, pad: int, s
 
 
 def _prepare_split(part: Dataset, name: str, fmt: Format, encode: Callable, seq2seq: bool, for_generation: bool) -> Dataset:
+    from datasets.fingerprint import generate_random_fingerprint
+
     fmt.bind(part)  # every split must have the columns
     done = part.map(
         lambda example, i: _at_row(i, partial(encode, example)),
         with_indices=True,
         remove_columns=part.column_names,
         load_from_cache_file=False,
+        # rows in memory are not cached: to hash tokenizer and format for a name takes longer than most small data sets
+        new_fingerprint=None if part.cache_files else generate_random_fingerprint(),
         desc=f"Tokenising{_split_name(name)}",
     )
     if for_generation:

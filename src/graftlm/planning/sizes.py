@@ -53,7 +53,8 @@ def sizes(found: Skeleton) -> Sizes:
     host = found.model
     adapters = {id(p): p for _, p in host.adapter_parameters("default")}
     trained = [p for p in adapters.values() if p.requires_grad]
-    own = [p for p in adapters.values() if id(p) not in base_ids(host)]
+    shared = base_ids(host)
+    own = [p for p in adapters.values() if id(p) not in shared]
     stored = adapter_tensors(host, "default")
     method = host.methods["default"]
     training = method.training_tensors(host)

@@ -13,6 +13,8 @@ SERIES = (
     ("epoch_train_loss", "training, by epoch", "#3182bd"),
     ("eval_loss", "held out", "#e6550d"),
 )
+# Edges of the axes in the figure: a layout that matplotlib works out draws everything twice.
+PLACE = {"left": 0.125, "right": 0.98, "bottom": 0.125, "top": 0.93}
 
 
 def points(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -29,9 +31,9 @@ def save_curve(history: Sequence[Mapping[str, Any]], folder: str | os.PathLike, 
     lines = [(label, colour, *points(history, key)) for key, label, colour in SERIES]
     if not any(steps for _, _, steps, _ in lines):
         return None
-    figure = Figure(figsize=(6.4, 4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(6.4, 4), dpi=110)
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    axes = figure.subplots(gridspec_kw=PLACE)
     for label, colour, steps, values in lines:
         if steps:
             axes.plot(steps, values, label=label, color=colour, marker="o" if len(steps) < 30 else None, markersize=3)
@@ -39,7 +41,7 @@ def save_curve(history: Sequence[Mapping[str, Any]], folder: str | os.PathLike, 
     axes.set_ylabel("loss (nats a token)")
     axes.set_title(title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper right")
     path = Path(folder) / CURVE_NAME
     temporary = path.with_suffix(".tmp")
     figure.savefig(temporary, format="png")
