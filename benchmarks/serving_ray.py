@@ -101,9 +101,8 @@ class Direct:
         kind = self.ray.remote(Watched).options(num_cpus=r.threads, max_concurrency=10_000)
         self.actors = [kind.remote(self.config.model_dump()) for _ in range(self.config.replicas.min)]
         self.facts = [await actor.facts.remote() for actor in self.actors]
-        self.remote = Remote(
-            rows=r.max_rows, room=r.max_adapters, most=10_000, most_tokens=1 << 30, entries=self.entries, policy=self.policy
-        )
+        limits = r.limits | {"most": 10_000, "most_tokens": 1 << 30}
+        self.remote = Remote(limits, entries=self.entries, policy=self.policy)
         self.remote.update({f"r{i}": (actor, True) for i, actor in enumerate(self.actors)})
         return self
 

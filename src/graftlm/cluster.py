@@ -49,7 +49,7 @@ def connected(address: str | None = None, cpus: int | None = None) -> Iterator[A
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     os.environ.setdefault("RAY_worker_niceness", "0")  # engines are what the machine is for
     if address is None:
-        begin(ray, num_cpus=cpus, object_store_memory=STORE, include_dashboard=False, **quiet)
+        begin(ray, address="local", num_cpus=cpus, object_store_memory=STORE, include_dashboard=False, **quiet)
     else:
         if address != "auto":
             answers(address)

@@ -157,7 +157,7 @@ def test_a_lost_machine_costs_nothing_that_was_done(base, here, tmp_path, monkey
     monkeypatch.setattr(spread.PartField, "placed", noted)
     ray = Local(dies=1)
     same(here, made(base, tmp_path / "o", ray, monkeypatch))
-    assert ray.tries == 3 and sorted(set(trained)) != sorted(trained)
+    assert ray.tries == 3
     again = [name for i, (name, _) in enumerate(trained) if name in [n for n, _ in trained[:i]]]
     assert len(again) == 1  # of two, the one that was not done
 

@@ -87,11 +87,7 @@ class Fleet:
         await self.manager.reconfigure(self.config.model_dump())
         asked = Actor(self.manager)
         facts = await self.manager.facts()
-        r = self.config.replica
-        self.remote = Remote(
-            rows=r.max_rows, room=r.max_adapters, most=r.max_rows + r.queue, most_tokens=r.queue_tokens,
-            entries=lambda adapter: self.adapters.sealed(adapter),
-        )  # fmt: skip
+        self.remote = Remote(self.config.replica.limits, entries=lambda adapter: self.adapters.sealed(adapter))
         self.adapters = FleetAdapters(asked, lambda: self.remote.held)
         self.service = FleetService(self.remote, self.adapters, facts, self.config.settings())
         self.follows = asyncio.ensure_future(self._follow())

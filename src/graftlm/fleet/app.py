@@ -41,11 +41,7 @@ class Ingress:
         facts: Facts = await plain(manager.facts.remote())
         self.table: Table = await manager.watch.remote("", 0, 0)
         config = FleetConfig.from_dict(self.table.values)
-        r = config.replica
-        self.remote = Remote(
-            rows=r.max_rows, room=r.max_adapters, most=r.max_rows + r.queue, most_tokens=r.queue_tokens,
-            entries=lambda adapter: self.adapters.sealed(adapter),
-        )  # fmt: skip
+        self.remote = Remote(config.replica.limits, entries=lambda adapter: self.adapters.sealed(adapter))
         self.adapters = FleetAdapters(manager, lambda: self.remote.held)
         self.service = FleetService(self.remote, self.adapters, facts, config.settings())
         self._take_over()
@@ -69,8 +65,10 @@ class Ingress:
 
     def _take_over(self) -> None:
         put_in(self.table.entries, self.adapters.entries)
+        config = FleetConfig.from_dict(self.table.values)
+        self.remote.limits = config.replica.limits
         self.remote.update(self.table.replicas)
-        self.service.settings = FleetConfig.from_dict(self.table.values).settings()
+        self.service.settings = config.settings()
         self.service.draining = self.table.draining
 
     async def check_health(self) -> None:

@@ -59,6 +59,14 @@ class ReplicaSection(Section):
     queue_tokens: int = Field(default=262_144, ge=1, description="tokens of requests that may be there")
     prepack: bool = Field(default=True, description="weights a second time in the processor's own layout, given the memory")
 
+    @property
+    def limits(self) -> dict[str, int]:
+        """What the router is told (see `Place`)."""
+        return {
+            "rows": self.max_rows, "room": self.max_adapters, "most": self.max_rows + self.queue,
+            "most_tokens": self.queue_tokens,
+        }  # fmt: skip
+
     def engine(self, choices: int) -> EngineConfig:
         """What the engine is told."""
         return EngineConfig(

@@ -73,15 +73,14 @@ class Remote:
     """The replicas of a fleet, as one engine. Made in the event loop that it lives in.
 
     Args:
-        rows, room, most, most_tokens: of a replica (see `Place`).
+        limits: `rows`, `room`, `most`, `most_tokens` of a replica (see `Place`).
         entries: what a composition's names stand for, with their files sealed.
     """
 
     def __init__(
-        self, *, rows: int, room: int, most: int, most_tokens: int,
-        entries: Callable[[str], Awaitable[Sequence[Entry]]], policy: str = "affinity",
-    ) -> None:  # fmt: skip
-        self.limits = {"rows": rows, "room": room, "most": most, "most_tokens": most_tokens}
+        self, limits: dict[str, int], entries: Callable[[str], Awaitable[Sequence[Entry]]], policy: str = "affinity"
+    ) -> None:
+        self.limits = limits
         self.entries = entries
         self.router = Router(policy)
         self.links: dict[str, Link] = {}

@@ -155,4 +155,3 @@ def let_end(config: FleetConfig) -> None:
     while time.monotonic() < until and any(r["tokens"] for r in answer(asked.status.remote())["replicas"].values()):
         time.sleep(0.2)
     serve.delete(NAME)
-    serve.shutdown()
