@@ -266,4 +266,4 @@ def as_here(text: str, recipe: Recipe) -> str:
     ran = Recipe.from_dict(load_yaml(text))
     kept = {name: getattr(recipe.training, name) for name in ("save_strategy", "keep_checkpoints")}
     back = {"training": ran.training.model_dump() | kept, "data": recipe.data.model_dump()}
-    return ran.replace(**back, base=recipe.base, output_dir=recipe.output_dir, overwrite=True, resume=False).to_yaml()
+    return ran.replace(**back, base=recipe.base, output_dir=recipe.output_dir, overwrite=False, resume=False).to_yaml()
