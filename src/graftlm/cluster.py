@@ -6,7 +6,6 @@ import contextlib
 import os
 import platform
 import socket
-import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,8 +163,3 @@ def check_machines(ray: Any, folder: Path | None = None) -> None:
 def look(token: Path | None) -> tuple[dict[str, str], bool]:
     """On one of the machines: its versions, and whether it sees a file."""
     return versions(), token is None or token.is_file()
-
-
-def search_path() -> dict[str, Any]:
-    """A runtime environment in which workers on this machine import what this process does."""
-    return {"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}}
