@@ -55,12 +55,13 @@ def bring_up(ray: Any, config: FleetConfig) -> bool:
             [serve.RunTarget(target=build(config.model_dump()), name=NAME, route_prefix="/")],
             wait_for_applications_running=False,
         )
-    until = time.monotonic() + WAIT
+    until, status = time.monotonic() + WAIT, dict[str, Any]()
     while True:
         found = serve.status().applications[NAME]
         if found.status == "DEPLOY_FAILED":
             raise ServingError(f"The fleet does not start: {found.message}")
-        if found.status == "RUNNING" or found.deployments["Manager"].status == "HEALTHY":
+        managed = found.deployments.get("Manager")
+        if managed is not None and managed.status == "HEALTHY":
             status = answer(manager().status.remote())
             if status["error"]:
                 if not running:
