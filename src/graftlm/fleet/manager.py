@@ -262,7 +262,7 @@ class Manager:
             return
         if member.name in self.control.members:
             self.facts_ = self.facts_ or facts
-            self.control.failed = 0
+            self.control.failed, self.error = 0, ""
             member.state = "ready"
             self._tell()
 
