@@ -49,7 +49,7 @@ class Local:
         self.answers: dict[int, Any] = {}
 
     def nodes(self) -> list[dict[str, Any]]:
-        return [{"Alive": True, "Resources": {"CPU": 2.0}, "NodeID": "n", "NodeManagerAddress": "here"}]
+        return [{"Alive": True, "Resources": {"CPU": 2.0}, "NodeID": "ab" * 28, "NodeManagerAddress": "here"}]
 
     def remote(self, **options: Any) -> Callable[[Any], Any]:
         assert options["num_cpus"] == 1 and options["max_retries"] == spread.TRIES
