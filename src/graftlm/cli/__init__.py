@@ -29,6 +29,7 @@ COMMANDS = {
     "generate": ("generate", "generate", "Complete prompts with one or several adapters, beside the base."),
     "chat": ("chat", "chat", "Talk to a model; switch adapters while talking."),
     "serve": ("serve", "serve", "Serve a base and its adapters over HTTP, as OpenAI's API."),
+    "deploy": ("deploy", "deploy", "Serve over many replicas, on this machine or a Ray cluster, from a YAML file."),
     "studio": ("studio", "studio", "The same work in the browser: data, training, comparisons, chats, adapters."),
     "inspect": ("inspect", "inspect", "What is in an adapter directory, and does it fit a base?"),
     "merge": ("merge", "merge", "Fold an adapter into its base and save a plain model."),
@@ -52,6 +53,8 @@ class LazyGroup(TyperGroup):
         if DEBUG in before:
             os.environ["GRAFTLM_DEBUG"] = "1"
             args = [a for i, a in enumerate(args) if a != DEBUG or i >= len(before)]
+        if before[command : command + 1] == ["compare"]:
+            args = with_ray(args)
         return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -73,6 +76,12 @@ class LazyGroup(TyperGroup):
             if processes.is_first():
                 say("Interrupted. What was finished before is kept.")
             raise SystemExit(130) from None
+
+
+def with_ray(args: list[str]) -> list[str]:
+    """`--ray` without an address is a cluster of this machine."""
+    ends = [i for i, a in enumerate(args) if a == "--ray" and (i + 1 == len(args) or args[i + 1].startswith("-"))]
+    return ["--ray=local" if i in ends else a for i, a in enumerate(args)]
 
 
 def load(name: str) -> Any:

@@ -38,6 +38,13 @@ def compare(
         str | None, typer.Option(help="Time for a search of learning rates before: 90s, 10m, 1h. Default: no search.")
     ] = None,
     general: Annotated[str, typer.Option(help="General text for the forgetting; none for no measure.")] = "quotes",
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ADDRESS]",
+            help="Train on a Ray cluster, a form of the base a machine: host:port or auto; without: this machine.",
+        ),
+    ] = None,
     at_once: Annotated[int, typer.Option(min=1, help="Runs that train at a time; memory grows with it.")] = 8,
     split: Annotated[str | None, typer.Option(help="Rows to train on.")] = None,
     eval_split: Annotated[str | None, typer.Option(help="Rows held out.")] = None,
@@ -78,7 +85,7 @@ def compare(
             base=base, data=given, methods=method or comparison.METHODS,
             output_dir=output, overwrite=overwrite, seeds=seed or [0], settings=settings, quiet=quiet,
             command=shlex.join(["graftlm", *sys.argv[1:]]), budget=None if budget is None else time_of(budget),
-            general=None if general == "none" else general, at_once=at_once,
+            general=None if general == "none" else general, at_once=at_once, ray=ray,
         )  # fmt: skip
     explain_lacks(result, planned)
     finish(result)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,6 +49,10 @@ def serve(
     queue: Annotated[int, typer.Option(help="Requests that may wait.")] = 256,
     timeout: Annotated[float, typer.Option(help="Seconds that a request may take.")] = 600.0,
     log_prompts: Annotated[bool, typer.Option(help="Write prompts into the log.")] = False,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Engines in processes of their own, behind one door. Needs Ray.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="With --replicas: threads of each. Default: its share.")] = None,
 ) -> None:
     """Serve a base and its adapters over HTTP, as OpenAI's API; requests of all adapters go through the base together.
 
@@ -63,6 +68,23 @@ def serve(
         raise ConfigError(f"The server needs more packages ({error.name}): {EXTRA}") from error
     adapters = _base.named_adapters(adapter)
     chosen = _base.base_for(base, adapters)
+    if replicas is not None:
+        own = {"max_adapters": max_adapters, "max_rows": max_rows, "cache_tokens": cache_tokens, "queue": queue}
+        own["threads"] = threads or max(1, (os.cpu_count() or 1) // replicas)
+        door = {
+            "host": host, "port": port, "api_keys": api_key or [], "admin_key": admin_key, "max_prompt": max_prompt,
+            "max_tokens": max_tokens, "max_choices": max_choices, "timeout": timeout, "log_prompts": log_prompts,
+        }  # fmt: skip
+        values = {
+            "base": chosen, "quantization": quantization, "name": name, "adapters": adapters, "replicas": replicas,
+            "adapter_dirs": [str(folder) for folder in adapter_dir or ()], "http": door,
+            "replica": {key: value for key, value in own.items() if value is not None},
+        }  # fmt: skip
+        start, kind = fleet_parts()
+        start.deploy(kind.from_dict(values).beside(Path.cwd()), lambda text: typer.echo(text, err=True))
+        return
+    if threads is not None:
+        raise ConfigError("--threads is for --replicas; OMP_NUM_THREADS says it for a server of one engine.")
     settings = Settings(
         base_name=name or base_name(chosen), adapters=adapters, adapter_dirs=tuple(adapter_dir or ()),
         api_keys=frozenset(api_key or ()), admin_key=admin_key, max_prompt=max_prompt, max_tokens=max_tokens,
@@ -75,6 +97,17 @@ def serve(
     with contextlib.suppress(OSError):  # a full disk costs lines of the log, and nothing else
         typer.echo(f"Serving {names} at http://{host}:{port}/v1", err=True)
     run(service, host, port)
+
+
+def fleet_parts() -> Any:
+    """What starts a fleet, and its configuration. ConfigError where packages are missing."""
+    try:
+        from ray import serve  # noqa: F401
+
+        from ..fleet import config, start
+    except ImportError as error:
+        raise ConfigError(f"Replicas need more packages ({error.name}): pip install 'graftlm[ray]'") from error
+    return start, config.FleetConfig
 
 
 def base_name(base: str) -> str:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
 import os
 import platform
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, DataError, GraftError
+from ..errors import ConfigError, GraftError
 from .bases import Bases
-from .findings import DONE, FAILED, INTERRUPTED, JSON_NAME, WAITING, MethodRun
+from .field import Field
+from .findings import FAILED, INTERRUPTED, JSON_NAME, MethodRun
 from .general import General
-from .progress import MEASURING, TRAINING, Shown, Work
+from .progress import Shown
 from .result import ComparisonResult
 from .search import search
 from .spec import METHODS, MethodSpec, merged, parse_all
@@ -22,7 +22,8 @@ from .spec import METHODS, MethodSpec, merged, parse_all
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..training import Outcome, Recipe
+    from ..training import Recipe
+    from .spread import Spread
 
 # The last weights count, not the best on the held-out rows: those rows choose nothing, so that they measure honestly.
 FAIR = {"training": {"load_best": False, "save_strategy": "no"}}
@@ -46,6 +47,7 @@ def compare(
     budget: float | None = None,
     general: str | Mapping[str, Any] | None = "quotes",
     at_once: int = 8,
+    ray: str | None = None,
 ) -> ComparisonResult:
     """Train every method on one data set with one base, and measure all of them on the held-out rows.
 
@@ -70,6 +72,8 @@ def compare(
         general: general text (source or `data` part) on which the loss before and after shows what was forgotten; None
             for none.
         at_once: how many runs train at a time; memory grows with it.
+        ray: address of a Ray cluster, whose machines train a form of the base each ("local": one that is started here); all
+            of them see `output_dir`.
 
     Raises:
         GraftError: what concerns all methods: the base, the data, an unknown method, no seeds.
@@ -81,33 +85,52 @@ def compare(
     check_output(Path(output_dir), overwrite)
     if budget is not None and not budget > 0:
         raise ConfigError(f"budget={budget!r}: expected seconds above 0, or None for no search.")
-    source = data if isinstance(data, str) else str(data.get("source"))
-    result = ComparisonResult(base=base, data=source, output_dir=Path(output_dir), command=command)
-    result.runs = [planned(spec, seed, len(seeds) > 1) for seed in seeds for spec in specs]
-    common = merged({"base": base, "data": {"source": data} if isinstance(data, str) else data}, settings)
-    layers = layers_of(specs, common, overrides or {})
-    schemes = {s.label: scheme_name(layers[s.label].get("quantization")) for s in specs}
-    bases = Bases(base, common.get("dtype", "auto"), model, tokenizer)
-    bases.main = None if bases.given or None in schemes.values() else schemes[specs[0].label]
-    result.base_parameters = bases.get(bases.main).parameters
-    result.machine = machine(bases.get(bases.main).model)
-    texts = General.of(general, source)
-    result.general = texts.source if texts is not None else None
-    result.save()
-    with Shown(quiet, console, len(result.runs)) as shown:
-        if budget is not None and not searched(result, specs, layers, bases, budget, shown):
-            return result
-        recipes = recipes_of(result, specs, layers, shown)
-        field = Field(result, bases, texts, at_once, shown)
-        field.plan(recipes)
-        groups = grouped(recipes)
-        for number, group in enumerate(groups):
-            if not field.train([(result.runs[i], recipes[i]) for i in group]):
-                break
-            bases.keep({recipes[i].quantization for later in groups[number + 1 :] for i in later})
-        result.seconds = shown.seconds
-    result.save()
-    return result
+    if ray is not None and model is not None:
+        raise ConfigError("A base that is loaded already does not travel: with ray, leave model out and name the base.")
+    with spread_over(ray, Path(output_dir)) as spread:
+        source = data if isinstance(data, str) else str(data.get("source"))
+        result = ComparisonResult(base=base, data=source, output_dir=Path(output_dir), command=command)
+        result.runs = [planned(spec, seed, len(seeds) > 1) for seed in seeds for spec in specs]
+        common = merged({"base": base, "data": {"source": data} if isinstance(data, str) else data}, settings)
+        layers = layers_of(specs, common, overrides or {})
+        schemes = {s.label: scheme_name(layers[s.label].get("quantization")) for s in specs}
+        bases = Bases(base, common.get("dtype", "auto"), model, tokenizer)
+        bases.main = None if bases.given or None in schemes.values() else schemes[specs[0].label]
+        result.base_parameters = bases.get(bases.main).parameters
+        result.machine = machine(bases.get(bases.main).model)
+        texts = General.of(general, source)
+        result.general = texts.source if texts is not None else None
+        result.save()
+        with Shown(quiet, console, len(result.runs)) as shown:
+            search_with = search if spread is None else spread.search
+            if budget is not None and not searched(result, specs, layers, bases, budget, shown, search_with):
+                return result
+            recipes = recipes_of(result, specs, layers, shown)
+            field = Field(result, bases, texts, at_once, shown)
+            field.plan(recipes)
+            groups = grouped(recipes)
+            if spread is not None:
+                spread.train(field, groups, recipes)
+                groups = []
+            for number, group in enumerate(groups):
+                if not field.train([(result.runs[i], recipes[i]) for i in group]):
+                    break
+                bases.keep({recipes[i].quantization for later in groups[number + 1 :] for i in later})
+            result.seconds = shown.seconds
+        result.save()
+        return result
+
+
+@contextlib.contextmanager
+def spread_over(ray: str | None, folder: Path) -> Iterator[Spread | None]:
+    """The machines of a Ray cluster, checked before work is lost; None where all is done here."""
+    if ray is None:
+        yield None
+        return
+    from .spread import connected
+
+    with connected(ray, folder) as spread:
+        yield spread
 
 
 def layers_of(
@@ -128,13 +151,15 @@ def layers_of(
 
 def searched(
     result: ComparisonResult, specs: list[MethodSpec], layers: dict[str, dict[str, Any]], bases: Bases, budget: float,
-    shown: Shown,
+    shown: Shown, search_with: Callable[..., dict[str, list[dict[str, Any]]]],
 ) -> bool:  # fmt: skip
     """Search the learning rates and put them into `layers`; False after Ctrl-C, which the result notes."""
     from ..training import TrainingInterrupted
 
     try:
-        result.search = search(specs, layers, list(dict.fromkeys(run.seed for run in result.runs)), bases, budget, shown)
+        result.search = search_with(
+            specs, layers, list(dict.fromkeys(run.seed for run in result.runs)), bases, budget, shown
+        )
     except (KeyboardInterrupt, TrainingInterrupted):
         first = result.runs[0]
         first.status, first.error = INTERRUPTED, "stopped by Ctrl-C, in the search of learning rates"
@@ -170,99 +195,6 @@ def grouped(recipes: dict[int, Recipe]) -> list[list[int]]:
     for number, recipe in recipes.items():
         groups.setdefault(common_parts(recipe), []).append(number)
     return list(groups.values())
-
-
-class Field:
-    """The runs of one comparison that train over one form of the base."""
-
-    def __init__(self, result: ComparisonResult, bases: Bases, general: General | None, at_once: int, shown: Shown) -> None:
-        self.result, self.bases, self.general, self.at_once, self.shown = result, bases, general, at_once, shown
-        self.work: dict[int, Work] = {}
-        self.measuring = 0.0
-
-    def plan(self, recipes: dict[int, Recipe]) -> None:
-        """Count the work of all runs before the first one starts."""
-        loaded = next((r for r in recipes.values() if r.quantization == self.bases.main), None)
-        rows = self.bases.data_of(loaded) if loaded is not None else None
-        self.measuring = MEASURING * len(rows.held_out) if rows is not None and rows.held_out is not None else 0.0
-        for number, recipe in recipes.items():
-            many = len(rows.train_rows) if rows is not None else 0
-            t = recipe.filled(1, many).training
-            count = t.max_steps * (t.batch_size or 1) * t.accumulation if t.max_steps else (t.epochs or 1) * many
-            self.work[id(self.result.runs[number])] = Work(self.shown, TRAINING * count, self.measuring)
-        forms = {(recipe.quantization, recipe.training.seed) for recipe in recipes.values()}
-        self.shown.more(len(forms) * self.measuring)
-
-    def baseline(self, recipe: Recipe) -> Any:
-        """The plain base on the held-out rows."""
-        known = len(self.bases.measured)
-        self.shown.doing(f"measuring the base{f' in {recipe.quantization}' if recipe.quantization else ''}")
-        found = self.bases.measure(recipe, self.result, self.general)
-        self.shown.forward((len(self.bases.measured) - known) * self.measuring)
-        return found
-
-    def train(self, runs: list[tuple[MethodRun, Recipe]]) -> bool:
-        """Train and measure them together; what goes wrong is noted in a run, unless it concerns all. False after Ctrl-C."""
-        from ..training import Together, TrainingInterrupted
-
-        scheme = runs[0][1].quantization
-        try:
-            base = self.bases.get(scheme)
-            baselines = [self.baseline(recipe) for _, recipe in runs]
-        except DataError:  # it concerns all
-            raise
-        except (GraftError, RuntimeError, ValueError, OSError) as error:
-            for run, _ in runs:
-                run.status, run.error = FAILED, f"{type(error).__name__}: {error}"
-                self.work[id(run)].ended()
-                self.shown.ended(run)
-            return True
-        self.shown.doing("training together" if len(runs) > 1 else f"training {runs[0][0].label}")
-        together = Together(base.model, base.tokenizer, at_once=self.at_once, quiet=True)
-        also = self.general.measure if self.general is not None else None
-        for (run, recipe), baseline in zip(runs, baselines, strict=True):
-            together.add(
-                recipe.replace(overwrite=True), baseline=baseline, data=self.bases.data_of(recipe), also=also,
-                callbacks=[self.work[id(run)]], done=partial(self.note, run),
-            )  # fmt: skip
-        try:
-            together.run()
-        except (KeyboardInterrupt, TrainingInterrupted):
-            waiting = [run for run, _ in runs if run.status == WAITING]
-            for run in waiting[: not self.result.interrupted]:
-                run.status, run.error = INTERRUPTED, "stopped by Ctrl-C"
-            return False
-        finally:
-            self.bases.renew(scheme)
-        return True
-
-    def note(self, run: MethodRun, outcome: Outcome) -> None:
-        """What became of a run."""
-        if isinstance(outcome.error, KeyboardInterrupt):
-            run.status, run.error = INTERRUPTED, "stopped by Ctrl-C"
-        elif outcome.error is not None:
-            run.status, run.error = FAILED, f"{type(outcome.error).__name__}: {outcome.error}"
-        elif outcome.result is not None:
-            found = outcome.result
-            run.recipe = (found.output_dir / "recipe.yaml").read_text(encoding="utf-8")
-            run.metrics, run.history, run.samples = dict(found.metrics), list(found.history), list(found.samples)
-            run.metrics["general_loss_before"] = self.bases.general.get(run.quantization)
-            run.quantization = found.metrics.get("quantization")
-            run.status, run.error = judged(found.metrics)
-        self.result.seconds = self.shown.seconds
-        self.result.save()
-        self.work[id(run)].ended()
-        self.shown.ended(run)
-
-
-def judged(metrics: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Status and error of a run that came to its end: a loss that is no number is a failure."""
-    loss = metrics.get("loss")
-    if loss is None:
-        return FAILED, "no held-out loss was measured; does the data have held-out rows (data.eval_split)?"
-    if not math.isfinite(loss):
-        return FAILED, f"the held-out loss is {loss}: training diverged; lower training.learning_rate"
-    return DONE, None
 
 
 def recipe_for(result: ComparisonResult, run: MethodRun, spec: MethodSpec, layers: dict[str, Any]) -> Recipe:

@@ -33,21 +33,11 @@ def search(
     Raises:
         ConfigError: too few rows to take tuning rows from.
     """
-    from ..training import Recipe
     from ..training.search import searched, tuning
-    from ..training.together import common_parts
 
     shown.doing("searching learning rates")
     found: dict[str, list[dict[str, Any]]] = {}
-    groups: dict[tuple, list[tuple[str, Recipe]]] = {}
-    for spec in specs:
-        own = {"method": spec.method, "method_options": spec.options, "training": {"seed": seeds[0]}}
-        try:
-            recipe = Recipe.from_dict(merged(layers[spec.label], own))
-        except GraftError:
-            continue  # its row says so
-        if recipe.training.learning_rate is None:
-            groups.setdefault(common_parts(recipe), []).append((spec.label, recipe))
+    groups = searching(specs, layers, seeds)
     methods = sum(len(g) for g in groups.values())
     for group in groups.values():
         first = group[0][1]
@@ -61,6 +51,25 @@ def search(
                 found[label] = [c.entry() for c in method.candidates]
                 shown.say(f"learning rate of {label}: {best.rate:g}{best.doubt}")
     return found
+
+
+def searching(
+    specs: Sequence[MethodSpec], layers: dict[str, dict[str, Any]], seeds: Sequence[int]
+) -> dict[tuple, list[tuple[str, Recipe]]]:
+    """The rows whose rates are searched, with their recipes, by what they must share to train together."""
+    from ..training import Recipe
+    from ..training.together import common_parts
+
+    groups: dict[tuple, list[tuple[str, Recipe]]] = {}
+    for spec in specs:
+        own = {"method": spec.method, "method_options": spec.options, "training": {"seed": seeds[0]}}
+        try:
+            recipe = Recipe.from_dict(merged(layers[spec.label], own))
+        except GraftError:
+            continue  # its row says so
+        if recipe.training.learning_rate is None:
+            groups.setdefault(common_parts(recipe), []).append((spec.label, recipe))
+    return groups
 
 
 def held_out(bases: Bases, recipe: Recipe, seeds: Sequence[int]) -> set[tuple[int, ...]]:

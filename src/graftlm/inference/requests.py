@@ -89,6 +89,8 @@ class Request:
         params: how tokens are chosen.
         n: completions; the i-th is that of `seed + i` by itself.
         timeout: seconds after which it is given up.
+        session: what it belongs to; a fleet sends a session's requests to one replica.
+        streams: somebody reads its events as they come, so that it cannot begin anew elsewhere.
     """
 
     prompt: tuple[int, ...]
@@ -96,6 +98,8 @@ class Request:
     params: SamplingParams = field(default_factory=SamplingParams)
     n: int = 1
     timeout: float | None = None
+    session: str = ""
+    streams: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from ..version import __version__
 from .answers import ChatForm, Choice, Form, TextForm, event
 from .doors import Doors
 from .errors import ApiError, not_valid, of
-from .running import Running
+from .running import Running, Wanted
 from .schema import (
     ChatRequest,
     CompletionRequest,
@@ -29,7 +29,7 @@ from .schema import (
     TokenizeRequest,
     UnloadRequest,
 )
-from .service import Service, Wanted
+from .service import Service
 
 Found = TypeVar("Found")
 BODIES = (ChatRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest, DetokenizeRequest, LoadRequest, UnloadRequest)

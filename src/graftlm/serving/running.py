@@ -5,15 +5,41 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from ..inference.requests import Event
+from ..inference.requests import Event, SamplingParams
 from .answers import Choice, Piece, Token, Usage
 from .errors import ApiError, of
 
 Indexed = tuple[int, Piece]
 LOWEST = -9999.0  # for the log of zero, which JSON has not; what OpenAI writes
 ENDED = {"timeout": "The request took longer than it may.", "cancelled": "The request was cancelled."}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A request, ready for the engine.
+
+    Args:
+        model: as the client called it.
+        adapter: the engine's name for it; "" is the base.
+        prompts: token ids, one list a prompt.
+        params: how tokens are chosen.
+        n: completions of each prompt.
+        keep: of these the likeliest so many are answered.
+        session, streams: as in the engine's request.
+    """
+
+    endpoint: str
+    model: str
+    adapter: str
+    prompts: tuple[tuple[int, ...], ...]
+    params: SamplingParams
+    n: int
+    keep: int
+    session: str = ""
+    streams: bool = False
 
 
 class Running:

@@ -11,7 +11,6 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from .answers import Token
 from .errors import RETRY_AFTER, ApiError, of
 from .metrics import Load, Metrics
 from .prompts import Prompts
-from .running import Running
+from .running import Running, Wanted
 from .schema import (
     MOST_INPUTS,
     ChatRequest,
@@ -44,28 +43,6 @@ COMPLETION = 16  # tokens of a completion whose request names no number, as Open
 SILENCE = 120  # seconds of one step after which the engine counts as stuck
 
 
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """A request, ready for the engine.
-
-    Args:
-        model: as the client called it.
-        adapter: the engine's name for it; "" is the base.
-        prompts: token ids, one list a prompt.
-        params: how tokens are chosen.
-        n: completions of each prompt.
-        keep: of these the likeliest so many are answered.
-    """
-
-    endpoint: str
-    model: str
-    adapter: str
-    prompts: tuple[tuple[int, ...], ...]
-    params: SamplingParams
-    n: int
-    keep: int
-
-
 class Service:
     """An engine behind names and limits.
 
@@ -78,11 +55,14 @@ class Service:
         self.engine = engine
         self.settings = settings
         self.adapters = Adapters(engine.registry, tuple(settings.adapter_dirs), settings.base_name)
-        self.vocabulary = engine.stepping.vocabulary
-        self.context = engine.limit
+        self.begin_with(tokenizer, engine.stepping.vocabulary, engine.limit)
+
+    def begin_with(self, tokenizer: Any, vocabulary: int, context: int) -> None:
+        """What a base decides."""
+        self.vocabulary, self.context = vocabulary, context
         self.prompts = Prompts(tokenizer, self.vocabulary)
         self.spelling = Spelling(tokenizer)
-        self.metrics = Metrics(settings.base_name, self.load_now)
+        self.metrics = Metrics(self.settings.base_name, self.load_now)
         self.draining = False
         self.since = int(time.time())
 
@@ -209,7 +189,10 @@ class Service:
             response_format=form,
         )
         made = tuple(tuple(ids) for ids in prompts)
-        return Wanted(endpoint=endpoint, model=body.model, adapter=adapter, prompts=made, params=params, n=n, keep=keep)
+        return Wanted(
+            endpoint=endpoint, model=body.model, adapter=adapter, prompts=made, params=params, n=n, keep=keep,
+            session=str(body.prompt_cache_key or body.user or ""), streams=bool(body.stream),
+        )  # fmt: skip
 
     def room(self, adapter: str, prompt: int) -> int:
         """Tokens that may follow a prompt of so many."""
@@ -240,8 +223,9 @@ class Service:
         try:
             for ids in wanted.prompts:
                 request = Request(
-                    prompt=ids, adapter=wanted.adapter, params=wanted.params, n=wanted.n, timeout=self.settings.timeout
-                )
+                    prompt=ids, adapter=wanted.adapter, params=wanted.params, n=wanted.n, timeout=self.settings.timeout,
+                    session=wanted.session, streams=wanted.streams,
+                )  # fmt: skip
                 handles.append(await asyncio.to_thread(self.engine.submit, request))
         except BaseException:
             for handle in handles:
