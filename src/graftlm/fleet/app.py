@@ -35,7 +35,7 @@ log = logging.getLogger("graftlm.serving")
 class Ingress:
     """HTTP in front of the replicas."""
 
-    async def __init__(self, manager: DeploymentHandle) -> None:
+    async def __init__(self, manager: DeploymentHandle) -> None:  # type: ignore[misc]  # Ray awaits it
         logs_to(sys.stderr)
         self.manager = manager
         facts: Facts = await plain(manager.facts.remote())
@@ -81,10 +81,11 @@ def build(args: dict[str, Any]) -> Application:
     """The application for a configuration, which `args` is."""
     config = FleetConfig.from_dict(args)
     options: dict[str, Any] = {"ray_actor_options": {"num_cpus": 0}, "max_ongoing_requests": AT_ONCE}
-    managed = serve.deployment(Manager).options(
+    deployment: Any = serve.deployment
+    managed = deployment(Manager).options(
         name="Manager", num_replicas=1, user_config=config.model_dump(), graceful_shutdown_timeout_s=5, **options
     )
-    ingress = serve.deployment(Ingress).options(
+    ingress = deployment(Ingress).options(
         name="Ingress", num_replicas=config.http.ingress, graceful_shutdown_timeout_s=config.replicas.grace, **options
     )
     return ingress.bind(managed.bind())
