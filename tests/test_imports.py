@@ -66,7 +66,7 @@ METHOD_IMPORTS = {
     "lora_data_init": {"lora_data_config", "targets"},
     "lora_eva": {"lora_change", "lora_data_init", "targets"},
     "lora_experts": {"lora_change"},
-    "lora_combine": {"lora_change"},
+    "lora_combine": {"lora_change", "tokens"},
     "biased": {"layered"},
     "adalora": {"lora"},
     "boft": {"biased", "orthogonal"},

@@ -179,7 +179,7 @@ def test_a_task_that_is_lost_for_good_fails_its_own_runs(base, tmp_path, monkeyp
             return lambda _: Task(self, work, 0)
 
     found = made(base, tmp_path / "o", Lost(), monkeypatch, methods=METHODS[:3])
-    assert [run.status for run in found.runs] == ["failed", "failed", "done"]
+    assert [run.status for run in found.runs] == ["failed", "failed", "done"], [run.error for run in found.runs]
     assert "the worker died" in found.runs[0].error
 
 

@@ -215,7 +215,8 @@ class _Short(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         buckets, scale, dropped, memories = ctx.rest
-        given, kept = ctx.saved_tensors[: 3 + memories], ctx.saved_tensors[3 + memories :]
+        saved = ctx.saved_tensors  # asked for once: a checkpoint gives them out a single time
+        given, kept = saved[: 3 + memories], saved[3 + memories :]
         q, k, v, *memory = (t.to(gradient.dtype) for t in given)
         remaining = iter(kept)
         heads, count, width = q.shape
