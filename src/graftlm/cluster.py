@@ -28,6 +28,15 @@ def the_ray() -> Any:
     return ray
 
 
+def actor_is_lost() -> tuple[type[Exception], ...]:
+    """The errors that say that an actor has died; none where there is no Ray."""
+    try:
+        from ray.exceptions import RayActorError
+    except ImportError:
+        return ()
+    return (RayActorError,)
+
+
 @contextlib.contextmanager
 def connected(address: str | None = None, cpus: int | None = None) -> Iterator[Any]:
     """Ray, connected to a cluster meanwhile; the module.

@@ -552,8 +552,8 @@ def test_given_position_ids_count_from_behind_the_virtual_tokens(method: str) ->
 
 @pytest.mark.parametrize("name", ["bloom", "llama", "gpt2"])
 def test_holes_in_the_mask(name: str) -> None:
-    """Without position_ids, masked places in a row's midst have positions, as in the base; but for Bloom, whose own ALiBi is of
-    the mask, they are absent."""
+    """Without position_ids, masked places in a row's midst have positions, as in the base; but for Bloom, whose own ALiBi
+    is of the mask, they are absent."""
     for method in ("lora", "prompt", "prefix"):
         model = attach(name, method)
         ids = torch.stack(rows(name, (6, 6)))

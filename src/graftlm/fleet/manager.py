@@ -294,12 +294,11 @@ class Manager:
 
 async def plain(reference: Any) -> Any:
     """What a call to another process gives, or its error as it was there, without that process's traceback."""
-    from ray.exceptions import RayTaskError
-
     try:
         return await reference
-    except RayTaskError as error:
-        raise error.cause if isinstance(error.cause, Exception) else error from None
+    except Exception as error:
+        cause = getattr(error, "cause", None)  # of Ray's RayTaskError
+        raise cause if isinstance(cause, Exception) else error from None
 
 
 def put_in(entries: Sequence[Entry], known: dict[str, Entry]) -> None:

@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..cluster import actor_is_lost
 from ..errors import QueueFullError, ServingError
 from ..inference.handle import Handle
 from ..inference.health import Health
@@ -244,15 +245,13 @@ class Remote:
         return asyncio.run_coroutine_threadsafe(self._embed(adapter, rows, pooling, timeout), self.loop)
 
     async def _embed(self, adapter: str, rows: Any, pooling: str, timeout: float | None) -> list[list[float]]:
-        from ray.exceptions import RayActorError
-
         ask = Ask(adapters=tuple(n for n in adapter.split("+") if n), tokens=sum(map(len, rows)))
         entries, avoid = tuple(await self.entries(adapter)), frozenset[str]()
         for _ in range(TRIES):
             name = await self._place(ask, avoid)
             try:
                 return list(await self.links[name].actor.embed.remote(adapter, entries, rows, pooling, timeout))
-            except RayActorError:
+            except actor_is_lost():
                 avoid |= {name}
             finally:
                 self.router.finished(name, ask)

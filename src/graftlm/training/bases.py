@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ from ..quantization import (
 )
 
 LARGE = 100_000_000  # parameters from which on bf16 is the default on CPUs that have it
+# transformers puts other functions in the place of torch's while it makes a model: two threads at a time leave them there
+# for good, and later models of the process have no values, or heads that are not tied.
+ONE_BY_ONE = threading.RLock()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -104,7 +108,8 @@ def checked_path(name: str) -> str:
 def loading(name: str, path: str, action: Any) -> Any:
     """Run a step of loading; what goes wrong becomes a BaseModelError that says whether the network is the reason."""
     try:
-        return action()
+        with ONE_BY_ONE:
+            return action()
     except (OSError, ValueError, ImportError) as error:
         local = os.path.isdir(path)
         advice = (
