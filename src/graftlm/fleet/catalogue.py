@@ -19,6 +19,7 @@ from ..errors import AdapterError, CheckpointError, ConfigError, UnknownAdapterE
 from ..files import WEIGHTS_NAME
 from ..methods import PeftConfig
 from ..methods.base import CONFIG_NAME
+from ..serving.adapters import adapter_folders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +84,9 @@ class Catalogue:
     def look(self) -> None:
         """Find folders that are new."""
         with self._lock:
-            for root in self.roots:
-                for folder in sorted(p.parent for p in root.glob(f"*/{CONFIG_NAME}")):
-                    name = folder.name
-                    if name not in self.entries and name not in self._unloaded and name != self.reserved and "+" not in name:
-                        self.put(described(Entry(name=name, number=0, source=str(folder))))
+            for name, folder in adapter_folders(self.roots):
+                if name not in self.entries and name not in self._unloaded and name != self.reserved:
+                    self.put(described(Entry(name=name, number=0, source=str(folder))))
 
     def named(self, name: str) -> Entry:
         """What a name stands for. UnknownAdapterError where it stands for nothing."""

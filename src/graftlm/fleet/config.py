@@ -19,10 +19,9 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ..errors import ConfigError
-from ..files import read_text
 from ..inference.config import EngineConfig
 from ..serving.settings import Settings
-from ..training.schema import Scheme, Section, apply_overrides, describe, load_yaml
+from ..training.schema import Scheme, Section, apply_overrides, describe, read_yaml
 
 
 class Replicas(Section):
@@ -139,15 +138,8 @@ class FleetConfig(Section):
     @classmethod
     def from_yaml(cls, path: str | os.PathLike, overrides: Iterable[str] = ()) -> FleetConfig:
         """Read a file; relative paths in it are beside it. Errors as in `from_dict`."""
-        try:
-            values = load_yaml(read_text(path, ConfigError))
-        except OSError as error:
-            raise ConfigError(f"cannot read the configuration {str(path)!r}: {error.strerror or error}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML: {error}") from error
-        if values is not None and not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected keys and values at the top level, got {type(values).__name__}")
-        return cls.from_dict(values or {}, overrides, str(path)).beside(Path(path).resolve().parent)
+        values = read_yaml(path, ConfigError, "configuration")
+        return cls.from_dict(values, overrides, str(path)).beside(Path(path).resolve().parent)
 
     def beside(self, folder: Path) -> FleetConfig:
         """The same with relative paths made absolute."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,8 @@ class Adapters:
     def look(self) -> None:
         """Find folders that are new."""
         with self._lock:
-            for root in self.roots:
-                for folder in sorted(p.parent for p in root.glob(f"*/{CONFIG_NAME}")):
-                    name = folder.name
-                    if name in self.registry.names or name in self._unloaded or name == self.reserved or "+" in name:
-                        continue
+            for name, folder in adapter_folders(self.roots):
+                if name not in self.registry.names and name not in self._unloaded and name != self.reserved:
                     self.registry.add(name, folder)
 
     def names(self) -> list[str]:
@@ -94,3 +92,11 @@ class Adapters:
             return PeftConfig.from_pretrained(str(version.path))
         except (GraftError, OSError):
             return None
+
+
+def adapter_folders(roots: Iterable[Path]) -> Iterator[tuple[str, Path]]:
+    """Adapters below these, by the names that they are served by: their folders'; "+" joins names, so none has it."""
+    for root in roots:
+        for folder in sorted(path.parent for path in root.glob(f"*/{CONFIG_NAME}")):
+            if "+" not in folder.name:
+                yield folder.name, folder

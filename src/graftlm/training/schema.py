@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from ..errors import ConfigError, RecipeError, nearest
+from ..errors import ConfigError, GraftError, RecipeError, nearest
 from ..files import read_text
 from .bases import scheme_name
 from .defaults import (
@@ -176,15 +176,7 @@ class Recipe(Section):
     @classmethod
     def from_yaml(cls, path: str | os.PathLike, overrides: Iterable[str] = ()) -> Recipe:
         """Read a recipe file; errors as in `from_dict`."""
-        try:
-            values = load_yaml(read_text(path, RecipeError))
-        except OSError as error:
-            raise RecipeError(f"cannot read the recipe {str(path)!r}: {error.strerror or error}") from error
-        except yaml.YAMLError as error:
-            raise RecipeError(f"{path} is not valid YAML: {error}") from error
-        if values is not None and not isinstance(values, dict):
-            raise RecipeError(f"{path}: expected keys and values at the top level, got {type(values).__name__}")
-        return cls.from_dict(values or {}, overrides, str(path))
+        return cls.from_dict(read_yaml(path, RecipeError, "recipe"), overrides, str(path))
 
     def to_yaml(self) -> str:
         """The whole recipe, defaults included."""
@@ -246,6 +238,19 @@ Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456
 
 def load_yaml(text: str) -> Any:
     return yaml.load(text, Loader)  # noqa: S506  (a SafeLoader)
+
+
+def read_yaml(path: str | os.PathLike, wrong: type[GraftError], what: str) -> dict[str, Any]:
+    """Keys and values of a file; `wrong` where it cannot be read, is no YAML, or holds something else."""
+    try:
+        values = load_yaml(read_text(path, wrong))
+    except OSError as error:
+        raise wrong(f"cannot read the {what} {str(path)!r}: {error.strerror or error}") from error
+    except yaml.YAMLError as error:
+        raise wrong(f"{path} is not valid YAML: {error}") from error
+    if values is not None and not isinstance(values, dict):
+        raise wrong(f"{path}: expected keys and values at the top level, got {type(values).__name__}")
+    return values or {}
 
 
 def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> list[str]:
