@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache, DynamicCache
 
 from .adapters import AdapterSet
 from .architectures import base_modules, is_encoder_decoder, token_embeddings
 from .errors import AdapterError, CompositionError, ConfigError, GraftError, UnsupportedError
 from .layers import ModulesToSaveWrapper
 from .passes.inputs import chosen_rows, tensors_in
+from .passes.prefix import pour
 from .passes.run import run
 from .passes.trial import Trial, kind_of
 from .quantization import holds_quantized
@@ -106,6 +108,22 @@ def with_tasks(host: AdapterSet, plan: Plan, tasks: Any, batch: int) -> Plan:
     routes = Routes([group for group, _ in different], torch.tensor([different.index(row) for row in rows]))
     try_mixed(host, list(dict.fromkeys(routes.groups)))
     return Plan(host.switch, plan.adapters, routes=routes, tasks=tuple(task for _, task in different))
+
+
+def prompt_of(host: AdapterSet, batch: int, tasks: Any = None) -> Tensor | Cache:
+    """What the active adapters put in front of each of `batch` rows: virtual tokens [B, P, H], or the keys and values of a
+    prefix in a cache.
+
+    Raises:
+        AdapterError: they put nothing there, or both.
+    """
+    plan = plan_of(host)
+    plan = with_tasks(host, plan, tasks, batch) if host.has_tasks else plan
+    tokens, prefixed = map(bool, host.counts(plan.adapters))
+    if tokens == prefixed:
+        found = "both virtual tokens and a prefix" if tokens else "neither virtual tokens nor a prefix"
+        raise AdapterError(f"get_prompt: the active adapters ({', '.join(plan.adapters) or 'none'}) have {found}.")
+    return host.virtual_rows(plan, batch) if tokens else pour(DynamicCache(), host.memory_rows(plan, batch), batch)
 
 
 def _group(host: AdapterSet, entry: Any, row: int) -> Group:

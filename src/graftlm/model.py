@@ -21,7 +21,7 @@ from .errors import AdapterError, ConfigError
 from .generating import refuse_half_on_cpu
 from .layers import unsave_modules
 from .methods import PeftConfig
-from .mixing import plan_of, try_out, with_tasks
+from .mixing import plan_of, prompt_of, try_out, with_tasks
 from .passes.hooks import Hooks
 from .passes.inputs import batch_size, rows_of
 from .passes.output import add_to_loss
@@ -360,6 +360,10 @@ class PeftModel(AdapterSet, PreTrainedModel):
     def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
         """Write README.md beside the weights."""
         checkpoint.write_card(self, self.active_adapter, output_dir)
+
+    def get_prompt(self, batch_size: int, task_ids: Any = None, max_cache_len: int | None = None) -> Any:
+        """See `mixing.prompt_of`. `max_cache_len` is without meaning: the cache grows."""
+        return prompt_of(self, batch_size, task_ids)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """A soft prompt's table as it is kept in its file."""
