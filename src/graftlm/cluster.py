@@ -28,6 +28,12 @@ def the_ray() -> Any:
     return ray
 
 
+def as_there(error: Exception) -> Exception:
+    """What was raised in another process, without Ray's error around it."""
+    cause = getattr(error, "cause", None)  # of a RayTaskError
+    return cause if isinstance(cause, Exception) else error
+
+
 def actor_is_lost() -> tuple[type[Exception], ...]:
     """The errors that say that an actor has died; none where there is no Ray."""
     try:

@@ -127,8 +127,8 @@ class Spread:
     def _answer(self, reference: Any) -> Any:
         try:
             return self.ray.get(reference)
-        except self.ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, Exception) else error from None
+        except Exception as error:
+            raise cluster.as_there(error) from None
 
     # -- runs --------------------------------------------------------------------------------------------------------------
     def train(self, field: Field, groups: list[list[int]], recipes: Mapping[int, Recipe]) -> None:
@@ -177,9 +177,7 @@ class Spread:
         news = False
         for i, values in zip(group, found["runs"], strict=True):
             run = field.result.runs[i]
-            if run.status == WAITING and values["status"] in (DONE, FAILED):
-                for name, value in values.items():
-                    setattr(run, name, value)
+            if run.status == WAITING and took(run, values):
                 run.recipe = as_here(run.recipe, recipes[i])
                 field.work[id(run)].ended()
                 field.shown.ended(run)
@@ -201,6 +199,14 @@ class Spread:
                 field.shown.ended(run)
 
 
+def took(run: MethodRun, values: Mapping[str, Any]) -> bool:
+    """Let a run be what a part file says of it, if it says that it is over; whether it does."""
+    over = values["status"] in (DONE, FAILED)
+    for name, value in values.items() if over else ():
+        setattr(run, name, value)
+    return over
+
+
 # -- on the machines -------------------------------------------------------------------------------------------------------
 def trained(order: Order) -> None:
     """Train a group of runs, or what is left of it."""
@@ -210,9 +216,7 @@ def trained(order: Order) -> None:
         for run, values in zip(
             result.runs, parse_json(read_text(order.part, DataError), "part", DataError)["runs"], strict=True
         ):
-            if values["status"] in (DONE, FAILED):
-                for name, value in values.items():
-                    setattr(run, name, value)
+            took(run, values)
     bases = Bases(order.base, order.dtype)
     bases.main = order.main
     general = None if order.general is None else General(order.general)

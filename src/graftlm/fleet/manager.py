@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..cluster import differences, versions
+from ..cluster import as_there, differences, versions
 from ..errors import AdapterError, ConfigError, GraftError, ServingError
 from .catalogue import Catalogue, Entry
 from .config import FleetConfig
@@ -297,8 +297,7 @@ async def plain(reference: Any) -> Any:
     try:
         return await reference
     except Exception as error:
-        cause = getattr(error, "cause", None)  # of Ray's RayTaskError
-        raise cause if isinstance(cause, Exception) else error from None
+        raise as_there(error) from None
 
 
 def put_in(entries: Sequence[Entry], known: dict[str, Entry]) -> None:

@@ -94,8 +94,7 @@ class FleetService(Service):
 
     async def load(self, body: LoadRequest) -> None:
         """Serve an adapter from a folder below one of the fleet's, under a name: tried out once, then everywhere."""
-        if body.lora_name == self.settings.base_name or "+" in body.lora_name:
-            raise ApiError(400, f"An adapter cannot be called {body.lora_name!r}.", param="lora_name")
+        self.check_name(body.lora_name)
         asked = self.fleet.manager.load.remote(body.lora_name, body.lora_path, body.pinned, body.load_inplace)
         try:
             await plain(asked)

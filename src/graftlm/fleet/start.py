@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..cluster import check_machines, connected, port_is_free
+from ..cluster import as_there, check_machines, connected, port_is_free
 from ..errors import ConfigError, ServingError
 from .config import FleetConfig
 from .control import SEEN
@@ -95,12 +95,11 @@ def start_serve(ray: Any, config: FleetConfig) -> None:
 def answer(asked: Any) -> Any:
     """What another process answers, or its error as it was there."""
     import ray
-    from ray.exceptions import RayTaskError
 
     try:
         return ray.get(asked) if isinstance(asked, ray.ObjectRef) else asked.result()
-    except RayTaskError as error:
-        raise error.cause if isinstance(error.cause, Exception) else error from None
+    except Exception as error:
+        raise as_there(error) from None
 
 
 def stop(config: FleetConfig) -> None:

@@ -345,8 +345,7 @@ class Service:
     # -- adapters come and go ----------------------------------------------------------------------------------------------
     async def load(self, body: LoadRequest) -> None:
         """Serve an adapter from a folder, under a name."""
-        if body.lora_name == self.settings.base_name or "+" in body.lora_name:
-            raise ApiError(400, f"An adapter cannot be called {body.lora_name!r}.", param="lora_name")
+        self.check_name(body.lora_name)
         folder = self.allowed(body.lora_path)
         if body.lora_name in self.adapters.names() and not body.load_inplace:
             raise ApiError(
@@ -355,6 +354,11 @@ class Service:
             )  # fmt: skip
         await asyncio.shield(asyncio.wrap_future(self.engine.load(body.lora_name, folder, body.pinned)))
         self.adapters.loaded(body.lora_name)
+
+    def check_name(self, name: str) -> None:
+        """400 for a name that no adapter may have: the base's, and what is read as a composition."""
+        if name == self.settings.base_name or "+" in name:
+            raise ApiError(400, f"An adapter cannot be called {name!r}.", param="lora_name")
 
     def allowed(self, path: str) -> Path:
         """A folder below one of those that adapters may come from, links followed; 403 for any other."""
