@@ -1,9 +1,8 @@
 """A fleet of replicas over a clock: the router and the scheduler that serve, with the seconds that steps took.
 
-    python benchmarks/fleet.py                         # 1,000 replicas, 100,000 adapters, 1 M requests, three policies
-    python benchmarks/fleet.py --replicas 20 --adapters 2000 --requests 20000
     python benchmarks/fleet.py --measure costs.json    # the seconds of steps on this machine (one core), smollm2
-    python benchmarks/fleet.py --costs costs.json
+    python benchmarks/fleet.py --costs costs.json      # 1,000 replicas, 100,000 adapters, 1 M requests, three policies
+    python benchmarks/fleet.py --costs costs.json --replicas 20 --adapters 2000 --requests 20000
 
 What is simulated is time alone: which replica gets a request, what goes into a step, who waits, which adapter is put out and
 read again is decided by `graftlm.fleet.router`, `graftlm.inference.scheduler` and `pace` themselves. A step of d rows that
@@ -39,13 +38,13 @@ from graftlm.inference.space import Space
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a step, and of attaching an adapter; by default those of smollm2 in fp32 with rank 8, on one core."""
+    """Seconds of a step, and of attaching an adapter."""
 
-    step: float = 0.0
-    row: float = 0.0
-    token: float = 0.0
-    group: float = 0.0
-    load: float = 0.0
+    step: float
+    row: float
+    token: float
+    group: float
+    load: float
 
     def of(self, pieces: list[Piece]) -> float:
         prompts = sum(p.count for p in pieces if p.sequence.filling)
@@ -334,7 +333,9 @@ def main() -> None:
         args.measure.write_text(json.dumps(asdict(costs)), encoding="utf-8")
         print(costs)
         return
-    costs = Costs(**json.loads(args.costs.read_text())) if args.costs else Costs()
+    if args.costs is None:
+        parser.error("how long steps take is to be said: --measure costs.json here first, then --costs costs.json")
+    costs = Costs(**json.loads(args.costs.read_text()))
     limits, found = Limits(room=args.room), []
     # a full batch's seconds a request, its prompt included
     each = 65 * (costs.step / limits.rows + costs.row + costs.group) + 105 * costs.token

@@ -10,21 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from planning_helpers import KNOWN
 
 import graftlm
 from graftlm.errors import ExhaustedError, PlanError
-from graftlm.planning import machine as machines
 from graftlm.planning import mends, step, watching
 from graftlm.training import Recipe, defaults
 
-KNOWN = machines.Machine(
-    process_bytes=600 << 20,
-    start_bytes=500 << 20,
-    operations=5e10,
-    step_operations=2.5e10,
-    bandwidth=5e9,
-    call_seconds=2e-5,
-)
 GIVEN: dict[str, Any] = {"rows": 40, "length": 200}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from planning_helpers import KNOWN
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -147,15 +148,7 @@ def test_checkpointing_and_length_show() -> None:
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that was measured before."""
-    found = machines.Machine(
-        process_bytes=600 << 20,
-        start_bytes=500 << 20,
-        operations=5e10,
-        step_operations=2.5e10,
-        bandwidth=5e9,
-        call_seconds=2e-5,
-    )
-    monkeypatch.setattr("graftlm.planning.whole.machine", lambda form, say=None: found)
+    monkeypatch.setattr("graftlm.planning.whole.machine", lambda form, say=None: KNOWN)
 
 
 def test_a_plan(known: None) -> None:
