@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,27 @@ from graftlm.fleet.manager import Manager, put_in  # noqa: E402
 from graftlm.fleet.remote import Remote  # noqa: E402
 from graftlm.fleet.replica import Replica  # noqa: E402
 from graftlm.fleet.service import FleetAdapters, FleetService  # noqa: E402
+
+
+@asynccontextmanager
+async def within(seconds: float) -> AsyncIterator[None]:
+    """`asyncio.timeout`, which Python 3.10 has not: what takes longer is an error."""
+    task, late = asyncio.current_task(), False
+
+    def end() -> None:
+        nonlocal late
+        late = True
+        task.cancel()  # type: ignore[union-attr]
+
+    timer = asyncio.get_running_loop().call_later(seconds, end)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not late:
+            raise
+        raise AssertionError(f"it took more than {seconds} s") from None
+    finally:
+        timer.cancel()
 
 
 class Dead(Exception):
@@ -104,7 +127,7 @@ class Fleet:
 
     async def settled(self) -> None:
         """As many replicas are ready as there are to be, all of the last generation, and the ingress knows."""
-        async with asyncio.timeout(60):
+        async with within(60):
             while True:
                 ready = [m for m in self.manager.control.members.values() if m.state == "ready"]
                 mine = all(m.generation == self.manager.control.generation for m in self.manager.control.members.values())
@@ -131,4 +154,4 @@ def written(root: Path) -> tuple[str, dict[str, str]]:
     return str(root / "tiny"), saved(root / "adapters")
 
 
-__all__ = ["Actor", "Dead", "Fleet", "FleetConfig", "written"]
+__all__ = ["Actor", "Dead", "Fleet", "FleetConfig", "within", "written"]

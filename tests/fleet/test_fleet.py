@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
-from fleet_helpers import Fleet, FleetConfig, written  # noqa: E402
+from fleet_helpers import Fleet, FleetConfig, within, written  # noqa: E402
 from serving_helpers import alone, saved  # noqa: E402
 
 from graftlm.errors import QueueFullError, ServingError  # noqa: E402
@@ -66,7 +66,7 @@ def at(fleet: Fleet) -> Any:
 
 async def sent(fleet: Fleet) -> None:
     """Until a request is at a replica."""
-    async with asyncio.timeout(20):
+    async with within(20):
         while not any(link.calls for link in fleet.remote.links.values()):
             await asyncio.sleep(0.01)
 
@@ -148,7 +148,7 @@ def test_a_request_that_replicas_die_of_is_given_up(root: Path) -> None:
             await sent(fleet)
             name = at(fleet).name
             fleet.manager.actors[name].kill()
-            async with asyncio.timeout(30):
+            async with within(30):
                 while name in fleet.remote.links:
                     await asyncio.sleep(0.01)
         with pytest.raises(ServingError, match="3 replicas were lost"):
@@ -161,7 +161,7 @@ def test_requests_wait_where_no_replica_is_there(root: Path) -> None:
     async def work(fleet: Fleet, client: httpx.AsyncClient) -> None:
         for actor in list(fleet.manager.actors.values()):
             actor.kill()
-        async with asyncio.timeout(30):
+        async with within(30):
             while fleet.remote.links:
                 await asyncio.sleep(0.01)
         assert (await client.get("/health")).status_code == 503
@@ -195,7 +195,7 @@ def test_cancelling_frees_the_replica(root: Path) -> None:
         handle.cancel()
         finish = {e.index: e.finish for e in [e async for e in handle]}
         assert finish == {0: "cancelled", 1: "cancelled"}
-        async with asyncio.timeout(20):
+        async with within(20):
             while any(actor.inner.tokens for actor in fleet.manager.actors.values()):
                 await asyncio.sleep(0.01)
         assert fleet.remote.router.asked == 0
@@ -310,7 +310,7 @@ def test_a_configuration_that_does_not_start_leaves_the_fleet_as_it_is(root: Pat
         changed = fleet.config.model_dump()
         changed["replica"]["max_rows"] = 4
         await fleet.manager.reconfigure(changed)
-        async with asyncio.timeout(30):
+        async with within(30):
             while not fleet.manager.error or fleet.manager.control.failed < 3:
                 await asyncio.sleep(0.05)
         assert "no memory" in fleet.manager.error and before == set(fleet.manager.actors)
@@ -325,12 +325,12 @@ def test_a_configuration_that_does_not_start_leaves_the_fleet_as_it_is(root: Pat
 def test_the_number_follows_the_tokens_on_their_way(root: Path) -> None:
     async def work(fleet: Fleet, client: httpx.AsyncClient) -> None:
         handles = [fleet.remote.submit(request(450, False)) for _ in range(8)]
-        async with asyncio.timeout(60):
+        async with within(60):
             while len(fleet.remote.links) < 2:
                 await asyncio.sleep(0.05)
         for handle in handles:
             handle.cancel()
-        async with asyncio.timeout(60):
+        async with within(60):
             while len(fleet.remote.links) > 1:
                 await asyncio.sleep(0.05)
         assert (await complete(client, "style")).status_code == 200
