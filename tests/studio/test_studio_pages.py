@@ -111,10 +111,30 @@ def test_a_run_is_started_and_repeated(browser, made):
     assert "event: end" in browser.get(f"/runs/{name}/events").text
 
 
+def test_lists_show_what_is_now(browser, made):
+    """A run that ended since is shown so at once; a list that is open is told when it changed, and only then."""
+    folder = made.workspace.new_run("one")
+    made.jobs.add(folder, "train", ["sleep", "600"])
+    for place, part in (("/runs", "runs"), ("/", "last-runs")):
+        page = browser.get(place).text
+        assert 'class="badge running"' in page
+        again = html.unescape(re.search(rf'hx-get="([^"]+)" hx-trigger="every 3s" hx-target="#{part}"', page)[1])
+        headers = {"HX-Request": "true", "HX-Target": part}
+        assert browser.get(again, headers=headers).status_code == 204
+        records.write(folder / "state.json", records.read(folder / "state.json") | {"state": "stopping"})  # by another hand
+        news = browser.get(again, headers=headers).text
+        assert (
+            'class="badge stopping"' in news and "<html" not in news and 'class="badge stopping"' in browser.get(place).text
+        )
+        records.write(folder / "state.json", records.read(folder / "state.json") | {"state": "running"})
+    made.jobs.stop(folder, at_once=True)
+    until(lambda: made.look() or not made.jobs.going())
+
+
 PLAN = {
-    "fits": False, "needs": 9 * 2**30, "free": 2**30, "time": "1 s", "updates": 5, "trained": 10, "of": 100, "rows": 3,
+    "fits": False, "needs": 9 * 2**30, "free": 2**30, "time": [1.0, 2.0], "updates": 5, "trained": 10, "of": 100, "rows": 3,
     "longest": 4, "together": 1,
-    "changes": [{"values": {"training.batch_size": "1"}, "needs": 2**29, "time": "2 s", "fits": True}],
+    "changes": [{"values": {"training.batch_size": "1"}, "needs": 2**29, "time": None, "fits": True}],
 }  # fmt: skip
 
 
@@ -217,6 +237,19 @@ def test_an_upload_is_read_and_shown(browser, made):
     assert upload(browser, "My rows.jsonl", ROWS).headers["hx-redirect"] == "/data/My-rows-2.jsonl"
     browser.post("/data/My-rows.jsonl/delete")
     assert browser.get("/data/My-rows.jsonl").status_code == 404
+
+
+def test_tokens_are_shown_as_whole_characters(browser):
+    """Also of a text whose characters are several tokens each; put together they are the prepared text."""
+    from graftlm.studio.looking import pieces, tokenizer_of
+
+    tokenizer = tokenizer_of("graftlm-base")
+    ids = tokenizer("图书馆 has a \ufffd and 15 ÷ 9, 愉快</s>")["input_ids"]
+    labels = [-100] * (len(ids) // 2) + ids[len(ids) // 2 :]
+    found = pieces({"input_ids": ids, "labels": labels}, tokenizer)
+    assert "".join(p["text"] for p in found) == tokenizer.decode(ids) and {"馆", "愉"} <= {p["text"].strip() for p in found}
+    assert len(found) < len(ids) and [p["labelled"] for p in found] == sorted(p["labelled"] for p in found)
+    assert "\ufffd" not in browser.post("/data/alpaca-zh/look", data={}).text
 
 
 @pytest.mark.parametrize(

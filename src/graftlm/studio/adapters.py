@@ -26,7 +26,7 @@ def folder_of(workspace: Workspace, name: str) -> Path:
     """An adapter's folder. PageError: there is none."""
     folder = workspace.run(name)
     if not (folder / CONFIG).is_file():
-        raise PageError(404, f"{name} has no adapter.")
+        raise PageError(404, "{name} has no adapter.", name=name)
     return folder
 
 
@@ -74,21 +74,24 @@ def unpack(source: Path, folder: Path) -> None:
                 if name not in COMES or (folder / name).exists():
                     continue
                 if entry.file_size > LARGEST:
-                    raise PageError(413, f"{name}: too large.")
+                    raise PageError(413, "{name}: too large.", name=name)
                 with packed.open(entry) as content, (folder / name).open("wb") as out:
                     shutil.copyfileobj(content, out)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # RuntimeError: a password
-        raise PageError(422, f"{source.name} is no zip that can be read: {error}") from error
+        raise PageError(422, "{name} is no zip that can be read: {error}", name=source.name, error=error) from error
 
 
 def check(folder: Path, what: str) -> None:
     """PageError where a folder holds no adapter that can be loaded."""
     config, weights = records.read(folder / CONFIG), folder / WEIGHTS
     if not config.get("peft_type"):
-        raise PageError(422, f"{what} is no adapter: expected a {CONFIG} that names its peft_type.")
+        raise PageError(422, "{name} is no adapter: expected a {file} that names its peft_type.", name=what, file=CONFIG)
     if not weights.is_file():
         raise PageError(
-            422, f"{what} has no {WEIGHTS}. Pickled weights (adapter_model.bin) are not read here; save them as safetensors."
+            422,
+            "{name} has no {file}. Pickled weights (adapter_model.bin) are not read here; save them as safetensors.",
+            name=what,
+            file=WEIGHTS,
         )
     try:
         with weights.open("rb") as file:
@@ -97,7 +100,9 @@ def check(folder: Path, what: str) -> None:
                 raise ValueError("its header is longer than the file")
             json.loads(file.read(size))
     except ValueError as error:
-        raise PageError(422, f"{what}: {WEIGHTS} is no safetensors file: {error}") from error
+        raise PageError(
+            422, "{name}: {file} is no safetensors file: {error}", name=what, file=WEIGHTS, error=error
+        ) from error
 
 
 def put_out(workspace: Workspace, folder: Path, text: str) -> Path:

@@ -6,11 +6,14 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import PlainTextResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
+from . import words
 from .doors import Doors
 from .errors import PageError
 from .studio import HERE, Studio
@@ -49,13 +52,14 @@ def create_app(studio: Studio) -> FastAPI:
 def add_errors(app: FastAPI, studio: Studio) -> None:
     """Refusals as pages; as lines where a part of a page was asked for."""
 
-    def told(request: Request, status: int, text: str) -> Response:
-        part = "hx-request" in request.headers
-        return studio.page(request, "_refusal.html" if part else "error.html", status, text=text, status_=status)
+    def told(request: Request, status: int, text: str, /, **values: Any) -> Response:
+        if "hx-request" in request.headers:
+            return PlainTextResponse(words.translator(studio.language(request))(text, **values), status)
+        return studio.page(request, "error.html", status, text=text, values=values, status_=status)
 
     @app.exception_handler(PageError)
     async def refused(request: Request, error: PageError) -> Response:
-        return told(request, error.status, str(error))
+        return told(request, error.status, error.message, **error.values)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:

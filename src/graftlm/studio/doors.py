@@ -13,9 +13,11 @@ from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from markupsafe import escape
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 
-from .errors import PageError
+from . import words
+from .errors import LARGE, PageError
 
 SAFE = ("GET", "HEAD", "OPTIONS")
 POLICY = (
@@ -45,7 +47,6 @@ class Doors:
 
     def __init__(self, app: Any, *, port: int, token: str, key: bytes, max_body: int) -> None:
         self.app, self.token, self.max_body = app, token, max_body
-        self.too_large = f"Too large: at most {max_body // 2**20} MiB at a time (--upload-limit)."
         names = ("127.0.0.1", "localhost", "[::1]")
         self.hosts = {f"{name}:{port}" for name in names} | (set(names) if port == 80 else set())
         self.origins = {f"http://{host}" for host in self.hosts}
@@ -60,52 +61,48 @@ class Doors:
             await send({"type": "websocket.close", "code": 1008})
             return
         scope.setdefault("state", {})["csrf"] = self.csrf
-        refusal = self._refusal(scope)
+        headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
         guarded = with_headers(send, "no-cache" if scope["path"].startswith("/static/") else "no-store")
-        if refusal is not None:
-            await refusal(scope, receive, guarded)
+        try:
+            answer = self._welcome(scope, headers)
+        except PageError as refusal:
+            answer = told(refusal, headers)
+        if answer is not None:
+            await answer(scope, receive, guarded)
             return
         await self.app(scope, self._limited(receive), guarded)
 
-    def _refusal(self, scope: Any) -> Response | None:
-        """What is answered in place of the app; None where the request may pass."""
-        headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+    def _welcome(self, scope: Any, headers: dict[str, str]) -> Response | None:
+        """What is answered in place of the app; None where the request may pass. PageError: it may not."""
         if headers.get("host", "") not in self.hosts:
-            return told(403, "This address is not the studio's. Open http://127.0.0.1 with its port.")
+            raise PageError(403, "This address is not the studio's. Open http://127.0.0.1 with its port.")
         if headers.get("origin", next(iter(self.origins))) not in self.origins:
-            return told(403, "Refused: the request comes from another site.")
+            raise PageError(403, "Refused: the request comes from another site.")
         site, mode = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-mode", "navigate")
         if site not in ("none", "same-origin") and (mode != "navigate" or scope["method"] not in SAFE):
-            return told(403, "Refused: the request comes from another site.")
+            raise PageError(403, "Refused: the request comes from another site.")
         if scope["path"].startswith("/static/"):
             return None
         query = dict(parse_qsl(scope["query_string"].decode("latin-1")))
         if "token" in query and scope["method"] == "GET":
             if not same(query.pop("token"), self.token):
-                return told(403, LOST)
-            return self._welcome(scope["path"], query)
-        if not same(self._shown(headers.get("cookie", "")), self.pass_):
-            return told(403, LOST)
+                raise PageError(403, LOST)
+            return self._let_in(scope["path"], query)
+        if not same(cookie_of(headers, self.cookie), self.pass_):
+            raise PageError(403, LOST)
         if scope["method"] not in SAFE and not same(headers.get("x-csrf-token", ""), self.csrf):
-            return told(403, "Refused: the form is not from this studio. Reload the page and try again.")
+            raise PageError(403, "Refused: the form is not from this studio. Reload the page and try again.")
         length = headers.get("content-length", "0")
         if not length.isdigit() or int(length) > self.max_body:
-            return told(413, self.too_large)
+            raise PageError(413, LARGE, most=self.max_body // 2**20)
         return None
 
-    def _welcome(self, path: str, query: dict[str, str]) -> Response:
+    def _let_in(self, path: str, query: dict[str, str]) -> Response:
         """The same page without the token, and the cookie. Only paths of our own: `//host` would lead away."""
         place = "/" + path.lstrip("/\\") + (f"?{urlencode(query)}" if query else "")
         answer = RedirectResponse(place, 303)
         answer.set_cookie(self.cookie, self.pass_, httponly=True, samesite="lax", path="/", max_age=60 * 60 * 24 * 30)
         return answer
-
-    def _shown(self, header: str) -> str:
-        try:
-            found = SimpleCookie(header).get(self.cookie)
-        except CookieError:
-            return ""
-        return found.value if found else ""
 
     def _limited(self, receive: Any) -> Any:
         """`receive`, which refuses where a body without a length grows over the limit."""
@@ -116,7 +113,7 @@ class Doors:
             message = await receive()
             taken += len(message.get("body", b""))
             if taken > self.max_body:
-                raise PageError(413, self.too_large)
+                raise PageError(413, LARGE, most=self.max_body // 2**20)
             return message
 
         return counted
@@ -134,9 +131,22 @@ def same(a: str, b: str) -> bool:
     return hmac.compare_digest(a.encode(), b.encode())
 
 
-def told(status: int, text: str) -> Response:
-    """A refusal as a plain page."""
-    return HTMLResponse(f"<!doctype html><title>GraftLM Studio</title><p>{text}</p>", status)
+def cookie_of(headers: dict[str, str], name: str) -> str:
+    """A request's cookie; "" where there is none."""
+    try:
+        found = SimpleCookie(headers.get("cookie", "")).get(name)
+    except CookieError:
+        return ""
+    return found.value if found else ""
+
+
+def told(error: PageError, headers: dict[str, str]) -> Response:
+    """A refusal as a plain page; as a line where a part of a page was asked for."""
+    language = words.chosen(cookie_of(headers, words.COOKIE), headers.get("accept-language", ""))
+    text = words.translator(language)(error.message, **error.values)
+    if "hx-request" in headers:
+        return PlainTextResponse(text, error.status)
+    return HTMLResponse(f"<!doctype html><title>GraftLM Studio</title><p>{escape(text)}</p>", error.status)
 
 
 def with_headers(send: Any, cache: str) -> Any:

@@ -60,17 +60,22 @@ def plan(texts: Sequence[str]) -> dict[str, Any]:
     made = planned(recipes)
     found = () if made.fits or len(recipes) > 1 else mends(recipes[0], made, {})
     return {
-        "fits": made.fits, "needs": made.peak_bytes, "free": made.device.free_bytes, "device": made.device.name,
-        "time": made.time(), "updates": made.updates, "trained": made.sizes.trained, "of": made.sizes.base,
+        "fits": made.fits, "needs": made.peak_bytes, "free": made.device.free_bytes, "time": times(made),
+        "updates": made.updates, "trained": made.sizes.trained, "of": made.sizes.base,
         "rows": made.rows["rows"], "longest": made.rows["longest"], "together": made.together,
         "changes": [
             {
                 "values": dict(entry.split("=", 1) for entry in mend.overrides), "needs": mend.plan.peak_bytes,
-                "time": mend.plan.time(), "fits": mend.plan.fits,
+                "time": times(mend.plan), "fits": mend.plan.fits,
             }
             for mend in found
         ],
     }  # fmt: skip
+
+
+def times(made: Any) -> list[float] | None:
+    """The least and the most seconds of a plan; None where no time is known (it is not measured on this device)."""
+    return None if made.device.gpu else [made.seconds[0], made.seconds[2]]
 
 
 def look(source: str, base: str, **options: Any) -> dict[str, Any]:

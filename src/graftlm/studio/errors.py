@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..errors import GraftError
+
+LARGE = "Too large: at most {most} MiB at a time (--upload-limit)."
 
 
 class PageError(GraftError):
-    """A refusal with its HTTP status, told to the user as it is."""
+    """A refusal with its HTTP status, told to the user in the page's language.
 
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+    Args:
+        message: a text of the catalogue, with places for `values`; or any text.
+    """
+
+    def __init__(self, status: int, message: str, /, **values: Any) -> None:
+        super().__init__(message.format(**values) if values else message)
+        self.status, self.message, self.values = status, message, values

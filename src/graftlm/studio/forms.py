@@ -25,10 +25,15 @@ BASIC = (
     "training.batch_size", "data.max_length",
 )  # fmt: skip
 OPTIONS = "method_options."
+SIGNS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}  # of limits in a JSON schema
+HELP = {
+    "method": "which adapter is trained; lora-int8 and qlora are LoRA over a base in int8 and nf4"
+}  # for a list of names
 
 
 def fields() -> list[dict[str, Any]]:
-    """Every field of a recipe: key, section, kind (text, integer, number, boolean, choice, yaml), help, default, limits."""
+    """Every field of a recipe: key, section, kind (text, integer, number, boolean, choice, yaml), help, default (as
+    it is typed), limits."""
     schema = Recipe.model_json_schema()
     found = []
     for name, entry in schema["properties"].items():
@@ -58,15 +63,12 @@ def field_of(key: str, entry: dict[str, Any]) -> dict[str, Any]:
     elif len(kinds) > 1 or kind in ("object", "array"):
         kind = "yaml"
     section, _, name = key.rpartition(".")
-    limits = {
-        "min": first.get("minimum", first.get("exclusiveMinimum")),
-        "max": first.get("maximum", first.get("exclusiveMaximum")),
-    }
+    limits = ", ".join(f"{sign} {first[name]}" for name, sign in SIGNS.items() if name in first)
     if key == "method":
         kind, choices = "choice", [*method_names()]
     return {
         "key": key, "section": section, "name": name or key, "kind": {"string": "text"}.get(kind, kind), "choices": choices,
-        "help": entry.get("description", ""), "default": entry.get("default"), **limits,
+        "help": HELP.get(key, entry.get("description", "")), "default": text_of(entry.get("default")), "limits": limits,
     }  # fmt: skip
 
 
@@ -86,7 +88,7 @@ def option_fields(method: str) -> list[dict[str, Any]]:
         found.append(
             {
                 "key": OPTIONS + f.name, "section": "method_options", "name": f.name, "kind": kind_of(hints[f.name]),
-                "choices": None, "help": texts.get(f.name, ""), "default": default, "min": None, "max": None, "basic": False,
+                "choices": None, "help": texts.get(f.name, ""), "default": text_of(default), "limits": "", "basic": False,
             }
         )  # fmt: skip
     return found

@@ -74,9 +74,11 @@ class Jobs:
         """
         job = records.read(folder / JOB)
         if not job:
-            raise PageError(409, f"{folder.name} was not started from the studio; go on with it on the command line.")
+            raise PageError(
+                409, "{name} was not started from the studio; go on with it on the command line.", name=folder.name
+            )
         if state_of(folder).get("state") not in ENDED:
-            raise PageError(409, f"{folder.name} has not ended.")
+            raise PageError(409, "{name} has not ended.", name=folder.name)
         names = job.get("together", [folder.name])
         found = [f for f in map(self.workspace.runs.joinpath, names) if f == folder or cut_short(f)]
         left = tuple(f"runs/{name}/" for name in names if name not in {f.name for f in found})
@@ -181,7 +183,7 @@ class Jobs:
     def _entry_of(self, folder: Path) -> tuple[Path, dict[str, Any]]:
         found = next((e for e in self.entries() if folder.name in e[1]["folders"]), None)
         if found is None:
-            raise PageError(409, f"{folder.name} is not running.")
+            raise PageError(409, "{name} is not running.", name=folder.name)
         return found
 
     def _folders(self, entry: dict[str, Any]) -> list[Path]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..data import IGNORE_INDEX, get_format, load_data, prepare, prompts_and_targets
 from ..errors import ConfigError, GraftError
+from ..inference.detokenize import BROKEN, LONGEST
 
 ROWS, SHOWN, MOST = 20, 4, 5000  # rows of the table, with tokens, that are looked at
 CELL = 600  # characters
@@ -86,12 +87,24 @@ def cell(value: Any) -> str:
 
 
 def pieces(row: Mapping[str, Any], tokenizer: Any) -> list[dict[str, Any]]:
-    """Tokens of a prepared row as texts, each with whether a loss is on it."""
-    pairs = zip(row["input_ids"], row["labels"], strict=True)
-    return [
-        {"text": tokenizer.decode([token], clean_up_tokenization_spaces=False), "labelled": label != IGNORE_INDEX}
-        for token, label in pairs
-    ]
+    """Tokens of a prepared row as texts, each with whether a loss is on it. Those that only together are a character, as
+    Chinese ones often are, are one text; decoded after the one before, for what stands between them."""
+    found: list[dict[str, Any]] = []
+    before: list[int] = []
+    held: list[int] = []
+    labelled = [label != IGNORE_INDEX for label in row["labels"]]
+    for token, own, following in zip(row["input_ids"], labelled, [*labelled[1:], None], strict=True):
+        held.append(token)
+        text = decoded(before + held, tokenizer)[len(decoded(before, tokenizer)) :]
+        if text.endswith(BROKEN) and following == own and len(held) < LONGEST:
+            continue
+        found.append({"text": text, "labelled": own})
+        before, held = held, []
+    return found
+
+
+def decoded(tokens: list[int], tokenizer: Any) -> str:
+    return str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
 
 def histogram(lengths: list[int]) -> list[dict[str, int]]:

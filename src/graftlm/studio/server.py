@@ -87,13 +87,13 @@ class ChatServer:
         async with self._client() as client:
             while loop.time() < until:
                 if not self.running:
-                    raise PageError(422, f"{self.base} cannot be served: {last_words(self.log)}")
+                    raise PageError(422, "{base} cannot be served: {error}", base=self.base, error=last_words(self.log))
                 with contextlib.suppress(httpx.TransportError):  # it does not listen yet
                     if (await client.get("/ready")).status_code == 200:
                         return
                 await asyncio.sleep(PAUSE)
         await self.end()
-        raise PageError(504, f"{self.base} was not ready after {START_S:.0f} s.")
+        raise PageError(504, "{base} was not ready after {seconds:.0f} s.", base=self.base, seconds=START_S)
 
     def _client(self, key: str = "") -> httpx.AsyncClient:
         headers = {"Authorization": f"Bearer {key or self.key}"}
@@ -109,7 +109,7 @@ class ChatServer:
         try:
             changed = (folder / WEIGHTS).stat().st_mtime
         except FileNotFoundError as gone:
-            raise PageError(404, f"{adapter} has no {WEIGHTS}.") from gone
+            raise PageError(404, "{name} has no file {file!r}.", name=adapter, file=WEIGHTS) from gone
         body = {"lora_name": adapter, "lora_path": str(folder), "load_inplace": True}
         async with self._loading, self._client(self.admin_key) as client:
             if self.loaded.get(adapter) == changed:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+import zlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -29,13 +31,21 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 60} min {whole % 60} s" if whole < 6000 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def span(seconds: Sequence[float] | None) -> str:
+    """A time between two: 40 s – 3 min 20 s."""
+    return "–" if seconds is None else " – ".join(map(duration, seconds))
+
+
 def moment(seconds: float | None) -> str:
     """Date and time of this machine."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)) if seconds else "–"
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    return "–" if value is None else f"{value:.{digits}g}"
+    """So many digits, and never powers of ten for what is large."""
+    if value is None:
+        return "–"
+    return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
 
 
 def share(value: float | None) -> str:
@@ -56,4 +66,9 @@ def combine(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return first | second
 
 
-FILTERS = {f.__name__: f for f in (size, duration, moment, number, share, whole, as_json, combine)}
+def mark(rows: Iterable[Any]) -> str:
+    """A short text that is another one when rows of the index, or their order, are."""
+    return f"{zlib.crc32(repr([row.model_dump() for row in rows]).encode()):08x}"
+
+
+FILTERS = {f.__name__: f for f in (size, duration, span, moment, number, share, whole, as_json, combine)}

@@ -70,12 +70,15 @@ class Studio:
 
     def text(self, request: Request, template: str, **values: Any) -> str:
         """The same as a text."""
-        language = words.chosen(request.cookies.get(words.COOKIE), request.headers.get("accept-language", ""))
-        theme = request.cookies.get(THEME, "auto")
+        language, theme = self.language(request), request.cookies.get(THEME, "auto")
         return self.templates.get_template(template).render(
             _=words.translator(language), language=language, languages=words.LANGUAGES, path=request.url.path,
             theme=theme if theme in THEMES else "auto", csrf=request.scope["state"]["csrf"], version=__version__, **values,
         )  # fmt: skip
+
+    @staticmethod
+    def language(request: Request) -> str:
+        return words.chosen(request.cookies.get(words.COOKIE), request.headers.get("accept-language", ""))
 
     # -- beside the pages -------------------------------------------------------------------------------------------------
     def recover(self) -> None:
@@ -93,14 +96,19 @@ class Studio:
 
     def look(self) -> None:
         """Let the queue go on, and index what changed."""
-        changed = {folder.name for folder in self.jobs.advance()}
+        for folder in self.jobs.advance():
+            if folder.is_dir():
+                self.index.note(folder)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Have the index hold what the folders do: what came or went, and runs that have another state since."""
+        self.index.sync()
         for state in UNFINISHED:
             for row in self.index.runs(limit=MANY, state=state):
-                if state_of(self.workspace.runs / row.name).get("state") != state:
-                    changed.add(row.name)
-        for name in changed:
-            if (self.workspace.runs / name).is_dir():
-                self.index.note(self.workspace.runs / name)
+                folder = self.workspace.runs / row.name
+                if folder.is_dir() and state_of(folder).get("state") != state:
+                    self.index.note(folder)
 
     async def plan_queue(self) -> None:
         """Have a plan made of each job of the queue, once one waits: by them it may start beside others."""

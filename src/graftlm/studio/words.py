@@ -38,7 +38,7 @@ def translator(language: str) -> Any:
     """`_` of the templates: a text in a language, with values filled in."""
     known = catalogue(language)
 
-    def translate(text: str, **values: Any) -> str:
+    def translate(text: str, /, **values: Any) -> str:
         found = known.get(text, text)
         return found.format(**values) if values else found
 

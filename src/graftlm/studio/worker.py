@@ -53,7 +53,7 @@ class Worker:
             return await asyncio.wait_for(answer, timeout)
         except (TimeoutError, asyncio.TimeoutError) as late:
             await self.end()
-            raise PageError(504, f"This took longer than {timeout:.0f} s and was ended.") from late
+            raise PageError(504, "This took longer than {seconds:.0f} s and was ended.", seconds=timeout) from late
         except (BrokenPipeError, ConnectionResetError) as gone:
             raise PageError(500, "The helper process ended; try again.") from gone
         finally:
@@ -86,7 +86,9 @@ class Worker:
         if process is self.process:
             for waiting in self._answers.values():
                 if not waiting.done():
-                    waiting.set_exception(PageError(500, f"The helper process ended; {self.log} says why. Try again."))
+                    waiting.set_exception(
+                        PageError(500, "The helper process ended; {log} says why. Try again.", log=self.log)
+                    )
 
     async def warm(self) -> None:
         """Start the process ahead of the first question."""

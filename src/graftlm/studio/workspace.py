@@ -46,7 +46,7 @@ class Workspace:
         """
         found = self._inside(text)
         if not found.exists():
-            raise PageError(404, f"{text!r} does not exist.")
+            raise PageError(404, "{text!r} does not exist.", text=text)
         return found
 
     def target(self, text: str) -> Path:
@@ -57,7 +57,7 @@ class Workspace:
         """
         found = self._inside(text)
         if found.exists():
-            raise PageError(409, f"{text!r} is there already; name a new folder.")
+            raise PageError(409, "{text!r} is there already; name a new folder.", text=text)
         return found
 
     def _inside(self, text: str) -> Path:
@@ -65,7 +65,10 @@ class Workspace:
         if self.own in (found, *found.parents) or not any(root in (found, *found.parents) for root in self.roots):
             places = ", ".join(str(root) for root in self.roots)
             raise PageError(
-                403, f"{text!r} is outside of what the studio may read ({places}). Start it with --folder to add a folder."
+                403,
+                "{text!r} is outside of what the studio may read ({places}). Start it with --folder to add a folder.",
+                text=text,
+                places=places,
             )
         return found
 
@@ -73,7 +76,7 @@ class Workspace:
         try:
             return (self.root / Path(text).expanduser()).resolve()
         except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a circle of links, no such user
-            raise PageError(400, f"{text!r} is no path: {error}") from error
+            raise PageError(400, "{text!r} is no path: {error}", text=text, error=error) from error
 
     @property
     def roots(self) -> tuple[Path, ...]:
@@ -85,17 +88,20 @@ class Workspace:
 
     def run(self, name: str) -> Path:
         """A run's folder. PageError: no such run."""
-        return self._named(self.runs, name, "run")
+        if (found := self._named(self.runs, name)) is None:
+            raise PageError(404, "There is no run {name!r} here.", name=name)
+        return found
 
     def chat(self, name: str) -> Path:
         """A conversation's file. PageError: no such one."""
-        return self._named(self.chats, f"{name}.json", "chat")
-
-    def _named(self, folder: Path, name: str, what: str) -> Path:
-        found = folder / name
-        if not NAME.fullmatch(name) or not found.exists() or found.resolve().parent != folder:
-            raise PageError(404, f"There is no {what} {name!r} here.")
+        if (found := self._named(self.chats, f"{name}.json")) is None:
+            raise PageError(404, "There is no chat {name!r} here.", name=name)
         return found
+
+    @staticmethod
+    def _named(folder: Path, name: str) -> Path | None:
+        found = folder / name
+        return found if NAME.fullmatch(name) and found.exists() and found.resolve().parent == folder else None
 
     def new_run(self, wanted: str) -> Path:
         """A new run's folder, by a name like the one that is wanted, with a number where that is taken."""

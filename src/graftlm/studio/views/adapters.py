@@ -37,7 +37,7 @@ def router(studio: Studio) -> APIRouter:
 def add_list(made: APIRouter, studio: Studio) -> None:
     @made.get("")
     def adapters(request: Request, q: str = "", page: int = 1) -> Response:
-        studio.index.sync()
+        studio.refresh()
         count = studio.index.count(text=q, adapters=True)
         pages = -(-count // PAGE) or 1
         page = max(1, min(page, pages))
@@ -52,7 +52,7 @@ def add_list(made: APIRouter, studio: Studio) -> None:
         form = await request.form()
         source = studio.workspace.path(str(form.get("path", "")).strip() or "?")
         if not source.is_dir():
-            raise PageError(422, f"{source.name}: expected a folder with an adapter.")
+            raise PageError(422, "{name}: expected a folder with an adapter.", name=source.name)
         return await taken_in(studio, source, source.name, str(form.get("base", "")))
 
     @made.post("/upload")
@@ -94,7 +94,7 @@ def add_files(made: APIRouter, studio: Studio) -> None:
     def file(name: str, file: str) -> Response:
         folder = files.folder_of(studio.workspace, name)
         if file not in files.FILES or not (folder / file).is_file():
-            raise PageError(404, f"{name} has no file {file!r}.")
+            raise PageError(404, "{name} has no file {file!r}.", name=name, file=file)
         return FileResponse(studio.workspace.path(str(folder / file)), filename=f"{name}-{file}")
 
     @made.get("/{name}/zip")
@@ -115,9 +115,9 @@ def add_actions(made: APIRouter, studio: Studio) -> None:
         form = await request.form()
         what, rank = str(form.get("what", "")), str(form.get("rank", "")).strip()
         if what not in MAKES:
-            raise PageError(422, f"Expected one of {', '.join(MAKES)}.")
+            raise PageError(422, "Expected one of {names}.", names=", ".join(MAKES))
         if rank and not rank.replace(".", "", 1).isdigit():
-            raise PageError(422, f"Rank: expected a number, or a share such as 0.95, got {rank!r}.")
+            raise PageError(422, "Rank: expected a number, or a share such as 0.95, got {rank!r}.", rank=rank)
         folder = studio.workspace.new_run(f"{name}-{'lora' if what == 'convert' else what}")
         base = permitted_base(studio, name)
         args = [*MAKES[what], f"runs/{name}", "--output", f"runs/{folder.name}/out", "--base", base]

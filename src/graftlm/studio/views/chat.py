@@ -43,7 +43,7 @@ def router(studio: Studio) -> APIRouter:
 def add_page(made: APIRouter, studio: Studio) -> None:
     @made.get("")
     def chat(request: Request, adapter: str = "", name: str = "", base: str = "") -> Response:
-        studio.index.sync()
+        studio.refresh()
         found = records.read(studio.workspace.chat(name)) if name else {}
         chosen = found.get("adapters", ["", adapter] if adapter else [""])
         base = found.get("base") or (base_of(studio.workspace, adapter) if adapter else base or "graftlm-base")
@@ -119,9 +119,9 @@ def limits(form: Any) -> dict[str, Any]:
         try:
             value = kind(text)
         except ValueError as error:
-            raise PageError(422, f"{key}: expected a number, got {text!r}.") from error
+            raise PageError(422, "{key}: expected a number, got {text!r}.", key=key, text=text) from error
         if not low <= value <= high:
-            raise PageError(422, f"{key}: expected {low} to {high}, got {text}.")
+            raise PageError(422, "{key}: expected {low} to {high}, got {text}.", key=key, low=low, high=high, text=text)
         found[key] = value
     return USUAL | found
 

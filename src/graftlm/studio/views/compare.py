@@ -31,6 +31,7 @@ def router(studio: Studio) -> APIRouter:
 
     @made.get("")
     def compare(request: Request) -> Response:
+        studio.refresh()
         return studio.page(
             request, "compare.html", runs=studio.index.runs(limit=50, kind="compare"), methods=METHODS, usual=USUAL,
             bundled=BUNDLED, bases=bases.known(studio.workspace), data_sets=studio.index.data_sets(),
@@ -45,7 +46,7 @@ def router(studio: Studio) -> APIRouter:
         if not methods or any(m not in METHODS for m in methods):
             raise PageError(422, "Choose methods to compare.")
         if steps and not (steps.isdigit() and int(steps)):
-            raise PageError(422, f"Steps: expected a whole number, got {steps!r}.")
+            raise PageError(422, "Steps: expected a whole number, got {steps!r}.", steps=steps)
         if data.startswith("-") or base.startswith("-"):
             raise PageError(422, "No data set and no base begins with a dash.")
         wrong = recipes.outside(studio.workspace, f"base: {base!r}\ndata: {{source: {data!r}}}\n")
@@ -54,7 +55,7 @@ def router(studio: Studio) -> APIRouter:
         folder = studio.workspace.new_run(f"compare-{slug(data.rpartition('/')[2])}")
         args = ["compare", "--data", data, "--base", base, "--output", f"runs/{folder.name}/out", "--no-plan"]
         args += [a for m in methods for a in ("--method", m)] + (["--max-steps", steps] if steps else [])
-        await asyncio.to_thread(studio.jobs.add, folder, "compare", args, title=f"{len(methods)} methods on {data}")
+        await asyncio.to_thread(studio.jobs.add, folder, "compare", args, title=f"{data}: {', '.join(methods)}")
         await asyncio.to_thread(studio.index.note, folder)
         return go(f"/runs/{folder.name}")
 
@@ -62,7 +63,7 @@ def router(studio: Studio) -> APIRouter:
     def runs(request: Request) -> Response:
         names = list(dict.fromkeys(request.query_params.getlist("run")))
         if not 1 < len(names) <= MOST:
-            raise PageError(422, f"Choose two to {MOST} runs in the list of runs.")
+            raise PageError(422, "Choose two to {most} runs in the list of runs.", most=MOST)
         return studio.page(request, "beside.html", **beside(studio, names))
 
     @made.get("/{name}")
@@ -81,7 +82,7 @@ def report(studio: Studio, name: str) -> Any:
     """A comparison's report. PageError: there is none."""
     found = studio.workspace.run(name) / "out" / "report.html"
     if not found.is_file():
-        raise PageError(404, f"{name} has no report (yet).")
+        raise PageError(404, "{name} has no report (yet).", name=name)
     return studio.workspace.path(str(found))
 
 

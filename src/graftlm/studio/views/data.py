@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.datastructures import UploadFile
 
 from .. import bases, recipes, records
-from ..errors import PageError
+from ..errors import LARGE, PageError
 from ..index import DataSet
 from ..studio import Studio, go
 from ..workspace import slug
@@ -46,11 +46,13 @@ def add_list(made: APIRouter, studio: Studio) -> None:
     async def point(request: Request) -> Response:
         path = studio.workspace.path(str((await request.form()).get("path", "")).strip() or "?")
         if path.is_file() and path.suffix.lower() not in ENDINGS:
-            raise PageError(422, f"{path.name}: expected a folder, or a file of {', '.join(ENDINGS)}.")
+            raise PageError(
+                422, "{name}: expected a folder, or a file of {endings}.", name=path.name, endings=", ".join(ENDINGS)
+            )
         name = slug(path.name)
         note = studio.workspace.data / f"{name}.link.json"
         if (studio.workspace.data / name).exists() or note.exists():
-            raise PageError(409, f"There is a data set {name!r} already.")
+            raise PageError(409, "There is a data set {name!r} already.", name=name)
         records.write(note, {"path": studio.workspace.shown(path)})
         studio.index.sync()
         return go(f"/data/{name}")
@@ -95,7 +97,7 @@ async def kept(studio: Studio, file: UploadFile) -> Response:
     """Keep an upload, once it could be read as what it says it is; else nothing of it stays."""
     name = slug(str(file.filename).replace("\\", "/").rpartition("/")[2])
     if not name.lower().endswith(ENDINGS):
-        raise PageError(422, f"{file.filename}: expected a file of {', '.join(ENDINGS)}.")
+        raise PageError(422, "{name}: expected a file of {endings}.", name=file.filename, endings=", ".join(ENDINGS))
     path = studio.workspace.new_file(name)
     try:
         await stored(file, path, studio.settings.max_upload)
@@ -114,7 +116,7 @@ async def stored(file: UploadFile, path: Path, most: int) -> None:
         while piece := await file.read(PIECE):
             written += len(piece)
             if written > most:
-                raise PageError(413, f"Too large: at most {most // 2**20} MiB (--upload-limit).")
+                raise PageError(413, LARGE, most=most // 2**20)
             await asyncio.to_thread(out.write, piece)
 
 
@@ -124,6 +126,6 @@ def source_of(studio: Studio, name: str) -> str:
         return name
     found: DataSet | None = next((s for s in studio.index.data_sets() if s.name == name), None)
     if found is None:
-        raise PageError(404, f"There is no data set {name!r} here.")
+        raise PageError(404, "There is no data set {name!r} here.", name=name)
     studio.workspace.path(found.path)
     return found.path

@@ -16,11 +16,11 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from markupsafe import escape
 
-from .. import records
+from .. import records, shown
 from ..bases import is_model
 from ..errors import PageError
 from ..index import recipe_in
-from ..jobs import ENDED, JOB, OUT, fits, log_of, state_of
+from ..jobs import ENDED, JOB, OUT, UNFINISHED, fits, log_of, state_of
 from ..progress import Progress, tail
 from ..studio import Studio, go
 from .adapters import as_zip
@@ -40,15 +40,17 @@ def router(studio: Studio) -> APIRouter:
 
 def add_pages(made: APIRouter, studio: Studio) -> None:
     @made.get("")
-    def runs(request: Request, q: str = "", state: str = "", page: int = 1) -> Response:
-        studio.index.sync()
+    def runs(request: Request, q: str = "", state: str = "", page: int = 1, seen: str = "") -> Response:
+        studio.refresh()
         count = studio.index.count(text=q, state=state)
         page = max(1, min(page, -(-count // PAGE) or 1))
         found = studio.index.runs(limit=PAGE, offset=(page - 1) * PAGE, text=q, state=state)
-        part = request.headers.get("hx-target") == "runs"
+        part, now = request.headers.get("hx-target") == "runs", f"{count}-{shown.mark(found)}"
+        if part and seen == now:
+            return Response(status_code=204)
         return studio.page(
             request, "_runs.html" if part else "runs.html", runs=found, count=count, q=q, state=state, page=page,
-            pages=-(-count // PAGE) or 1, states=("running", "waiting", *ENDED),
+            pages=-(-count // PAGE) or 1, states=(*UNFINISHED, *ENDED), seen=now,
         )  # fmt: skip
 
     @made.get("/{name}")
@@ -67,7 +69,7 @@ def add_pages(made: APIRouter, studio: Studio) -> None:
         folder = studio.workspace.run(name)
         found = [(p, f"{name}/{p.relative_to(folder / OUT)}") for p in sorted((folder / OUT).rglob("*")) if p.is_file()]
         if not found:
-            raise PageError(404, f"{name} has made no files.")
+            raise PageError(404, "{name} has made no files.", name=name)
         return as_zip(name, [(studio.workspace.path(str(path)), own) for path, own in found])
 
     @made.get("/{name}/events")
@@ -96,7 +98,7 @@ def add_actions(made: APIRouter, studio: Studio) -> None:
     async def delete(name: str) -> Response:
         folder = studio.workspace.run(name)
         if state_of(folder)["state"] not in (*ENDED, "unknown"):
-            raise PageError(409, f"{name} has not ended; stop it first.")
+            raise PageError(409, "{name} has not ended; stop it first.", name=name)
         await asyncio.to_thread(shutil.rmtree, folder)
         await asyncio.to_thread(studio.index.sync)
         return go("/runs")

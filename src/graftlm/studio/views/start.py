@@ -7,7 +7,7 @@ from typing import Any
 import psutil
 from fastapi import APIRouter, Request, Response
 
-from .. import bases, recipes, words
+from .. import bases, recipes, shown, words
 from ..studio import THEME, THEMES, Studio
 
 YEAR = 365 * 24 * 60 * 60
@@ -18,9 +18,12 @@ def router(studio: Studio) -> APIRouter:
     made = APIRouter()
 
     @made.get("/")
-    def start(request: Request) -> Response:
-        studio.index.sync()
-        return studio.page(request, "start.html", **here(studio))
+    def start(request: Request, seen: str = "") -> Response:
+        studio.refresh()
+        found = here(studio)
+        if request.headers.get("hx-target") == "last-runs":
+            return Response(status_code=204) if seen == found["seen"] else studio.page(request, "_last.html", **found)
+        return studio.page(request, "start.html", **found)
 
     @made.post("/preferences")
     async def preferences(request: Request) -> Response:
@@ -36,9 +39,9 @@ def router(studio: Studio) -> APIRouter:
 
 def here(studio: Studio) -> dict[str, Any]:
     """What the page shows."""
-    memory = psutil.virtual_memory()
+    memory, runs = psutil.virtual_memory(), studio.index.runs(limit=6)
     return {
-        "bases": bases.known(studio.workspace), "runs": studio.index.runs(limit=6), "examples": recipes.EXAMPLES,
+        "bases": bases.known(studio.workspace), "runs": runs, "seen": shown.mark(runs), "examples": recipes.EXAMPLES,
         "free": memory.available, "total": memory.total, "going": studio.jobs.going(), "waiting": studio.jobs.waiting(),
         "place": studio.workspace.root,
     }  # fmt: skip

@@ -84,7 +84,7 @@ def add_checks(made: APIRouter, studio: Studio) -> None:
             async with planning as newest:
                 found = await studio.worker.ask("plan", texts=texts) if newest() else None
         except PageError as error:
-            return studio.page(request, "_plan.html", plan=None, error=str(error))
+            return studio.page(request, "_plan.html", plan=None, error=error)
         return studio.page(request, "_plan.html", plan=found)
 
 
