@@ -22,8 +22,12 @@ def test_adapters_are_shown_packed_and_turned_into_others(browser, made):
     for step in (50, 100):
         (folder / f"checkpoint-{step}").mkdir()
         (folder / f"checkpoint-{step}" / "adapter_config.json").write_text("{}")
-    page = browser.get("/adapters/mine").text
-    assert page.index("checkpoint-50&") < page.index("checkpoint-100&")
+        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (folder / "checkpoint-150").mkdir()  # is being written
+    (folder / "checkpoint-150" / "adapter_config.json").write_text("{}")
+    for place in ("/adapters/mine", "/runs/mine"):
+        page = browser.get(place).text
+        assert page.index("checkpoint-50&") < page.index("checkpoint-100&") and "checkpoint-150" not in page
     for bad in ("job.json", "..%2f..%2fkey", "nothing"):
         assert browser.get(f"/adapters/mine/files/{bad}").status_code == 404
     (folder / "loss.png").symlink_to(made.workspace.own / "key")
@@ -42,6 +46,21 @@ def test_adapters_are_shown_packed_and_turned_into_others(browser, made):
         assert browser.post("/adapters/mine/make", data=bad).status_code == 422
     assert browser.get("/adapters/mine-merge").status_code == 404
     until(lambda: not made.jobs.advance() and not made.jobs.going())
+
+
+def test_a_checkpoint_becomes_an_adapter(browser, made):
+    """Also of a run that has no adapter of its own (yet)."""
+    folder = made.workspace.new_run("going")
+    (folder / "settings.yaml").write_text("base: their/base\n")
+    elsewhere(folder / "checkpoint-5")
+    assert browser.post("/adapters/going/checkpoints/checkpoint-5").status_code == 404  # is being written
+    (folder / "checkpoint-5" / "trainer_state.json").write_text("{}")
+    assert "/adapters/going/checkpoints/checkpoint-5" in browser.get("/runs/going").text
+    place = browser.post("/adapters/going/checkpoints/checkpoint-5").headers["hx-redirect"]
+    assert place == "/adapters/going-checkpoint-5" and "their/base" in browser.get(place).text
+    assert (made.workspace.run("going-checkpoint-5") / "adapter_model.safetensors").read_bytes() == WEIGHTS
+    for bad in ("checkpoint-6", "..%2fgoing"):
+        assert browser.post(f"/adapters/going/checkpoints/{bad}").status_code == 404
 
 
 def test_what_a_job_made_is_packed_and_used(browser, made):

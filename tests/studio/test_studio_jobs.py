@@ -162,6 +162,18 @@ def test_a_job_that_is_killed_is_lost_and_says_so(jobs):
     os.kill(entry["pid"], signal.SIGKILL)
     assert until(jobs.advance) == [folder]
     assert state(folder) == "lost" and "without a word" in state_of(folder)["error"]
+
+
+def test_what_the_system_killed_for_lack_of_memory_says_so(jobs, tmp_path, monkeypatch):
+    counted = tmp_path / "vmstat"
+    counted.write_text("pgfault 7\noom_kill 3\n")
+    monkeypatch.setattr("graftlm.studio.jobs.KILLS", (str(counted), str(tmp_path / "none")))
+    folder = jobs.workspace.new_run("large")
+    jobs.add(folder, "train", ["sleep", "600"])
+    counted.write_text("pgfault 9\noom_kill 4\n")
+    os.kill(jobs.entries()[0][1]["pid"], signal.SIGKILL)
+    until(lambda: jobs.advance())
+    assert state(folder) == "lost" and "memory ran out" in state_of(folder)["error"]
     assert jobs.going() == []
 
 

@@ -11,7 +11,7 @@ import pytest
 import graftlm.studio
 from graftlm.studio import doors, shown, words
 from graftlm.studio.errors import LARGE
-from graftlm.studio.jobs import ENDED, LOST, UNFINISHED
+from graftlm.studio.jobs import ENDED, EXHAUSTED, LOST, UNFINISHED
 from graftlm.studio.recipes import EXAMPLES
 
 TEMPLATES = sorted((Path(graftlm.studio.__file__).parent / "templates").glob("*.html"))
@@ -25,7 +25,7 @@ def texts() -> set[str]:
 
 def refusals() -> set[str]:
     """What the studio refuses with, and the texts that are told under a name."""
-    found = {LOST, doors.LOST, LARGE, "There is no such page."}
+    found = {LOST, EXHAUSTED, doors.LOST, LARGE, "There is no such page."}
     for module in TEMPLATES[0].parent.parent.rglob("*.py"):
         for call in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "PageError":

@@ -38,8 +38,8 @@ def base_of(workspace: Workspace, name: str) -> str:
 
 
 def checkpoints(folder: Path) -> list[str]:
-    """Names of a run's checkpoints that hold an adapter, in the order of their steps."""
-    found = [p.name for p in folder.glob("checkpoint-*") if (p / CONFIG).is_file()]
+    """Names of a run's checkpoints that hold an adapter, in the order of their steps. What is written last is there."""
+    found = [p.parent.name for p in folder.glob("checkpoint-*/trainer_state.json") if (p.parent / CONFIG).is_file()]
     return sorted(found, key=lambda name: (len(name), name))
 
 

@@ -35,6 +35,8 @@ from .workspace import Workspace
 JOB, STATE, LOG, OUT = "job.json", "state.json", "log.txt", "out"
 UNFINISHED, ENDED = ("waiting", "running", "stopping"), ("done", "stopped", "failed", "lost")
 LOST = "The process ended without a word: killed, out of memory, or the machine went off."
+EXHAUSTED = "The system ended the process because memory ran out."
+KILLS = ("/proc/vmstat", "/sys/fs/cgroup/memory.events")  # where Linux counts what it ended for lack of memory
 
 
 class Jobs:
@@ -202,7 +204,8 @@ class Jobs:
         folders = self._folders(entry)
         command = [*self.program, str(self.workspace.root), "/".join(entry["folders"]), str(self.at_once)]
         for folder in folders:
-            records.write(folder / STATE, records.read(folder / STATE) | {"state": "running", "started": time.time()})
+            now = {"state": "running", "started": time.time(), "kills": kills()}
+            records.write(folder / STATE, records.read(folder / STATE) | now)
         with (folders[0] / LOG).open("ab") as log:
             child = subprocess.Popen(
                 [*command, *entry["args"]], cwd=self.workspace.root, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -265,7 +268,14 @@ def settle(folder: Path) -> None:
     if state.get("state") == "stopping":
         records.write(folder / STATE, state | {"state": "stopped", "ended": time.time()})
     elif state.get("state") not in ENDED:
-        records.write(folder / STATE, state | {"state": "lost", "ended": time.time(), "error": LOST})
+        error = EXHAUSTED if kills() > state.get("kills", float("inf")) else LOST
+        records.write(folder / STATE, state | {"state": "lost", "ended": time.time(), "error": error})
+
+
+def kills() -> int:
+    """How many processes the system ended for lack of memory, as far as it tells."""
+    found = [line.split() for path in map(Path, KILLS) if path.is_file() for line in path.read_text().splitlines()]
+    return sum(int(value) for key, value in found if key == "oom_kill")
 
 
 def state_of(folder: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ MAKES = {
     "merge": ["merge", "--adapter"], "convert": ["convert"], "vllm": ["export", "--to", "vllm"],
     "gguf": ["export", "--to", "gguf"], "ollama": ["export", "--to", "ollama"],
 }  # fmt: skip
+RANKED = ("convert", "vllm")  # which become a LoRA
 PAGE = 50
 RANK = "16"  # of a LoRA that another adapter becomes
 
@@ -83,11 +84,11 @@ def add_files(made: APIRouter, studio: Studio) -> None:
         folder = files.folder_of(studio.workspace, name)
         card = folder / files.CARD
         return studio.page(
-            request, "adapter.html", name=name, config=records.read(folder / files.CONFIG), makes=MAKES, rank=RANK,
-            base=files.base_of(studio.workspace, name), origin=records.read(folder / ORIGIN), server=studio.server,
+            request, "adapter.html", name=name, config=records.read(folder / files.CONFIG), makes=MAKES, ranked=RANKED,
+            rank=RANK, base=files.base_of(studio.workspace, name), origin=records.read(folder / ORIGIN),
+            checkpoints=files.checkpoints(folder), server=studio.server,
             files=[(f, (folder / f).stat().st_size) for f in files.FILES if (folder / f).is_file()],
             card=card.read_text(encoding="utf-8", errors="replace") if card.is_file() else "",
-            checkpoints=files.checkpoints(folder),
         )  # fmt: skip
 
     @made.get("/{name}/files/{file}")
@@ -122,7 +123,7 @@ def add_actions(made: APIRouter, studio: Studio) -> None:
         base = permitted_base(studio, name)
         args = [*MAKES[what], f"runs/{name}", "--output", f"runs/{folder.name}/out", "--base", base]
         lift = what == "convert"
-        if lift or what == "vllm" and rank:
+        if lift or what in RANKED and rank:
             args += ["--rank", rank or RANK]
         if lift:
             records.write(folder / ORIGIN, {"from": name, "base": base})
@@ -136,6 +137,13 @@ def add_actions(made: APIRouter, studio: Studio) -> None:
         wanted = str((await request.form()).get("path", "")).strip() or f"exports/{name}"
         target = await asyncio.to_thread(files.put_out, studio.workspace, source, wanted)
         return studio.page(request, "_done.html", text="The files are in {place}.", values={"place": target})
+
+    @made.post("/{name}/checkpoints/{checkpoint}")
+    async def checkpoint(name: str, checkpoint: str) -> Response:
+        folder = studio.workspace.run(name)
+        if checkpoint not in files.checkpoints(folder):
+            raise PageError(404, "{name} has no checkpoint {checkpoint!r}.", name=name, checkpoint=checkpoint)
+        return await taken_in(studio, folder / checkpoint, f"{name}-{checkpoint}", files.base_of(studio.workspace, name))
 
     @made.post("/{name}/load")
     async def load(request: Request, name: str) -> Response:

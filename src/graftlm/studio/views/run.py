@@ -16,6 +16,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from markupsafe import escape
 
+from .. import adapters as files
 from .. import records, shown
 from ..bases import is_model
 from ..errors import PageError
@@ -130,10 +131,12 @@ class View:
         state, progress = self.state, self.progress
         since, until = state.get("started"), state.get("ended") or time.time()
         found = records.read(self.folder / "metrics.json") if state.get("state") in ENDED else {}
+        saved = files.checkpoints(self.folder)
         return {
             "name": self.folder.name, "state": state, "progress": progress, "results": found,
             "ended": state.get("state") in ENDED, "queue": self._queue(), "kind": self.job.get("kind", "train"),
-            "resumable": bool(self.job) and any(self.folder.glob("checkpoint-*/trainer_state.json")),
+            "resumable": bool(self.job) and bool(saved), "checkpoints": saved,
+            "base": files.base_of(self.studio.workspace, self.folder.name),
             "adapter": (self.folder / "adapter_config.json").exists(), "took": until - since if since else None,
             "report": (self.folder / OUT / "report.html").exists(), "made": self._made(),
             "together": [n for n in self.job.get("together", ()) if n != self.folder.name],
@@ -184,11 +187,13 @@ class View:
             "state": lambda: text(request, "_run_state.html", **self.values()),
             "curve": lambda: json.dumps(self.curve()),
             "samples": lambda: text(request, "_samples.html", **self.values()),
+            "checkpoints": lambda: text(request, "_checkpoints.html", **self.values()),
             "log": lambda: str(escape(tail(log_of(self.folder)))),
         }
         moved = self.progress.generation, self.progress.step, len(self.progress.steps)
         marks = {
             "state": (str(self.state), moved, self._queue()), "curve": moved, "samples": len(self.progress.evaluations),
+            "checkpoints": files.checkpoints(self.folder),
             "log": log.stat().st_size if (log := log_of(self.folder)).exists() else 0,
         }  # fmt: skip
         changed = [name for name, mark in marks.items() if self._sent.get(name) != mark]
