@@ -114,7 +114,9 @@ def test_adapters_from_elsewhere_are_taken_in(browser, made, tmp_path):
     assert browser.post("/adapters/point", data={"path": str(theirs)}).headers["hx-redirect"] == "/adapters/theirs"
     page = browser.get("/adapters/theirs").text
     assert "their/base" in page and "optimizer" not in page and "theirs" in browser.get("/chat").text
-    assert (made.index.run("theirs").method, made.index.run("theirs").base) == ("lora", "their/base")
+    row = made.index.run("theirs")
+    assert (row.method, row.base, row.kind, row.state) == ("lora", "their/base", "import", "done")
+    assert "Repeat" not in browser.get("/runs/theirs").text
     again = browser.post("/adapters/point", data={"path": str(theirs), "base": "graftlm-base"}).headers["hx-redirect"]
     assert again == "/adapters/theirs-2" and made.index.run("theirs-2").base == "graftlm-base"
     config = (theirs / "adapter_config.json").read_bytes()

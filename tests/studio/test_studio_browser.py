@@ -10,6 +10,7 @@ from statistics import median
 
 import psutil
 import pytest
+import yaml
 from studio_browser import LONG, TINY, home, ready, state
 from studio_helpers import Process
 
@@ -72,6 +73,27 @@ def test_form_and_recipe_in_step(page):
     assert page.url.endswith("/train")
     page.fill("#yaml", "trainin: {epochs: 1}\n")
     expect(page.locator("#problems")).to_contain_text("did you mean 'training'?")
+
+
+def test_train_takes_what_was_typed_last(page, studio):
+    """Also where it is pressed before form and recipe are in step."""
+    page.goto(home(page) + "/train")
+    ready(page)
+    page.fill("#yaml", TINY + "training: {max_steps: 12}\n")
+    expect(page.locator('[id="f-training.max_steps"]')).to_have_value("12")
+    length, other = '[id="f-data.max_length"]', TINY.replace("2}", "3}")
+    for field, text, wanted in ((length, "77", {"max_length": 77}), ("#yaml", other, {"max_eval_examples": 3})):
+        page.fill(field, text)
+        page.click("#start")
+        page.wait_for_url("**/runs/*")
+        name = page.url.rpartition("/")[2]
+        found = yaml.safe_load((studio["root"] / "runs" / name / "settings.yaml").read_text())
+        assert found["data"].items() >= wanted.items(), field
+        state(page, "waiting", "running")
+        page.click("#stop")
+        state(page, "stopped", "stopping")
+        page.goto(home(page) + "/train")
+        ready(page)
 
 
 def test_a_bad_upload_says_why(page, tmp_path):

@@ -71,6 +71,8 @@ def test_mistakes_are_told_as_the_recipe_tells_them(browser):
     assert 'data-key="training.epochs"' in text and "/train/plan" not in text.replace('hx-post="/train/check"', "")
     assert "not valid YAML" in checked(browser, "a: [1")
     assert "expected keys and values" in checked(browser, "- 1\n")
+    broken = checked(browser, "method: [lora\n", **{"training.epochs": "2"})
+    assert "not valid YAML" in broken and 'data-sets="yaml" hidden>method: [lora\n<' in broken  # nor of a broken one
     kept = checked(browser, "typo: 1\n", **{"training.epochs": "2"})
     assert "typo: 1" in kept and "unknown key" in kept  # a form's edit loses nothing of the text
 
@@ -115,7 +117,7 @@ def test_lists_show_what_is_now(browser, made):
     """A run that ended since is shown so at once; a list that is open is told when it changed, and only then."""
     folder = made.workspace.new_run("one")
     made.jobs.add(folder, "train", ["sleep", "600"])
-    for place, part in (("/runs", "runs"), ("/", "last-runs")):
+    for place, part in (("/runs", "runs"), ("/", "now")):
         page = browser.get(place).text
         assert 'class="badge running"' in page
         again = html.unescape(re.search(rf'hx-get="([^"]+)" hx-trigger="every 3s" hx-target="#{part}"', page)[1])

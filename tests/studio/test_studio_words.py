@@ -20,7 +20,7 @@ TEMPLATES = sorted((Path(graftlm.studio.__file__).parent / "templates").glob("*.
 def texts() -> set[str]:
     found = {m[1] for t in TEMPLATES for m in re.finditer(r'\b_\("((?:[^"\\]|\\.)*)"', t.read_text())}
     found |= {e[k] for e in EXAMPLES.values() for k in ("title", "about")} | {*ENDED, *UNFINISHED, *refusals()}
-    return found | {"unknown", "bundled", "folder", "cache", "merge", "convert", "compare"}  # of runs and bases
+    return found | {"unknown", "bundled", "folder", "cache", "merge", "convert", "compare", "import"}  # of runs and bases
 
 
 def refusals() -> set[str]:

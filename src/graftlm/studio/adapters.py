@@ -11,7 +11,8 @@ from typing import IO, Any
 
 from . import records
 from .errors import PageError
-from .index import ORIGIN, base_beside, recipe_in
+from .index import base_beside, recipe_in
+from .jobs import ORIGIN
 from .server import WEIGHTS
 from .workspace import Workspace
 

@@ -34,17 +34,17 @@ def check(values: dict[str, str] | None, text: str, others: Sequence[str] = ()) 
     """
     from . import forms
 
-    wrong = ""
-    if values is None:
-        content, wrong = forms.read(text)
-    else:
-        content = forms.from_form(values, text)
+    content, wrong = forms.read(text)
+    yaml = text
+    if values is not None and not wrong:  # else the text stays as it is, to be mended
+        content = forms.from_form(values, content)
+        yaml = forms.written(content)
     found = [{"key": "", "text": wrong}] if wrong else forms.problems(content)
     if others and not found:
         found = forms.apart([content, *(forms.read(other)[0] for other in others)])
     shown = forms.flat(content)
     return {
-        "yaml": text if values is None else forms.written(content), "values": shown, "problems": found,
+        "yaml": yaml, "values": shown, "problems": found,
         "form": recipe_form(shown.get("method", "lora")),
     }  # fmt: skip
 

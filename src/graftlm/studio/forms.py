@@ -114,9 +114,8 @@ def kind_of(hint: Any) -> str:
     return {(int,): "integer", (float,): "number", (bool,): "boolean"}.get(tuple(parts), "yaml")
 
 
-def from_form(values: dict[str, str], text: str) -> dict[str, Any]:
-    """A recipe's content: that of the YAML, with the form's values in it."""
-    content = read(text)[0]
+def from_form(values: dict[str, str], content: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's content: that of the YAML (which is changed), with the form's values in it."""
     kinds = {f["key"]: f["kind"] for f in fields()}
     method = values.get("method", "") or str(content.get("method", "lora"))
     kinds |= {f["key"]: f["kind"] for f in option_fields(method)}

@@ -16,12 +16,12 @@ import yaml
 from sqlmodel import Field, Session, SQLModel, col, create_engine, func, or_, select
 
 from . import records
-from .jobs import JOB, state_of
+from .jobs import JOB, ORIGIN, kind_of, state_of
 from .workspace import Workspace
 
 VERSION = 1  # of the tables; a file with another is made anew
 COARSE = 3.0  # seconds, of the clocks of file systems
-SETTINGS, RECIPE, ORIGIN = "settings.yaml", "recipe.yaml", "origin.json"  # the last: of an adapter from elsewhere
+SETTINGS, RECIPE = "settings.yaml", "recipe.yaml"
 
 
 class Run(SQLModel, table=True):
@@ -170,7 +170,7 @@ def run_row(folder: Path) -> Run:
     recipe, config = recipe_in(folder), records.read(folder / "adapter_config.json")
     measures = records.read(folder / "metrics.json").get("metrics", {})
     return Run(
-        name=folder.name, kind=job.get("kind", "train"), state=state.get("state", "unknown"),
+        name=folder.name, kind=kind_of(folder), state=state.get("state", "unknown"),
         method=text_of(recipe, "method", "lora" if recipe is not None else str(config.get("peft_type") or "").lower()),
         base=text_of(recipe, "base", "graftlm-base" if recipe is not None else base_beside(folder, config)),
         data=text_of((recipe or {}).get("data"), "source", ""),

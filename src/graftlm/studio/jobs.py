@@ -33,6 +33,7 @@ from .errors import PageError
 from .workspace import Workspace
 
 JOB, STATE, LOG, OUT = "job.json", "state.json", "log.txt", "out"
+ORIGIN = "origin.json"  # of an adapter that was not trained here: from where, and its base
 UNFINISHED, ENDED = ("waiting", "running", "stopping"), ("done", "stopped", "failed", "lost")
 LOST = "The process ended without a word: killed, out of memory, or the machine went off."
 EXHAUSTED = "The system ended the process because memory ran out."
@@ -283,4 +284,11 @@ def state_of(folder: Path) -> dict[str, Any]:
     found = records.read(folder / STATE)
     if found:
         return found
-    return {"state": "done" if (folder / "metrics.json").exists() else "unknown"}
+    whole = (folder / "metrics.json").exists() or (folder / ORIGIN).exists()
+    return {"state": "done" if whole else "unknown"}
+
+
+def kind_of(folder: Path) -> str:
+    """What made a run: a job's kind, "import", or the command line's training."""
+    otherwise = "import" if (folder / ORIGIN).exists() else "train"
+    return str(records.read(folder / JOB).get("kind", otherwise))

@@ -62,4 +62,9 @@
   on("htmx:sseError", silent);
   on("htmx:sseOpen", () => tell(""));
   on("htmx:beforeRequest", () => tell(""));
+
+  let typed = null;  // the form or the recipe, until what was typed is sent: what is pressed then waits for that
+  on("input", (event) => { typed = event.target.closest("#form, #yaml") ?? typed; });
+  on("htmx:beforeRequest", (event) => { if (event.detail.elt === typed) typed = null; });
+  document.addEventListener("click", (event) => { if (event.target.closest("[hx-sync='#form:queue']")) typed?.dispatchEvent(new Event("flush")); }, true);
 })();

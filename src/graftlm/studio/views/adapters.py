@@ -12,7 +12,7 @@ from starlette.datastructures import UploadFile
 from .. import adapters as files
 from .. import bases, recipes, records
 from ..errors import PageError
-from ..index import ORIGIN
+from ..jobs import ORIGIN
 from ..studio import Studio, go
 from .data import stored
 

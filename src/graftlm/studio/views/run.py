@@ -21,7 +21,7 @@ from .. import records, shown
 from ..bases import is_model
 from ..errors import PageError
 from ..index import recipe_in
-from ..jobs import ENDED, JOB, OUT, UNFINISHED, fits, log_of, state_of
+from ..jobs import ENDED, JOB, OUT, UNFINISHED, fits, kind_of, log_of, state_of
 from ..progress import Progress, tail
 from ..studio import Studio, go
 from .adapters import as_zip
@@ -62,7 +62,7 @@ def add_pages(made: APIRouter, studio: Studio) -> None:
         return studio.page(
             request, "run.html", **view.values(), log=tail(log_of(folder)), curve=view.curve(),
             settings=yaml.safe_dump(recipe_in(folder) or {}, sort_keys=False, allow_unicode=True),
-            command=shlex.join(["graftlm", *view.job.get("args", ())]), others=others_to(studio, name),
+            command=shlex.join(["graftlm", *args]) if (args := view.job.get("args")) else "", others=others_to(studio, name),
         )  # fmt: skip
 
     @made.get("/{name}/zip")
@@ -91,7 +91,7 @@ def add_actions(made: APIRouter, studio: Studio) -> None:
 
     @made.post("/{name}/resume")
     async def resume(name: str) -> Response:
-        if records.read(studio.workspace.run(name) / JOB).get("kind") != "train":
+        if kind_of(studio.workspace.run(name)) != "train":
             raise PageError(409, "Only training can be resumed.")
         return await done(name, lambda folder: studio.jobs.again(folder, "--resume"))
 
@@ -134,7 +134,7 @@ class View:
         saved = files.checkpoints(self.folder)
         return {
             "name": self.folder.name, "state": state, "progress": progress, "results": found,
-            "ended": state.get("state") in ENDED, "queue": self._queue(), "kind": self.job.get("kind", "train"),
+            "ended": state.get("state") in ENDED, "queue": self._queue(), "kind": kind_of(self.folder),
             "resumable": bool(self.job) and bool(saved), "checkpoints": saved,
             "base": files.base_of(self.studio.workspace, self.folder.name),
             "adapter": (self.folder / "adapter_config.json").exists(), "took": until - since if since else None,

@@ -21,8 +21,8 @@ def router(studio: Studio) -> APIRouter:
     def start(request: Request, seen: str = "") -> Response:
         studio.refresh()
         found = here(studio)
-        if request.headers.get("hx-target") == "last-runs":
-            return Response(status_code=204) if seen == found["seen"] else studio.page(request, "_last.html", **found)
+        if request.headers.get("hx-target") == "now":
+            return Response(status_code=204) if seen == found["seen"] else studio.page(request, "_now.html", **found)
         return studio.page(request, "start.html", **found)
 
     @made.post("/preferences")
