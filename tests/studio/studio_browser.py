@@ -6,18 +6,20 @@ import re
 from pathlib import Path
 from typing import Any
 
+from graftlm.studio import records
+
 LONG = 600_000  # ms in which what needs the libraries must be there, on a machine that does other things too
 TINY = "base: bases/tiny\ndata: {source: tweets, max_eval_examples: 2}\n"  # the beginning of a recipe
 
 
-def tiny_base(folder: Path) -> None:
-    """A Llama of two narrow layers with the bundled base's tokenizer."""
+def tiny_base(folder: Path, tokenizer_of: str = "graftlm-base") -> None:
+    """A Llama of two narrow layers with a bundled base's tokenizer."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from graftlm.bundled import resolve
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve("graftlm-base"))
+    tokenizer = AutoTokenizer.from_pretrained(resolve(tokenizer_of))
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -59,9 +61,9 @@ def begin(page: Any, text: str, *more: str) -> str:
 
 def trained(page: Any, root: Path) -> str:
     """The name of a run that has an adapter over the tiny base; one is trained where there is none."""
-    found = [p.parent for p in sorted((root / "runs").glob("*/metrics.json")) if (p.parent / "adapter_config.json").exists()]
-    if found:
-        return found[0].name
+    for measures in sorted((root / "runs").glob("*/metrics.json")):
+        if records.read(measures.with_name("adapter_config.json")).get("base_model_name_or_path") == "bases/tiny":
+            return measures.parent.name
     name = begin(page, TINY + "training: {max_steps: 4, eval_strategy: 'no', save_strategy: 'no'}\n")
     state(page, "done")
     return name
