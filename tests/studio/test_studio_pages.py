@@ -241,6 +241,25 @@ def test_an_upload_is_read_and_shown(browser, made):
     assert browser.get("/data/My-rows.jsonl").status_code == 404
 
 
+@pytest.mark.parametrize(
+    ("format", "chosen"),
+    [("completion", {"prompt": "ask", "completion": "reply"}), ("label", {"text": "ask", "label": "reply"})],
+)
+def test_columns_that_no_format_knows_are_chosen_one_by_one(browser, made, format, chosen):
+    upload(browser, "rows.csv", "ask,reply\n" + "".join(f"question {i},answer {i % 2}\n" for i in range(4)))
+    text = browser.post("/data/rows.csv/look", data={}).text
+    assert "no format fits the columns" in text and 'name="role.' not in text
+    form = {"format": format}
+    for role, column in chosen.items():
+        text = browser.post("/data/rows.csv/look", data=form).text
+        assert "needs columns" in text and re.findall(r'name="role.(\w+)"', text) == [*chosen] and "to-train" not in text
+        form |= {"format_shown": re.search(r'name="format_shown" value="(\w*)"', text)[1], f"role.{role}": column}
+    text = browser.post("/data/rows.csv/look", data=form).text
+    assert 'role="alert"' not in text and 'class="labelled"' in text
+    link = html.unescape(re.search(r'id="to-train" href="([^"]+)"', text)[1])
+    assert all(f"{role}: {column}" in browser.get(link).text for role, column in chosen.items())
+
+
 def test_tokens_are_shown_as_whole_characters(browser):
     """Also of a text whose characters are several tokens each; put together they are the prepared text."""
     from graftlm.studio.looking import pieces, tokenizer_of

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from ..data import IGNORE_INDEX, get_format, load_data, prepare, prompts_and_targets
+from ..data import FORMATS, IGNORE_INDEX, get_format, load_data, prepare, prompts_and_targets
 from ..errors import ConfigError, GraftError
 from ..inference.detokenize import BROKEN, LONGEST
 
@@ -41,7 +42,7 @@ def look(
     try:
         return found | tokens(rows, base, format or None, columns or None)
     except GraftError as error:
-        return found | {"error": str(error)}
+        return found | {"error": str(error), "roles": roles_of(format) | (columns or {})}
 
 
 def tokens(rows: Any, base: str, format: str | None, columns: dict[str, str] | None) -> dict[str, Any]:
@@ -62,6 +63,14 @@ def tokens(rows: Any, base: str, format: str | None, columns: dict[str, str] | N
         "bins": histogram(lengths), "longest": max(lengths), "mean": sum(lengths) / len(lengths), "limit": fmt.max_length,
         "problems": problems(list(zip(prompts, targets, strict=True)), lengths, fmt.max_length),
     }  # fmt: skip
+
+
+def roles_of(format: str) -> dict[str, str]:
+    """The roles of a format's columns, with the columns' usual names; none of one that is not known."""
+    if format not in FORMATS:
+        return {}
+    fields = [f for f in dataclasses.fields(FORMATS[format]) if f.name.endswith("_column")]
+    return {f.name.removesuffix("_column"): str(f.default or "") for f in fields}
 
 
 def tokenizer_of(base: str) -> Any:

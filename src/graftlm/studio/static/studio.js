@@ -21,7 +21,7 @@
       value: (_, v) => (v == null ? "–" : v.toPrecision(4)),
     }));
     charts.set(element, new uPlot({
-      width: element.clientWidth - 16, height: 240, series: [{ label: element.dataset.x || "step" }, ...series],
+      width: element.clientWidth - 16, height: 240, series: [{ label: element.dataset.x }, ...series],
       axes: [axis, axis], scales: { x: { time: false } }, cursor: { y: false },
     }, rows, element));
   }
