@@ -63,6 +63,11 @@ def pictures(address: str, folder: Path) -> None:
         shot("chat")
         page.goto(home)
         shot("start")
+        small = {"viewport": {"width": 375, "height": 760}, "color_scheme": "dark", "locale": "zh"}
+        page = browser.new_context(**small, storage_state=page.context.storage_state()).new_page()
+        page.goto(f"{home}runs/{name}")
+        expect(page.locator("#curve canvas")).to_be_visible()
+        shot("narrow")
         browser.close()
 
 
@@ -70,10 +75,10 @@ def train(page: Page, shot: Callable[[str], None]) -> str:
     """Two runs together; the name of one."""
     page.click("#example-tweets")
     expect(page.locator("#f-method")).to_be_visible()
-    page.fill("#yaml", RECIPE + "method: ia3\n")
+    page.fill("#yaml", RECIPE)
     page.click("#put-beside")
     expect(page.locator("#together li")).to_have_count(1)
-    page.fill("#yaml", RECIPE)
+    page.fill("#yaml", RECIPE + "method: ia3\n")
     expect(page.locator("#plan")).to_contain_text("2 ")
     shot("train")
     page.click("#start")

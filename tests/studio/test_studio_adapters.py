@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import zipfile
 
 from studio_helpers import WEIGHTS, an_adapter, parses, until
@@ -191,8 +192,9 @@ def test_comparisons(browser, made, tmp_path):
 def test_runs_beside_each_other(browser, made):
     an_adapter(made, "one")
     other = an_adapter(made, "two")
-    (other / "recipe.yaml").write_text("method: ia3\nbase: graftlm-base\ntraining: {seed: 1}\n")
+    (other / "recipe.yaml").write_text("method: ia3\nbase: graftlm-base\ntraining: {seed: 1, epochs: 3}\n")
     text = browser.get("/compare/runs?run=one&run=two").text
     assert "<code>method</code>" in text and "<code>training.seed</code>" not in text and "data-curve" in text
+    assert re.search(r"<code>training.epochs</code></th><td[^>]*><span class=\"dim\">default</span></td><td[^>]*>3<", text)
     assert browser.get("/compare/runs?run=one").status_code == 422
     assert browser.get("/compare/runs?run=one&run=nothing").status_code == 404

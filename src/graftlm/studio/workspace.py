@@ -1,7 +1,7 @@
 """The workspace: a folder that holds all that the studio knows.
 
     runs/NAME/      a run each: job.json, state.json, log.txt, settings.yaml, and what `graftlm train` writes
-    data/           uploaded files; NAME.json of those that lie elsewhere
+    data/           uploaded files; NAME.link.json of those that lie elsewhere
     chats/          a file a conversation, votes in it
     queue/          runs that wait or go on, a file each
     .studio/        the key of the cookie, the index

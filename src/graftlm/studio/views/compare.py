@@ -100,7 +100,7 @@ def beside(studio: Studio, names: list[str]) -> dict[str, Any]:
     differ = [k for k in keys if len({repr(found.get(k)) for found in settings.values()}) > 1]
     return {
         "names": names, "curve": {"step": steps} | {n: [c.get(s) for s in steps] for n, c in curves.items()},
-        "rows": [(key, [settings[n].get(key, "") for n in names]) for key in differ],
+        "rows": [(key, [settings[n].get(key) for n in names]) for key in differ],
         "runs": [studio.index.run(n) for n in names],
     }  # fmt: skip
 
