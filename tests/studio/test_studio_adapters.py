@@ -10,6 +10,7 @@ from studio_helpers import WEIGHTS, an_adapter, parses, until
 
 from graftlm.studio import records
 from graftlm.studio.views.adapters import MAKES
+from graftlm.studio.views.compare import METHODS
 
 
 def test_adapters_are_shown_packed_and_turned_into_others(browser, made):
@@ -167,6 +168,17 @@ def test_adapters_that_cannot_be_taken_in_say_why_and_leave_nothing(browser, mad
         answer = browser.post("/adapters/upload", files={"file": (name, content)})
         assert answer.status_code == 422 and said in answer.text, name
     assert not list(made.workspace.runs.iterdir()) and not list(made.workspace.own.glob("*.zip"))
+
+
+def test_all_methods_can_be_chosen():
+    """In the form, and in comparisons but for two, which need options of their own."""
+    from graftlm.studio import forms
+    from graftlm.training.defaults import QUANTIZED, method_names
+
+    known = {*method_names(), *QUANTIZED}
+    (method,) = [f for f in forms.fields() if f["key"] == "method"]
+    assert {*method["choices"]} == known and known - {*METHODS} == {"multitask-prompt-tuning", "trainable-tokens"}
+    assert {*METHODS} < known and forms.option_fields("qlora") == forms.option_fields("lora") != []
 
 
 def test_comparisons(browser, made, tmp_path):

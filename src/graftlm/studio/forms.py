@@ -16,10 +16,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from ..errors import ConfigError, RecipeError
-from ..training.defaults import HIDDEN_FIELDS, config_type, defaults_of, method_names
+from ..training.defaults import HIDDEN_FIELDS, QUANTIZED, config_type, defaults_of, method_names
 from ..training.schema import Recipe, load_yaml
+from .recipes import OWN
 
-OWN = ("output_dir", "overwrite", "resume")  # the studio's to say
 BASIC = (
     "base", "quantization", "method", "data.source", "data.format", "training.epochs", "training.learning_rate",
     "training.batch_size", "data.max_length",
@@ -65,7 +65,7 @@ def field_of(key: str, entry: dict[str, Any]) -> dict[str, Any]:
     section, _, name = key.rpartition(".")
     limits = ", ".join(f"{sign} {first[name]}" for name, sign in SIGNS.items() if name in first)
     if key == "method":
-        kind, choices = "choice", [*method_names()]
+        kind, choices = "choice", [*method_names(), *QUANTIZED]
     return {
         "key": key, "section": section, "name": name or key, "kind": {"string": "text"}.get(kind, kind), "choices": choices,
         "help": HELP.get(key, entry.get("description", "")), "default": text_of(entry.get("default")), "limits": limits,
@@ -74,6 +74,7 @@ def field_of(key: str, entry: dict[str, Any]) -> dict[str, Any]:
 
 def option_fields(method: str) -> list[dict[str, Any]]:
     """The fields of a method's configuration that a text can give, with the recipe's own default of each."""
+    method = QUANTIZED.get(method, (method,))[0]
     try:
         kind, given = config_type(method), defaults_of(method).options
     except ConfigError:

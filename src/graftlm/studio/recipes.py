@@ -13,6 +13,7 @@ from .index import SETTINGS
 from .jobs import Jobs
 from .workspace import Workspace, slug
 
+OWN = ("output_dir", "overwrite", "resume")  # of a recipe, the studio's to say
 PATHS = ("base", "data.source", "init_from")
 STARTS = ("/", "~", ".", "\\")  # of what can only be a path
 EXAMPLES: dict[str, dict[str, Any]] = {

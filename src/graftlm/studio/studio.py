@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,12 @@ class Studio:
                 folder = self.workspace.runs / row.name
                 if folder.is_dir() and state_of(folder).get("state") != state:
                     self.index.note(folder)
+
+    async def begin(self, folder: Path, kind: str, args: Sequence[str], **told: Any) -> Response:
+        """Queue a job (see `Jobs.add`), and show its page."""
+        await asyncio.to_thread(self.jobs.add, folder, kind, args, **told)
+        await asyncio.to_thread(self.index.note, folder)
+        return go(f"/runs/{folder.name}")
 
     async def plan_queue(self) -> None:
         """Have a plan made of each job of the queue, once one waits: by them it may start beside others."""

@@ -31,7 +31,8 @@
     for (const log of root.querySelectorAll(".log")) log.scrollTop = log.scrollHeight;
   }
 
-  const tell = (text) => { document.getElementById("told").textContent = text; };
+  const told = document.getElementById("told");
+  const tell = (text) => { told.textContent = text; };
   const on = (name, action) => document.body.addEventListener(name, action);
 
   document.addEventListener("DOMContentLoaded", () => begin(document));
@@ -57,11 +58,12 @@
     }
   });
   on("htmx:responseError", (event) => tell(event.detail.xhr.responseText.trim() || `${event.detail.xhr.status}`));
-  const silent = () => tell(document.getElementById("told").dataset.silent);
+  const silent = () => tell(told.dataset.silent);
   on("htmx:sendError", silent);
   on("htmx:sseError", silent);
   on("htmx:sseOpen", () => tell(""));
-  on("htmx:beforeRequest", () => tell(""));
+  on("htmx:beforeRequest", (event) => { if (event.detail.requestConfig.triggeringEvent) tell(""); });  // a list's own looks say nothing
+  on("htmx:afterRequest", (event) => { if (event.detail.successful && told.textContent === told.dataset.silent) tell(""); });
 
   let typed = null;  // the form or the recipe, until what was typed is sent: what is pressed then waits for that
   on("input", (event) => { typed = event.target.closest("#form, #yaml") ?? typed; });

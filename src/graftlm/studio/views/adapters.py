@@ -127,9 +127,7 @@ def add_actions(made: APIRouter, studio: Studio) -> None:
             args += ["--rank", rank or RANK]
         if lift:
             records.write(folder / ORIGIN, {"from": name, "base": base})
-        await asyncio.to_thread(studio.jobs.add, folder, what, args, lift=lift, title=name)
-        await asyncio.to_thread(studio.index.note, folder)
-        return go(f"/runs/{folder.name}")
+        return await studio.begin(folder, what, args, lift=lift, title=name)
 
     @made.post("/{name}/folder")
     async def folder(request: Request, name: str) -> Response:

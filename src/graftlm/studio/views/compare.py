@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -12,12 +11,12 @@ from .. import bases, recipes
 from ..doors import REPORT_POLICY
 from ..errors import PageError
 from ..index import recipe_in
-from ..studio import Studio, go
+from ..studio import Studio
 from ..workspace import slug
 from .data import BUNDLED
 from .run import View
 
-METHODS = (
+METHODS = (  # of recipes, which this process does not import; without those that need options of their own
     "lora", "lora-int8", "qlora", "prompt-tuning", "p-tuning", "prefix-tuning", "bottleneck", "ia3", "adalora", "loha",
     "lokr", "vera", "randlora", "fourierft", "miss", "oft", "boft", "ln-tuning", "adaption-prompt", "cartridge",
 )  # fmt: skip
@@ -55,9 +54,7 @@ def router(studio: Studio) -> APIRouter:
         folder = studio.workspace.new_run(f"compare-{slug(data.rpartition('/')[2])}")
         args = ["compare", "--data", data, "--base", base, "--output", f"runs/{folder.name}/out", "--no-plan"]
         args += [a for m in methods for a in ("--method", m)] + (["--max-steps", steps] if steps else [])
-        await asyncio.to_thread(studio.jobs.add, folder, "compare", args, title=f"{data}: {', '.join(methods)}")
-        await asyncio.to_thread(studio.index.note, folder)
-        return go(f"/runs/{folder.name}")
+        return await studio.begin(folder, "compare", args, title=f"{data}: {', '.join(methods)}")
 
     @made.get("/runs")
     def runs(request: Request) -> Response:

@@ -14,8 +14,6 @@ from ..index import recipe_in
 from ..studio import Studio, go
 from .data import BUNDLED
 
-OWN = ("output_dir", "overwrite", "resume")
-
 
 def router(studio: Studio) -> APIRouter:
     """Routes of the page."""
@@ -105,7 +103,7 @@ def first(studio: Studio, asked: dict[str, str]) -> dict[str, Any]:
     """The recipe that the form begins with: of an example, of a run to repeat, or with what was asked for."""
     if "from" in asked:
         found = recipe_in(studio.workspace.run(asked["from"])) or {}
-        return {k: v for k, v in found.items() if k not in OWN}
+        return {k: v for k, v in found.items() if k not in recipes.OWN}
     content: dict[str, Any] = dict(recipes.EXAMPLES.get(asked.get("example", ""), {}).get("recipe", {}))
     if "data" in asked:
         content["data"] = {"source": asked["data"]}
