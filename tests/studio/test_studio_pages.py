@@ -131,6 +131,10 @@ def test_lists_show_what_is_now(browser, made):
         records.write(folder / "state.json", records.read(folder / "state.json") | {"state": "running"})
     made.jobs.stop(folder, at_once=True)
     until(lambda: made.look() or not made.jobs.going())
+    other = made.workspace.new_run("by-hand")  # as the command line makes it
+    assert 'class="badge unknown"' in browser.get("/runs").text
+    (other / "metrics.json").write_text('{"metrics": {"loss": 1.5, "loss_before": 2.5}}')
+    assert 'class="badge unknown"' not in (text := browser.get("/runs").text) and "2.5 → <b>1.5</b>" in text
 
 
 PLAN = {

@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 log = logging.getLogger("graftlm.studio")
 THEMES = ("auto", "light", "dark")
 THEME = "graftlm-theme"
-MANY = 10**6
+MANY, RECENT = 10**6, 20  # runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +102,11 @@ class Studio:
         self.refresh()
 
     def refresh(self) -> None:
-        """Have the index hold what the folders do: what came or went, and runs that have another state since."""
+        """Have the index hold what the folders do: what came or went, and runs that have another state since. Of those that
+        the command line makes, whose state is not known until they end, the latest are looked at."""
         self.index.sync()
-        for state in UNFINISHED:
-            for row in self.index.runs(limit=MANY, state=state):
+        for state, most in (*((state, MANY) for state in UNFINISHED), ("unknown", RECENT)):
+            for row in self.index.runs(limit=most, state=state):
                 folder = self.workspace.runs / row.name
                 if folder.is_dir() and state_of(folder).get("state") != state:
                     self.index.note(folder)
