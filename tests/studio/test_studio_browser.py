@@ -14,11 +14,22 @@ import yaml
 from studio_browser import LONG, TINY, home, ready, state
 from studio_helpers import Process
 
+from graftlm.studio import records
+
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 expect = playwright.expect
 
 AXE = (Path(__file__).parent / "vendor" / "axe.min.js").read_text(encoding="utf-8")
-PLACES = ("/", "/data", "/data/tweets", "/train", "/runs", "/compare", "/chat", "/adapters")
+PLACES = (
+    "/", "/data", "/data/tweets", "/data/odd.csv", "/train", "/runs", "/compare", "/chat", "/chat?name=one", "/adapters",
+    "/nothing",
+)  # fmt: skip
+CHAT = {
+    "title": "hi", "base": "graftlm-base", "adapters": ["", "gone"], "system": "Be kind.", "params": {"top_k": 5},
+    "turns": [
+        {"prompt": "<b>hi", "adapters": ["", "gone"], "answers": {"": "a" * 300}, "wrong": {"gone": "none"}, "vote": "base"}
+    ],
+}  # fmt: skip
 FETCH = "async (p) => { const b = performance.now(); await (await fetch(p)).text(); return performance.now() - b; }"
 RECIPE = TINY + "training: {max_steps: 12, eval_strategy: steps, save_strategy: steps, interval: 6}\n"
 
@@ -114,13 +125,19 @@ def test_every_page_is_without_serious_faults(chromium, studio, scheme, width, l
     page = context.new_page()
     page.set_default_timeout(LONG)
     page.goto(studio["now"].address)
+    records.write(studio["root"] / "chats" / "one.json", CHAT)
+    (studio["root"] / "data" / "odd.csv").write_text("ask,reply\na,b\n")
     names = [p.parent.name for p in (studio["root"] / "runs").glob("*/adapter_config.json")]
-    for place in [*PLACES, *(f"/{part}/{name}" for name in names[:1] for part in ("runs", "adapters"))]:
+    of_runs = [f"/{part}/{name}" for name in names[:1] for part in ("runs", "adapters")]
+    runs = sorted(p.name for p in (studio["root"] / "runs").iterdir())
+    of_runs += ["/compare/runs?run=" + "&run=".join(runs[:2])] if len(runs) > 1 else []
+    for place in [*PLACES, *of_runs]:
         page.goto(home(page) + place)
         if place == "/train":
             ready(page)
-        if place == "/data/tweets":
-            expect(page.locator("#rows svg")).to_be_visible(timeout=LONG)
+        if place.startswith("/data/"):
+            shown = "svg" if "tweets" in place else ".wrong"
+            expect(page.locator(f"#rows {shown}")).to_be_visible(timeout=LONG)
         assert page.get_attribute("html", "lang") == language
         page.evaluate(AXE)
         found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")

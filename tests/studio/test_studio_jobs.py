@@ -173,7 +173,7 @@ def test_what_the_system_killed_for_lack_of_memory_says_so(jobs, tmp_path, monke
     counted.write_text("pgfault 9\noom_kill 4\n")
     os.kill(jobs.entries()[0][1]["pid"], signal.SIGKILL)
     until(lambda: jobs.advance())
-    assert state(folder) == "lost" and "memory ran out" in state_of(folder)["error"]
+    assert state(folder) == "lost" and "lack of memory" in state_of(folder)["error"]
     assert jobs.going() == []
 
 

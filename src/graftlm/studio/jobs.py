@@ -36,7 +36,7 @@ JOB, STATE, LOG, OUT = "job.json", "state.json", "log.txt", "out"
 ORIGIN = "origin.json"  # of an adapter that was not trained here: from where, and its base
 UNFINISHED, ENDED = ("waiting", "running", "stopping"), ("done", "stopped", "failed", "lost")
 LOST = "The process ended without a word: killed, out of memory, or the machine went off."
-EXHAUSTED = "The system ended the process because memory ran out."
+EXHAUSTED = "The process was ended from outside, while the system was ending processes for lack of memory."
 KILLS = ("/proc/vmstat", "/sys/fs/cgroup/memory.events")  # where Linux counts what it ended for lack of memory
 
 
