@@ -474,8 +474,6 @@ def test_what_cannot_be_meant() -> None:
         graftlm.IA3Config(target_modules=["k"], feedforward_modules=["wo"])
     with pytest.raises(UnsupportedError, match="use_effective_conv2d=True is for Conv1d and Conv2d"):
         adapted("conv_3d", "loha_effective")
-    with pytest.raises(UnsupportedError, match="use_effective_conv2d=True is for convolutions"):
-        graftlm.LoKrConfig(use_effective_conv2d=True)
     with pytest.raises(ConfigError, match="init_weights='lyco': expected True, False or 'lycoris'"):
         graftlm.LoKrConfig(init_weights="lyco")
     with pytest.raises(ConfigError, match="decompose_factor=0: expected a whole number above 0, or -1"):
