@@ -50,7 +50,7 @@ def test_every_help_of_the_form_is_in_the_catalogue():
     options = [f for name in method_names() for f in forms.option_fields(name)]
     assert all(f["help"] for f in [*forms.fields(), *options])
     wanted = {f["help"] for f in [*forms.fields(), *options]}
-    assert not wanted - known.keys() and not known.keys() - wanted - texts()  # nor is there one that nothing says
+    assert wanted - known.keys() == known.keys() - wanted - texts() == set()  # nor is there one that nothing says
     assert forms.helps(forms.config_type("lora"))["r"] == "rank of the update."
 
 
