@@ -27,7 +27,7 @@ from .fields import check_expressions
 from .targets import find_targets, is_uncalled, report_read, without_uncalled
 
 #: ranks up to here are defaults or habit, and are taken on layers of toys too
-USUAL_RANKS = 16
+USUAL_RANKS = 32
 
 
 @dataclass(kw_only=True)
