@@ -26,8 +26,8 @@ from .base import Method, PeftConfig, Site
 from .fields import check_expressions
 from .targets import find_targets, is_uncalled, report_read, without_uncalled
 
-#: up to here a rank may be nobody's choice: it fits layers of toys too
-DEFAULT_RANKS = 12
+#: ranks up to here are defaults or habit, and are taken on layers of toys too
+USUAL_RANKS = 32
 
 
 @dataclass(kw_only=True)
@@ -212,7 +212,7 @@ class LayerMethod(Method):
 
 def check_rank(r: int, path: str, kind: str, shape: tuple[int, ...]) -> None:
     """ConfigError where a new update would have a rank over both sizes of its layer (a file's is taken as it is)."""
-    if r > DEFAULT_RANKS and r > (most := max(shape)):
+    if r > USUAL_RANKS and r > (most := max(shape)):
         raise ConfigError(
             f"r={r} is over both sizes of {path!r}, a {kind} of {shape[0]} x {shape[1]}: its update would have more "
             f"parameters than the layer, and no more to say. Take at most {most} (for this layer alone: rank_pattern), or "
