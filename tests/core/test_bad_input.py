@@ -462,10 +462,20 @@ def test_modules_that_lora_cannot_take() -> None:
 
 
 def test_no_defaults_for_an_unknown_family() -> None:
-    base = fresh("llama")
-    base.config.model_type = "lama"
-    with pytest.raises(TargetError, match="no default target_modules for model type 'lama'; did you mean 'llama'"):
+    base = fresh("bloom")
+    base.config.model_type = "blom"
+    with pytest.raises(TargetError, match="no default target_modules for model type 'blom'; did you mean 'bloom'"):
         graftlm.get_peft_model(base, lora())
+
+
+@pytest.mark.parametrize(("kind", "targets"), [
+    (graftlm.LoraConfig, ["q_proj", "v_proj"]), (graftlm.IA3Config, ["k_proj", "v_proj", "down_proj"]),
+])  # fmt: skip
+def test_a_new_family_built_like_llama_has_llamas_defaults(kind: Any, targets: list[str]) -> None:
+    base = fresh("llama")
+    base.config.model_type = "smollm9"
+    made = graftlm.get_peft_model(base, kind(task_type="CAUSAL_LM")).peft_config["default"]
+    assert made.target_modules == targets and getattr(made, "feedforward_modules", ["down_proj"]) == ["down_proj"]
 
 
 def test_bottleneck_places() -> None:

@@ -498,7 +498,7 @@ def test_what_cannot_be_meant() -> None:
     ):
         with pytest.raises(UnsupportedError, match="has no form for 'model.embed_tokens', a Embedding; it takes linear"):
             graftlm.get_peft_model(fresh("llama"), settings)
-    unknown = fresh("llama")
+    unknown = fresh("bloom")
     unknown.config.model_type = "unknown"
     with pytest.raises(TargetError, match="default feedforward_modules for model type 'unknown'"):
         graftlm.get_peft_model(unknown, graftlm.IA3Config(target_modules=["q_proj"]))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..architectures import (
     LORA_TARGETS,
+    Targets,
     base_modules,
     clean_path,
     default_targets,
@@ -62,7 +63,7 @@ class LayerMethod(Method):
     #: whether `r` is the rank of the update, and more of it than a layer has is refused
     ranked: ClassVar[bool] = False
     #: the layers that it changes where the configuration names none, by `config.model_type`
-    families: ClassVar[dict[str, list[str]]] = LORA_TARGETS
+    families: ClassVar[Targets] = LORA_TARGETS
 
     @property
     def bound(self) -> bool:
