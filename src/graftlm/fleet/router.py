@@ -168,7 +168,11 @@ class Router:
                 f"{self.by_group[ask.group]} requests of {ask.group or 'the base'} are on their way, of {self.asked} "
                 f"in all; the fleet has room for {self._room}, and one model may not fill it. Try again later."
             )
-        found: Place | None = getattr(self, f"_{self.policy}")(ask, avoid)
+
+        def fit(place: Place) -> bool:
+            return place.name not in avoid and place.takes(ask.tokens)
+
+        found: Place | None = getattr(self, f"_{self.policy}")(ask, fit)
         if found is None:
             raise QueueFullError(
                 f"{self.asked} requests with {self.tokens} tokens are on their way, as many as {len(self._open)} replicas "
@@ -203,10 +207,7 @@ class Router:
         self._shrink(place)
 
     # -- choices -----------------------------------------------------------------------------------------------------------
-    def _affinity(self, ask: Ask, avoid: Collection[str]) -> Place | None:
-        def fit(place: Place) -> bool:
-            return place.name not in avoid and place.takes(ask.tokens)
-
+    def _affinity(self, ask: Ask, fit: Fit) -> Place | None:
         holders = [place for place in self._holding(ask.adapters) if fit(place)]
         calm = [place for place in holders if not self._over(place)]
         if calm:
@@ -223,12 +224,16 @@ class Router:
             return near[0]
         return least(holders) if holders else self._of_two(fit)
 
-    def _least(self, ask: Ask, avoid: Collection[str]) -> Place | None:
-        return least([p for p in self._open if p.name not in avoid and p.takes(ask.tokens)])
+    def _least(self, ask: Ask, fit: Fit) -> Place | None:
+        found = least(self._open)  # looked at alone: it is nearly always the one
+        return found if found is not None and fit(found) else least([place for place in self._open if fit(place)])
 
-    def _random(self, ask: Ask, avoid: Collection[str]) -> Place | None:
-        fit = [p for p in self._open if p.name not in avoid and p.takes(ask.tokens)]
-        return self._draw.choice(fit) if fit else None
+    def _random(self, ask: Ask, fit: Fit) -> Place | None:
+        found = self._draw.choice(self._open)
+        if fit(found):
+            return found
+        others = [place for place in self._open if fit(place)]
+        return self._draw.choice(others) if others else None
 
     def _of_two(self, fit: Fit) -> Place | None:
         return least(self._two(self._open, fit)) or least([place for place in self._open if fit(place)])
