@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.errors import QueueFullError
+from graftlm.fleet.remote import START
 from graftlm.fleet.router import POLICIES, Ask, Place, Router
 from graftlm.inference.pace import Pace
 from graftlm.inference.scheduler import Piece, Scheduler, Sequence
@@ -243,7 +244,7 @@ class Fleet:
         self.nodes = {name: Node(name, limits, costs) for name in names}
         self.found = Found(policy)
         self.events: list[tuple[float, int, int, Node]] = []
-        self.numbers = itertools.count()
+        self.numbers, self.starts = itertools.count(), itertools.count()
 
     def run(self, wanted: Iterable[Wanted]) -> Found:
         """All of these, in the order of their times."""
@@ -256,7 +257,9 @@ class Fleet:
         return self.found
 
     def _arrive(self, wanted: Wanted) -> None:
-        ask = Ask(adapters=(wanted.adapter,) if wanted.adapter else (), tokens=wanted.prompt + wanted.new)
+        adapters = (wanted.adapter,) if wanted.adapter else ()
+        own = next(self.starts) if wanted.prompt > START else None  # no two prompts begin alike
+        ask = Ask(adapters=adapters, key=own, tokens=wanted.prompt + wanted.new)
         try:
             node = self.nodes[self.router.choose(ask)]
         except QueueFullError:

@@ -4,9 +4,11 @@ python benchmarks/serving_ray.py                     # prints a table; minutes
 python benchmarks/serving_ray.py --only hits --quick
 
 two       two replicas of one thread against one of two, eight adapters (rank 8), as `serving.py --only trace` asks
-hits      64 adapters by Zipf's law, eight replicas with room for eight: found where they were sent, affinity / random
+hits      64 adapters by Zipf's law, eight replicas with room for eight: found where they were sent, by affinity, which
+          begins with none attached, then at random by the same replicas
 ingress   a request of one token: over HTTP through Serve, ingress and replica, less the same at the replica
-validate  two replicas' tokens a second on one trace, against the simulation's (`fleet.py`) with steps timed on another
+validate  two replicas' tokens a second and requests' seconds on one trace, against the simulation's (`fleet.py`) with steps
+          timed on another
 """
 
 from __future__ import annotations
@@ -93,18 +95,29 @@ def adapters(base: str, count: int, folder: Path) -> Catalogue:
 class Direct:
     """Replicas behind a router of this process: no HTTP."""
 
-    def __init__(self, ray: Any, config: FleetConfig, catalogue: Catalogue, policy: str = "affinity") -> None:
-        self.ray, self.config, self.catalogue, self.policy = ray, config, catalogue, policy
+    def __init__(self, ray: Any, config: FleetConfig, catalogue: Catalogue) -> None:
+        self.ray, self.config, self.catalogue = ray, config, catalogue
+        self.remote: Any = None
 
     async def __aenter__(self) -> Direct:
         r = self.config.replica
         kind = self.ray.remote(Watched).options(num_cpus=r.threads, max_concurrency=10_000)
         self.actors = [kind.remote(self.config.model_dump()) for _ in range(self.config.replicas.min)]
         self.facts = [await actor.facts.remote() for actor in self.actors]
-        limits = r.limits | {"most": 10_000, "most_tokens": 1 << 30}
-        self.remote = Remote(limits, entries=self.entries, policy=self.policy)
-        self.remote.update({f"r{i}": (actor, True) for i, actor in enumerate(self.actors)})
+        self.route("affinity")
         return self
+
+    def route(self, policy: str) -> None:
+        """Choose replicas by a policy from now on."""
+        if self.remote is not None:
+            self.remote.close()
+        limits = self.config.replica.limits | {"most": 10_000, "most_tokens": 1 << 30}
+        self.remote = Remote(limits, entries=self.entries, policy=policy)
+        self.remote.update({f"r{i}": (actor, True) for i, actor in enumerate(self.actors)})
+
+    async def loads(self) -> int:
+        """Adapters that were attached so far."""
+        return sum([(await actor.report.remote()).loads for actor in self.actors])
 
     async def __aexit__(self, *_: Any) -> None:
         self.remote.close()
@@ -114,19 +127,20 @@ class Direct:
     async def entries(self, adapter: str) -> list[Any]:
         return [self.catalogue.named(name) for name in adapter.split("+") if name]
 
-    async def run(self, wanted: list[simulated.Wanted], streams: bool = True) -> float:
-        """All of these at their times; tokens a second."""
+    async def run(self, wanted: list[simulated.Wanted], streams: bool = True) -> tuple[float, float]:
+        """All of these at their times; tokens a second, and the median of requests' seconds."""
         rng, vocabulary = random.Random(1), self.facts[0].vocabulary
         begun = time.perf_counter()
 
-        async def one(w: simulated.Wanted) -> None:
+        async def one(w: simulated.Wanted) -> float:
             prompt = tuple(rng.randrange(10, vocabulary - 10) for _ in range(w.prompt))
             await asyncio.sleep(max(0.0, begun + w.at - time.perf_counter()))
             params = SamplingParams(max_new_tokens=w.new, ignore_end=True)
             await self.remote.submit(Request(prompt=prompt, adapter=w.adapter, params=params, streams=streams)).aresult()
+            return time.perf_counter() - begun - w.at
 
-        await asyncio.gather(*(one(w) for w in wanted))
-        return sum(w.new for w in wanted) / (time.perf_counter() - begun)
+        whole = await asyncio.gather(*(one(w) for w in wanted))
+        return sum(w.new for w in wanted) / (time.perf_counter() - begun), statistics.median(whole)
 
 
 def fitted(steps: list[tuple[int, int, int, float]], load: float = 0.0) -> simulated.Costs:
@@ -155,31 +169,31 @@ class Bench:
         own = {"threads": threads, "prepack": False} | replica
         return FleetConfig.from_dict({"base": self.args.base, "replicas": replicas, "replica": own})
 
-    def trace(self, seed: int, at_once: bool = True) -> list[simulated.Wanted]:
-        made = simulated.zipf(self.args.requests, 8, rate=1.0, seed=seed, prompts=(10, 100), new=(10, self.args.new))
-        return [replace(w, at=0.0) for w in made] if at_once else list(made)
+    def trace(self, seed: int) -> list[simulated.Wanted]:
+        """Requests that come at once."""
+        made = simulated.zipf(self.args.requests, 8, rate=1.0, seed=seed, new=(10, self.args.new))
+        return [replace(w, at=0.0) for w in made]
 
     async def two(self) -> None:
         catalogue, speeds = adapters(self.args.base, 8, self.folder / "two"), {}
         for replicas, threads in ((1, 2), (2, 1)):
             async with Direct(self.ray, self.config(replicas, threads), catalogue) as fleet:
                 await fleet.run(self.trace(0)[:8])
-                speeds[replicas] = [await fleet.run(self.trace(s)) for s in range(1, 1 + self.args.rounds)]
+                speeds[replicas] = [(await fleet.run(self.trace(s)))[0] for s in range(1, 1 + self.args.rounds)]
         one, both = (statistics.median(s) for s in speeds.values())
         self.say("two", ratio=both / one, one_of_two_threads=one, two_of_one=both)
 
     async def hits(self) -> None:
-        base = self.args.base
-        self.args.base = "graftlm-base"
         catalogue, figures = adapters("graftlm-base", 64, self.folder / "hits"), {}
         wanted = list(simulated.zipf(self.args.asked, 64, rate=self.args.rate, prompts=(8, 24), new=(4, 12)))
-        for policy in ("affinity", "random"):
-            async with Direct(self.ray, self.config(8, 1, max_adapters=8), catalogue, policy) as fleet:
-                speed = await fleet.run(wanted, streams=False)
-                loads = [(await actor.report.remote()).loads for actor in fleet.actors]
-                figures[policy] = 1 - sum(loads) / len(wanted)
-                figures[f"{policy}_tokens_per_s"] = speed
-        self.args.base = base
+        config = self.config(8, 1, max_adapters=8).model_copy(update={"base": "graftlm-base"})
+        async with Direct(self.ray, config, catalogue) as fleet:
+            for policy in ("affinity", "random"):
+                fleet.route(policy)
+                before = await fleet.loads()
+                speed, seconds = await fleet.run(wanted, streams=False)
+                figures[policy] = 1 - (await fleet.loads() - before) / len(wanted)
+                figures |= {f"{policy}_tokens_per_s": speed, f"{policy}_median_s": seconds}
         self.say("hits", **figures)
 
     async def ingress(self) -> None:
@@ -213,14 +227,16 @@ class Bench:
         async with Direct(self.ray, config, catalogue) as fleet:
             await fleet.run(self.trace(0))
             steps = [step for actor in fleet.actors for step in await actor.timed.remote()]
-            speeds = [await fleet.run(self.trace(s)) for s in range(1, 1 + self.args.rounds)]
+            seeds = range(1, 1 + self.args.rounds)
+            real = [await fleet.run(self.trace(seed)) for seed in seeds]
         costs, limits = fitted(steps), simulated.Limits(rows=config.replica.max_rows, room=config.replica.max_adapters)
-        said = []
-        for seed in range(1, 1 + self.args.rounds):
-            found = simulated.Fleet(2, limits, costs, "affinity").run(self.trace(seed))
-            said.append(found.tokens / found.seconds)
-        real, model = statistics.median(speeds), statistics.median(said)
-        self.say("validate", ratio=model / real, real=real, simulated=model, costs=str(costs))
+        found = [simulated.Fleet(2, limits, costs, "affinity").run(self.trace(seed)) for seed in seeds]
+        said = [(f.tokens / f.seconds, statistics.median(f.whole)) for f in found]
+        figures: dict[str, float] = {}
+        for i, name in enumerate(("tokens_per_s", "median_s")):
+            there, here = (statistics.median(line[i] for line in lines) for lines in (real, said))
+            figures |= {name: there, f"{name}_simulated": here, f"{name}_ratio": here / there}
+        self.say("validate", **figures, costs=str(costs))
 
 
 def sampled_steps(base: str, count: int) -> tuple[list[tuple[int, int, int, float]], float]:
@@ -270,9 +286,9 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2", help="of two and validate; the others take the bundled one")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=32, help="of a trace")
-    parser.add_argument("--new", type=int, default=60, help="tokens that a request of a trace writes at most")
+    parser.add_argument("--new", type=int, default=120, help="tokens that a request of a trace writes at most")
     parser.add_argument("--asked", type=int, default=1200, help="requests of hits; a quarter of them of ingress")
-    parser.add_argument("--rate", type=float, default=60.0, help="requests a second of hits")
+    parser.add_argument("--rate", type=float, default=15.0, help="requests a second of hits")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--only", nargs="+", choices=LINES, default=LINES)
     parser.add_argument("--json", type=Path)
