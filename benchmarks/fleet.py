@@ -15,7 +15,6 @@ replicas.
 from __future__ import annotations
 
 import argparse
-import gc
 import heapq
 import itertools
 import json
@@ -161,7 +160,7 @@ class Node:
         for _ in range(self.steps):
             self.pace.took(self.decoding, self.prompts, self.each)
         self.busy += self.steps * self.each
-        written = [job_of(p) for p in self.pieces if p.completes]
+        written = [job_of(p) for p in self.pieces if not p.sequence.filling or p.completes]
         self.scheduler.ran(self.pieces)
         done = []
         for job in written:
@@ -339,7 +338,6 @@ def main() -> None:
         return
     if args.costs is None:
         parser.error("how long steps take is to be said: --measure costs.json here first, then --costs costs.json")
-    gc.freeze()  # else every full collection goes over all that was imported
     costs = Costs(**json.loads(args.costs.read_text()))
     limits, found = Limits(room=args.room), []
     # a full batch's seconds a request, its prompt included
