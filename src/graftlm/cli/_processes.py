@@ -60,8 +60,11 @@ def launch(recipes: list[Recipe], count: int, *, quiet: bool, progress: bool = F
 
 
 def torchrun() -> int:
-    """Torch's launcher, by the words of this command line, without tracebacks of its own; the code of the process that failed
-    first, or 128 and the signal that ended it, or all."""
+    """Torch's launcher, by the words of this command line, without tracebacks of its own.
+
+    Returns:
+        The code of the process that failed first; 128 and a signal's number where that ended one, or the launcher.
+    """
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -71,11 +74,13 @@ def torchrun() -> int:
     except SignalException as error:
         return 128 + error.sigval
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        # one that was killed goes before those that missed it, which the launcher may see first; it ends others by SIGTERM
+        killed = [f for f in error.failures.values() if f.exitcode < 0 and -f.exitcode != signal.SIGTERM]
+        failure = killed[0] if killed else error.get_first_failure()[1]
         if failure.exitcode >= 0:
             return int(failure.exitcode)
-        print(f"Process {rank} was ended by {failure.signal_name()}.", file=sys.stderr)
-        return 128 - failure.exitcode
+        print(f"Process {failure.local_rank} was ended by {failure.signal_name()}.", file=sys.stderr)
+        return 128 - int(failure.exitcode)
     return 0
 
 
