@@ -154,11 +154,20 @@ METHODS: dict[str, Any] = {
     "ia3_input": lambda lib, t: lib.IA3Config(target_modules=t, feedforward_modules=t),
     "loha": lambda lib, t: lib.LoHaConfig(r=3, target_modules=t),
     "loha_effective": lambda lib, t: lib.LoHaConfig(r=3, target_modules=t, use_effective_conv2d=True),
+    "lokr": lambda lib, t: lib.LoKrConfig(r=1, alpha=2, target_modules=t, decompose_both=True),
+    "lokr_effective": lambda lib, t: lib.LoKrConfig(r=1, target_modules=t, use_effective_conv2d=True),
 }
-# what HF PEFT cannot (DoRA of attention, (IA)3 on Conv1d, LoHa on Conv3d and Conv1D), or neither of us
-ALONE = {("attends", "dora"), ("encodes", "dora"), ("sound", "ia3"), ("sound", "ia3_input"), ("volumes", "loha")}
+# what HF PEFT cannot (DoRA of attention, (IA)3 on Conv1d, LoHa and LoKr on Conv3d and Conv1D), or neither of us
+ALONE = {
+    ("attends", "dora"),
+    ("encodes", "dora"),
+    ("sound", "ia3"),
+    ("sound", "ia3_input"),
+    ("volumes", "loha"),
+    ("volumes", "lokr"),
+}
 NEITHER = {(n, m) for n in ("words", "attends", "encodes") for m in METHODS if m not in ("lora", "dora")}
-NEITHER |= {("volumes", "loha_effective")}
+NEITHER |= {("volumes", "loha_effective"), ("volumes", "lokr_effective")}
 CASES = [(n, m) for n in PLACES for m in METHODS if (n, m) not in NEITHER]
 
 
@@ -260,9 +269,8 @@ def test_whole_life(name: str, method: str, tmp_path: Path) -> None:
         model.unmerge_adapter()
         close(model(x), wanted)
         own = {k: v for k, v in state_of(model.get_base_model()).items() if k in before and v.shape == before[k].shape}
-        assert all(
-            torch.equal(before[k], v) for k, v in own.items() if "lora" not in k and "hada" not in k and "ia3" not in k
-        )
+        prefixes = ("lora", "hada", "lokr", "ia3")
+        assert all(torch.equal(before[k], v) for k, v in own.items() if not any(p in k for p in prefixes))
         merged = copy.deepcopy(model).merge_and_unload()
         close(merged(x), wanted, 1e-4)
         assert not any(isinstance(m, Adapted) for m in merged.modules())

@@ -425,6 +425,30 @@ def test_pattern_values(rank: Any) -> None:
         graftlm.get_peft_model(fresh("llama"), lora(target_modules=["q_proj"], rank_pattern={"q_proj": rank}))
 
 
+@pytest.mark.parametrize("config", [
+    graftlm.LoraConfig(r=65), graftlm.LoraConfig(r=4, rank_pattern={"layers.1.self_attn.q_proj": 65}),
+    graftlm.AdaLoraConfig(init_r=65, target_r=8, total_step=9, tinit=1, tfinal=1), graftlm.LoHaConfig(r=65),
+], ids=["lora", "pattern", "adalora", "loha"])  # fmt: skip
+def test_a_rank_over_both_sizes_of_a_layer(tmp_path: Path, config: Any) -> None:
+    """It is refused where an adapter is made, and the base stays as it was; a file of HF PEFT's that has one is read."""
+    base = fresh("llama")
+    before = state_of(base)
+    config.target_modules, size = ["q_proj"], base.config.hidden_size
+    with pytest.raises(ConfigError, match=rf"r=\d+ is over both sizes of '.*q_proj', a Linear of .*at most {size} "):
+        graftlm.get_peft_model(base, config)
+    assert state_of(base).keys() == before.keys()
+    theirs = peft.get_peft_model(fresh("llama"), getattr(peft, type(config).__name__)(**_given(config)))
+    theirs.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = theirs.eval()(**INPUTS).logits
+        torch.testing.assert_close(graftlm.PeftModel.from_pretrained(base, tmp_path)(**INPUTS).logits, expected)
+
+
+def _given(config: Any) -> dict[str, Any]:
+    names = ("r", "rank_pattern", "init_r", "target_r", "total_step", "tinit", "tfinal", "target_modules")
+    return {name: getattr(config, name) for name in names if getattr(config, name, None)}
+
+
 def test_modules_that_lora_cannot_take() -> None:
     base = fresh("llama")
     before = state_of(base)
@@ -438,10 +462,20 @@ def test_modules_that_lora_cannot_take() -> None:
 
 
 def test_no_defaults_for_an_unknown_family() -> None:
-    base = fresh("llama")
-    base.config.model_type = "lama"
-    with pytest.raises(TargetError, match="no default target_modules for model type 'lama'; did you mean 'llama'"):
+    base = fresh("bloom")
+    base.config.model_type = "blom"
+    with pytest.raises(TargetError, match="no default target_modules for model type 'blom'; did you mean 'bloom'"):
         graftlm.get_peft_model(base, lora())
+
+
+@pytest.mark.parametrize(("kind", "targets"), [
+    (graftlm.LoraConfig, ["q_proj", "v_proj"]), (graftlm.IA3Config, ["k_proj", "v_proj", "down_proj"]),
+])  # fmt: skip
+def test_a_new_family_built_like_llama_has_llamas_defaults(kind: Any, targets: list[str]) -> None:
+    base = fresh("llama")
+    base.config.model_type = "smollm9"
+    made = graftlm.get_peft_model(base, kind(task_type="CAUSAL_LM")).peft_config["default"]
+    assert made.target_modules == targets and getattr(made, "feedforward_modules", ["down_proj"]) == ["down_proj"]
 
 
 def test_bottleneck_places() -> None:

@@ -8,6 +8,7 @@ from .attention import attention_modules, encoder_kv_shapes, kv_shapes, self_att
 from .blocks import block_sites
 from .facts import (
     LORA_TARGETS,
+    Targets,
     backbone_embeddings,
     counts_from_ids,
     counts_from_mask,
@@ -27,6 +28,7 @@ from .facts import (
     position_tables,
     sums_up_mask,
     takes_position_ids,
+    target_family,
     token_embeddings,
 )
 from .per_layer import blank_ids, per_layer_inputs, per_layer_table
@@ -34,6 +36,7 @@ from .walk import base_modules, clean_path, held_parameters, innermost, replace_
 
 __all__ = [
     "LORA_TARGETS",
+    "Targets",
     "attention_modules",
     "backbone_embeddings",
     "base_modules",
@@ -67,6 +70,7 @@ __all__ = [
     "sums_up_mask",
     "takes_position_ids",
     "token_embeddings",
+    "target_family",
 ]
 
 chatglm.register()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 import sys
@@ -17,17 +18,21 @@ from .walk import base_modules
 _QV = ["q_proj", "v_proj"]
 _FUSED = ["query_key_value"]
 
+Targets = dict[str, list[str] | str]
+
 # Default LoRA targets by `config.model_type`: HF PEFT's table, and families that it lacks.
-LORA_TARGETS: dict[str, list[str]] = {
-    "bart": _QV, "bert": ["query", "value"], "bloom": _FUSED, "chatglm": _FUSED, "codegen": ["qkv_proj"],
-    "deberta": ["in_proj"], "deberta-v2": ["query_proj", "value_proj"], "electra": ["query", "value"],
-    "falcon": _FUSED, "RefinedWeb": _FUSED, "RefinedWebModel": _FUSED, "gemma": _QV, "gemma2": _QV, "gemma3": _QV,
-    "gemma3_text": _QV, "glm": _QV, "glm4": _QV, "gpt2": ["c_attn"], "gpt_bigcode": ["c_attn"], "gpt_neo": _QV,
-    "gpt_neox": _FUSED, "gptj": _QV, "layoutlm": ["query", "value"], "llama": _QV, "llama4": _QV, "mbart": _QV,
-    "mistral": _QV, "mixtral": _QV, "mpt": ["Wqkv"], "mt5": ["q", "v"], "olmo2": _QV, "opt": _QV, "pegasus": _QV,
-    "phi": ["q_proj", "v_proj", "fc1", "fc2"], "phi3": ["qkv_proj"], "qwen2": _QV, "qwen3": _QV, "qwen3_moe": _QV,
-    "roberta": ["query", "value"], "stablelm": _QV, "t5": ["q", "v"], "umt5": ["q", "v"],
-    "xlm-roberta": ["query", "value"],
+LORA_TARGETS: Targets = {
+    "bart": _QV, "bert": ["query", "value"], "blip-2": ["q", "v", *_QV], "bloom": _FUSED, "btlm": ["c_proj", "c_attn"],
+    "chatglm": _FUSED, "codegen": ["qkv_proj"], "deberta": ["in_proj"], "deberta-v2": ["query_proj", "value_proj"],
+    "electra": ["query", "value"], "falcon": _FUSED, "RefinedWeb": _FUSED, "RefinedWebModel": _FUSED, "gemma": _QV,
+    "gemma2": _QV, "gemma3": _QV, "gemma3_text": _QV, "gemma4": r".*language_model\..*\.(q_proj|v_proj)", "glm": _QV,
+    "glm4": _QV, "gpt2": ["c_attn"], "gpt_bigcode": ["c_attn"], "gpt_neo": _QV, "gpt_neox": _FUSED, "gptj": _QV,
+    "layoutlm": ["query", "value"], "llama": _QV, "llama4": _QV, "mbart": _QV, "mistral": _QV, "mixtral": _QV,
+    "mpt": ["Wqkv"], "mt5": ["q", "v"], "nemotron_h": ["q_proj", "k_proj", "v_proj", "o_proj"], "olmo2": _QV, "opt": _QV,
+    "pegasus": _QV, "phi": ["q_proj", "v_proj", "fc1", "fc2"], "phi3": ["qkv_proj"], "qwen2": _QV, "qwen3": _QV,
+    "qwen3_moe": _QV, "roberta": ["query", "value"], "rwkv": ["key", "value", "receptance", "output"],
+    "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"], "stablelm": _QV, "t5": ["q", "v"],
+    "umt5": ["q", "v"], "xlm-roberta": ["query", "value"],
 }  # fmt: skip
 
 
@@ -42,20 +47,28 @@ def is_plain(base: nn.Module) -> bool:
     return not isinstance(getattr(base, "config", None), PreTrainedConfig)
 
 
-def default_targets(base: nn.Module, table: dict[str, list[str]], config: str) -> list[str]:
-    """The entry of a table by `config.model_type`; TargetError, naming the configuration's class, for a family without."""
+def target_family(base: nn.Module, table: Targets) -> str | None:
+    """The family whose entry a model takes: its own, or Llama's where its modules have all of that entry's names."""
+    kind, usual = model_type(base), table["llama"]
+    if not kind or kind in table:
+        return kind or None
+    return "llama" if set(usual) <= {name.rpartition(".")[2] for name, _ in base.named_modules()} else None
+
+
+def default_targets(base: nn.Module, table: Targets, config: str) -> list[str] | str:
+    """The entry of a table for a model; TargetError, naming the configuration's class, for a family without."""
+    if (family := target_family(base, table)) is not None:
+        return copy.copy(table[family])
     kind = model_type(base)
     if not kind:
         raise TargetError(
             f"There are no default target_modules for {type(base).__name__}: it has no configuration of a family that has "
             f"some. Name them in {config}(target_modules=[...]), or use target_modules='all-linear'."
         )
-    if kind not in table:
-        raise TargetError(
-            f"There are no default target_modules for model type {kind!r}{nearest(kind, table)}. "
-            f"Name them in {config}(target_modules=[...]), or use target_modules='all-linear'."
-        )
-    return list(table[kind])
+    raise TargetError(
+        f"There are no default target_modules for model type {kind!r}{nearest(kind, table)}. "
+        f"Name them in {config}(target_modules=[...]), or use target_modules='all-linear'."
+    )
 
 
 def is_encoder_decoder(base: nn.Module) -> bool:

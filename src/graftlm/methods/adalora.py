@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..architectures import LORA_TARGETS
+from ..architectures import LORA_TARGETS, Targets
 from ..errors import AdapterError, CheckpointError, ConfigError
 from ..layers import Change, Frozen, Held, LowRank
 from .base import PeftConfig, PeftType, Site, register
@@ -34,7 +34,7 @@ from .fields import Count, Number, Probability, Whole, also_takes
 from .lora import ELSEWHERE, Lora, LoraConfig
 
 # Default targets by `config.model_type`: HF PEFT's table, and LoRA's for families that it lacks.
-TARGETS: dict[str, list[str]] = LORA_TARGETS | {
+TARGETS: Targets = LORA_TARGETS | {
     "bart": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
     "deberta-v2": ["query_proj", "key_proj", "value_proj", "dense"], "mt5": ["q", "k", "v", "o", "wi_0", "wi_1", "wo"],
     "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], "roberta": ["query", "key", "value", "dense"],

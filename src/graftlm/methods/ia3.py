@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..architectures import model_type
+from ..architectures import Targets, model_type, target_family
 from ..errors import ConfigError, TargetError
 from ..layers import Change, Frozen, Held
 from .base import PeftType, Site, register
@@ -26,7 +26,7 @@ _KV, _QV, _FUSED = ["k_proj", "v_proj", "down_proj"], ["q_proj", "v_proj", "down
 _BERT = ["key", "value", "output.dense"]
 
 # Default targets by `config.model_type`, that of the feed-forward half last: HF PEFT's table, and families that it lacks.
-TARGETS: dict[str, list[str]] = {
+TARGETS: Targets = {
     "bart": ["q_proj", "v_proj", "fc2"], "bert": _BERT, "bloom": ["query_key_value", "mlp.dense_4h_to_h"],
     "chatglm": _FUSED, "deberta": ["in_proj", "output.dense"], "deberta-v2": ["key_proj", "value_proj", "output.dense"],
     "electra": _BERT, "falcon": _FUSED, "RefinedWeb": _FUSED, "RefinedWebModel": _FUSED, "gemma": _QV, "gemma2": _QV,
@@ -137,10 +137,11 @@ class IA3(LayerMethod):
     def attach(self, host: Site, *, for_loading: bool = False) -> None:
         config: IA3Config = self.config  # type: ignore[assignment]
         if config.feedforward_modules is None:
-            kind = model_type(host.base)
-            if kind not in TARGETS:
+            kind = target_family(host.base, TARGETS)
+            if kind is None:
+                own = model_type(host.base)
                 raise TargetError(
-                    f"There are no default feedforward_modules for model type {kind!r}. Name those of target_modules that "
+                    f"There are no default feedforward_modules for model type {own!r}. Name those of target_modules that "
                     "stand last in a feed-forward half ([] for none)."
                 )
             config.feedforward_modules = [] if kind in _WITHOUT else TARGETS[kind][-1:]

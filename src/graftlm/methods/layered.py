@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..architectures import (
     LORA_TARGETS,
+    Targets,
     base_modules,
     clean_path,
     default_targets,
@@ -20,11 +21,14 @@ from ..architectures import (
     replace_module,
     token_embeddings,
 )
-from ..errors import TargetError, UnsupportedError
+from ..errors import ConfigError, TargetError, UnsupportedError
 from ..layers import Adapted, Change, Frozen, adapted_layers, around, is_product
 from .base import Method, PeftConfig, Site
 from .fields import check_expressions
 from .targets import find_targets, is_uncalled, report_read, without_uncalled
+
+#: ranks up to here are defaults or habit, and are taken on layers of toys too
+USUAL_RANKS = 32
 
 
 @dataclass(kw_only=True)
@@ -56,8 +60,10 @@ class LayerMethod(Method):
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
     takes: ClassVar[str] = "linear layers (torch's, bitsandbytes', Conv1D)"
     title: ClassVar[str]
+    #: whether `r` is the rank of the update, and more of it than a layer has is refused
+    ranked: ClassVar[bool] = False
     #: the layers that it changes where the configuration names none, by `config.model_type`
-    families: ClassVar[dict[str, list[str]]] = LORA_TARGETS
+    families: ClassVar[Targets] = LORA_TARGETS
 
     @property
     def bound(self) -> bool:
@@ -96,9 +102,10 @@ class LayerMethod(Method):
     def _place(self, host: Site, root: nn.Module, path: str, module: Any, name: str, initialise: bool) -> Frozen:
         """Put this adapter's change of a layer in; `path` is the layer's place below `root`, `name` what it is called."""
         layer = adapted_at(host, path, module, root)
-        layer.add(
-            self.name, self.change(host, name, layer.frozen), host.adapter_dtype(layer.frozen.layer), initialise=initialise
-        )
+        change: Any = self.change(host, name, layer.frozen)
+        if self.ranked and initialise:
+            check_rank(change.r, name, type(layer.frozen.layer).__name__, layer.frozen.shape)
+        layer.add(self.name, change, host.adapter_dtype(layer.frozen.layer), initialise=initialise)
         return layer.frozen
 
     def _taken(self, targets: dict[str, Any]) -> list[Frozen]:
@@ -202,6 +209,16 @@ class LayerMethod(Method):
         with torch.no_grad():
             for key, parameter in self.file_parameters(host):
                 parameter.copy_(tensors[key])
+
+
+def check_rank(r: int, path: str, kind: str, shape: tuple[int, ...]) -> None:
+    """ConfigError where a new update would have a rank over both sizes of its layer (a file's is taken as it is)."""
+    if r > USUAL_RANKS and r > (most := max(shape)):
+        raise ConfigError(
+            f"r={r} is over both sizes of {path!r}, a {kind} of {shape[0]} x {shape[1]}: its update would have more "
+            f"parameters than the layer, and no more to say. Take at most {most} (for this layer alone: rank_pattern), or "
+            "leave the layer out of target_modules."
+        )
 
 
 def adapted_at(host: Site, path: str, module: nn.Module, root: nn.Module | None = None) -> Adapted:

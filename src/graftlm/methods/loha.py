@@ -141,6 +141,7 @@ class LoHa(LayerMethod):
 
     title = "LoHa"
     kinds = ("linear", "conv")
+    ranked = True
     takes = "linear layers (torch's, bitsandbytes', Conv1D) and convolutions"
 
     def change(self, host: Site, path: str, frozen: Frozen) -> Change:

@@ -33,7 +33,7 @@ from ..quantization import source_class
 from .base import PeftType, Site, register
 from .biased import Biased
 from .fields import Count, Number, Probability, also_takes, check_expressions
-from .layered import LayerConfig
+from .layered import LayerConfig, check_rank
 from .lora_change import EmbeddingChange, LoraChange
 from .lora_conv import OUT_PROJ, ConvChange, check_dropout
 from .lora_data_config import KEPT, CordaConfig, EvaConfig, LoraGAConfig, check_data_start
@@ -195,6 +195,7 @@ class Lora(Biased):
 
     title = "LoRA"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding", "conv", "attention")
+    ranked: ClassVar[bool] = True
     takes = "linear layers (torch's, bitsandbytes', Conv1D), embeddings, convolutions and torch's MultiheadAttention"
 
     @property
@@ -234,9 +235,11 @@ class Lora(Biased):
         names = [path for path, _ in super().layers(host)]
         for full, path, name in find_parameters(host.base, config):
             names.append(full)
-            layer = adapted_parameter(host, path, name)
+            layer, (r, alpha) = adapted_parameter(host, path, name), self._rank(full)
+            if not for_loading:
+                check_rank(r, full, "parameter", layer.frozen.shape[-2:])
             dtype = host.adapter_dtype(SimpleNamespace(weight=layer.frozen.original))
-            layer.add(self.name, ExpertsChange(config, *self._rank(full)), dtype, initialise=not for_loading)
+            layer.add(self.name, ExpertsChange(config, r, alpha), dtype, initialise=not for_loading)
         if unused := unused_patterns(config, names, sorted({name.rpartition(".")[2] for name in names})):
             text = f"These entries select none of the targets and have no effect: {', '.join(unused)}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
