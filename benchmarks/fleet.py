@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlm.errors import QueueFullError
+from graftlm.fleet.remote import START
 from graftlm.fleet.router import POLICIES, Ask, Place, Router
 from graftlm.inference.pace import Pace
 from graftlm.inference.scheduler import Piece, Scheduler, Sequence
@@ -46,10 +47,8 @@ class Costs:
     group: float
     load: float
 
-    def of(self, pieces: list[Piece]) -> float:
-        prompts = sum(p.count for p in pieces if p.sequence.filling)
-        decoding = sum(not p.sequence.filling for p in pieces)
-        groups = len({p.sequence.group for p in pieces})
+    def of(self, decoding: int, prompts: int, groups: int) -> float:
+        """A step of so many rows that decode, tokens of prompts, and compositions."""
         return self.step + self.row * decoding + self.token * prompts + self.group * groups
 
 
@@ -74,15 +73,19 @@ class Wanted:
     new: int
 
 
-@dataclass(eq=False)
-class Job:
+@dataclass(eq=False, kw_only=True)
+class Job(Sequence):
     """A request that is on its way."""
 
     wanted: Wanted
     ask: Ask
-    sequence: Sequence
     first: float = 0.0
     hit: bool = True
+
+    @property
+    def left(self) -> int:
+        """Tokens that it has yet to write."""
+        return self.prompt + self.wanted.new - len(self.tokens)
 
 
 class Node:
@@ -94,9 +97,9 @@ class Node:
         space = Space(limits.cache_tokens)
         self.scheduler = Scheduler(space, limits.rows, limits.step_tokens, chunk=self.pace.tokens)
         self.pending: deque[Job] = deque()
-        self.jobs: dict[Sequence, Job] = {}
         self.held: dict[str, int] = {}  # requests of each adapter that is attached; used last at the end
         self.pieces: list[Piece] = []
+        self.decoding = self.prompts = 0  # rows and tokens of these
         self.steps = 0  # that go on now, all alike
         self.each = self.begun = 0.0  # seconds of one of these, and when the first begins
         self.turn = 0  # counts the ends that were foretold: the last one counts
@@ -122,8 +125,7 @@ class Node:
                 self.held[adapter] = 0
             if adapter:
                 self.held[adapter] = self.held.pop(adapter) + 1
-            self.jobs[job.sequence] = job
-            self.scheduler.add(job.sequence)
+            self.scheduler.add(job)
         self.pending = waits
         return seconds
 
@@ -134,20 +136,19 @@ class Node:
         self.runs = self.scheduler.busy
         if not self.runs:
             return None
-        self.pieces = self.scheduler.schedule().pieces
-        self.each, self.begun, self.steps = self.costs.of(self.pieces), now + seconds, 1
+        self.pieces = pieces = self.scheduler.schedule().pieces
+        prompts = [p.count for p in pieces if p.sequence.filling]
+        self.decoding, self.prompts = len(pieces) - len(prompts), sum(prompts)
+        self.each = self.costs.of(self.decoding, self.prompts, len({p.sequence.group for p in pieces}))
+        self.begun, self.steps = now + seconds, 1
         if not self.scheduler.turns and not self.pending:
-            self.steps = min(self.left(piece.sequence) for piece in self.pieces)
+            self.steps = min([job_of(p).left for p in pieces])
         return self.end
 
     @property
     def end(self) -> float:
         self.turn += 1
         return self.begun + self.steps * self.each
-
-    def left(self, sequence: Sequence) -> int:
-        """Tokens that it has yet to write."""
-        return self.jobs[sequence].wanted.new - (len(sequence.tokens) - sequence.prompt)
 
     def cut(self, now: float) -> float:
         """A request comes: the step that runs is the last of those that are alike; when it ends."""
@@ -156,26 +157,26 @@ class Node:
 
     def over(self, now: float) -> list[Job]:
         """What ran has ended: tokens are written; the requests that are done."""
-        prompts = sum(p.count for p in self.pieces if p.sequence.filling)
-        decoding = sum(not p.sequence.filling for p in self.pieces)
         for _ in range(self.steps):
-            self.pace.took(decoding, prompts, self.each)
+            self.pace.took(self.decoding, self.prompts, self.each)
         self.busy += self.steps * self.each
-        completes = [piece.sequence for piece in self.pieces if piece.completes]
+        written = [job_of(p) for p in self.pieces if not p.sequence.filling or p.completes]
         self.scheduler.ran(self.pieces)
         done = []
-        for sequence in completes:
-            job = self.jobs[sequence]
-            sequence.tokens += [0] * self.steps
-            sequence.done += self.steps - 1
+        for job in written:
+            job.tokens += [0] * self.steps
+            job.done += self.steps - 1
             job.first = job.first or now
-            if not self.left(sequence):
-                self.scheduler.remove(sequence)
-                del self.jobs[sequence]
+            if not job.left:
+                self.scheduler.remove(job)
                 if job.wanted.adapter:
                     self.held[job.wanted.adapter] -= 1
                 done.append(job)
         return done
+
+
+def job_of(piece: Piece) -> Job:
+    return piece.sequence  # type: ignore[return-value]
 
 
 @dataclass
@@ -242,7 +243,7 @@ class Fleet:
         self.nodes = {name: Node(name, limits, costs) for name in names}
         self.found = Found(policy)
         self.events: list[tuple[float, int, int, Node]] = []
-        self.numbers = itertools.count()
+        self.numbers, self.starts = itertools.count(), itertools.count()
 
     def run(self, wanted: Iterable[Wanted]) -> Found:
         """All of these, in the order of their times."""
@@ -255,13 +256,15 @@ class Fleet:
         return self.found
 
     def _arrive(self, wanted: Wanted) -> None:
-        ask = Ask(adapters=(wanted.adapter,) if wanted.adapter else (), tokens=wanted.prompt + wanted.new)
+        adapters = (wanted.adapter,) if wanted.adapter else ()
+        own = next(self.starts) if wanted.prompt > START else None  # no two prompts begin alike
+        ask = Ask(adapters=adapters, key=own, tokens=wanted.prompt + wanted.new)
         try:
             node = self.nodes[self.router.choose(ask)]
         except QueueFullError:
             self.found.refused += 1
             return
-        node.pending.append(Job(wanted, ask, Sequence(tokens=[0] * wanted.prompt, group=wanted.adapter)))
+        node.pending.append(Job(tokens=[0] * wanted.prompt, group=wanted.adapter, wanted=wanted, ask=ask))
         if not node.runs:
             self._begin(node, wanted.at)
         elif node.steps > 1:
@@ -341,10 +344,10 @@ def main() -> None:
     each = 65 * (costs.step / limits.rows + costs.row + costs.group) + 105 * costs.token
     rate = args.load * args.replicas / each
     for policy in args.policies:
-        begun = time.perf_counter()
+        begun = time.process_time()
         fleet = Fleet(args.replicas, limits, costs, policy)
         line = fleet.run(zipf(args.requests, args.adapters, rate, args.exponent)).figures()
-        line["took"] = time.perf_counter() - begun
+        line["cpu_seconds"] = time.process_time() - begun
         found.append(line)
         print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()), flush=True)
     print(f"requests a second {rate:.4g}, {costs}", Counter(line["policy"] for line in found).total(), "policies")

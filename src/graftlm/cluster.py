@@ -70,7 +70,10 @@ def connected(address: str | None = None, cpus: int | None = None) -> Iterator[A
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-            raise ConfigError(f"The Ray cluster at {address!r} cannot be used: {error}") from error
+            raise ConfigError(
+                f"The Ray cluster at {address!r} cannot be used: {error}. (Where it was started with a token, Ray wants "
+                "RAY_AUTH_MODE=token, and that token, here as well.)"
+            ) from error
     try:
         yield ray
     finally:

@@ -164,18 +164,22 @@ def test_what_a_replica_says_counts_but_for_what_is_on_its_way_there() -> None:
     assert set(made.places["r0"].held) == {"a", "z", "b"}  # a is on its way, c is not there
 
 
+@pytest.mark.parametrize("policy", ["affinity", "least"])
 @pytest.mark.parametrize("seed", range(5))
-def test_counts_hold_whatever_happens(seed: int) -> None:
+def test_counts_hold_whatever_happens(seed: int, policy: str) -> None:
     rng = random.Random(seed)
-    made, sent, born = router(4, room=3, rows=2, most=12, most_tokens=300), [], 4
+    made, sent, born = router(4, policy, room=3, rows=2, most=12, most_tokens=300), [], 4
     for _ in range(800):
         what = rng.random()
         if what < 0.5:
             adapters = tuple(f"a{min(int(rng.expovariate(0.3)), 20)}" for _ in range(rng.choice((0, 1, 1, 1))))
             ask = Ask(adapters=adapters, key=rng.choice((None, rng.randrange(5))), tokens=rng.randrange(1, 60))
             avoid = rng.sample(list(made.places), 1) if rng.random() < 0.1 else ()
+            fit = [p.load for p in made.places.values() if p.name not in avoid and p.takes(ask.tokens)]
             with contextlib.suppress(QueueFullError, NoReplicaError):
                 sent.append((made.choose(ask, avoid), ask))
+                tokens, asked = made.places[sent[-1][0]].load
+                assert policy != "least" or (tokens - ask.tokens, asked - 1) == min(fit)
         elif what < 0.9 and sent:
             made.finished(*sent.pop(rng.randrange(len(sent))))
         elif what < 0.95 and made.places:

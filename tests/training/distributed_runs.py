@@ -57,6 +57,7 @@ OPTIONS: dict[str, dict[str, Any]] = NEEDED | {
 
 CASES = {f"method-{name}": Case(method=name) for name in sorted(method_names())} | {
     "five-rows": Case(rows=5),  # the second process has none of the last batch
+    "five-rows-penalised": Case(rows=5, method="adalora"),
     "five-rows-padded": Case(rows=5, family="falcon"),
     "smoothing": Case(arguments={"label_smoothing_factor": 0.1}),
     "smoothing-padded": Case(family="falcon", arguments={"label_smoothing_factor": 0.1}),
@@ -149,7 +150,7 @@ RUNS = ("packing", "packing-fsdp2", "early-stop", "int8", "nf4", "joint", "joint
 # the processes differ in what they hold. All of them, for many more steps, are `slow`.
 OFTEN = ("lora", "adalora", "prompt-tuning", "prefix-tuning", "bottleneck", "trainable-tokens")
 QUICK = [f"method-{name}" for name in (*OFTEN, "vera", "p-tuning")]
-QUICK += ["five-rows", "smoothing", "accumulation-uneven", "checkpointing", "seq2seq", "bloom"]
+QUICK += ["five-rows", "five-rows-penalised", "smoothing", "accumulation-uneven", "checkpointing", "seq2seq", "bloom"]
 QUICK += ["fsdp2-five-rows", "parts-accumulation-uneven", *(f"fsdp2-method-{name}" for name in OFTEN)]
 OFTEN_RUN = ("packing", "early-stop", "nf4", "joint", "parts", "resumed")
 

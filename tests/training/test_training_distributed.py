@@ -69,7 +69,9 @@ def test_two_processes_follow_one(name: str, steps: int, of_two: Any, alone: Any
     assert "error" not in first, first["trace"]
     one = alone(name, steps)
     for key in ("loss", "eval_loss", "epoch_train_loss", *(["held_out"] if name in RUNS else [])):
-        assert len(first[key]) and first[key] == pytest.approx(one[key], abs=1e-5), key
+        # int8 rounds activations in evaluation: parameters that differ in their last bits tip some to the next step there
+        near = 1e-3 if name == "int8" and key in ("eval_loss", "held_out") else 1e-5
+        assert len(first[key]) and first[key] == pytest.approx(one[key], abs=near), key
     assert first["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
     assert first["parameters"].keys() == one["parameters"].keys()
     for key, value in one["parameters"].items():

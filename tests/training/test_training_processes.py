@@ -288,9 +288,18 @@ def test_a_killed_process_ends_all_and_leaves_checkpoints(endless: Path) -> None
     workers = [p for p in psutil.Process(started.pid).children(recursive=True) if "RANK" in p.environ()]
     next(p for p in workers if p.environ()["RANK"] == "1").kill()
     _, errors = started.communicate(timeout=120)
-    assert started.returncode and "--resume" in errors
+    assert started.returncode == 128 + signal.SIGKILL
+    assert "Process 1 was ended by SIGKILL" in errors and "--resume" in errors
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in workers)
     assert last_complete_checkpoint(endless / "out", []) is not None
+
+
+@pytest.mark.slow
+def test_a_mistake_is_told_as_by_one_process(endless: Path) -> None:
+    command = [*GRAFTLM, "train", str(endless / "recipe.yaml"), "--processes", "2", "--set", "data.max_examples=1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "2 processes for 1 rows to train on" in done.stderr
+    assert "--resume" not in done.stderr and "Traceback" not in done.stderr
 
 
 def differing(rank: int, port: int, answers: Any) -> None:

@@ -16,6 +16,8 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from ..training import Recipe
 
+MISTAKE = 2  # exit code of what is wrong with a recipe, as with one process
+
 
 def launch(recipes: list[Recipe], count: int, *, quiet: bool, progress: bool = False) -> int:
     """Train recipes in `count` processes of this machine, each on its share of the batches; the launcher's exit code.
@@ -41,13 +43,13 @@ def launch(recipes: list[Recipe], count: int, *, quiet: bool, progress: bool = F
         files = [Path(folder) / f"recipe-{i}.yaml" for i in range(len(recipes))]
         for file, recipe in zip(files, recipes, strict=True):
             file.write_text(recipe.to_yaml(), encoding="utf-8")
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        launcher = [sys.executable, "-m", __name__, "--standalone", f"--nproc_per_node={count}"]
         command = [*launcher, "-m", "graftlm", "train", *map(str, files), *(["--quiet"] if quiet else [])]
         command += ["--progress"] if progress else []
         started = subprocess.Popen(command, env=environment)
         with interrupts_go_to(lambda: started.send_signal(signal.SIGTERM)):  # on which the launcher ends its processes
             code = started.wait()
-    if code:
+    if code not in (0, MISTAKE):
         folders = ", ".join(recipe.output_dir for recipe in recipes)
         print(
             f"The processes ended with code {code}. Where {folders} has a checkpoint, the same line with --resume goes on "
@@ -55,3 +57,32 @@ def launch(recipes: list[Recipe], count: int, *, quiet: bool, progress: bool = F
             file=sys.stderr,
         )
     return code
+
+
+def torchrun() -> int:
+    """Torch's launcher, by the words of this command line, without tracebacks of its own.
+
+    Returns:
+        The code of the process that failed first; 128 and a signal's number where that ended one, or the launcher.
+    """
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        run.main(sys.argv[1:])
+    except SignalException as error:
+        return 128 + error.sigval
+    except ChildFailedError as error:
+        # one that was killed goes before those that missed it, which the launcher may see first; it ends others by SIGTERM
+        killed = [f for f in error.failures.values() if f.exitcode < 0 and -f.exitcode != signal.SIGTERM]
+        failure = killed[0] if killed else error.get_first_failure()[1]
+        if failure.exitcode >= 0:
+            return int(failure.exitcode)
+        print(f"Process {failure.local_rank} was ended by {failure.signal_name()}.", file=sys.stderr)
+        return 128 - int(failure.exitcode)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(torchrun())

@@ -18,6 +18,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 
 from ..errors import QueueFullError, ServingError
 from .ring import Ring, spot
@@ -80,6 +81,11 @@ class Place:
     held: dict[str, None] = field(init=False, default_factory=dict)
     going: Counter[str] = field(init=False, default_factory=Counter)
 
+    @property
+    def load(self) -> tuple[int, int]:
+        """Tokens and requests ahead."""
+        return self.tokens, self.asked
+
     def takes(self, tokens: int) -> bool:
         """Whether it has room for one more request."""
         return self.open and self.asked < self.most and (not self.asked or self.tokens + tokens <= self.most_tokens)
@@ -102,6 +108,7 @@ class Router:
         self._spare: dict[str, Place] = {}  # with room for adapters
         self._room = 0
         self._ring = Ring()
+        self._loads: list[tuple[int, int, str]] = []  # a heap of loads and names, those that were before among them
         self._draw = random.Random(seed)
 
     # -- replicas come and go ----------------------------------------------------------------------------------------------
@@ -136,6 +143,8 @@ class Router:
         self._open = [place for place in self.places.values() if place.open]
         self._room = sum(place.most for place in self._open)
         self._spare = {place.name: place for place in self._open if len(place.held) < place.room}
+        self._loads = [(*place.load, place.name) for place in self._open]
+        heapify(self._loads)
         if before != {place.name for place in self._open}:
             self._ring = Ring(place.name for place in self._open)
 
@@ -168,7 +177,11 @@ class Router:
                 f"{self.by_group[ask.group]} requests of {ask.group or 'the base'} are on their way, of {self.asked} "
                 f"in all; the fleet has room for {self._room}, and one model may not fill it. Try again later."
             )
-        found: Place | None = getattr(self, f"_{self.policy}")(ask, avoid)
+
+        def fit(place: Place) -> bool:
+            return place.name not in avoid and place.takes(ask.tokens)
+
+        found: Place | None = getattr(self, f"_{self.policy}")(ask, fit)
         if found is None:
             raise QueueFullError(
                 f"{self.asked} requests with {self.tokens} tokens are on their way, as many as {len(self._open)} replicas "
@@ -179,6 +192,7 @@ class Router:
         self.asked += 1
         self.tokens += ask.tokens
         self.by_group[ask.group] += 1
+        self._note(found)
         for adapter in ask.adapters:
             found.going[adapter] += 1
             self._hold(found, adapter)
@@ -196,6 +210,7 @@ class Router:
         place.tokens -= ask.tokens
         self.asked -= 1
         self.tokens -= ask.tokens
+        self._note(place)
         for adapter in ask.adapters:
             place.going[adapter] -= 1
             if not place.going[adapter]:
@@ -203,10 +218,7 @@ class Router:
         self._shrink(place)
 
     # -- choices -----------------------------------------------------------------------------------------------------------
-    def _affinity(self, ask: Ask, avoid: Collection[str]) -> Place | None:
-        def fit(place: Place) -> bool:
-            return place.name not in avoid and place.takes(ask.tokens)
-
+    def _affinity(self, ask: Ask, fit: Fit) -> Place | None:
         holders = [place for place in self._holding(ask.adapters) if fit(place)]
         calm = [place for place in holders if not self._over(place)]
         if calm:
@@ -223,12 +235,22 @@ class Router:
             return near[0]
         return least(holders) if holders else self._of_two(fit)
 
-    def _least(self, ask: Ask, avoid: Collection[str]) -> Place | None:
-        return least([p for p in self._open if p.name not in avoid and p.takes(ask.tokens)])
+    def _least(self, ask: Ask, fit: Fit) -> Place | None:
+        while (found := self.places[self._loads[0][2]]).load != self._loads[0][:2] or not found.open:
+            heappop(self._loads)
+        return found if fit(found) else least([place for place in self._open if fit(place)])
 
-    def _random(self, ask: Ask, avoid: Collection[str]) -> Place | None:
-        fit = [p for p in self._open if p.name not in avoid and p.takes(ask.tokens)]
-        return self._draw.choice(fit) if fit else None
+    def _note(self, place: Place) -> None:
+        """A load has changed."""
+        if self.policy == "least" and place.open:
+            heappush(self._loads, (*place.load, place.name))
+
+    def _random(self, ask: Ask, fit: Fit) -> Place | None:
+        found = self._draw.choice(self._open)
+        if fit(found):
+            return found
+        others = [place for place in self._open if fit(place)]
+        return self._draw.choice(others) if others else None
 
     def _of_two(self, fit: Fit) -> Place | None:
         return least(self._two(self._open, fit)) or least([place for place in self._open if fit(place)])
@@ -274,7 +296,7 @@ class Router:
 
 def least(places: list[Place]) -> Place | None:
     """The one with the fewest tokens ahead; None of none."""
-    return min(places, key=lambda place: (place.tokens, place.asked), default=None)
+    return min(places, key=lambda place: place.load, default=None)
 
 
 def hashed(key: str | int, places: list[Place]) -> Place:

@@ -92,9 +92,14 @@ class TokenLoss:
         self.tokens = 0
 
     def add(self, mean: float, tokens: int) -> None:
-        """Take in a mean over `tokens` tokens; NaN and infinities are left out, as the Trainer does in its own log."""
-        if tokens and math.isfinite(mean):
-            self.total += mean * tokens
+        """Take in a mean over `tokens` tokens."""
+        if tokens:
+            self.add_sum(mean * tokens, tokens)
+
+    def add_sum(self, total: float, tokens: int) -> None:
+        """Take in a sum over `tokens` tokens; NaN and infinities are left out, as the Trainer does in its own log."""
+        if math.isfinite(total):
+            self.total += total
             self.tokens += tokens
 
     @property

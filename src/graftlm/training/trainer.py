@@ -193,10 +193,10 @@ class Trainer(AcrossProcesses):
             self._labels = int(self.accelerator.reduce(torch.tensor(counts[0], device=self.args.device), "sum"))
         loss = self._pass(model, inputs, num_items_in_batch)
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:  # the sum over all tokens of the step
-            mean = loss * num_items_in_batch / self.accelerator.num_processes / max(counts[0], 1)
+            total = loss * num_items_in_batch / self.accelerator.num_processes  # a share of a penalty without labels, too
         else:
-            mean = loss * self.current_gradient_accumulation_steps
-        self._pending.append(torch.stack([mean.detach().float().mean(), *(mean.new_tensor(c).float() for c in counts)]))
+            total = loss * self.current_gradient_accumulation_steps * counts[0]
+        self._pending.append(torch.stack([total.detach().float().mean(), *(total.new_tensor(c).float() for c in counts)]))
         if len(self._pending) >= 64 or self.accelerator.device.type == "cpu":
             self._drain()
         return loss
@@ -240,8 +240,8 @@ class Trainer(AcrossProcesses):
     def _drain(self) -> None:
         """Bring the steps' measures from the device into the meter."""
         pending, self._pending = self._pending, []
-        for mean, labelled, real in torch.stack(pending).tolist() if pending else ():
-            self.meter.loss.add(mean, int(labelled))
+        for total, labelled, real in torch.stack(pending).tolist() if pending else ():
+            self.meter.loss.add_sum(total, int(labelled))
             self.meter.tokens += int(real)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
