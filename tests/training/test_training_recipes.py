@@ -367,8 +367,9 @@ def test_searches_that_cannot_be(place: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        (["training.max_steps=2", "training.learning_rate=1e-9"], "2 updates only: raise training.epochs"),
-        (["training.epochs=30", "training.learning_rate=1e-9", "training.batch_size=4"], "is too low for"),
+        (["training.max_steps=2", "training.learning_rate=5e-4"], "2 updates only: raise training.epochs"),
+        (["training.max_steps=2", "training.learning_rate=1e-9"], "1e-09 is too low: leave training.learning_rate out"),
+        (["training.max_steps=2", "training.learning_rate=90"], "rate 90 is too high. Leave training.learning_rate out"),
     ],
 )
 def test_a_run_that_learns_nothing_says_why(place: Path, tmp_path: Path, changes: list[str], told: str) -> None:
@@ -388,6 +389,8 @@ def test_a_run_that_learns_nothing_says_why(place: Path, tmp_path: Path, changes
     [
         ([[-100, -100, -100]] * 3 + [[-100, 5, 6]], (3.0, 1.0), "75% of the training rows have no labelled token"),
         ([[-100, 5, 6]], (3.0, 2.0, 9.0), "rose from 2 to 9: the learning rate 0.001 is too high"),
+        ([[-100, 5, 6]], (2.9, 2.8), "The training loss is 2.8: the learning rate 0.001 is too high"),
+        ([[-100, 5, 6]], (2.0, 1.9), "hardly moved (2 to 1.9): the learning rate 0.001 is too low for 180 updates"),
         ([[-100, 5, 6]], (3.0, 0.1), "learnt its rows by heart"),
         ([[-100, 5, 6]], (3.0, 2.0), "look whether prompt and answer are what you mean"),
     ],
@@ -396,7 +399,7 @@ def test_the_likeliest_reason(labels: list, losses: tuple[float, ...], told: str
     data = SimpleNamespace(train_rows=Dataset.from_dict({"labels": labels}))
     before, after = (Evaluation(metrics={"loss": loss, "accuracy": None}) for loss in (2.0, 2.5))
     history = [{"loss": loss, "step": 90 * i} for i, loss in enumerate(losses, 1)]
-    note = advice.note(Recipe().filled(576, 4), data, before, after, history)  # type: ignore[arg-type]
+    note = advice.note(Recipe().filled(576, 4), data, before, after, history, 1e-3)  # type: ignore[arg-type]
     assert note is not None and "no better than the base: held-out loss 2.000 before, 2.500 after" in note
     assert told in note
 

@@ -17,16 +17,22 @@ if TYPE_CHECKING:
 GAIN = 0.01  # share of the base's loss under which a run has not become better
 FEW = 50  # updates
 CUT = 0.2  # share of the rows
+FAR = 30  # times the usual rate, or of it one in so many
 
 
 def note(
-    recipe: Recipe, data: RunData, before: Evaluation | None, after: Evaluation | None, history: list[dict[str, Any]]
-) -> str | None:
-    """One sentence or two, or None where the run has learnt something (or nothing was held out)."""
+    recipe: Recipe, data: RunData, before: Evaluation | None, after: Evaluation | None, history: list[dict[str, Any]],
+    usual: float,
+) -> str | None:  # fmt: skip
+    """One sentence or two, or None where the run has learnt something (or nothing was held out).
+
+    Args:
+        usual: the learning rate that the recipe would have by default.
+    """
     if before is None or after is None:
         return None
     worse = verdict(before, after)
-    return None if worse is None else f"{worse} {reason(recipe, data, after, history)}"
+    return None if worse is None else f"{worse} {reason(recipe, data, before, after, history, usual)}"
 
 
 def verdict(before: Evaluation, after: Evaluation) -> str | None:
@@ -44,7 +50,9 @@ def verdict(before: Evaluation, after: Evaluation) -> str | None:
     return f"The adapter answers {accuracy:.0%} of the held-out rows rightly; always {answer!r} would be {constant:.0%}."
 
 
-def reason(recipe: Recipe, data: RunData, after: Evaluation, history: list[dict[str, Any]]) -> str:
+def reason(
+    recipe: Recipe, data: RunData, before: Evaluation, after: Evaluation, history: list[dict[str, Any]], usual: float
+) -> str:
     """The likeliest reason, and what to change."""
     rate = float(recipe.training.learning_rate or 0.0)
     losses = [e["loss"] for e in history if "loss" in e]
@@ -60,6 +68,17 @@ def reason(recipe: Recipe, data: RunData, after: Evaluation, history: list[dict[
         return (
             f"The training loss rose from {min(losses):.3g} to {last:.3g}: the learning rate {rate:g} is too high. Try "
             f"training.learning_rate={rate / 5:g}, or let it be searched (--budget 2m)."
+        )
+    start = before.metrics["loss"]
+    if rate > FAR * usual or last > 1.1 * start:
+        return (
+            f"The training loss is {last:.3g}: the learning rate {rate:g} is too high. Leave training.learning_rate out "
+            f"(here {usual:g}), or let it be searched (--budget 2m)."
+        )
+    if rate < usual / FAR:
+        return (
+            f"The learning rate {rate:g} is too low: leave training.learning_rate out (here {usual:g}), or let it be "
+            "searched (--budget 2m)."
         )
     if updates < FEW:
         return f"It made {updates} updates only: raise training.epochs (or lower training.batch_size)."

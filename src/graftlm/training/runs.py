@@ -26,6 +26,7 @@ from . import advice
 from .arguments import training_arguments
 from .bases import resolve_base
 from .compiling import CompiledLayers
+from .defaults import defaults_of
 from .evaluation import Evaluation, is_encoder_decoder
 from .live import ProgressFile
 from .measuring import check_baseline, measure, samples_of
@@ -109,7 +110,8 @@ def run(
             form |= fit(trainer, wrapped, recipe, output, member)
             after = measure(recipe, wrapped, tokenizer, data)
             form |= also(wrapped, tokenizer) if also is not None else {}
-            form["note"] = advice.note(recipe, data, before, after, trainer.state.log_history)
+            usual = defaults_of(recipe.method).rate(dims.hidden, dims.layers)
+            form["note"] = advice.note(recipe, data, before, after, trainer.state.log_history, usual)
             return finish(trainer, wrapped, output, before, after, form)
         finally:
             if recipe.training.gradient_checkpointing and member is None:
