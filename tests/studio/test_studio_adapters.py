@@ -44,6 +44,10 @@ def test_adapters_are_shown_packed_and_turned_into_others(browser, made):
         args = records.read(made.workspace.run(name) / "job.json")["args"]
         assert args[args.index("--output") :] == ["--output", f"runs/{name}/out", "--base", "graftlm-base", *more], what
         assert args[: args.index("runs/mine")] == MAKES[what] and parses(args)
+    ours = records.read(folder / "adapter_config.json")
+    records.write(folder / "adapter_config.json", {**ours, "peft_type": "IA3"})  # vLLM has no such, so it becomes a LoRA
+    place = browser.post("/adapters/mine/make", data={"what": "vllm"}).headers["hx-redirect"]
+    assert records.read(made.workspace.run(place.rpartition("/")[2]) / "job.json")["args"][-2:] == ["--rank", "16"]
     for bad in ({"what": "--help"}, {"what": "convert", "rank": "--to"}):
         assert browser.post("/adapters/mine/make", data=bad).status_code == 422
     assert browser.get("/adapters/mine-merge").status_code == 404

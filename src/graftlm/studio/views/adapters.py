@@ -22,6 +22,7 @@ MAKES = {
     "gguf": ["export", "--to", "gguf"], "ollama": ["export", "--to", "ollama"],
 }  # fmt: skip
 RANKED = ("convert", "vllm")  # which become a LoRA
+AS_IT_IS = ("LORA", "PROMPT_TUNING", "P_TUNING")  # what goes to vLLM without becoming another one
 PAGE = 50
 RANK = "16"  # of a LoRA that another adapter becomes
 
@@ -112,7 +113,7 @@ def as_zip(name: str, content: list[tuple[Path, str]]) -> Response:
 def add_actions(made: APIRouter, studio: Studio) -> None:
     @made.post("/{name}/make")
     async def make(request: Request, name: str) -> Response:
-        files.folder_of(studio.workspace, name)
+        kind = records.read(files.folder_of(studio.workspace, name) / files.CONFIG).get("peft_type")
         form = await request.form()
         what, rank = str(form.get("what", "")), str(form.get("rank", "")).strip()
         if what not in MAKES:
@@ -123,7 +124,7 @@ def add_actions(made: APIRouter, studio: Studio) -> None:
         base = permitted_base(studio, name)
         args = [*MAKES[what], f"runs/{name}", "--output", f"runs/{folder.name}/out", "--base", base]
         lift = what == "convert"
-        if lift or what in RANKED and rank:
+        if lift or what in RANKED and (rank or kind not in AS_IT_IS):
             args += ["--rank", rank or RANK]
         if lift:
             records.write(folder / ORIGIN, {"from": name, "base": base})
