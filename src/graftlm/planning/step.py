@@ -34,6 +34,10 @@ HEADS = ("head_dim", "kv_channels", "d_kv")
 VOCABULARY = ("vocab_size", "padded_vocab_size")
 TINY = {**dict.fromkeys(LAYERS, 2), **dict.fromkeys(INNER, 64), **dict.fromkeys(HEADS, 8), **dict.fromkeys(VOCABULARY, 512)}
 
+#: what glibc's heap goes on holding at its top (up to 64 MiB, its trim threshold), however little a step has; chosen on the
+#: points of benchmarks/planning.py
+TOP = 48 << 20
+
 
 @dataclass(frozen=True)
 class Work:
@@ -128,7 +132,10 @@ def step_memory(
     size = sizes(whole)
     trained = [p for p in whole.model.parameters() if p.requires_grad]
     gradients = sum(map(bytes_of, trained))
-    beyond = found.held - found.highest if gpu else (found.share - 1) * found.highest
+    if gpu:
+        beyond = found.held - found.highest
+    else:
+        beyond = max((found.share - 1) * found.highest, min(TOP, size.base_bytes / 2))
     return StepMemory(
         base=size.base_bytes, adapter=size.adapter_bytes, gradients=gradients, optimizer=2 * gradients,
         kept=round(found.kept), workspace=max(round(found.highest - found.kept) - gradients, 0),
