@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from .control import SEEN
 from .handle import NAME, manager
 
 WAIT = 1800.0  # seconds that a fleet may take to be ready
+PROXY = 60.0  # seconds that its proxy may take to listen
 
 
 def deploy(config: FleetConfig, say: Callable[[str], None]) -> None:
@@ -33,6 +35,8 @@ def deploy(config: FleetConfig, say: Callable[[str], None]) -> None:
         if not here:
             check_machines(ray)
         running = bring_up(ray, config)
+        if here:
+            until_answers(config)
         where = f"http://{config.http.host}:{config.http.port}/v1"
         say(f"{'Changed' if running else 'Serving'} {config.base_name} on {config.replicas.min} replicas at {where}")
         if here:
@@ -72,6 +76,23 @@ def bring_up(ray: Any, config: FleetConfig) -> bool:
         if time.monotonic() > until:
             raise ServingError(f"The fleet is not ready after {WAIT:.0f} s: {status}")
         time.sleep(0.2)
+
+
+def until_answers(config: FleetConfig) -> None:
+    """Return when the proxy of this machine hands requests on: it may start after all else."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.http.host, config.http.host)
+    until = time.monotonic() + PROXY
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://{host}:{config.http.port}/health", timeout=PROXY) as found:
+                if found.status == 200:
+                    return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise ServingError(
+                    f"The fleet is ready, but nothing answers at {host}:{config.http.port}: {error}"
+                ) from error
+        time.sleep(0.1)
 
 
 def renewed(status: dict[str, Any], config: FleetConfig) -> bool:
