@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import html
+import io
 import json
 import re
 
+import datasets
 import pytest
 import yaml
 from studio_helpers import an_adapter, client, parses, studio, until
 
-from graftlm.studio import records
+from graftlm.studio import records, running
 from graftlm.studio.errors import PageError
 from graftlm.studio.index import recipe_in
 
@@ -306,6 +308,29 @@ def test_pointing(browser, made, tmp_path):
     browser.post("/data/rows.jsonl/delete")
     assert there.exists() and browser.get("/data/rows.jsonl").status_code == 404
     assert browser.post("/data/tweets/delete").status_code == 409
+
+
+def test_parquet_and_a_folder_are_looked_at(browser, made, tmp_path):
+    rows = datasets.Dataset.from_list([json.loads(line) for line in ROWS.splitlines()])
+    buffer = io.BytesIO()
+    rows.to_parquet(buffer)
+    assert upload(browser, "rows.parquet", buffer.getvalue()).headers["hx-redirect"] == "/data/rows.parquet"
+    folder = tmp_path / "given" / "folder"
+    folder.mkdir()
+    (folder / "part-1.jsonl").write_text(ROWS)
+    place = browser.post("/data/point", data={"path": str(folder)}).headers["hx-redirect"]
+    for data in ("/data/rows.parquet", place):
+        found = browser.post(f"{data}/look", data={"base": "graftlm-base"}).text
+        assert all(str(value) in html.unescape(found) for value in rows[0].values()), found
+
+
+def test_the_address_is_said_and_opened(tmp_path, monkeypatch):
+    said, opened = [], []
+    monkeypatch.setattr(running.webbrowser, "open", opened.append)
+    monkeypatch.setattr(running.Server, "run", lambda self, sockets: (self.ready(), [door.close() for door in sockets]))
+    for browser in (True, False):
+        running.run(tmp_path / "here", [], port=0, browser=browser, at_once=1, max_upload=1000, say=said.append)
+    assert opened == [said[0].removeprefix("GraftLM Studio: ")] and "/?token=" in opened[0] and len(said) == 2
 
 
 def test_a_link_that_was_changed_is_not_followed(browser, made, tmp_path):
