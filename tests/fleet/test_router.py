@@ -180,6 +180,7 @@ def test_counts_hold_whatever_happens(seed: int, policy: str) -> None:
                 sent.append((made.choose(ask, avoid), ask))
                 tokens, asked = made.places[sent[-1][0]].load
                 assert policy != "least" or (tokens - ask.tokens, asked - 1) == min(fit)
+                assert len(router._loads) <= 8 * len(router._open)  # a router serves for months
         elif what < 0.9 and sent:
             made.finished(*sent.pop(rng.randrange(len(sent))))
         elif what < 0.95 and made.places:

@@ -25,6 +25,7 @@ from .ring import Ring, spot
 
 SLACK = 1.25  # times the mean load that a replica may have before others are asked
 SHARE = 4.0  # times the free room that one composition of adapters may take
+STALE = 8  # entries of the heap of loads for a replica, at most
 NEAR = 8  # names on the ring that are looked at
 POLICIES = ("affinity", "least", "random")
 
@@ -143,8 +144,7 @@ class Router:
         self._open = [place for place in self.places.values() if place.open]
         self._room = sum(place.most for place in self._open)
         self._spare = {place.name: place for place in self._open if len(place.held) < place.room}
-        self._loads = [(*place.load, place.name) for place in self._open]
-        heapify(self._loads)
+        self._sort()
         if before != {place.name for place in self._open}:
             self._ring = Ring(place.name for place in self._open)
 
@@ -244,6 +244,13 @@ class Router:
         """A load has changed."""
         if self.policy == "least" and place.open:
             heappush(self._loads, (*place.load, place.name))
+            if len(self._loads) > STALE * len(self._open):
+                self._sort()
+
+    def _sort(self) -> None:
+        """The heap without loads that were before."""
+        self._loads = [(*place.load, place.name) for place in self._open]
+        heapify(self._loads)
 
     def _random(self, ask: Ask, fit: Fit) -> Place | None:
         found = self._draw.choice(self._open)
