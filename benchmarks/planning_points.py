@@ -158,13 +158,15 @@ def recipe(point: dict[str, Any], folder: Path, number: int = 0) -> Any:
 
 
 def data(point: dict[str, Any], folder: Path) -> Path:
-    """Rows of words, of lengths between the point's two."""
+    """Rows of words, of lengths between the point's two. Rows of different lengths are one batch, which every step takes:
+    what is measured is then the longest batch, for which a plan is made; packs are chosen among 64 rows."""
     low, high = point["lengths"]
     pairs = point["shape"].startswith("t5") or point.get("answers", False)
-    path = folder / f"rows-{low}-{high}-{pairs}.jsonl"
+    count = 64 if low == high or point.get("packing") else point["batch"]
+    path = folder / f"rows-{low}-{high}-{pairs}-{count}.jsonl"
     if not path.is_file():
-        counts = [low + (high - low) * (i % 5) // 4 for i in range(64)]
-        texts = [" ".join(["the"] * (count + (low == high))) for count in counts]
+        steps = [i % 5 / 4 for i in range(count)] if count == 64 else [i / (count - 1) for i in range(count)]
+        texts = [" ".join(["the"] * (low + int((high - low) * step) + (low == high))) for step in steps]
         named = [{"prompt": x, "completion": "a b c d e f g h"} for x in texts] if pairs else None
         lines = named or [{"text": x} for x in texts]
         path.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")

@@ -121,12 +121,17 @@ def way(dtype: torch.dtype, rows: int, transposed: bool) -> Way:
     ways += [widened] * (dtype is not torch.float32)
     if len(ways) == 1:
         return F.linear
-    size, count = (1024, _COLD) if dtype is torch.float32 else (512, 1)
+    size, count = timed_weights(dtype)
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         x = torch.ones(rows, size, dtype=dtype)
         weights = [torch.ones(size, size, dtype=dtype) for _ in range(count)]
         weights = [w.t() for w in weights] if transposed else weights
         return ways[fastest([functools.partial(_each, way, x, weights) for way in ways], x, _CLEAR_WIN)]
+
+
+def timed_weights(dtype: torch.dtype) -> tuple[int, int]:
+    """Width and number of the square weights on which ways are timed."""
+    return (1024, _COLD) if dtype is torch.float32 else (512, 1)
 
 
 def _each(way: Way, x: Tensor, weights: list[Tensor]) -> None:

@@ -188,16 +188,16 @@ class Training:
 
 
 def held_in_training(
-    allocator: Allocator, weights: Sequence[Event], trained: Sequence[int], step: Sequence[Event], how: Training
+    allocator: Allocator, before: Sequence[Event], trained: Sequence[int], step: Sequence[Event], how: Training
 ) -> int:
     """Bytes that an allocator holds after two optimizer steps of AdamW.
 
     Args:
-        weights: as base and adapter come.
+        before: what comes (base and adapter), and may go, before the first step.
         trained: bytes of each tensor that is trained.
-        step: a forward and backward pass, after the weights; the gradients are what stays of it.
+        step: a forward and backward pass after that; the gradients are what stays of it.
     """
-    count = 1 + max([0, *(number for number, _ in [*weights, *step])])
+    count = 1 + max([0, *(number for number, _ in [*before, *step])])
 
     def new(sizes: Iterable[int]) -> list[Event]:
         nonlocal count
@@ -206,7 +206,7 @@ def held_in_training(
         play(allocator, made)
         return made
 
-    play(allocator, weights)
+    play(allocator, before)
     for sizes in how.flat:
         play(allocator, gone(new(sizes)))  # what was there before it became one
     for update in range(2):

@@ -1,16 +1,19 @@
 """What a machine is measured for once: memory of the process itself, and how fast it trains. It is kept.
 
 The process (interpreter, libraries, threads' buffers) is measured by a real run: three steps on a random base of some width
-in a fresh process, its highest resident memory less what is planned for that step. The run evaluates and generates nothing:
-that memory is planned for, and would be counted twice. Quantised and 16-bit bases bring libraries and buffers of their own,
+in a fresh process, its highest resident memory less base, adapter, optimizer and what the heap holds for storages that come
+and go (glibc tells; of another C library's heap it is planned). The run evaluates and generates nothing: that memory is
+planned for, and would be counted twice. Quantised and 16-bit bases bring libraries and buffers of their own,
 so each form of a base has its own figure. They are in `machine.json` in the user's cache.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,13 +27,14 @@ import torch
 from ..errors import PlanError
 from ..files import read_text
 from ..gguf import cache_directory
+from ..training.meters import STATUS
 from ..training.schema import Recipe
 from ..version import __version__
 
 if TYPE_CHECKING:
     from .step import Work
 
-FORMAT = 3  # raise it when what is measured changes
+FORMAT = 4  # raise it when what is measured changes
 WIDTH, INNER, BLOCKS, ROWS, LENGTH = 640, 1792, 6, 4, 96  # of the measuring run
 SMALL = 1, 8  # rows of its small step, tokens of each
 RUN = 2, 32  # of the run whose memory is measured: few, so that it shows the process and not its activations
@@ -154,7 +158,8 @@ def measured(form: str) -> dict[str, float]:
         step = step_memory(recipe, longest_batch(recipe, rows))
         small = step_memory(recipe, longest_batch(recipe, rows_given(*SMALL)))
         large = step_memory(recipe, longest_batch(recipe, rows_given(ROWS, LENGTH)))
-    process = max(found["peak"] - step.total - rows.data_bytes, 0)
+    held = step.gradients + step.kept + step.workspace + step.allocator if found["held"] is None else found["held"]
+    process = max(found["peak"] - rows.data_bytes - step.base - step.adapter - step.optimizer - held, 0)
     rates = fitted(small.work, large.work, found["small"], found["large"], bandwidth())
     return {"process_bytes": process, "start_bytes": found["start"], "operations": operations(form)} | rates
 
@@ -198,10 +203,52 @@ def main(form: str, folder: str) -> None:
     from ..training.meters import memory_now, peak_memory
     from ..training.recipes import run
 
-    start = memory_now()
-    run(measuring_recipe(form, Path(folder)), quiet=True)
-    peak = peak_memory()
-    print(json.dumps({"start": start, "peak": peak} | step_times(form, folder)))
+    start, noted = memory_now(), heap_notes()
+    run(measuring_recipe(form, Path(folder)), callbacks=[noted], quiet=True)
+    found = {"start": start, "peak": peak_memory(), "held": noted.held()}
+    print(json.dumps(found | step_times(form, folder)))
+
+
+def heap_notes() -> Any:
+    """A callback that notes the heap before the first step and after the last one."""
+    from transformers import TrainerCallback
+
+    class HeapNotes(TrainerCallback):
+        def __init__(self) -> None:
+            self.states: list[tuple[int, int, int] | None] = []
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            self.states = self.states or [heap_state()]
+
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            self.states.append(heap_state())
+
+        def held(self) -> int | None:
+            """Bytes that the heap holds for what comes and goes in steps: what it has grown by, without what stays in use,
+            and what was free in it before."""
+            before, after = self.states
+            if before is None or after is None:
+                return None
+            return (after[0] - before[0]) - (after[1] - before[1]) + before[2]
+
+    return HeapNotes()
+
+
+def heap_state() -> tuple[int, int, int] | None:
+    """Bytes that are resident and of no file, that are in use in the heap, and that are free in it; None where the C library
+    is not glibc (2.33 or later)."""
+
+    class Info(ctypes.Structure):  # struct mallinfo2 of malloc.h
+        _fields_ = [(f"f{i}", ctypes.c_size_t) for i in range(10)]
+
+    try:
+        ask = ctypes.CDLL("libc.so.6").mallinfo2
+        resident = re.search(r"RssAnon:\s+(\d+) kB", STATUS.read_text(encoding="ascii"))
+    except (OSError, AttributeError):
+        return None
+    ask.restype = Info
+    info = ask()
+    return None if resident is None else (1024 * int(resident[1]), info.f7, info.f8)  # uordblks, fordblks
 
 
 def step_times(form: str, folder: str) -> dict[str, float]:

@@ -22,7 +22,7 @@ from ..kernels import linear
 from ..preparation import enable_checkpointing
 from ..training.bases import auto_class
 from ..training.schema import Recipe
-from .allocators import OBJECTS, STATES, CudaCache, Heap, Training, held_in_training, within
+from .allocators import OBJECTS, STATES, CudaCache, Event, Heap, Training, gone, held_in_training, within
 from .sizes import bytes_of, sizes
 from .skeleton import Skeleton, attached, config_of, skeleton, without_quantization
 from .tracing import Account
@@ -32,11 +32,8 @@ WIDTHS = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim")
 INNER = ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "ffn_hidden_size", "encoder_ffn_dim", "decoder_ffn_dim")
 HEADS = ("head_dim", "kv_channels", "d_kv")
 VOCABULARY = ("vocab_size", "padded_vocab_size")
+TRIED = 12  # tokens of the batch with which short cuts are tried out
 TINY = {**dict.fromkeys(LAYERS, 2), **dict.fromkeys(INNER, 64), **dict.fromkeys(HEADS, 8), **dict.fromkeys(VOCABULARY, 512)}
-
-#: what glibc's heap goes on holding at its top (up to 64 MiB, its trim threshold), however little a step has; chosen on the
-#: points of benchmarks/planning.py
-TOP = 48 << 20
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ class StepMemory:
 class Heights:
     """What one traced step shows, in bytes above the weights: kept activations; highest in forward and backward pass; in the
     loss; held by the allocator (without AdamW's states). Its work: operations, bytes moved, calls. And what the allocator
-    holds as a share of the highest."""
+    holds as a share of the highest, and besides for products that are timed first."""
 
     kept: float
     highest: float
@@ -92,12 +89,13 @@ class Heights:
     moved: float = 0
     calls: float = 0
     share: float = 0
+    timing: float = 0
 
     def at(self, other: Heights, blocks: float) -> Heights:
-        """Carried on by `blocks` times the difference to `other`, which has one unit more; of the share the mean is taken:
-        how storages come to lie in a heap is chance, and a difference carried on would be many times that chance."""
+        """Carried on by `blocks` times the difference to `other`, which has one unit more; of what the heap holds the mean is
+        taken: how storages come to lie in a heap is chance, and a difference carried on would be many times that chance."""
         made = Heights(*(max(a + blocks * (b - a), 0) for a, b in zip(astuple(self), astuple(other), strict=True)))
-        return replace(made, share=(self.share + other.share) / 2)
+        return replace(made, share=(self.share + other.share) / 2, timing=(self.timing + other.timing) / 2)
 
 
 def step_memory(
@@ -135,7 +133,7 @@ def step_memory(
     if gpu:
         beyond = found.held - found.highest
     else:
-        beyond = max((found.share - 1) * found.highest, min(TOP, size.base_bytes / 2))
+        beyond = (found.share - 1) * found.highest + found.timing
     return StepMemory(
         base=size.base_bytes, adapter=size.adapter_bytes, gradients=gradients, optimizer=2 * gradients,
         kept=round(found.kept), workspace=max(round(found.highest - found.kept) - gradients, 0),
@@ -158,10 +156,27 @@ def of_all_blocks(recipe: Recipe, whole: Skeleton, traced: Callable[[Skeleton], 
     are used up."""
     config = whole.config
     blocks = next((getattr(config, k) for k in LAYERS if getattr(config, k, None)), 0)
-    if not alike(whole.model) or blocks <= few + more:
-        return traced(skeleton(recipe, config, whole.path))
-    low, high = (traced(skeleton(recipe, with_layers(config, n))) for n in (few, few + more))
-    return low.at(high, (blocks - few) / more)
+    if alike(whole.model):
+        for first in (few, few + 2 * more):  # LLaMA-Adapter leaves the lowest two blocks out
+            if blocks > first + more and (pair := smaller(recipe, whole, blocks, first, more)):
+                low, high = map(traced, pair)
+                return low.at(high, (blocks - first) / more)
+    return traced(skeleton(recipe, config, whole.path))
+
+
+def smaller(recipe: Recipe, whole: Skeleton, blocks: int, few: int, more: int) -> list[Skeleton]:
+    """Skeletons of `few` blocks and of `more` besides; none where the adapter does not grow by block as it does from there
+    to the whole model's, or has no place on so few."""
+    try:
+        found = [skeleton(recipe, with_layers(whole.config, n)) for n in (few, few + more)]
+    except GraftError:
+        return []
+    low, high, all_of_them = (trained_in(each.model) for each in (*found, whole))
+    return found if (high - low) * (blocks - few) == (all_of_them - low) * more else []
+
+
+def trained_in(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def with_layers(config: Any, count: int) -> Any:
@@ -231,13 +246,29 @@ def traced(
             loss.backward()
         del loss
         step = within(account.events[len(before) :])
+    timing = 0.0
     if gpu is None:
         held = mean(held_in_training(Heap(objects), [], trained, step, Training()) for objects in OBJECTS)
+        first = timed_products(found.dtype, batch["input_ids"].numel())
+        timing = mean(held_in_training(Heap(objects), first, trained, step, Training()) for objects in OBJECTS) - held
     else:
         held = held_in_training(CudaCache(), before, trained, step, gpu) - weights
     held, highest = held - STATES * sum(trained), top[0] - weights
     work = account.operations, account.moved, account.calls
-    return Heights(kept, highest, lost[0], held, *work, held / max(highest, 1))
+    return Heights(kept, highest, lost[0], held, *work, held / max(highest, 1), max(timing, 0))
+
+
+def timed_products(dtype: torch.dtype, rows: int) -> list[Event]:
+    """Weights that come and go when ways of products are timed (`kernels.linear.way`): in the trial, whose batch is of some
+    ten tokens, and in the first step; plain and transposed."""
+    if dtype is not torch.float32 or not (linear.takes_stripes() or linear.onednn_multiplies(dtype)):
+        return []
+    width, count = linear.timed_weights(dtype)
+    made: list[Event] = []
+    for _ in range(2 * len({linear._magnitude(n) for n in (TRIED, rows)})):
+        came = [(len(made) + i, width * width * dtype.itemsize) for i in range(count)]
+        made += [*came, *gone(came)]
+    return made
 
 
 def ways_known(dtype: torch.dtype) -> None:
