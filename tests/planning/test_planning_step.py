@@ -20,6 +20,8 @@ import graftlm
 from graftlm.errors import PlanError
 from graftlm.kernels import linear
 from graftlm.planning import machine as machines
+from graftlm.planning import step as steps
+from graftlm.planning.allocators import Heap, Training, held_in_training
 from graftlm.planning.devices import device
 from graftlm.planning.evaluating import evaluation_memory, generation_memory, longest, passed
 from graftlm.planning.rows import Part, Rows, rows_given, stacked
@@ -228,3 +230,47 @@ def test_the_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monkey
     machines.machine("fp32")
     assert calls == ["fp32", "fp32"]
     assert machines.known("fp32") == machines.Machine(**figures) and machines.known("bf16") is None
+
+
+# -- blocks that are not alike, the heap ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("options", [{}, {"adapter_layers": 5}], ids=["all but two", "so many"])
+def test_an_adapter_that_leaves_blocks_out_is_carried_on_as_it_grows(options: dict[str, Any]) -> None:
+    import transformers as t
+
+    config = t.LlamaConfig(
+        vocab_size=1024, hidden_size=32, intermediate_size=64, num_hidden_layers=14, num_attention_heads=4, pad_token_id=0
+    )
+    recipe = Recipe.from_dict(
+        {"base": "some/where", "dtype": "fp32", "method": "adaption-prompt", "method_options": options}
+    )
+    found, forms = skeleton(recipe, config), steps.short_cuts(recipe, config)
+    carried = steps.heights(recipe, found, batch(), forms)
+    whole = steps.traced(recipe, skeleton(recipe, config), batch(), forms)
+    for name in ("kept", "highest", "operations"):
+        assert getattr(carried, name) == pytest.approx(getattr(whole, name), rel=0.02), name
+
+
+def test_products_that_are_timed_first_are_in_the_heap() -> None:
+    """A step of a few tokens takes less than the weights on which its products are timed."""
+    width, count = linear.timed_weights(torch.float32)
+    first = steps.timed_products(torch.float32, 200)
+    if not (linear.takes_stripes() or linear.onednn_multiplies(torch.float32)):
+        assert not first
+        return
+    assert sum(size for _, size in first) == 0
+    assert len(first) == 2 * count * 2 * 2  # come and go; plain and transposed; of the trial's rows and of the step's
+    held = held_in_training(Heap(2), first, [64], [(1, 64)], Training())
+    assert count * width * width * 4 <= held < 2 * count * width * width * 4
+
+
+def test_the_heap_says_what_is_in_use() -> None:
+    before = machines.heap_state()
+    if before is None:
+        pytest.skip("another C library than glibc")
+    held = [torch.ones(16_000) for _ in range(300)]  # each below what is mapped apart
+    after = machines.heap_state()
+    size = sum(x.nbytes for x in held)
+    assert after is not None and size <= after[1] - before[1] < 1.2 * size
+    del held
+    last = machines.heap_state()
+    assert last is not None and last[1] - before[1] < 0.1 * size

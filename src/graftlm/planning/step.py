@@ -1,6 +1,6 @@
 """Memory of a training step, by kind, from a pass of the engine over fake tensors.
 
-Blocks that are all alike are run with a few of them, and what grows by block is carried on to all; else all of them run.
+Of many blocks that are all alike a few are run, and what grows by block is carried on to all; else all of them run.
 Short cuts (packed rows, the loss in tiles) are tried out on a model of the same kind with tiny widths, as training tries
 them out on the base itself.
 """
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import GraftError, PlanError
 from ..kernels import linear
+from ..model import PeftModel
 from ..preparation import enable_checkpointing
 from ..training.bases import auto_class
 from ..training.schema import Recipe
@@ -32,6 +33,7 @@ WIDTHS = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim")
 INNER = ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "ffn_hidden_size", "encoder_ffn_dim", "decoder_ffn_dim")
 HEADS = ("head_dim", "kv_channels", "d_kv")
 VOCABULARY = ("vocab_size", "padded_vocab_size")
+ALL = 12  # blocks up to which all are run: what a heap holds under checkpointing grows with them
 TRIED = 12  # tokens of the batch with which short cuts are tried out
 TINY = {**dict.fromkeys(LAYERS, 2), **dict.fromkeys(INNER, 64), **dict.fromkeys(HEADS, 8), **dict.fromkeys(VOCABULARY, 512)}
 
@@ -92,8 +94,8 @@ class Heights:
     timing: float = 0
 
     def at(self, other: Heights, blocks: float) -> Heights:
-        """Carried on by `blocks` times the difference to `other`, which has one unit more; of what the heap holds the mean is
-        taken: how storages come to lie in a heap is chance, and a difference carried on would be many times that chance."""
+        """Carried on by `blocks` times the difference to `other`, which has one unit more; of what the heap holds the mean
+        is taken: how storages come to lie there is chance, and a difference carried on would be many times that chance."""
         made = Heights(*(max(a + blocks * (b - a), 0) for a, b in zip(astuple(self), astuple(other), strict=True)))
         return replace(made, share=(self.share + other.share) / 2, timing=(self.timing + other.timing) / 2)
 
@@ -152,13 +154,13 @@ def heights(
 
 
 def of_all_blocks(recipe: Recipe, whole: Skeleton, traced: Callable[[Skeleton], Heights], few: int, more: int) -> Heights:
-    """Heights of the whole model: where all blocks are alike of `few`, carried on by what `more` of them add. The skeletons
-    are used up."""
+    """Heights of the whole model: where there are many blocks and all alike, of `few`, carried on by what `more` of them add.
+    The skeletons are used up."""
     config = whole.config
-    blocks = next((getattr(config, k) for k in LAYERS if getattr(config, k, None)), 0)
-    if alike(whole.model):
+    blocks = block_count(config)
+    if blocks > ALL and alike(whole.model):
         for first in (few, few + 2 * more):  # LLaMA-Adapter leaves the lowest two blocks out
-            if blocks > first + more and (pair := smaller(recipe, whole, blocks, first, more)):
+            if pair := smaller(recipe, whole, blocks, first, more):
                 low, high = map(traced, pair)
                 return low.at(high, (blocks - first) / more)
     return traced(skeleton(recipe, config, whole.path))
@@ -177,6 +179,10 @@ def smaller(recipe: Recipe, whole: Skeleton, blocks: int, few: int, more: int) -
 
 def trained_in(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def block_count(config: Any) -> int:
+    return next((getattr(config, k) for k in LAYERS if getattr(config, k, None)), 0)
 
 
 def with_layers(config: Any, count: int) -> Any:
@@ -324,10 +330,8 @@ def short_cuts(recipe: Recipe, config: Any) -> ShortCuts:
         PlanError: there is no tiny model of this kind.
     """
     try:
-        loader = auto_class(config, recipe.task, recipe.base)
         with torch.random.fork_rng(devices=[]):
-            base = loader.from_config(tiny(without_quantization(config)), dtype=torch.float32)
-            model = attached(recipe, base).train()
+            model = tiny_model(recipe, config)
             model.try_out()
             trials, packing = model.entry.shortcuts.trials, model.entry.packing
             return ShortCuts(
@@ -340,7 +344,21 @@ def short_cuts(recipe: Recipe, config: Any) -> ShortCuts:
         ) from error
 
 
-def tiny(config: Any) -> Any:
+def tiny_model(recipe: Recipe, config: Any) -> PeftModel:
+    """A tiny model of two layers with the recipe's adapter; of all layers, where the adapter has no place on two."""
+    loader = auto_class(config, recipe.task, recipe.base)
+
+    def made(layers: int) -> PeftModel:
+        base = loader.from_config(tiny(without_quantization(config), layers), dtype=torch.float32)
+        return attached(recipe, base).train()
+
+    try:
+        return made(2)
+    except GraftError:
+        return made(block_count(config))
+
+
+def tiny(config: Any, layers: int) -> Any:
     """A configuration of the same kind with tiny widths."""
     made = copy.deepcopy(config)
     heads = getattr(config, "num_attention_heads", None) or 4
@@ -350,4 +368,4 @@ def tiny(config: Any) -> Any:
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
         if isinstance(getattr(made, name, None), int):
             setattr(made, name, min(getattr(made, name), 511))
-    return with_layers(made, 2)
+    return with_layers(made, layers)
