@@ -154,13 +154,13 @@ def heights(
 
 
 def of_all_blocks(recipe: Recipe, whole: Skeleton, traced: Callable[[Skeleton], Heights], few: int, more: int) -> Heights:
-    """Heights of the whole model: where there are many blocks and all alike, of `few`, carried on by what `more` of them add.
+    """Heights of the whole model: of many blocks that are all alike those of `few`, carried on by what `more` of them add.
     The skeletons are used up."""
     config = whole.config
     blocks = block_count(config)
     if blocks > ALL and alike(whole.model):
         for first in (few, few + 2 * more):  # LLaMA-Adapter leaves the lowest two blocks out
-            if pair := smaller(recipe, whole, blocks, first, more):
+            if blocks > first + more and (pair := smaller(recipe, whole, blocks, first, more)):
                 low, high = map(traced, pair)
                 return low.at(high, (blocks - first) / more)
     return traced(skeleton(recipe, config, whole.path))
