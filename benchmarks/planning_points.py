@@ -136,6 +136,15 @@ def held_out() -> Iterator[dict[str, Any]]:
     yield point("t5-0.2b", "lora", "fp32", 2, (96, 96))
     yield point("opt-0.3b", "prompt-tuning", "nf4", 1, (96, 96))
     yield point("bloom-0.5b", "prompt-tuning", "fp32", 1, (64, 64), checkpointing=True)
+    yield point("qwen2", "bottleneck", "fp32", 5, (72, 72))
+    yield point("neox", "lokr", "fp32", 4, (112, 112))
+    yield point("mistral", "oft", "fp32", 3, (56, 56))
+    yield point("gemma", "ia3", "bf16", 4, (80, 80))
+    yield point("neox", "prefix-tuning", "fp32", 6, (48, 48))
+    yield point("mistral", "lora", "int8", 3, (128, 128))
+    yield point("qwen2", "lora", "nf4", 4, (64, 64))
+    yield point("gemma", "lora", "fp32", 2, (224, 224), checkpointing=True)
+    yield point("qwen2", "adaption-prompt", "fp32", 3, (104, 104))
 
 
 def recipe(point: dict[str, Any], folder: Path, number: int = 0) -> Any:
