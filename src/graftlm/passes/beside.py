@@ -19,6 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..architectures.gated import plain
@@ -29,7 +30,7 @@ from ..layers.frozen import Frozen
 from ..methods.bottleneck import Adapter as Bottleneck
 from ..methods.bottleneck import OutputHook
 from ..routing import Group, Index
-from .slots import grouped, placed, update
+from .slots import ByFactors, grouped, placed, update
 
 if TYPE_CHECKING:
     from ..adapters import AdapterSet
@@ -156,6 +157,8 @@ class Tail:
             and all(plain(type(part)) is nn.Linear and not part._forward_hooks for part in (m.down, m.up))
             for m in self.adapters
         )
+        adapters = self.adapters if self.known else []
+        self.parts = [(m.down.weight, m.down.bias, m.activation, m.up.weight, m.up.bias, m.scaling) for m in adapters]
 
     def apply(self, index: Index, y: Tensor, x: Tensor) -> None:
         """Change y [N, out], in place, where `index` says."""
@@ -163,10 +166,9 @@ class Tail:
         if not self.known:
             y[index] = self.hook.added(self.names, rows, {})
             return
-        for adapter in self.adapters:
-            down, up = adapter.down, adapter.up
-            inner = adapter.activation(torch.addmm(down.bias, rows.to(down.weight.dtype), down.weight.t()))
-            rows += torch.addmm(up.bias, inner, up.weight.t()).mul_(adapter.scaling).to(rows.dtype)
+        for down, bias, activation, up, shift, scaling in self.parts:
+            inner = activation(F.linear(rows.to(down.dtype), down, bias))
+            rows.add_(F.linear(inner, up, shift).to(rows.dtype), alpha=scaling)
         if not isinstance(index, slice):
             y[index] = rows
 
@@ -304,10 +306,10 @@ class RowsBeside(dict[Place, list[Acts]]):
         few = few if len(few) > 1 and 2 * len(few) >= span.stop - span.start else {}
         for slot, own in slots.items():
             if slot not in few:
-                self._add(partial(update, placed(own, device)), slice(slot, slot + 1))
+                self._add(partial(partial, update, placed(own, device)), slice(slot, slot + 1))
         if few:
             near = {slot - span.start: own for slot, own in few.items()}
-            self._add(grouped(near, span.stop - span.start, device), span)
+            self._add(grouped(near, span.stop - span.start, end, device), span)
         for a, own in zip(acting, tokens, strict=True):
             self._add_others(a, placed(own, device))
 
@@ -321,9 +323,9 @@ class RowsBeside(dict[Place, list[Acts]]):
         """Whether the stack still is what it was made for."""
         return self.changes == self.stack.changes
 
-    def _add(self, what: Any, slots: slice) -> None:
+    def _add(self, what: ByFactors, slots: slice) -> None:
         for place, factors in self.stack.of(slots).items():
-            self.setdefault(place, []).append(partial(what, *factors))
+            self.setdefault(place, []).append(what(*factors))
 
     def _add_others(self, acting: Acting, index: Index) -> None:
         for place, others in acting.others.items():
