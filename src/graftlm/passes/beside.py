@@ -252,16 +252,25 @@ class Stack:
 
     def _write(self, slot: int, acting: Acting) -> None:
         self.slots[slot] = acting
+        downs: list[Tensor] = []
+        ups: list[Tensor] = []
+        lows = [low for place in self._factors for _, low in acting.lows.get(place, ())]
         for place, (a, b) in self._factors.items():
-            a[slot], b[slot] = 0, 0
-            count, rank, _ = b.shape[1:]
-            filled = [0] * count  # ranks, by part of B
-            for layer, low in acting.lows.get(place, ()):
-                part, columns = (0, acting.shapes[place].columns[layer]) if count == 1 else (layer, slice(None))
-                start, end = filled[part], filled[part] + len(low.a)
-                a[slot, :, part * rank + start : part * rank + end] = low.a.t()
-                torch.mul(low.b.t(), low.scale, out=b[slot, part, start:end, columns])
-                filled[part] = end
+            (_, count, rank, width), own = b.shape, acting.lows.get(place, ())
+            down, up, filled = a[slot], b[slot], [0] * count  # ranks, by part of B
+            if sum(len(low.a) for _, low in own) < down.shape[1] or (count == 1 and own[0][0] != own[-1][0]):
+                down.zero_()
+                up.zero_()
+            for layer, low in own:
+                columns = acting.shapes[place].columns[layer] if count == 1 else slice(0, width)
+                part, size = layer if count > 1 else 0, len(low.a)
+                downs.append(down.narrow(1, part * rank + filled[part], size))
+                ups.append(up[part].narrow(0, filled[part], size).narrow(1, columns.start, columns.stop - columns.start))
+                filled[part] += size
+        if lows:  # hundreds of small tensors: each by itself would take its time in Python
+            torch._foreach_copy_(downs, [low.a.t() for low in lows])
+            torch._foreach_copy_(ups, [low.b.t() for low in lows])
+            torch._foreach_mul_(ups, [float(low.scale) for low in lows])
 
 
 Factors = dict[Place, tuple[Tensor, Tensor]]
