@@ -81,8 +81,9 @@ def test_layers_of_one_width_hold_no_zeros() -> None:
     assert [tuple(t.shape[1:]) for t in stack.of(slice(0, 1))[PLACE]] == [(IN, 8), (2, 4, 8)]
 
 
+@pytest.mark.parametrize("widths", [[8, 8], [16, 4]], ids=["of one width", "of several"])
 @pytest.mark.parametrize("room", [True, False], ids=["memory for others", "none"])
-def test_compositions_that_come_and_go(room: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compositions_that_come_and_go(room: bool, widths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of any of twelve, one token each: always as token by token, and with memory for all each is written once."""
     written: list[Any] = []
     plain = Stack._write
@@ -90,9 +91,10 @@ def test_compositions_that_come_and_go(room: bool, monkeypatch: pytest.MonkeyPat
     if not room:
         monkeypatch.setattr(stack_module, "_SHARE", 1 << 60)
     generator, rng, stack = torch.Generator().manual_seed(0), random.Random(0), Stack()
-    everyone = [acting([8, 8], {0: [2], 1: [3]}, generator) for _ in range(12)]
+    kinds: list[dict[int, list[int]]] = [{0: [3], 1: [3]}, {1: [3]}, {0: [1, 2]}, {1: [3, 3]} if widths[0] > 8 else {1: [2]}]
+    everyone = [acting(widths, kinds[i % 4], generator) for i in range(12)]
     for step in range(60):
-        of = rng.sample(range(12), 1 if step == 0 else rng.randint(1, 4))
+        of = [0] if step == 0 else rng.sample(range(12), rng.randint(1, 4))
         different = sorted(of)
         rows = RowsBeside(
             stack, [everyone[i] for i in different], [different.index(i) for i in of], [1] * len(of), torch.device("cpu")
@@ -100,7 +102,7 @@ def test_compositions_that_come_and_go(room: bool, monkeypatch: pytest.MonkeyPat
         assert rows.current
         slots = [stack.slots.index(everyone[i]) for i in of]
         assert max(slots) - min(slots) < 2 * len(of), "they would not be multiplied together"
-        as_token_by_token(rows, everyone, of, [1] * len(of), 16, generator)
+        as_token_by_token(rows, everyone, of, [1] * len(of), sum(widths), generator)
     assert len(stack.slots) == (16 if room else 4)
     assert len(written) == 12 if room else len(written) > 30
 

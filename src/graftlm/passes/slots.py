@@ -60,7 +60,7 @@ def each(index: Index, all_: bool, a: Tensor, b: Tensor) -> Acts:
     slots, count, rank, width = b.shape
     flat, within, without = b.flatten(0, 1), (slots * count, 1, rank), (slots * count, 1, width)
     direct = isinstance(index, slice)
-    all_ = all_ and index == slice(0, slots)
+    all_ = all_ and direct and index == slice(0, slots)
 
     def update_each(y: Tensor, x: Tensor) -> None:
         come = x if all_ else x[index] if direct else x.index_select(0, index)  # type: ignore[arg-type]

@@ -163,7 +163,7 @@ class Stack:
         for place, (a, b) in self._factors.items():
             (_, count, rank, width), own = b.shape, acting.lows.get(place, [])
             down, up, filled = a[slot], b[slot], [0] * count  # ranks, by part of B
-            if sum(len(low.a) for _, low in own) < down.shape[1] or (count == 1 and own[0][0] != own[-1][0]):
+            if sum(len(low.a) for _, low in own) < down.shape[1] or count == 1 < len(acting.shapes[place].columns):
                 down.zero_()
                 up.zero_()
             for layer, low in own:
