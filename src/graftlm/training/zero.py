@@ -1,0 +1,126 @@
+"""DeepSpeed's ZeRO-2: each process has a part of the adapter's gradients and of AdamW's moments, and updates that part.
+
+The engine is given the trained parameters alone, not the model, so that passes, the frozen base (in whatever form) and files
+are those of one process. What it keeps in parts is gathered where a checkpoint is written and cut where one is read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import processes
+from ..errors import UnsupportedError
+
+
+def check_installed() -> None:
+    """UnsupportedError where DeepSpeed is not installed."""
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UnsupportedError(
+            "training.strategy: zero2 needs DeepSpeed, which is not installed: pip install deepspeed (on CPUs with "
+            "DS_ACCELERATOR=cpu and DS_BUILD_OPS=0 set). ddp does without it and holds the adapter whole; fsdp2 with "
+            "training.shard_adapters shares it out, too."
+        )
+
+
+class Trained(nn.Module):
+    """The parameters that DeepSpeed is given; a loss goes through it for the sake of the hooks on its way back."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__()
+        self.parameters_ = nn.ParameterList(parameters)
+
+    def forward(self, loss: Tensor) -> Tensor:
+        return loss
+
+
+class Zero:
+    """ZeRO-2 over an optimizer, whose groups have this process's parts from then on.
+
+    Args:
+        optimizer: AdamW over trained parameters in fp32.
+        highest: the norm that gradients are brought down to; 0: they are left.
+
+    Raises:
+        UnsupportedError: parameters in another precision, of which DeepSpeed would keep second ones.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, highest: float) -> None:
+        import deepspeed
+
+        self.optimizer = optimizer
+        self.parameters = [list(group["params"]) for group in optimizer.param_groups]
+        every = [p for group in self.parameters for p in group]
+        if other := {p.dtype for p in every} - {torch.float32}:
+            raise UnsupportedError(
+                f"training.strategy: zero2 trains adapters in fp32, and this one has {', '.join(map(str, other))}; use ddp"
+            )
+        config = {
+            "train_micro_batch_size_per_gpu": 1, "gradient_clipping": highest, "zero_optimization": {"stage": 2},
+        }  # fmt: skip
+        self.engine, *_ = deepspeed.initialize(model=Trained(every), optimizer=optimizer, config=config)
+        self.parts: list[Tensor] = [group["params"][0] for group in optimizer.param_groups]
+
+    def backward(self, loss: Tensor, updates: bool) -> None:
+        """Gradients of a loss are added to those before; where it `updates`, their mean over processes is taken, clipped
+        and stepped by. All processes must call this."""
+        self.engine.set_gradient_accumulation_boundary(updates)
+        self.engine.backward(self.engine(loss), scale_wrt_gas=False)
+        if updates:
+            self.engine.step()
+
+    @property
+    def norm(self) -> Tensor:
+        """Of the last update's gradients, before they were clipped."""
+        return torch.as_tensor(self.engine.get_global_grad_norm())
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within the block the optimizer has whole parameters and their states, as with one process; what is loaded into it
+        is kept. All processes must enter this."""
+        groups, states = self.optimizer.param_groups, self.optimizer.state
+        for group, own, part in zip(groups, self.parameters, self.parts, strict=True):
+            group["params"] = own
+            self._split(own, part, states)
+        try:
+            yield
+        finally:
+            for group, own, part in zip(self.optimizer.param_groups, self.parameters, self.parts, strict=True):
+                group["params"] = [part]
+                self._join(own, part, self.optimizer.state)
+
+    def _split(self, own: list[nn.Parameter], part: Tensor, states: Any) -> None:
+        """The state of a part becomes those of the parameters that all parts make up."""
+        for key, value in states.pop(part, {}).items():
+            if value.shape == part.shape:
+                every = [torch.empty_like(value) for _ in range(processes.count())]
+                torch.distributed.all_gather(every, value)
+                sizes = [p.numel() for p in own]
+                whole = torch.cat(every)[: sum(sizes)].split(sizes)
+                values = [w.view_as(p) for w, p in zip(whole, own, strict=True)]
+            else:
+                values = [value.clone() for _ in own]
+            for p, v in zip(own, values, strict=True):
+                states.setdefault(p, {})[key] = v
+
+    def _join(self, own: list[nn.Parameter], part: Tensor, states: Any) -> None:
+        """The other way round; nothing is exchanged."""
+        have = [states.pop(p) for p in own if p in states]
+        if not have:
+            return
+        states[part] = {}
+        for key, value in have[0].items():
+            if value.shape == own[0].shape:
+                flat = torch.cat([h[key].flatten() for h in have])
+                flat = torch.cat([flat, flat.new_zeros(part.numel() * processes.count() - flat.numel())])
+                value = flat.chunk(processes.count())[processes.index()].clone()
+            states[part][key] = value
+
+    def close(self) -> None:
+        """Let the model's parameters go."""
+        self.engine.destroy()
