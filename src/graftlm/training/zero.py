@@ -40,7 +40,7 @@ class Trained(nn.Module):
 
 
 class Zero:
-    """ZeRO-2 over an optimizer, whose groups have this process's parts from then on.
+    """ZeRO-2 beside an optimizer, which keeps its groups and rates, and has states only within `whole`.
 
     Args:
         optimizer: AdamW over trained parameters in fp32.
@@ -54,17 +54,22 @@ class Zero:
         import deepspeed
 
         self.optimizer = optimizer
-        self.parameters = [list(group["params"]) for group in optimizer.param_groups]
-        every = [p for group in self.parameters for p in group]
+        self.used = [i for i, group in enumerate(optimizer.param_groups) if group["params"]]  # DeepSpeed drops the others
+        self.parameters = [list(optimizer.param_groups[i]["params"]) for i in self.used]
+        every = [p for own in self.parameters for p in own]
         if other := {p.dtype for p in every} - {torch.float32}:
             raise UnsupportedError(
                 f"training.strategy: zero2 trains adapters in fp32, and this one has {', '.join(map(str, other))}; use ddp"
             )
+        kind: Any = type(optimizer)
+        self.inner = kind(
+            [optimizer.param_groups[i] | {"params": own} for i, own in zip(self.used, self.parameters, strict=True)]
+        )
         config = {
             "train_micro_batch_size_per_gpu": 1, "gradient_clipping": highest, "zero_optimization": {"stage": 2},
         }  # fmt: skip
-        self.engine, *_ = deepspeed.initialize(model=Trained(every), optimizer=optimizer, config=config)
-        self.parts: list[Tensor] = [group["params"][0] for group in optimizer.param_groups]
+        self.engine, *_ = deepspeed.initialize(model=Trained(every), optimizer=self.inner, config=config)
+        self.parts: list[Tensor] = [group["params"][0] for group in self.inner.param_groups]
 
     def backward(self, loss: Tensor, updates: bool) -> None:
         """Gradients of a loss are added to those before; where it `updates`, their mean over processes is taken, clipped
@@ -72,6 +77,8 @@ class Zero:
         self.engine.set_gradient_accumulation_boundary(updates)
         self.engine.backward(self.engine(loss), scale_wrt_gas=False)
         if updates:
+            for i, group in zip(self.used, self.inner.param_groups, strict=True):
+                group |= self.optimizer.param_groups[i] | {"params": group["params"]}
             self.engine.step()
 
     @property
@@ -81,45 +88,39 @@ class Zero:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Within the block the optimizer has whole parameters and their states, as with one process; what is loaded into it
-        is kept. All processes must enter this."""
-        groups, states = self.optimizer.param_groups, self.optimizer.state
-        for group, own, part in zip(groups, self.parameters, self.parts, strict=True):
-            group["params"] = own
-            self._split(own, part, states)
+        """Within the block the optimizer has the states of whole parameters, as with one process; what is loaded into it is
+        kept. All processes must enter this."""
+        for own, part in zip(self.parameters, self.parts, strict=True):
+            self._gather(own, part)
         try:
             yield
         finally:
-            for group, own, part in zip(self.optimizer.param_groups, self.parameters, self.parts, strict=True):
-                group["params"] = [part]
-                self._join(own, part, self.optimizer.state)
+            for own, part in zip(self.parameters, self.parts, strict=True):
+                self._cut(own, part)
+            self.optimizer.state.clear()
 
-    def _split(self, own: list[nn.Parameter], part: Tensor, states: Any) -> None:
-        """The state of a part becomes those of the parameters that all parts make up."""
-        for key, value in states.pop(part, {}).items():
+    def _gather(self, own: list[nn.Parameter], part: Tensor) -> None:
+        """States of parameters from those of the parts that their values lie in, one after the other."""
+        for key, value in self.inner.state.get(part, {}).items():
             if value.shape == part.shape:
                 every = [torch.empty_like(value) for _ in range(processes.count())]
                 torch.distributed.all_gather(every, value)
                 sizes = [p.numel() for p in own]
-                whole = torch.cat(every)[: sum(sizes)].split(sizes)
-                values = [w.view_as(p) for w, p in zip(whole, own, strict=True)]
+                values = torch.cat(every)[: sum(sizes)].split(sizes)
             else:
-                values = [value.clone() for _ in own]
+                values = (value,) * len(own)
             for p, v in zip(own, values, strict=True):
-                states.setdefault(p, {})[key] = v
+                self.optimizer.state[p][key] = (v.view_as(p) if value.shape == part.shape else v).clone()
 
-    def _join(self, own: list[nn.Parameter], part: Tensor, states: Any) -> None:
-        """The other way round; nothing is exchanged."""
-        have = [states.pop(p) for p in own if p in states]
-        if not have:
-            return
-        states[part] = {}
-        for key, value in have[0].items():
+    def _cut(self, own: list[nn.Parameter], part: Tensor) -> None:
+        """The other way round: this process's part of the states, filled up with zeros."""
+        have = [self.optimizer.state[p] for p in own if p in self.optimizer.state]
+        for key, value in have[0].items() if have else ():
             if value.shape == own[0].shape:
-                flat = torch.cat([h[key].flatten() for h in have])
-                flat = torch.cat([flat, flat.new_zeros(part.numel() * processes.count() - flat.numel())])
+                flat = part.new_zeros(part.numel() * processes.count())
+                torch.cat([h[key].flatten() for h in have], out=flat[: sum(p.numel() for p in own)])
                 value = flat.chunk(processes.count())[processes.index()].clone()
-            states[part][key] = value
+            self.inner.state[part][key] = value
 
     def close(self) -> None:
         """Let the model's parameters go."""
