@@ -65,9 +65,9 @@ class Zero:
         self.inner = kind(
             [optimizer.param_groups[i] | {"params": own} for i, own in zip(self.used, self.parameters, strict=True)]
         )
-        config = {
-            "train_micro_batch_size_per_gpu": 1, "gradient_clipping": highest, "zero_optimization": {"stage": 2},
-        }  # fmt: skip
+        numbers = sum(p.numel() for p in every)  # its default are buffers of 2 GB
+        zero = {"stage": 2, "reduce_bucket_size": numbers, "allgather_bucket_size": numbers, "overlap_comm": False}
+        config = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": highest, "zero_optimization": zero}
         self.engine, *_ = deepspeed.initialize(model=Trained(every), optimizer=self.inner, config=config)
         self.parts: list[Tensor] = [group["params"][0] for group in self.inner.param_groups]
 
@@ -103,14 +103,13 @@ class Zero:
         """States of parameters from those of the parts that their values lie in, one after the other."""
         for key, value in self.inner.state.get(part, {}).items():
             if value.shape == part.shape:
-                every = [torch.empty_like(value) for _ in range(processes.count())]
-                torch.distributed.all_gather(every, value)
-                sizes = [p.numel() for p in own]
-                values = torch.cat(every)[: sum(sizes)].split(sizes)
+                whole, sizes = value.new_empty(value.numel() * processes.count()), [p.numel() for p in own]
+                torch.distributed.all_gather(list(whole.chunk(processes.count())), value)
+                values = whole[: sum(sizes)].split(sizes)
             else:
                 values = (value,) * len(own)
             for p, v in zip(own, values, strict=True):
-                self.optimizer.state[p][key] = (v.view_as(p) if value.shape == part.shape else v).clone()
+                self.optimizer.state[p][key] = v.view_as(p) if value.shape == part.shape else v.clone()
 
     def _cut(self, own: list[nn.Parameter], part: Tensor) -> None:
         """The other way round: this process's part of the states, filled up with zeros."""
