@@ -89,8 +89,10 @@ def ranks(planned: Plan, processes: int, config: Any = None) -> Ranks:
     if divided > 1:  # moments of a part; values of it that are updated, and whole ones beside the model's at the start
         optimizer, sent = -(-optimizer // divided) + -(-adapter // divided), adapter * (divided - 1) // divided
     activations = step.kept + step.workspace + step.allocator
-    exchange = -(-gradients // divided) if processes > 1 else 0
-    # DDP's buckets stay, and ZeRO's mean; the copy that `sharding.Exchange` sends is there when activations are gone
+    exchange = gradients if processes > 1 else 0
+    if divided > 1:  # ZeRO's part of the mean, as it came, flattened and scaled
+        exchange = -(-3 * gradients // divided)
+    # DDP's buckets stay, and these; the copy that `sharding.Exchange` sends is there when activations are gone
     always = exchange if strategy in ("ddp", "zero2") and planned.together == 1 else 0
     weights = base + adapter + optimizer
     training = weights + gradients + max(activations + gathered + always, exchange)

@@ -74,8 +74,9 @@ class AcrossProcesses(transformers.Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with self.zero.whole() if self.zero is not None else nullcontext():
-            super()._load_optimizer_and_scheduler(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.zero is not None:
+            self.zero.take()
 
     @property
     def _whole_states(self) -> Any:

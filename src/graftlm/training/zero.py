@@ -40,7 +40,7 @@ class Trained(nn.Module):
 
 
 class Zero:
-    """ZeRO-2 beside an optimizer, which keeps its groups and rates, and has states only within `whole`.
+    """ZeRO-2 beside an optimizer, which keeps its groups and rates, and has states only within `whole` and until `take`.
 
     Args:
         optimizer: AdamW over trained parameters in fp32.
@@ -88,16 +88,20 @@ class Zero:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Within the block the optimizer has the states of whole parameters, as with one process; what is loaded into it is
-        kept. All processes must enter this."""
+        """Within the block the optimizer has the states of whole parameters, as with one process. All processes must enter
+        this."""
         for own, part in zip(self.parameters, self.parts, strict=True):
             self._gather(own, part)
         try:
             yield
         finally:
-            for own, part in zip(self.parameters, self.parts, strict=True):
-                self._cut(own, part)
             self.optimizer.state.clear()
+
+    def take(self) -> None:
+        """Have this process's part of the states that were loaded into the optimizer."""
+        for own, part in zip(self.parameters, self.parts, strict=True):
+            self._cut(own, part)
+        self.optimizer.state.clear()
 
     def _gather(self, own: list[nn.Parameter], part: Tensor) -> None:
         """States of parameters from those of the parts that their values lie in, one after the other."""
