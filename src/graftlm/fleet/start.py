@@ -29,6 +29,8 @@ def deploy(config: FleetConfig, say: Callable[[str], None]) -> None:
     """
     check_folders(config)
     here = config.address is None
+    if here:
+        port_is_free(config.http.host, config.http.port)
     with connected(config.address, cpus(config) if here else None) as ray, until_told() as told:
         if not here:
             check_machines(ray)
