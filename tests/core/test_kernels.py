@@ -13,7 +13,20 @@ from helpers import close, on_flash
 from torch import Tensor
 
 from graftlm import kernels
-from graftlm.kernels import HeadForm, Segments, Update, attention, grouped_low_rank, linear, lora, loss, mkl, packed, timing
+from graftlm.kernels import (
+    HeadForm,
+    Segments,
+    Update,
+    attention,
+    blocks,
+    grouped_low_rank,
+    linear,
+    lora,
+    loss,
+    mkl,
+    packed,
+    timing,
+)
 from graftlm.kernels.attention import Piece
 from graftlm.kernels.gated import ACTIVATIONS as GATED
 
@@ -510,9 +523,51 @@ def test_an_adapter_of_nan_stays_in_its_rows() -> None:
     close(made[2:], slowly(y, x, parts[1:])[2:])
 
 
+needs_halves = pytest.mark.skipif(not blocks._multiplies_halves(), reason="a torch or a processor without FBGEMM")
+
+
+@needs_halves
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("out", "size"), [(24, 40), (7, 5), (1, 100), (100, 1), (963, 700)])
+def test_products_by_weights_in_16_bits(dtype: torch.dtype, out: int, size: int) -> None:
+    weight = (
+        normal(size, out, seed=1, dtype=torch.float32).to(torch.bfloat16 if dtype is torch.bfloat16 else torch.float16).t()
+    )
+    weight, bias = weight.to(dtype), normal(out, seed=2, dtype=dtype)
+    kept = blocks.Halves(weight)
+    for rows in ((1,), (3,), (2, 7), (70,), (0,)):
+        x = normal(size, *rows, dtype=dtype).movedim(0, -1)  # not contiguous
+        for b in (None, bias):
+            wanted = F.linear(x.double(), weight.double(), None if b is None else b.double())
+            got = kept(x, b)
+            assert got.dtype is dtype
+            assert got.shape == wanted.shape
+            torch.testing.assert_close(got.double(), wanted, atol=1e-4 if dtype is torch.float32 else 0.3, rtol=1e-2)
+            assert not got._is_view()
+
+
+@needs_halves
+def test_16_bits_are_only_for_weights_that_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "halves_win", lambda dtype: True)
+    weight = normal(8, 6, dtype=torch.float32).half().float()
+    assert isinstance(blocks.form(weight), blocks.Halves)
+    assert isinstance(blocks.form(weight.t()), blocks.Halves)
+    for value in (1 / 3, 65536.0, torch.inf, -torch.inf, torch.nan, 2.0**-26):
+        for lying in (weight.clone(), weight.t().clone().t()):
+            lying[3, 2] = value
+            assert not isinstance(blocks.form(lying), blocks.Halves)
+    assert not isinstance(blocks.form(weight.double()), blocks.Halves)
+    tiny = weight.clone()
+    tiny[0, 0] = 2.0**-24  # the smallest number of fp16
+    assert blocks.form(tiny)(torch.eye(6), None)[0, 0].item() == 2.0**-24
+
+
+@pytest.mark.parametrize("halves", [False, pytest.param(True, marks=needs_halves)], ids=["blocks", "halves"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
-def test_products_by_kept_blocks(transposed: bool) -> None:
-    weight = torch.nn.Parameter(normal(*((40, 24) if transposed else (24, 40)), seed=1, dtype=torch.float32), False)
+def test_products_by_kept_blocks(transposed: bool, halves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "halves_win", lambda dtype: halves)
+    weight = normal(*((40, 24) if transposed else (24, 40)), seed=1, dtype=torch.float32).mul_(8).round_()  # fits 16 bits
+    weight = torch.nn.Parameter(weight, False)
     bias, x = normal(24, seed=2, dtype=torch.float32), normal(3, 7, 40, dtype=torch.float32).requires_grad_()
     outer = normal(3, 7, 24, seed=3, dtype=torch.float32)
     assert packed.packed(x, weight, bias) is None
@@ -522,6 +577,7 @@ def test_products_by_kept_blocks(transposed: bool) -> None:
                 weight += change  # noticed: the blocks are made anew
             kept = packed.packed(x, weight, bias)
             assert kept is not None
+            assert isinstance(kept.of(weight, backward=True), blocks.Halves) == halves
             got = packed.packed_product(x, kept, weight, bias)
             wanted = F.linear(x, weight.t() if transposed else weight, bias)
             close(got, wanted)

@@ -56,3 +56,20 @@ def test_what_prompts_cost_whatever_their_size_does_not_count_as_their_tokens() 
         pace.took(4, 0, STEP)
         pace.took(4, count, STEP + 0.04 + count * 0.002)
     assert pace.tokens(4) == pytest.approx(40, abs=1)
+
+
+def test_a_step_is_longer_the_more_rows_it_has() -> None:
+    """Nothing has decoded in so many rows alone: 0.02 s and 0.01 a row; 1.2 of it are 0.264 s, 2 ms a token."""
+    pace = Pace(256)
+    for rows in (1, 3, 6, 2) * 20:
+        pace.took(rows, 0, 0.02 + 0.01 * rows)
+        pace.took(rows, 10 * rows, 0.02 + 0.01 * rows + 0.02 * rows)
+    assert pace.tokens(20) == pytest.approx(132, abs=2)
+
+
+def test_it_learns_where_no_step_is_without_prompts() -> None:
+    pace = Pace(512)
+    for _ in range(200):
+        count = pace.tokens(16)
+        pace.took(16, count, STEP + 0.01 + count * 0.002)
+    assert 55 <= count <= 85  # what prompts cost whatever their size is not told from the step's own here

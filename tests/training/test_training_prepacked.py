@@ -14,7 +14,7 @@ from training_helpers import save_base, save_tweets
 
 from graftlm.architectures import fast
 from graftlm.errors import RecipeError
-from graftlm.kernels import packed
+from graftlm.kernels import blocks, packed
 from graftlm.training import Recipe, Together, resolve_base, run, train_together
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
@@ -37,8 +37,8 @@ def folder(tmp_path: Path) -> Path:
 def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts the products with kept weights."""
     made: list[int] = []
-    plain = packed.block_product
-    monkeypatch.setattr(packed, "block_product", lambda *a: (made.append(1), plain(*a))[1])
+    for kind in (blocks.Plain, blocks.Blocks, blocks.Halves):
+        monkeypatch.setattr(kind, "__call__", lambda *a, plain=kind.__call__: (made.append(1), plain(*a))[1])
     return made
 
 

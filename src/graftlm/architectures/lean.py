@@ -21,8 +21,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import activations
 from transformers.pytorch_utils import Conv1D
 
+from ..kernels.blocks import Form
 from ..kernels.linear import product
-from ..kernels.packed import Joint, block_product, openings
+from ..kernels.packed import Joint, openings
 from ..routing import StepAttention
 from .decoders import Decoder, decoder, part
 from .gated import plain
@@ -46,7 +47,7 @@ class Site:
     Attributes:
         modules: as they stand in the base, adapters and all.
         columns: of the joint output, each one's.
-        blocks, bias: all weights and biases together in oneDNN's layout, as they last were; None where nobody keeps them.
+        form, bias: all weights and biases together as they last were, for the processor; None where nobody keeps them.
     """
 
     def __init__(self, modules: list[nn.Module]) -> None:
@@ -57,7 +58,7 @@ class Site:
         ends = torch.tensor(sizes).cumsum(0).tolist()
         self.columns = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
         self.joint = Joint()
-        self.blocks: Tensor | None = None
+        self.form: Form | None = None
         self.bias: Tensor | None = None
 
     def usable(self) -> bool:
@@ -74,8 +75,8 @@ class Site:
 
     def take(self) -> list[tuple[dict, str]]:
         """Take up what is kept of the weights now; where the parameters stand that it was made of."""
-        self.blocks, self.bias = self.joint.of([layer.weight for layer in self.layers]), None
-        if self.blocks is None:
+        self.form, self.bias = self.joint.of([layer.weight for layer in self.layers]), None
+        if self.form is None:
             return []
         biases = [layer.bias for layer in self.layers if layer.bias is not None]
         self.bias = torch.cat(biases) if len(biases) > 1 else biases[0] if biases else None
@@ -83,8 +84,8 @@ class Site:
 
     def __call__(self, x: Tensor, beside: Sequence[Acts]) -> Tensor:
         """x [N, in] -> [N, out], in memory of its own, what is `beside` included."""
-        if self.blocks is not None and x.dtype is self.blocks.dtype:
-            y = block_product(x, self.blocks, self.bias)
+        if self.form is not None and x.dtype is self.form.dtype:
+            y = self.form(x, self.bias)
         else:
             layers = zip(self.layers, self.turned, strict=True)
             parts = [product(x, layer.weight.t() if turned else layer.weight, layer.bias) for layer, turned in layers]

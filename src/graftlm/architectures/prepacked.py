@@ -1,4 +1,4 @@
-"""Frozen linear layers that multiply by weights kept in the processor's own layout (see `kernels.packed`)."""
+"""Frozen linear layers that multiply by weights kept as the processor multiplies by them fastest (see `kernels.packed`)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..kernels.blocks import DTYPES, fits_halves
 from ..kernels.linear import onednn_multiplies
 from ..kernels.packed import is_kept, packed_weights
 from .fast import LINEAR, Fast, fast_class
@@ -23,8 +24,9 @@ _OURS: Any = WeakSet()  # modules that have their fast form for this
 
 @contextmanager
 def prepacked(model: nn.Module, at_most: int | None = None) -> Iterator[int]:
-    """Within the block, keep a model's frozen linear weights on a CPU a second time, in the layout that oneDNN multiplies
-    by fastest (and a third time where it is trained); yields the bytes of one such copy.
+    """Within the block, keep a model's frozen linear weights on a CPU a second time, in the form that it multiplies by
+    fastest (and a third time where it is trained): in oneDNN's layout, or in 16 bits where these lose nothing; yields the
+    bytes of one such copy in the weights' own dtype, which is the most that it takes.
 
     It helps most where few rows meet large weights: generation, short batches, bf16. Results differ by rounding. Within the
     block nobody may write into these weights by `weight.data`; everything else that changes them is noticed.
@@ -59,13 +61,13 @@ def prepacked_if_free(model: nn.Module, copies: int) -> AbstractContextManager[i
 
 
 def packable(module: Any) -> bool:
-    """Whether a linear layer's weight is frozen and can be kept in oneDNN's layout."""
+    """Whether a linear layer's weight is frozen and has a form that is faster than as it lies."""
     weight = module.weight
     return (
         type(weight) in (torch.Tensor, nn.Parameter)  # no quantised tensor
         and not weight.is_inference()  # those tell of no changes
         and weight.device.type == "cpu"
-        and weight.dtype in (torch.float32, torch.bfloat16)
+        and weight.dtype in DTYPES
         and not any(p.requires_grad for p in module.parameters(recurse=False))
-        and onednn_multiplies(weight.dtype)
+        and (onednn_multiplies(weight.dtype) or fits_halves(weight))
     )

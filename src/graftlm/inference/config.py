@@ -26,7 +26,7 @@ class EngineConfig:
     max_rows: int = 32
     cache_tokens: int = 16384
     kept_tokens: int | None = None
-    step_tokens: int = 256
+    step_tokens: int = 512
     max_length: int | None = None
     max_waiting: int = 256
     max_waiting_tokens: int = 1 << 20

@@ -2,7 +2,7 @@
 
 Low-rank updates of a composition are joined over the layers of a product: A [in, L r], and B [L, r, out / L] where its L
 layers have one width, else one of L = 1 with zeros where a layer's rank meets another layer's columns. Those of all
-compositions of a step lie in one `Stack`, a slot each:
+compositions of a step lie in one `stack.Stack`, a slot each:
 
     tokens    x0 (slot 1)  x1 (slot 0)  x2 (slot 1)  x3 (base)
     by slot   [[x1, .], [x0, x2]]  [S, m, in] ─A→ [S, m, L r] ─B→ [S, m, out]  added to x1, x0, x2
@@ -19,33 +19,24 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..architectures.gated import plain
 from ..architectures.lean import Acts, Lean
 from ..layers.adapted import Adapted
-from ..layers.change import Change, Held, LowRank
+from ..layers.change import Change, Held
 from ..layers.frozen import Frozen
 from ..methods.bottleneck import Adapter as Bottleneck
 from ..methods.bottleneck import OutputHook
 from ..routing import Group, Index
-from .slots import grouped, placed, update
+from .slots import ByFactors, grouped, placed, update
+from .stack import Low, Place, Shape, Stack
 
 if TYPE_CHECKING:
     from ..adapters import AdapterSet
 
-Place = tuple[int, str]  # a layer, and a product in it
-Low = list[tuple[int, LowRank]]  # updates of the layers of a product, each with its layer's number in it
 FEW = 8  # tokens of a composition that go with those of others
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A composition's low-rank updates at a product: the size of what they read; each layer's ranks in sum, and columns."""
-
-    size: int
-    ranks: tuple[int, ...]
-    columns: tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -156,6 +147,8 @@ class Tail:
             and all(plain(type(part)) is nn.Linear and not part._forward_hooks for part in (m.down, m.up))
             for m in self.adapters
         )
+        adapters = self.adapters if self.known else []
+        self.parts = [(m.down.weight, m.down.bias, m.activation, m.up.weight, m.up.bias, m.scaling) for m in adapters]
 
     def apply(self, index: Index, y: Tensor, x: Tensor) -> None:
         """Change y [N, out], in place, where `index` says."""
@@ -163,117 +156,11 @@ class Tail:
         if not self.known:
             y[index] = self.hook.added(self.names, rows, {})
             return
-        for adapter in self.adapters:
-            down, up = adapter.down, adapter.up
-            inner = adapter.activation(torch.addmm(down.bias, rows.to(down.weight.dtype), down.weight.t()))
-            rows += torch.addmm(up.bias, inner, up.weight.t()).mul_(adapter.scaling).to(rows.dtype)
+        for down, bias, activation, up, shift, scaling in self.parts:
+            inner = activation(F.linear(rows.to(down.dtype), down, bias))
+            rows.add_(F.linear(inner, up, shift).to(rows.dtype), alpha=scaling)
         if not isinstance(index, slice):
             y[index] = rows
-
-
-class Stack:
-    """Joint factors of the low-rank updates of compositions, by place: A [slots, in, L r] and B [slots, L, r, width], the
-    smaller ranks filled with zeros. Slots are written as compositions come, and taken by others when nobody wants them.
-
-    Attributes:
-        slots: whose each is.
-        changes: how often something was written.
-    """
-
-    def __init__(self) -> None:
-        self.slots: list[Acting | None] = []
-        self.changes = 0
-        self._room = 0  # slots that there is memory for
-        self._factors: dict[Place, tuple[Tensor, Tensor]] = {}
-        self._views: dict[tuple[int, int], Factors] = {}  # as they were asked for since the last change
-
-    def of(self, slots: slice) -> Factors:
-        """The factors of some slots, at the places where one of these has any."""
-        key = slots.start, slots.stop
-        if key not in self._views:
-            places = {place for acting in self.slots[slots] if acting is not None for place in acting.lows}
-            self._views[key] = {p: (a[slots], b[slots]) for p, (a, b) in self._factors.items() if p in places}
-        return self._views[key]
-
-    @torch.no_grad()
-    def hold(self, wanted: Sequence[Acting]) -> None:
-        """Have the factors of these."""
-        missing = [acting for acting in wanted if acting not in self.slots]
-        if not missing:
-            return
-        self.changes += 1
-        self._views = {}
-        spare = [i for i, acting in enumerate(self.slots) if acting not in wanted]
-        more = max(0, len(missing) - len(spare))
-        if len(self.slots) + more > self._room or not self._fit(missing):
-            self._make(wanted)
-            return
-        spare += range(len(self.slots), len(self.slots) + more)
-        self.slots += [None] * more
-        for slot, acting in zip(spare, missing, strict=False):
-            self._write(slot, acting)
-
-    def drop(self, gone: Sequence[Acting]) -> None:
-        """Forget these: their values change."""
-        self.slots = [None if acting in gone else acting for acting in self.slots]
-        self._views = {}
-
-    def _fit(self, new: Sequence[Acting]) -> bool:
-        """Whether there is place for the factors of these."""
-        for acting in new:
-            for place, shape in acting.shapes.items():
-                a, b = self._factors.get(place, (None, None))
-                if a is None or b is None or _rank(shape, b.shape[1]) > b.shape[2]:
-                    return False
-                if any(low.a.dtype is not a.dtype for _, low in acting.lows[place]):
-                    return False
-        return True
-
-    def _make(self, wanted: Sequence[Acting]) -> None:
-        self.slots, self._factors = [None] * len(wanted), {}
-        self._room = 1 << (len(wanted) - 1).bit_length()  # they come one by one
-        for place in {place for acting in wanted for place in acting.lows}:
-            own = [acting for acting in wanted if place in acting.lows]
-            shape, factors = own[0].shapes[place], [low.a for acting in own for _, low in acting.lows[place]]
-            out = shape.columns[-1].stop
-            sizes = []  # of what is read of a slot, in one piece and in one a layer
-            for count in _divisions(shape.columns):
-                rank = max(_rank(acting.shapes[place], count) for acting in own)
-                sizes.append((rank * (shape.size * count + out), count, rank))
-            _, count, rank = min(sizes)
-            dtype = factors[0].dtype if len({f.dtype for f in factors}) == 1 else torch.float32
-            shapes = (shape.size, count * rank), (count, rank, out // count)
-            made = (factors[0].new_zeros(self._room, *sides, dtype=dtype) for sides in shapes)
-            self._factors[place] = tuple(made)  # type: ignore[assignment]
-        for slot, acting in enumerate(wanted):
-            self._write(slot, acting)
-
-    def _write(self, slot: int, acting: Acting) -> None:
-        self.slots[slot] = acting
-        for place, (a, b) in self._factors.items():
-            a[slot], b[slot] = 0, 0
-            count, rank, _ = b.shape[1:]
-            filled = [0] * count  # ranks, by part of B
-            for layer, low in acting.lows.get(place, ()):
-                part, columns = (0, acting.shapes[place].columns[layer]) if count == 1 else (layer, slice(None))
-                start, end = filled[part], filled[part] + len(low.a)
-                a[slot, :, part * rank + start : part * rank + end] = low.a.t()
-                torch.mul(low.b.t(), low.scale, out=b[slot, part, start:end, columns])
-                filled[part] = end
-
-
-Factors = dict[Place, tuple[Tensor, Tensor]]
-
-
-def _divisions(columns: tuple[slice, ...]) -> list[int]:
-    """In how many parts B may lie."""
-    widths = {part.stop - part.start for part in columns}
-    return [1, len(columns)] if len(columns) > 1 and len(widths) == 1 else [1]
-
-
-def _rank(shape: Shape, count: int) -> int:
-    """The rank that B needs in so many parts."""
-    return sum(shape.ranks) if count == 1 else max(shape.ranks)
 
 
 class RowsBeside(dict[Place, list[Acts]]):
@@ -304,10 +191,10 @@ class RowsBeside(dict[Place, list[Acts]]):
         few = few if len(few) > 1 and 2 * len(few) >= span.stop - span.start else {}
         for slot, own in slots.items():
             if slot not in few:
-                self._add(partial(update, placed(own, device)), slice(slot, slot + 1))
+                self._add(partial(partial, update, placed(own, device)), slice(slot, slot + 1))
         if few:
             near = {slot - span.start: own for slot, own in few.items()}
-            self._add(grouped(near, span.stop - span.start, device), span)
+            self._add(grouped(near, span.stop - span.start, end, device), span)
         for a, own in zip(acting, tokens, strict=True):
             self._add_others(a, placed(own, device))
 
@@ -321,9 +208,9 @@ class RowsBeside(dict[Place, list[Acts]]):
         """Whether the stack still is what it was made for."""
         return self.changes == self.stack.changes
 
-    def _add(self, what: Any, slots: slice) -> None:
+    def _add(self, what: ByFactors, slots: slice) -> None:
         for place, factors in self.stack.of(slots).items():
-            self.setdefault(place, []).append(partial(what, *factors))
+            self.setdefault(place, []).append(what(*factors))
 
     def _add_others(self, acting: Acting, index: Index) -> None:
         for place, others in acting.others.items():

@@ -15,13 +15,11 @@ from torch import Tensor
 from ..architectures.lean import Lean, lean
 from ..layers.frozen import Frozen
 from ..routing import Group, Plan, Routes, Scope, StepAttention, within
-from .beside import Acting, RowsBeside, Stack, frozen_in
+from .beside import Acting, RowsBeside, frozen_in
+from .stack import KEPT, Stack
 
 if TYPE_CHECKING:
     from ..adapters import AdapterSet
-
-
-KEPT = 64  # compositions of which it is known what they do; their factors are those of the adapters themselves
 
 
 class LeanSteps:
@@ -81,9 +79,11 @@ class LeanSteps:
             of = [different.index(group) for group in groups]
             self._rows[key] = RowsBeside(self._stack, acting, of, counts, self.host.adapter_device)
         self._rows.move_to_end(key)
-        for kept, most in ((self._rows, 2), (self._acting, max(KEPT, len(different)))):
-            while len(kept) > most:
-                kept.popitem(last=False)
+        while len(self._rows) > 2:
+            self._rows.popitem(last=False)
+        gone = [self._acting.popitem(last=False)[1] for _ in range(len(self._acting) - max(KEPT, len(different)))]
+        if gone:
+            self._stack.drop(gone)
         return self._rows[key]
 
     def slot(self, group: Group) -> int:

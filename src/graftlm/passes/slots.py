@@ -4,30 +4,33 @@ B [S, L, r, width].
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..architectures.lean import Acts
+
 Index = slice | Tensor  # of places side by side, or of others
+ByFactors = Callable[[Tensor, Tensor], Acts]
 
 
-def grouped(few: dict[int, list[int]], slots: int, device: torch.device) -> Any:
-    """How tokens go through slots at once: by slot those that are its."""
+def grouped(few: dict[int, list[int]], slots: int, count: int, device: torch.device) -> ByFactors:
+    """How some of a step's `count` tokens go through slots at once: by slot those that are its."""
     few = dict(sorted(few.items()))
     most = max(map(len, few.values()))
     if most == 1 and len(few) == slots:
-        return partial(update_each, placed([few[slot][0] for slot in range(slots)], device))
+        return partial(each, placed([few[slot][0] for slot in range(slots)], device), slots == count)
     tokens = [token for own in few.values() for token in own]
     index = placed(tokens, device)
     if isinstance(index, slice) and len(tokens) == slots * most:
-        return partial(update_grouped, index, None, index)
+        return partial(partial, update_grouped, index, None, index)
     source = torch.zeros(slots, most, dtype=torch.long)
     sides = zip(*((slot, i) for slot, own in few.items() for i in range(len(own))), strict=True)
     at = tuple(torch.tensor(side, device=device) for side in sides)
     source[at] = torch.tensor(tokens)
-    return partial(update_grouped, source.flatten().to(device), at, index)
+    return partial(partial, update_grouped, source.flatten().to(device), at, index)
 
 
 def placed(places: list[int], device: torch.device) -> Index:
@@ -52,15 +55,22 @@ def update(index: Index, a: Tensor, b: Tensor, y: Tensor, x: Tensor) -> None:
         y[index] = rows
 
 
-def update_each(index: Index, a: Tensor, b: Tensor, y: Tensor, x: Tensor) -> None:
-    """One token of each slot: `index` says which."""
+def each(index: Index, all_: bool, a: Tensor, b: Tensor) -> Acts:
+    """One token of each slot: `index` says which; `all_`: there are no others."""
     slots, count, rank, width = b.shape
-    b, come = b.flatten(0, 1), x[index] if isinstance(index, slice) else x.index_select(0, index)
-    inner = torch.bmm(come.unsqueeze(1).to(a.dtype), a).view(slots * count, 1, rank)
-    if isinstance(index, slice) and y.dtype is b.dtype:
-        y[index].view(slots * count, 1, width).baddbmm_(inner, b)
-    else:
-        _add(y, index, torch.bmm(inner, b).view(slots, -1))
+    flat, within, without = b.flatten(0, 1), (slots * count, 1, rank), (slots * count, 1, width)
+    direct = isinstance(index, slice)
+    all_ = all_ and index == slice(0, slots)
+
+    def update_each(y: Tensor, x: Tensor) -> None:
+        come = x if all_ else x[index] if direct else x.index_select(0, index)  # type: ignore[arg-type]
+        inner = torch.bmm((come if come.dtype is a.dtype else come.to(a.dtype)).unsqueeze(1), a).view(within)
+        if direct and y.dtype is b.dtype:
+            (y if all_ else y[index]).view(without).baddbmm_(inner, flat)
+        else:
+            _add(y, index, torch.bmm(inner, flat).view(slots, -1))
+
+    return update_each
 
 
 def update_grouped(
