@@ -109,8 +109,9 @@ class Door(Front):
 
     async def __del__(self) -> None:
         """Serve lets it go: what runs may end."""
-        self.server.should_exit = True
-        await self.serves
+        if hasattr(self, "serves"):
+            self.server.should_exit = True
+            await self.serves
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -127,13 +128,8 @@ def build_with_door(config: FleetConfig) -> Application:
 
 def in_front(kind: type, config: FleetConfig, **options: Any) -> Any:
     """A deployment of one of these."""
-    return deployed(
-        kind,
-        name=kind.__name__,
-        num_replicas=config.http.ingress,
-        graceful_shutdown_timeout_s=config.replicas.grace,
-        **options,
-    )
+    grace = config.replicas.grace
+    return deployed(kind, name=kind.__name__, num_replicas=config.http.ingress, graceful_shutdown_timeout_s=grace, **options)
 
 
 def managed(config: FleetConfig) -> Any:
