@@ -78,8 +78,8 @@ def test_two_processes_follow_one(name: str, steps: int, of_two: Any, alone: Any
     assert first["parameters"].keys() == one["parameters"].keys()
     for key, value in one["parameters"].items():
         assert torch.equal(first["parameters"][key], second["parameters"][key]), key
-        error = (first["parameters"][key] - value).abs().max() / value.abs().max()
-        assert error <= 1e-5, (key, float(error))
+        error, scale = (first["parameters"][key] - value).abs().max(), value.abs().max()  # zeros: ranks that AdaLoRA put out
+        assert error <= 1e-5 * scale, (key, float(error), float(scale))
 
 
 def test_adapters_gradients_alone_travel(of_two: Any) -> None:

@@ -23,6 +23,8 @@ class AcrossProcesses(transformers.Trainer):
     exchange: Exchange | None = None  # of gradients, where the model is not wrapped for it
     by_zero = False  # whether gradients and the optimizer are shared out, by DeepSpeed
     zero: Zero | None = None
+    optimizer: Any
+    lr_scheduler: Any
 
     def _share_out(self) -> None:
         """Among several processes: adapters' gradients alone travel, by DDP, or by `Exchange` where DDP does not see the
@@ -37,7 +39,7 @@ class AcrossProcesses(transformers.Trainer):
             self.accelerator.prepare_model = lambda model, *args, **kwargs: model
         if self.by_zero:
             self.accelerator.backward = self._backward_by_zero
-            self.accelerator.clip_grad_norm_ = lambda *given, **kwargs: self.zero.norm
+            self.accelerator.clip_grad_norm_ = self._norm_by_zero
         elif self.member is not None or is_sharded(inner):
             self.exchange = Exchange(inner)
             if self.exchange.parts.found:
@@ -49,6 +51,11 @@ class AcrossProcesses(transformers.Trainer):
         """`Accelerator.backward`; DeepSpeed updates behind it."""
         assert self.zero is not None
         self.zero.backward(loss / self.accelerator.gradient_accumulation_steps, self.accelerator.sync_gradients)
+
+    def _norm_by_zero(self, *given: Any, **kwargs: Any) -> Tensor:
+        """`Accelerator.clip_grad_norm_`; DeepSpeed has clipped."""
+        assert self.zero is not None
+        return self.zero.norm
 
     @property
     def _whole(self) -> Any:
