@@ -66,7 +66,7 @@ class Zero:
             [optimizer.param_groups[i] | {"params": own} for i, own in zip(self.used, self.parameters, strict=True)]
         )
         numbers = sum(p.numel() for p in every)  # its default are buffers of 2 GB
-        zero = {"stage": 2, "reduce_bucket_size": numbers, "allgather_bucket_size": numbers, "overlap_comm": False}
+        zero = {"stage": 2, "reduce_bucket_size": numbers, "overlap_comm": False}
         config = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": highest, "zero_optimization": zero}
         self.engine, *_ = deepspeed.initialize(model=Trained(every), optimizer=self.inner, config=config)
         self.parts: list[Tensor] = [group["params"][0] for group in self.inner.param_groups]
