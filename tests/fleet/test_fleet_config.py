@@ -18,6 +18,7 @@ from graftlm.cli import app, with_ray  # noqa: E402
 from graftlm.errors import AdapterError, CheckpointError, ConfigError, UnknownAdapterError  # noqa: E402
 from graftlm.fleet.catalogue import Catalogue, digest_of  # noqa: E402
 from graftlm.fleet.config import FleetConfig  # noqa: E402
+from graftlm.fleet.start import deploy  # noqa: E402
 
 
 def test_every_mistake_is_told_at_once() -> None:
@@ -87,6 +88,8 @@ def test_a_port_that_is_taken() -> None:
         taken.listen()
         with pytest.raises(ConfigError, match="choose another one"):
             cluster.port_is_free("127.0.0.1", taken.getsockname()[1])
+        with pytest.raises(ConfigError, match="choose another one"):  # before Ray is started
+            deploy(FleetConfig.from_dict({"http": {"port": taken.getsockname()[1]}}), print)
     cluster.port_is_free("127.0.0.1", free())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
 import time
@@ -41,6 +42,7 @@ class Case:
     rows: int = 7
     sharded: bool = False
     parts: bool = False  # of the adapter
+    zero: bool = False  # ZeRO-2
     overrides: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -76,6 +78,17 @@ CASES |= {
     for name, case in WHOLE.items()
     if name.startswith(("method", "accumulation-u", "check")) and case.method != "adalora"
 }
+CASES |= {
+    f"zero2-{name}": replace(case, zero=True)
+    for name, case in WHOLE.items()
+    if name.startswith(("method", "accumulation", "check", "five-rows-padded", "seq2seq")) and case.method != "adalora"
+}
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+
+
+def can_run(name: str) -> bool:
+    """Whether what a case or a run needs is installed."""
+    return HAS_DEEPSPEED or not name.startswith("zero2")
 
 
 EPSILON = 1e-3  # of Adam: else the last bit of a gradient that is all but zero makes an update of the learning rate
@@ -125,6 +138,7 @@ def result_of(case: Case, steps: int, folder: Path) -> dict[str, Any]:
     trainer = Trainer(
         model, t.TrainingArguments(**(values | case.arguments)), train_dataset=rows_of(case), eval_dataset=rows_of(case)[:7]
     )
+    trainer.by_zero = case.zero
     trainer.train()
     history = trainer.state.log_history
     parameters = {k: p.full_tensor() if isinstance(p, DTensor) else p for k, p in trained(model).items()}
@@ -146,13 +160,15 @@ def save_rows(folder: Path, train: int = 13, test: int = 5) -> Path:
 
 WHOLE_ADAPTERS = ("training.strategy=ddp", "training.shard_adapters=false")
 RUNS = ("packing", "packing-fsdp2", "early-stop", "int8", "nf4", "joint", "joint-seq2seq", "fsdp2", "parts", "resumed")
+RUNS += ("zero2-resumed", "zero2-nf4")
 # Without `slow`: one method of each entry point and of each kind of parameter, the runs that differ most, and FSDP2 where
 # the processes differ in what they hold. All of them, for many more steps, are `slow`.
 OFTEN = ("lora", "adalora", "prompt-tuning", "prefix-tuning", "bottleneck", "trainable-tokens")
 QUICK = [f"method-{name}" for name in (*OFTEN, "vera", "p-tuning")]
 QUICK += ["five-rows", "five-rows-penalised", "smoothing", "accumulation-uneven", "checkpointing", "seq2seq", "bloom"]
 QUICK += ["fsdp2-five-rows", "parts-accumulation-uneven", *(f"fsdp2-method-{name}" for name in OFTEN)]
-OFTEN_RUN = ("packing", "early-stop", "nf4", "joint", "parts", "resumed")
+QUICK += ["zero2-method-lora", "zero2-accumulation-uneven"]
+OFTEN_RUN = ("packing", "early-stop", "nf4", "joint", "parts", "resumed", "zero2-resumed")
 
 
 def recipes_of(name: str, place: Path, steps: int, out: Path) -> list[Recipe]:
@@ -173,12 +189,14 @@ def recipes_of(name: str, place: Path, steps: int, out: Path) -> list[Recipe]:
         training |= often | {"early_stopping": 1, "learning_rate": 0.5, "max_steps": 20}
     if name == "parts":
         training |= often | {"load_best": True}
-    if name == "resumed":
+    if name.startswith("zero2") and count > 1:
+        training["strategy"] = "zero2"
+    if name.endswith("resumed"):
         training |= {"save_strategy": "steps", "interval": 1, "schedule": "constant"}
     if name in ("parts", "resumed") and count > 1:
         training |= {"strategy": "fsdp2", "shard_adapters": True}
-    if name in ("int8", "nf4"):
-        values |= {"quantization": name, "base": str(place / "wide")}
+    if name.endswith(("int8", "nf4")):
+        values |= {"quantization": name[-4:].strip("-"), "base": str(place / "wide")}
     if name.startswith("joint"):
         penalised = {"tinit": 1, "tfinal": 1, "deltaT": 1, "orth_reg_weight": 0.5}
         methods += [{"method": "adalora", "method_options": penalised}, {"method": "prompt-tuning"}]
@@ -202,7 +220,7 @@ def run_of(name: str, place: Path, steps: int, out: Path) -> dict[str, Any]:
         results = [outcome.result for outcome in outcomes]
     else:
         results = [run(recipes[0], quiet=True)]
-    if name == "resumed":
+    if name.endswith("resumed"):
         whole = recipes[0].replace(f"training.max_steps={steps + 2}", *WHOLE_ADAPTERS, resume=True)
         run(whole, quiet=True)
         results = [run(recipes[0].replace(f"training.max_steps={steps + 4}", resume=True), quiet=True)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_runs import CASES, OFTEN_RUN, QUICK, RUNS, exactly, in_two_processes, made_of, process, save_rows
+from distributed_runs import CASES, OFTEN_RUN, QUICK, RUNS, can_run, exactly, in_two_processes, made_of, process, save_rows
 from training_helpers import save_base
 
 
@@ -33,7 +33,7 @@ def alone(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     done: dict[tuple[str, int], dict[str, Any]] = {}
 
     def found(name: str, steps: int) -> dict[str, Any]:
-        key = (name if name in RUNS else name.removeprefix("fsdp2-").removeprefix("parts-"), steps)
+        key = (name if name in RUNS else name.removeprefix("fsdp2-").removeprefix("parts-").removeprefix("zero2-"), steps)
         if key not in done:
             done[key] = made_of(key[0], place, steps, tmp_path_factory.mktemp("alone"))
         return done[key]
@@ -50,7 +50,7 @@ def of_two(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         names = [*QUICK, *OFTEN_RUN, "measured"] if steps == FEW else [*CASES, *RUNS]
         if steps not in done:
             done[steps] = tmp_path_factory.mktemp(f"steps-{steps}")
-            in_two_processes(process, names, place, steps, done[steps])
+            in_two_processes(process, [name for name in names if can_run(name)], place, steps, done[steps])
         return [torch.load(done[steps] / f"{name}.{rank}.pt") for rank in range(2)]
 
     return found
@@ -65,6 +65,8 @@ FEW, MANY = 3, 50
     + [pytest.param(name, MANY, marks=pytest.mark.slow) for name in [*CASES, *RUNS]],
 )
 def test_two_processes_follow_one(name: str, steps: int, of_two: Any, alone: Any) -> None:
+    if not can_run(name):
+        pytest.skip("DeepSpeed is not installed")
     first, second = of_two(name, steps)
     assert "error" not in first, first["trace"]
     one = alone(name, steps)
@@ -76,8 +78,8 @@ def test_two_processes_follow_one(name: str, steps: int, of_two: Any, alone: Any
     assert first["parameters"].keys() == one["parameters"].keys()
     for key, value in one["parameters"].items():
         assert torch.equal(first["parameters"][key], second["parameters"][key]), key
-        error = (first["parameters"][key] - value).abs().max() / value.abs().max()
-        assert error <= 1e-5, (key, float(error))
+        error, scale = (first["parameters"][key] - value).abs().max(), value.abs().max()  # zeros: ranks that AdaLoRA put out
+        assert error <= 1e-5 * scale, (key, float(error), float(scale))
 
 
 def test_adapters_gradients_alone_travel(of_two: Any) -> None:

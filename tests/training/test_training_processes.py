@@ -116,9 +116,10 @@ def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("strategy", "variable", "given", "together", "told"),
     [
-        ("zero2", "", False, False, "zero2 does not train adapters here.*fsdp2"),
-        ("ddp", "ACCELERATE_USE_DEEPSPEED", False, False, "DeepSpeed does not train"),
-        ("ddp", "ACCELERATE_USE_FSDP", False, False, "accelerate's FSDP does not train"),
+        ("zero3", "", False, False, "zero3 cannot hold adapters: .*fsdp2 shares the frozen base out"),
+        ("zero2", "", False, True, "zero2 is for a run that trains alone"),
+        ("ddp", "ACCELERATE_USE_DEEPSPEED", False, False, "DeepSpeed set by accelerate does not train.*zero2"),
+        ("ddp", "ACCELERATE_USE_FSDP", False, False, "FSDP set by accelerate does not train"),
         ("fsdp2", "", True, False, "a loaded base would come back in parts"),
         ("fsdp2", "", False, True, "runs that train together share one whole base"),
     ],
@@ -130,6 +131,12 @@ def test_strategies_that_cannot_be(
         monkeypatch.setenv(variable, "true")
     with pytest.raises(UnsupportedError, match=told):
         check_strategy(strategy, given, together)
+
+
+def test_zero2_says_what_it_needs(second: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UnsupportedError, match="zero2 needs DeepSpeed.*pip install deepspeed.*ddp does without"):
+        check_strategy("zero2", False, False)
 
 
 def test_a_quantised_base_is_not_shared_out(tmp_path: Path) -> None:

@@ -32,7 +32,10 @@ def plan(
     length: Annotated[int | None, typer.Option(help="Tokens of each of these rows.")] = None,
     processes: Annotated[int | None, typer.Option(help="Plan for so many processes: memory of each of them.")] = None,
     strategy: Annotated[
-        str | None, typer.Option(help="Of several processes: each holds the base (ddp), or a part of it (fsdp2).")
+        str | None,
+        typer.Option(
+            help="Of several processes: each holds all (ddp), a part of the base (fsdp2), of the optimizer (zero2)."
+        ),
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Every method, side by side.")] = False,
     largest: Annotated[str | None, typer.Option(help="The largest value that fits, of: batch_size, max_length.")] = None,

@@ -57,7 +57,10 @@ def train(
         typer.Option("--processes", help="Train in so many processes of this machine, each on batch_size rows a step."),
     ] = None,
     strategy: Annotated[
-        str | None, typer.Option(help="Of several processes: each holds the base (ddp), or a part of it (fsdp2).")
+        str | None,
+        typer.Option(
+            help="Of several processes: each holds all (ddp), a part of the base (fsdp2), of the optimizer (zero2)."
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output directory.")] = False,

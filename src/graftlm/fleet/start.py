@@ -6,7 +6,6 @@ import contextlib
 import signal
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from .control import SEEN
 from .handle import NAME, manager
 
 WAIT = 1800.0  # seconds that a fleet may take to be ready
-PROXY = 60.0  # seconds that its proxy may take to listen
 
 
 def deploy(config: FleetConfig, say: Callable[[str], None]) -> None:
@@ -31,12 +29,12 @@ def deploy(config: FleetConfig, say: Callable[[str], None]) -> None:
     """
     check_folders(config)
     here = config.address is None
+    if here:
+        port_is_free(config.http.host, config.http.port)
     with connected(config.address, cpus(config) if here else None) as ray, until_told() as told:
         if not here:
             check_machines(ray)
         running = bring_up(ray, config)
-        if here:
-            until_answers(config)
         where = f"http://{config.http.host}:{config.http.port}/v1"
         say(f"{'Changed' if running else 'Serving'} {config.base_name} on {config.replicas.min} replicas at {where}")
         if here:
@@ -48,7 +46,7 @@ def bring_up(ray: Any, config: FleetConfig) -> bool:
     """Deploy it in the cluster that this is connected to; whether it ran already. Returns when all of it serves."""
     from ray import serve
 
-    from .app import build
+    from .app import build_with_door
 
     running = NAME in serve.status().applications
     if running:
@@ -56,7 +54,7 @@ def bring_up(ray: Any, config: FleetConfig) -> bool:
     else:
         start_serve(ray, config)
         serve.run_many(
-            [serve.RunTarget(target=build(config.model_dump()), name=NAME, route_prefix="/")],
+            [serve.RunTarget(target=build_with_door(config), name=NAME, route_prefix=None)],
             wait_for_applications_running=False,
         )
     until, status = time.monotonic() + WAIT, dict[str, Any]()
@@ -78,23 +76,6 @@ def bring_up(ray: Any, config: FleetConfig) -> bool:
         time.sleep(0.2)
 
 
-def until_answers(config: FleetConfig) -> None:
-    """Return when the proxy of this machine hands requests on: it may start after all else."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.http.host, config.http.host)
-    until = time.monotonic() + PROXY
-    while True:
-        try:
-            with urllib.request.urlopen(f"http://{host}:{config.http.port}/health", timeout=PROXY) as found:
-                if found.status == 200:
-                    return
-        except OSError as error:
-            if time.monotonic() > until:
-                raise ServingError(
-                    f"The fleet is ready, but nothing answers at {host}:{config.http.port}: {error}"
-                ) from error
-        time.sleep(0.1)
-
-
 def renewed(status: dict[str, Any], config: FleetConfig) -> bool:
     """Whether as many replicas are ready as there are to be, all of the last generation."""
     ready = [r for r in status["replicas"].values() if r["state"] == "ready"]
@@ -102,15 +83,12 @@ def renewed(status: dict[str, Any], config: FleetConfig) -> bool:
 
 
 def start_serve(ray: Any, config: FleetConfig) -> None:
-    """Serve's proxy, where there is none. ConfigError where its port is taken."""
+    """Serve, where it does not run yet; its proxies are not needed. ConfigError where the fleet's port is taken."""
     from ray import serve
 
-    if serve.status().proxies:
-        return
     head = ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001})(port_is_free)
     answer(head.remote(config.http.host, config.http.port))
-    where = {"host": config.http.host, "port": config.http.port}
-    serve.start(http_options=where, proxy_location="HeadOnly", logging_config={"log_level": "WARNING"})
+    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
 
 
 def answer(asked: Any) -> Any:

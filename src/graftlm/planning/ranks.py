@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import PlanError
-from ..training.sharding import base_parameters, check_scheme, check_strategy, stacks
+from ..training.sharding import base_parameters, check_adapters, check_scheme, check_strategy, stacks
 from .sizes import bytes_of
 from .skeleton import Skeleton, skeleton
 from .whole import Plan
@@ -29,10 +29,10 @@ class Ranks:
     Attributes:
         base: what it holds of the base; `gathered`: blocks' weights of others while a pass is in them.
         adapter, gradients, optimizer, activations: as in one process, or its part of them.
-        exchange: copies of the adapter's gradients that travel.
+        exchange: copies of the adapter's gradients that travel; under zero2 this process's part of their mean.
         loading_bytes: highest while the base is loaded: every process loads all of it.
         peak_bytes: highest of the process.
-        exchanged_bytes: of each process in an update: gradients, and under fsdp2 what it gathers (forward, backward).
+        exchanged_bytes: of each process in an update: gradients, and what is gathered (fsdp2: blocks twice; zero2: values).
         updates: of the run.
         fits: each on a GPU of its own, or all side by side in this machine's memory.
     """
@@ -81,12 +81,19 @@ def ranks(planned: Plan, processes: int, config: Any = None) -> Ranks:
         )
         sizes = [sum(map(bytes_of, (*a, *b))) for a, b in zip(blocks, trained, strict=True)]
         gathered, sent = min(AT_ONCE * max(sizes), sum(sizes)), 2 * sum(sizes) * (processes - 1) // processes
+    divided = processes if strategy == "zero2" else 1
+    if divided > 1 or (sent and recipe.training.shard_adapters):
+        check_adapters(skeleton(recipe, config).model, "strategy: zero2" if divided > 1 else "shard_adapters")
     base, adapter = step.base - elsewhere, step.adapter - trained_elsewhere
     gradients, optimizer = step.gradients - trained_elsewhere, step.optimizer - 2 * trained_elsewhere
+    if divided > 1:  # moments of a part; values of it that are updated, and whole ones beside the model's at the start
+        optimizer, sent = -(-optimizer // divided) + -(-adapter // divided), adapter * (divided - 1) // divided
     activations = step.kept + step.workspace + step.allocator
     exchange = gradients if processes > 1 else 0
-    # DDP's buckets stay; the copy that `sharding.Exchange` sends is there when activations are gone
-    always = exchange if strategy == "ddp" and planned.together == 1 else 0
+    if divided > 1:  # ZeRO's part of the mean, as it came, flattened and scaled
+        exchange = -(-3 * gradients // divided)
+    # DDP's buckets stay, and these; the copy that `sharding.Exchange` sends is there when activations are gone
+    always = exchange if strategy in ("ddp", "zero2") and planned.together == 1 else 0
     weights = base + adapter + optimizer
     training = weights + gradients + max(activations + gathered + always, exchange)
     peak = planned.process_bytes + max(training, weights + gathered + planned.evaluation_bytes)

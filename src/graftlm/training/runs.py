@@ -36,7 +36,7 @@ from .results import RunResult, finish
 from .resume import last_complete_checkpoint
 from .schema import Recipe
 from .setup import RunData, attach, load_data_of
-from .sharding import check_scheme, check_strategy, in_words, shard, traffic
+from .sharding import check_adapters, check_scheme, check_strategy, in_words, shard, traffic
 from .surroundings import check_agreement, join_processes, log, only_the_first_speaks, threads
 from .trainer import Trainer
 
@@ -96,6 +96,8 @@ def run(
         wrapped, recipe = attach(recipe, model, tokenizer, data)
         if in_parts:
             shard(wrapped, recipe.training.shard_adapters)
+        elif recipe.training.strategy == "zero2" and processes.count() > 1:
+            check_adapters(wrapped, "strategy: zero2")
         if in_parts and before is None:
             before = plain(recipe, model, tokenizer, data)
         form |= (exchanged := traffic(wrapped))
@@ -186,6 +188,7 @@ def make_trainer(
         eval_dataset=data.held_out_rows,
         callbacks=list(callbacks),
     )
+    trainer.by_zero = recipe.training.strategy == "zero2"
     if recipe.training.early_stopping and data.held_out_rows is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.training.early_stopping))
     if recipe.training.torch_compile:

@@ -107,7 +107,8 @@ class TrainingSection(Section):
     prepacked: bool = Field(default=False, description="CPU: two more copies of frozen weights, as it multiplies fastest")
     torch_compile: bool = Field(default=False, description="compile the base's layers, if a trial on the first rows pays")
     strategy: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field(
-        default="ddp", description="several processes: each holds the base (ddp), or a part of it (fsdp2)"
+        default="ddp",
+        description="several processes: each holds all (ddp), a part of the base (fsdp2) or of the optimizer (zero2)",
     )
     shard_adapters: bool = Field(default=False, description="fsdp2: each process holds a part of the adapter, too")
     threads: int | None = Field(default=None, ge=1, description="CPU threads of torch")

@@ -24,6 +24,9 @@ from ..kernels import return_freed_memory
 from ..methods.base import Method
 from ..quantization import scheme_of
 from .parts import Parts
+from .zero import check_installed
+
+SHARES = "training.strategy: fsdp2 shares the frozen base out, and with training.shard_adapters the adapter, as"
 
 
 def check_strategy(strategy: str, given: bool, together: bool, count: int | None = None) -> None:
@@ -35,19 +38,32 @@ def check_strategy(strategy: str, given: bool, together: bool, count: int | None
         count: of processes, where they are planned; else those that run.
 
     Raises:
-        UnsupportedError: fsdp2 with one of these; DeepSpeed, or accelerate's own FSDP.
+        UnsupportedError: fsdp2 or zero2 with what it is not for; zero2 without DeepSpeed; zero3; DeepSpeed or FSDP by
+            accelerate's settings.
     """
-    wanted = strategy if strategy in ("zero2", "zero3") else None
-    for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "accelerate's FSDP")):
-        wanted = name if os.environ.get(variable, "false").lower() in ("1", "true") else wanted
-    if wanted is not None:
+    if strategy == "zero3":
         raise UnsupportedError(
-            f"{wanted} does not train adapters here: its checkpoints would not be those of one process. training.strategy: "
-            "fsdp2 shares the frozen base out, as ZeRO-3 would, and with training.shard_adapters the adapter with its "
-            "gradients and optimizer states, as ZeRO-2 would. Start the processes by torchrun, graftlm train --processes, "
-            "or accelerate launch --multi_gpu."
+            "training.strategy: zero3 cannot hold adapters: DeepSpeed empties every weight outside of its own module's "
+            "pass, and adapters read the weights of layers, embeddings and heads in other modules' passes. "
+            f"{SHARES} ZeRO-3 would."
         )
-    if strategy == "fsdp2" and (count or processes.count()) > 1 and (given or together):
+    for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
+        if os.environ.get(variable, "false").lower() in ("1", "true"):
+            raise UnsupportedError(
+                f"{name} set by accelerate does not train adapters here: its checkpoints would not be those of one "
+                f"process. Use training.strategy: zero2 for ZeRO-2. {SHARES} ZeRO-3 would. Start the processes by torchrun, "
+                "graftlm train --processes, or accelerate launch --multi_gpu."
+            )
+    several = (count or processes.count()) > 1
+    if strategy == "zero2" and several:
+        if together:
+            raise UnsupportedError(
+                "training.strategy: zero2 is for a run that trains alone: runs that train together make their passes beside "
+                "DeepSpeed. Use strategy: ddp, or run one recipe at a time."
+            )
+        if count is None:
+            check_installed()
+    if strategy == "fsdp2" and several and (given or together):
         raise UnsupportedError(
             "training.strategy: fsdp2 is for a run that loads its own base and trains alone: "
             + ("runs that train together share one whole base" if together else "a loaded base would come back in parts")
@@ -65,14 +81,15 @@ def check_scheme(scheme: str | None) -> None:
         )
 
 
-def check_adapters(model: Any) -> None:
-    """UnsupportedError for adapters whose parameters are looked at whole after each step."""
+def check_adapters(model: Any, wanted: str = "shard_adapters") -> None:
+    """UnsupportedError for adapters whose parameters are looked at whole after each step, which `wanted` does not have."""
     for name in model.switch.active:
         method = model.methods[name]
         if type(method).after_step is not Method.after_step:
             raise UnsupportedError(
-                f"training.shard_adapters: {method.config.peft_type.value} chooses its ranks by whole matrices after each "
-                "step; leave it out (the base is shared out all the same). Every other method can be in parts."
+                f"training.{wanted}: {method.config.peft_type.value} chooses its ranks by whole matrices after each step, "
+                "which no process has there. Use strategy: ddp, or fsdp2 without shard_adapters; every other method can be "
+                "in parts."
             )
 
 

@@ -89,6 +89,7 @@ class Trainer(AcrossProcesses):
                 output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.progress.close()
+            self._let_go()
         if self.stop.stopped:
             self.save_adapter()
             raise TrainingInterrupted(
@@ -177,7 +178,9 @@ class Trainer(AcrossProcesses):
             return False
         if self.accelerator.num_processes > 1 and not self._heeded(model, num_items_in_batch):
             return False
-        if model.penalised or self.exchange is not None:  # added to the loss of each batch; passes that all make alike
+        if (
+            model.penalised or self.exchange is not None or self.zero is not None
+        ):  # added to the loss of each batch; passes that all make alike
             return False
         with self.accelerator.autocast():  # as in the passes
             return model.can_pack()
