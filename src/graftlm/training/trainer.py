@@ -178,9 +178,8 @@ class Trainer(AcrossProcesses):
             return False
         if self.accelerator.num_processes > 1 and not self._heeded(model, num_items_in_batch):
             return False
-        if (
-            model.penalised or self.exchange is not None or self.zero is not None
-        ):  # added to the loss of each batch; passes that all make alike
+        shared_out = self.exchange is not None or self.zero is not None
+        if model.penalised or shared_out:  # added to the loss of each batch; passes that all make alike
             return False
         with self.accelerator.autocast():  # as in the passes
             return model.can_pack()
