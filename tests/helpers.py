@@ -222,6 +222,15 @@ def logits_of(model: nn.Module, **inputs: Any) -> Tensor:
         return model(**inputs).logits
 
 
+def unpacked(model: nn.Module) -> nn.Module:
+    """An oracle whose 4-bit layers compute in their own dtype: with AVX512-BF16 bitsandbytes evaluates those of
+    fp32 in bf16, too."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """A copy of all parameters and buffers."""
     return {k: v.detach().clone() for k, v in model.state_dict().items()}

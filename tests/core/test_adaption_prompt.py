@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from families import CAUSAL, ENCODERS, batch, build
-from helpers import attach, close, config, fresh, logits_of, padded, randomise, rows, state_of, still, twenty_steps
+from helpers import attach, close, config, fresh, logits_of, padded, randomise, rows, state_of, still, twenty_steps, unpacked
 from test_parity import both_ways, from_theirs, theirs
 from test_quantized import folders, load  # noqa: F401  (a fixture)
 from torch import nn
@@ -186,7 +186,7 @@ def test_on_a_quantised_base(folders, scheme, tmp_path):  # noqa: F811
     inputs = batch("llama")
     wanted = logits_of(model, **inputs)
     model.save_pretrained(tmp_path)
-    close(logits_of(from_theirs(load(folders["llama"], scheme), tmp_path), **inputs), wanted, 1e-4)
+    close(logits_of(unpacked(from_theirs(load(folders["llama"], scheme), tmp_path)), **inputs), wanted, 1e-4)
     model.train()(**inputs).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for _, p in model.adapter_parameters("default"))
 

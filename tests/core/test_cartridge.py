@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from families import ALL, batch
-from helpers import attach, cases, close, config, fresh, logits_of, padded, randomise, rows, still, twenty_steps
+from helpers import attach, cases, close, config, fresh, logits_of, padded, randomise, rows, still, twenty_steps, unpacked
 from test_parity import both_ways, theirs
 from test_quantized import folders, load  # noqa: F401  (a fixture)
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -136,7 +136,7 @@ def test_composed_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 def test_on_a_quantised_base(folders, scheme):  # noqa: F811
     model = attach("llama", "cartridge", base=load(folders["llama"], scheme))
-    their = theirs(load(folders["llama"], scheme), config("cartridge", "llama", peft)).eval()
+    their = theirs(unpacked(load(folders["llama"], scheme)), config("cartridge", "llama", peft)).eval()
     peft.set_peft_model_state_dict(their, graftlm.get_peft_model_state_dict(model))
     close(logits_of(model, **batch("llama")), logits_of(their, **batch("llama")), 1e-4)
     model.train()(**batch("llama")).loss.backward()

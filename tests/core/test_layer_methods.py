@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import ALL, batch
-from helpers import attach, cases, close, config, fresh, logits_of, randomise, state_of, still, twenty_steps
+from helpers import attach, cases, close, config, fresh, logits_of, randomise, state_of, still, twenty_steps, unpacked
 from safetensors.torch import load_file
 from test_engine import ragged
 from test_engine import same as packed_as_padded
@@ -380,7 +380,7 @@ def test_on_a_quantised_base(folders, method, scheme, tmp_path, capsys):  # noqa
     if (method, scheme) not in (("loha", "nf4"), ("lokr", "nf4"), ("bat", "int8")):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            their = peft.PeftModel.from_pretrained(load(folders["llama"], scheme), tmp_path).eval()
+            their = peft.PeftModel.from_pretrained(unpacked(load(folders["llama"], scheme)), tmp_path).eval()
         rounding = 0.03 * wanted.abs().max().item() if (method, scheme) == ("vera", "int8") else 1e-4
         close(wanted, logits_of(their, **{k: v for k, v in INPUTS.items() if k != "labels"}), rounding)
     before = state_of(base)

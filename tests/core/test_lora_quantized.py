@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers as t
 from families import batch
-from helpers import close, logits_of, randomise, state_of
+from helpers import close, logits_of, randomise, state_of, unpacked
 from test_quantized import folders, load  # noqa: F401  (a fixture)
 
 import graftlm
@@ -48,7 +48,7 @@ def test_as_hf_peft(folders, option: str, scheme: str, tmp_path: Path) -> None: 
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            their = peft.PeftModel.from_pretrained(load(folders[name], scheme), tmp_path).eval()
+            their = peft.PeftModel.from_pretrained(unpacked(load(folders[name], scheme)), tmp_path).eval()
         close(wanted, logits_of(their, **inputs), 1e-4 * max(1.0, wanted.abs().max().item()))
     model.train()(**inputs).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 1e-4 for _, p in model.adapter_parameters("default"))
@@ -73,7 +73,7 @@ def test_experts_beside_quantised_layers(scheme: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "adapter")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        their = peft.PeftModel.from_pretrained(load(tmp_path / "base", scheme), tmp_path / "adapter").eval()
+        their = peft.PeftModel.from_pretrained(unpacked(load(tmp_path / "base", scheme)), tmp_path / "adapter").eval()
     inputs = batch("llama")
     wanted = logits_of(model, **inputs)
     close(wanted, logits_of(their, **inputs), 1e-4)

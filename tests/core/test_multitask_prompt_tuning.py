@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from families import ALL, CAUSAL, SEQ2SEQ, batch
-from helpers import attach, cases, close, config, fresh, logits_of, padded, randomise, rows, still, twenty_steps
+from helpers import attach, cases, close, config, fresh, logits_of, padded, randomise, rows, still, twenty_steps, unpacked
 from safetensors.torch import load_file
 from test_parity import both_ways, theirs
 from test_quantized import folders, load  # noqa: F401  (a fixture)
@@ -177,7 +177,7 @@ def test_packed_training_gives_the_padded_gradients(name: str) -> None:
 def test_on_a_quantised_base(folders, scheme):  # noqa: F811
     model = attach("llama", "multitask", base=load(folders["llama"], scheme))
     inputs = batch("llama") | {"task_ids": TASKS}
-    their = theirs(load(folders["llama"], scheme), config("multitask", "llama", peft)).eval()
+    their = theirs(unpacked(load(folders["llama"], scheme)), config("multitask", "llama", peft)).eval()
     peft.set_peft_model_state_dict(their, graftlm.get_peft_model_state_dict(model))
     close(logits_of(model, **inputs), logits_of(their, **inputs), 1e-4)
     model.train()(**inputs).loss.backward()

@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from families import ALL, VOCAB, batch, build
-from helpers import attach, cases, close, config, fresh, logits_of, padded, randomise, rows, state_of, twenty_steps
+from helpers import attach, cases, close, config, fresh, logits_of, padded, randomise, rows, state_of, twenty_steps, unpacked
 from safetensors.torch import load_file
 from test_parity import both_ways, from_theirs, theirs
 from test_quantized import folders, load  # noqa: F401  (a fixture)
@@ -310,7 +310,7 @@ def test_on_a_quantised_base(folders, method, scheme, tmp_path):  # noqa: F811
     wanted = logits_of(model, **inputs)
     assert (wanted - logits_of(load(folders["llama"], scheme), **inputs)).abs().max() > 1e-2
     model.save_pretrained(tmp_path)
-    close(logits_of(from_theirs(load(folders["llama"], scheme), tmp_path), **inputs), wanted, 1e-4)
+    close(logits_of(unpacked(from_theirs(load(folders["llama"], scheme), tmp_path)), **inputs), wanted, 1e-4)
     model.train()(**inputs).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for _, p in model.adapter_parameters("default"))
 
