@@ -116,7 +116,8 @@ def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("strategy", "variable", "given", "together", "told"),
     [
-        ("zero3", "", False, False, "zero3 cannot hold adapters: .*fsdp2 shares the frozen base out"),
+        ("zero3", "", True, False, "zero3 is for a run that loads its own base.*would come back in parts"),
+        ("zero3", "", False, True, "zero3.*runs that train together share one whole base"),
         ("zero2", "", False, True, "zero2 is for a run that trains alone"),
         ("ddp", "ACCELERATE_USE_DEEPSPEED", False, False, "DeepSpeed set by accelerate does not train.*zero2"),
         ("ddp", "ACCELERATE_USE_FSDP", False, False, "FSDP set by accelerate does not train"),
@@ -133,16 +134,18 @@ def test_strategies_that_cannot_be(
         check_strategy(strategy, given, together)
 
 
-def test_zero2_says_what_it_needs(second: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_zero_says_what_it_needs(strategy: str, second: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UnsupportedError, match="zero2 needs DeepSpeed.*pip install deepspeed.*ddp does without"):
-        check_strategy("zero2", False, False)
+    with pytest.raises(UnsupportedError, match=f"{strategy} needs DeepSpeed.*pip install deepspeed.*ddp does without"):
+        check_strategy(strategy, False, False)
 
 
 def test_a_quantised_base_is_not_shared_out(tmp_path: Path) -> None:
     base, _ = resolve_base(str(save_base(tmp_path, "llama", hidden_size=64)), quantization="nf4")
-    with pytest.raises(UnsupportedError, match="fsdp2 cannot hold a base in nf4.*ddp"):
-        check_scheme(scheme_of(base))
+    for strategy in ("fsdp2", "zero3"):
+        with pytest.raises(UnsupportedError, match=f"{strategy} cannot hold a base in nf4.*ddp"):
+            check_scheme(scheme_of(base), strategy)
 
 
 def test_adapters_that_are_not_shared_out() -> None:
