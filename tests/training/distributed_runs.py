@@ -189,7 +189,7 @@ def recipes_of(name: str, place: Path, steps: int, out: Path) -> list[Recipe]:
     if name.endswith("fsdp2") and count > 1:
         training["strategy"] = "fsdp2"
     if name == "early-stop":
-        training |= often | {"early_stopping": 1, "learning_rate": 0.1, "max_steps": 20}
+        training |= often | {"early_stopping": 1, "learning_rate": 0.2, "max_steps": 20}
     if name == "parts":
         training |= often | {"load_best": True}
     if name.startswith("zero") and count > 1:
