@@ -26,6 +26,7 @@ from graftlm.cli._processes import launch
 from graftlm.errors import ConfigError, RecipeError, UnsupportedError
 from graftlm.quantization import scheme_of
 from graftlm.training import Recipe, resolve_base, run
+from graftlm.training.output import check_shared
 from graftlm.training.recipes import only_the_first_speaks
 from graftlm.training.resume import last_complete_checkpoint
 from graftlm.training.runs import check_enough
@@ -312,7 +313,7 @@ def test_a_mistake_is_told_as_by_one_process(endless: Path) -> None:
     assert "--resume" not in done.stderr and "Traceback" not in done.stderr
 
 
-def differing(rank: int, port: int, answers: Any) -> None:
+def differing(rank: int, port: int, place: Path, answers: Any) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     join_processes()
     check_agreement({"recipe's seed": "1"})
@@ -320,19 +321,27 @@ def differing(rank: int, port: int, answers: Any) -> None:
         check_agreement({"recipe's seed": "1", "training rows": f"{4 + rank} of digest ab"})
     except UnsupportedError as error:
         answers.put(str(error))
+    (place / "own" / str(rank)).mkdir(parents=True)
+    check_shared(place)
+    try:
+        check_shared(place / "own" / str(rank))  # a folder of one name on machines that do not share it
+    except UnsupportedError as error:
+        answers.put(str(error))
     processes.leave()
 
 
-def test_processes_that_differ_are_noticed() -> None:
+def test_processes_that_differ_are_noticed(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = torch.multiprocessing.get_context("spawn")
     answers = context.Queue()
-    started = [context.Process(target=differing, args=(rank, port, answers)) for rank in range(2)]
+    started = [context.Process(target=differing, args=(rank, port, tmp_path, answers)) for rank in range(2)]
     for one in started:
         one.start()
-    told = [answers.get(timeout=120) for _ in started]
+    told = [answers.get(timeout=120) for _ in range(4)]
     for one in started:
         one.join(timeout=60)
-    assert all("training rows: 4 of digest ab in process 0, 5 of digest ab in process 1" in text for text in told)
+    assert sum("training rows: 4 of digest ab in process 0, 5 of digest ab in process 1" in text for text in told) == 2
+    assert sum("process 1 does not see what process 0 writes there" in text for text in told) == 2
+    assert not [*tmp_path.rglob(".shared-*")]

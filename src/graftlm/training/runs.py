@@ -30,7 +30,7 @@ from .defaults import defaults_of
 from .evaluation import Evaluation, is_encoder_decoder
 from .live import ProgressFile
 from .measuring import check_baseline, measure, samples_of
-from .output import RECIPE_NAME, open_output, write_recipe
+from .output import RECIPE_NAME, check_shared, open_output, write_recipe
 from .progress import RichProgress
 from .results import RunResult, finish
 from .resume import last_complete_checkpoint
@@ -88,6 +88,7 @@ def run(
         dims = model_dims(model)
         recipe = recipe.filled(dims.hidden, len(data.train_rows), dims.layers)
         check_agreement(facts_of(recipe, data, model))
+        check_shared(output)
         check_enough(data)
         if recipe.training.learning_rate == "search" and recipe.resume:
             recipe = with_earlier_rate(recipe, output)
@@ -145,7 +146,10 @@ def facts_of(recipe: Recipe, data: RunData, base: Any) -> dict[str, str]:
         for row in rows if rows is not None else ():
             known.update(repr((row["input_ids"], row["labels"])).encode())
         found[name] = f"{0 if rows is None else len(rows)} of digest {known.hexdigest()[:16]}"
-    return found | {f"recipe's {key}": str(value) for key, value in recipe.model_dump().items()}
+    for key, value in recipe.model_dump().items():
+        inner = {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+        found |= {f"recipe's {k}": str(v) for k, v in inner.items()}
+    return found
 
 
 def with_earlier_rate(recipe: Recipe, output: Path) -> Recipe:
