@@ -61,6 +61,9 @@ def test_what_each_rank_holds(planned: dict[str, Plan]) -> None:
     assert (zero.base, zero.adapter, zero.gradients) == (one.base, one.adapter, one.gradients)
     assert zero.optimizer == (one.optimizer + one.adapter) // 8 and zero.peak_bytes < ddp.peak_bytes
     assert zero.exchanged_bytes == one.gradients + one.adapter * 7 // 8
+    three = ranks(replace(planned["ddp"], recipe=recipe("zero3")), 8, config)
+    assert (three.base, three.gathered, three.optimizer) == (parts.base, parts.gathered, zero.optimizer)
+    assert three.exchanged_bytes == zero.exchanged_bytes + 2 * 6 * BLOCK * 7 // 8
 
 
 def test_what_cannot_be_planned(planned: dict[str, Plan]) -> None:
