@@ -357,7 +357,7 @@ class AdapterSet(Attached):
         """Trainable and all parameters, in elements (packed 4-bit weights count twice their bytes)."""
         trainable = total = 0
         for parameter in self.parameters():
-            count = parameter.numel()
+            count = getattr(parameter, "ds_numel", parameter.numel())  # of what DeepSpeed has in parts
             if type(parameter).__name__ == "Params4bit":
                 count *= 2 * getattr(parameter, "quant_storage", torch.uint8).itemsize
             total += count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
@@ -127,9 +128,13 @@ def test_too_much_is_a_429(fleet: Any) -> None:
 def test_a_client_that_leaves_frees_its_replica(fleet: Any) -> None:
     _, client = fleet
     body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "stream": True}
-    with client.stream("POST", "/v1/completions", json=body) as answer:
-        next(answer.iter_lines())
-        until(lambda: any(r["tokens"] for r in status()["replicas"].values()))
+    with contextlib.ExitStack() as streams:
+
+        def seen() -> bool:  # one more stream a look: the manager looks twice a second, and a fast replica has ended by then
+            streams.enter_context(client.stream("POST", "/v1/completions", json=body))
+            return any(r["tokens"] for r in status()["replicas"].values())
+
+        until(seen)
     until(lambda: not any(r["tokens"] for r in status()["replicas"].values()))
 
 
@@ -159,6 +164,37 @@ def test_a_killed_replica_loses_streams_and_nothing_else(fleet: Any, ray: Any) -
             assert answer.status_code == 200 and answer.text.endswith("data: [DONE]\n\n")
     until(lambda: len(ready()) == 2 and ready() != before)
     assert text(complete(client, max_tokens=200, ignore_eos=True)) == expected
+
+
+def test_a_killed_door_stands_in_again(fleet: Any, ray: Any) -> None:
+    """What ran over it ends with its connection; replicas stay, and the next door has the table again."""
+    _, client = fleet
+    expected, before = text(complete(client, "task")), ready()
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with pytest.raises(httpx.TransportError), client.stream("POST", "/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        os.kill(doors()[0], signal.SIGKILL)
+        list(lines)
+    killed = time.monotonic()
+    until(lambda: answers(client))
+    assert time.monotonic() - killed < 30
+    assert text(complete(client, "task")) == expected and ready() == before
+    until(lambda: not any(r["tokens"] for r in status()["replicas"].values()))  # the stream's rows are given up
+
+
+def doors() -> list[int]:
+    """Processes of doors."""
+    import psutil
+
+    return [p.pid for p in psutil.process_iter(["cmdline"]) if ":Door" in (p.info["cmdline"] or [""])[0]]
+
+
+def answers(client: httpx.Client) -> bool:
+    try:
+        return client.get("/v1/models", timeout=1).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def test_an_adapter_is_replaced_under_load(fleet: Any, root: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from graftlm.kernels import linear
 from graftlm.quantization import quantized_layers
 from graftlm.training import Recipe, Together, Trainer, run, runs
 from graftlm.training.defaults import config_type, defaults_of, method_names
-from graftlm.training.sharding import base_parameters, shard, stacks, traffic
+from graftlm.training.sharding import base_parameters, shard, shard_by_zero, stacks, traffic
 from graftlm.training.surroundings import join_processes
 
 KEYS = ("loss", "grad_norm", "eval_loss", "epoch_train_loss")
@@ -42,7 +42,7 @@ class Case:
     rows: int = 7
     sharded: bool = False
     parts: bool = False  # of the adapter
-    zero: bool = False  # ZeRO-2
+    zero: int = 0  # the stage: 2, 3
     overrides: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -78,17 +78,19 @@ CASES |= {
     for name, case in WHOLE.items()
     if name.startswith(("method", "accumulation-u", "check")) and case.method != "adalora"
 }
+BY_ZERO = ("method", "accumulation", "check", "five-rows-padded", "seq2seq", "bloom")
 CASES |= {
-    f"zero2-{name}": replace(case, zero=True)
+    f"zero{stage}-{name}": replace(case, zero=stage)
+    for stage in (2, 3)
     for name, case in WHOLE.items()
-    if name.startswith(("method", "accumulation", "check", "five-rows-padded", "seq2seq")) and case.method != "adalora"
+    if name.startswith(BY_ZERO) and case.method != "adalora"
 }
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 
 
 def can_run(name: str) -> bool:
     """Whether what a case or a run needs is installed."""
-    return HAS_DEEPSPEED or not name.startswith("zero2")
+    return HAS_DEEPSPEED or not name.startswith("zero")
 
 
 EPSILON = 1e-3  # of Adam: else the last bit of a gradient that is all but zero makes an update of the learning rate
@@ -128,6 +130,7 @@ def result_of(case: Case, steps: int, folder: Path) -> dict[str, Any]:
     model = get_peft_model(base, config_type(case.method)(task_type=task(case.family), **options))
     if case.sharded and processes.count() > 1:
         shard(model, case.parts)
+    release = shard_by_zero(model) if case.zero == 3 and processes.count() > 1 else None
     rate = min(defaults_of(case.method).rate(32, 2), 2e-3)
     values = PLAIN | {
         "output_dir": str(folder), "max_steps": steps, "per_device_train_batch_size": BATCH // processes.count(),
@@ -138,7 +141,7 @@ def result_of(case: Case, steps: int, folder: Path) -> dict[str, Any]:
     trainer = Trainer(
         model, t.TrainingArguments(**(values | case.arguments)), train_dataset=rows_of(case), eval_dataset=rows_of(case)[:7]
     )
-    trainer.by_zero = case.zero
+    trainer.by_zero, trainer.release = bool(case.zero), release
     trainer.train()
     history = trainer.state.log_history
     parameters = {k: p.full_tensor() if isinstance(p, DTensor) else p for k, p in trained(model).items()}
@@ -160,15 +163,15 @@ def save_rows(folder: Path, train: int = 13, test: int = 5) -> Path:
 
 WHOLE_ADAPTERS = ("training.strategy=ddp", "training.shard_adapters=false")
 RUNS = ("packing", "packing-fsdp2", "early-stop", "int8", "nf4", "joint", "joint-seq2seq", "fsdp2", "parts", "resumed")
-RUNS += ("zero2-resumed", "zero2-nf4")
+RUNS += ("zero2-resumed", "zero2-nf4", "zero3-resumed", "zero3-packing")
 # Without `slow`: one method of each entry point and of each kind of parameter, the runs that differ most, and FSDP2 where
 # the processes differ in what they hold. All of them, for many more steps, are `slow`.
 OFTEN = ("lora", "adalora", "prompt-tuning", "prefix-tuning", "bottleneck", "trainable-tokens")
 QUICK = [f"method-{name}" for name in (*OFTEN, "vera", "p-tuning")]
 QUICK += ["five-rows", "five-rows-penalised", "smoothing", "accumulation-uneven", "checkpointing", "seq2seq", "bloom"]
 QUICK += ["fsdp2-five-rows", "parts-accumulation-uneven", *(f"fsdp2-method-{name}" for name in OFTEN)]
-QUICK += ["zero2-method-lora", "zero2-accumulation-uneven"]
-OFTEN_RUN = ("packing", "early-stop", "nf4", "joint", "parts", "resumed", "zero2-resumed")
+QUICK += ["zero2-method-lora", "zero2-accumulation-uneven", *(f"zero3-method-{n}" for n in OFTEN if n != "adalora")]
+OFTEN_RUN = ("packing", "early-stop", "nf4", "joint", "parts", "resumed", "zero2-resumed", "zero3-resumed")
 
 
 def recipes_of(name: str, place: Path, steps: int, out: Path) -> list[Recipe]:
@@ -181,22 +184,23 @@ def recipes_of(name: str, place: Path, steps: int, out: Path) -> list[Recipe]:
     }  # fmt: skip
     values: dict[str, Any] = {"base": str(place / "base"), "data": {"source": str(place / "data")}}
     methods: list[dict[str, Any]] = [{"method": "lora", "method_options": {"lora_dropout": 0.0}}]
-    if name.startswith("packing"):  # a pack a process and step
+    if "packing" in name:  # a pack a process and step
         training |= {"packing": True, "tokens": 32, "accumulation": BATCH // 2 // count}
     if name.endswith("fsdp2") and count > 1:
         training["strategy"] = "fsdp2"
     if name == "early-stop":
-        training |= often | {"early_stopping": 1, "learning_rate": 0.5, "max_steps": 20}
+        training |= often | {"early_stopping": 1, "learning_rate": 0.2, "max_steps": 20}
     if name == "parts":
         training |= often | {"load_best": True}
-    if name.startswith("zero2") and count > 1:
-        training["strategy"] = "zero2"
+    if name.startswith("zero") and count > 1:
+        training["strategy"] = name[:5]
     if name.endswith("resumed"):
         training |= {"save_strategy": "steps", "interval": 1, "schedule": "constant"}
     if name in ("parts", "resumed") and count > 1:
         training |= {"strategy": "fsdp2", "shard_adapters": True}
     if name.endswith(("int8", "nf4")):
-        values |= {"quantization": name[-4:].strip("-"), "base": str(place / "wide")}
+        # fp32: a processor with bf16 would round 4-bit layers' activations to it, which tips over by a last bit
+        values |= {"quantization": name[-4:].strip("-"), "base": str(place / "wide"), "dtype": "fp32"}
     if name.startswith("joint"):
         penalised = {"tinit": 1, "tfinal": 1, "deltaT": 1, "orth_reg_weight": 0.5}
         methods += [{"method": "adalora", "method_options": penalised}, {"method": "prompt-tuning"}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def alone(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     done: dict[tuple[str, int], dict[str, Any]] = {}
 
     def found(name: str, steps: int) -> dict[str, Any]:
-        key = (name if name in RUNS else name.removeprefix("fsdp2-").removeprefix("parts-").removeprefix("zero2-"), steps)
+        key = (name if name in RUNS else re.sub("^(fsdp2|parts|zero2|zero3)-", "", name), steps)
         if key not in done:
             done[key] = made_of(key[0], place, steps, tmp_path_factory.mktemp("alone"))
         return done[key]
@@ -42,15 +43,18 @@ def alone(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="module")
-def of_two(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What two processes made of every case, by the number of steps; they are started once."""
+def of_two(request: pytest.FixtureRequest, place: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What two processes made of every case that was chosen, by the number of steps; they are started once."""
     done: dict[int, Path] = {}
+    chosen: list[Any] = [item for item in request.session.items if item.path == request.path]
 
     def found(name: str, steps: int) -> list[dict[str, Any]]:
-        names = [*QUICK, *OFTEN_RUN, "measured"] if steps == FEW else [*CASES, *RUNS]
         if steps not in done:
+            given = [getattr(item, "callspec", None) for item in chosen]
+            cases = [(own.params["name"], own.params["steps"]) if own else ("measured", FEW) for own in given]
+            names = [own for own, of in cases if of == steps and can_run(own)]
             done[steps] = tmp_path_factory.mktemp(f"steps-{steps}")
-            in_two_processes(process, [name for name in names if can_run(name)], place, steps, done[steps])
+            in_two_processes(process, names, place, steps, done[steps])
         return [torch.load(done[steps] / f"{name}.{rank}.pt") for rank in range(2)]
 
     return found

@@ -26,6 +26,7 @@ from graftlm.cli._processes import launch
 from graftlm.errors import ConfigError, RecipeError, UnsupportedError
 from graftlm.quantization import scheme_of
 from graftlm.training import Recipe, resolve_base, run
+from graftlm.training.output import check_shared
 from graftlm.training.recipes import only_the_first_speaks
 from graftlm.training.resume import last_complete_checkpoint
 from graftlm.training.runs import check_enough
@@ -116,7 +117,8 @@ def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("strategy", "variable", "given", "together", "told"),
     [
-        ("zero3", "", False, False, "zero3 cannot hold adapters: .*fsdp2 shares the frozen base out"),
+        ("zero3", "", True, False, "zero3 is for a run that loads its own base.*would come back in parts"),
+        ("zero3", "", False, True, "zero3.*runs that train together share one whole base"),
         ("zero2", "", False, True, "zero2 is for a run that trains alone"),
         ("ddp", "ACCELERATE_USE_DEEPSPEED", False, False, "DeepSpeed set by accelerate does not train.*zero2"),
         ("ddp", "ACCELERATE_USE_FSDP", False, False, "FSDP set by accelerate does not train"),
@@ -133,16 +135,18 @@ def test_strategies_that_cannot_be(
         check_strategy(strategy, given, together)
 
 
-def test_zero2_says_what_it_needs(second: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_zero_says_what_it_needs(strategy: str, second: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UnsupportedError, match="zero2 needs DeepSpeed.*pip install deepspeed.*ddp does without"):
-        check_strategy("zero2", False, False)
+    with pytest.raises(UnsupportedError, match=f"{strategy} needs DeepSpeed.*pip install deepspeed.*ddp does without"):
+        check_strategy(strategy, False, False)
 
 
 def test_a_quantised_base_is_not_shared_out(tmp_path: Path) -> None:
     base, _ = resolve_base(str(save_base(tmp_path, "llama", hidden_size=64)), quantization="nf4")
-    with pytest.raises(UnsupportedError, match="fsdp2 cannot hold a base in nf4.*ddp"):
-        check_scheme(scheme_of(base))
+    for strategy in ("fsdp2", "zero3"):
+        with pytest.raises(UnsupportedError, match=f"{strategy} cannot hold a base in nf4.*ddp"):
+            check_scheme(scheme_of(base), strategy)
 
 
 def test_adapters_that_are_not_shared_out() -> None:
@@ -309,7 +313,7 @@ def test_a_mistake_is_told_as_by_one_process(endless: Path) -> None:
     assert "--resume" not in done.stderr and "Traceback" not in done.stderr
 
 
-def differing(rank: int, port: int, answers: Any) -> None:
+def differing(rank: int, port: int, place: Path, answers: Any) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     join_processes()
     check_agreement({"recipe's seed": "1"})
@@ -317,19 +321,27 @@ def differing(rank: int, port: int, answers: Any) -> None:
         check_agreement({"recipe's seed": "1", "training rows": f"{4 + rank} of digest ab"})
     except UnsupportedError as error:
         answers.put(str(error))
+    (place / "own" / str(rank)).mkdir(parents=True)
+    check_shared(place)
+    try:
+        check_shared(place / "own" / str(rank))  # a folder of one name on machines that do not share it
+    except UnsupportedError as error:
+        answers.put(str(error))
     processes.leave()
 
 
-def test_processes_that_differ_are_noticed() -> None:
+def test_processes_that_differ_are_noticed(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = torch.multiprocessing.get_context("spawn")
     answers = context.Queue()
-    started = [context.Process(target=differing, args=(rank, port, answers)) for rank in range(2)]
+    started = [context.Process(target=differing, args=(rank, port, tmp_path, answers)) for rank in range(2)]
     for one in started:
         one.start()
-    told = [answers.get(timeout=120) for _ in started]
+    told = [answers.get(timeout=120) for _ in range(4)]
     for one in started:
         one.join(timeout=60)
-    assert all("training rows: 4 of digest ab in process 0, 5 of digest ab in process 1" in text for text in told)
+    assert sum("training rows: 4 of digest ab in process 0, 5 of digest ab in process 1" in text for text in told) == 2
+    assert sum("process 1 does not see what process 0 writes there" in text for text in told) == 2
+    assert not [*tmp_path.rglob(".shared-*")]

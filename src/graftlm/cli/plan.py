@@ -34,7 +34,7 @@ def plan(
     strategy: Annotated[
         str | None,
         typer.Option(
-            help="Of several processes: each holds all (ddp), a part of the base (fsdp2), of the optimizer (zero2)."
+            help="Of several processes: each holds all (ddp), part of the base (fsdp2), of AdamW (zero2) or of both (zero3)."
         ),
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Every method, side by side.")] = False,

@@ -59,7 +59,7 @@ def train(
     strategy: Annotated[
         str | None,
         typer.Option(
-            help="Of several processes: each holds all (ddp), a part of the base (fsdp2), of the optimizer (zero2)."
+            help="Of several processes: each holds all (ddp), part of the base (fsdp2), of AdamW (zero2) or of both (zero3)."
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,

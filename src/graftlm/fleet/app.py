@@ -30,6 +30,7 @@ from .remote import Remote
 from .replica import Facts
 from .service import FleetAdapters, FleetService
 
+LOOKS = 1.0  # seconds between two of Serve's looks at a door or the manager; what has died stands in again after them
 AT_ONCE = 10_000  # calls of a deployment; the router holds back, not Serve
 log = logging.getLogger("graftlm.serving")
 
@@ -141,5 +142,5 @@ def managed(config: FleetConfig) -> Any:
 
 def deployed(kind: type, resources: dict[str, float] | None = None, **options: Any) -> Any:
     deployment: Any = serve.deployment
-    own = {"num_cpus": 0, "resources": resources or {}}
-    return deployment(kind).options(ray_actor_options=own, max_ongoing_requests=AT_ONCE, **options)
+    options |= {"ray_actor_options": {"num_cpus": 0, "resources": resources or {}}, "health_check_period_s": LOOKS}
+    return deployment(kind).options(max_ongoing_requests=AT_ONCE, **options)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import PlanError
-from ..training.sharding import base_parameters, check_adapters, check_scheme, check_strategy, stacks
+from ..training.sharding import BY_ZERO, IN_PARTS, base_parameters, check_adapters, check_scheme, check_strategy, stacks
 from .sizes import bytes_of
 from .skeleton import Skeleton, skeleton
 from .whole import Plan
@@ -29,10 +29,10 @@ class Ranks:
     Attributes:
         base: what it holds of the base; `gathered`: blocks' weights of others while a pass is in them.
         adapter, gradients, optimizer, activations: as in one process, or its part of them.
-        exchange: copies of the adapter's gradients that travel; under zero2 this process's part of their mean.
+        exchange: copies of the adapter's gradients that travel; under zero2 and zero3 this process's part of their mean.
         loading_bytes: highest while the base is loaded: every process loads all of it.
         peak_bytes: highest of the process.
-        exchanged_bytes: of each process in an update: gradients, and what is gathered (fsdp2: blocks twice; zero2: values).
+        exchanged_bytes: of each process in an update: gradients, and what is gathered (blocks twice; by ZeRO new values).
         updates: of the run.
         fits: each on a GPU of its own, or all side by side in this machine's memory.
     """
@@ -72,28 +72,28 @@ def ranks(planned: Plan, processes: int, config: Any = None) -> Ranks:
     strategy = recipe.training.strategy
     check_strategy(strategy, False, planned.together > 1, processes)
     elsewhere = trained_elsewhere = gathered = sent = 0
-    if strategy == "fsdp2" and processes > 1:
+    if strategy in IN_PARTS and processes > 1:
         made = skeleton(recipe, config)
-        check_scheme(made.scheme)
+        check_scheme(made.scheme, strategy)
         blocks, trained = in_blocks(made, recipe.training.shard_adapters)
         elsewhere, trained_elsewhere = (
-            sum(bytes_of(p) - part(p, processes) for b in of for p in b) for of in (blocks, trained)
+            sum(bytes_of(p) - part(p, processes, strategy) for b in of for p in b) for of in (blocks, trained)
         )
         sizes = [sum(map(bytes_of, (*a, *b))) for a, b in zip(blocks, trained, strict=True)]
         gathered, sent = min(AT_ONCE * max(sizes), sum(sizes)), 2 * sum(sizes) * (processes - 1) // processes
-    divided = processes if strategy == "zero2" else 1
+    divided = processes if strategy in BY_ZERO else 1
     if divided > 1 or (sent and recipe.training.shard_adapters):
-        check_adapters(skeleton(recipe, config).model, "strategy: zero2" if divided > 1 else "shard_adapters")
+        check_adapters(skeleton(recipe, config).model, f"strategy: {strategy}" if divided > 1 else "shard_adapters")
     base, adapter = step.base - elsewhere, step.adapter - trained_elsewhere
     gradients, optimizer = step.gradients - trained_elsewhere, step.optimizer - 2 * trained_elsewhere
     if divided > 1:  # moments of a part; values of it that are updated, and whole ones beside the model's at the start
-        optimizer, sent = -(-optimizer // divided) + -(-adapter // divided), adapter * (divided - 1) // divided
+        optimizer, sent = -(-optimizer // divided) + -(-adapter // divided), sent + adapter * (divided - 1) // divided
     activations = step.kept + step.workspace + step.allocator
     exchange = gradients if processes > 1 else 0
     if divided > 1:  # ZeRO's part of the mean, as it came, flattened and scaled
         exchange = -(-3 * gradients // divided)
     # DDP's buckets stay, and these; the copy that `sharding.Exchange` sends is there when activations are gone
-    always = exchange if strategy in ("ddp", "zero2") and planned.together == 1 else 0
+    always = exchange if strategy in ("ddp", *BY_ZERO) and planned.together == 1 else 0
     weights = base + adapter + optimizer
     training = weights + gradients + max(activations + gathered + always, exchange)
     peak = planned.process_bytes + max(training, weights + gathered + planned.evaluation_bytes)
@@ -118,6 +118,8 @@ def in_blocks(made: Skeleton, adapters: bool) -> tuple[list[list[Tensor]], list[
     return [[p for p in block if id(p) in own] for block in blocks], trained
 
 
-def part(tensor: Tensor, processes: int) -> int:
-    """Bytes of a process's part: rows, of which an uneven number is filled up."""
+def part(tensor: Tensor, processes: int, strategy: str) -> int:
+    """Bytes of a process's part: rows, or under zero3 numbers, of which an uneven number is filled up."""
+    if strategy == "zero3":
+        return -(-tensor.numel() // processes) * tensor.element_size()
     return -(-tensor.shape[0] // processes) * bytes_of(tensor) // tensor.shape[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -22,6 +23,7 @@ class AcrossProcesses(transformers.Trainer):
     member: Any = None  # of several runs that train together
     exchange: Exchange | None = None  # of gradients, where the model is not wrapped for it
     by_zero = False  # whether gradients and the optimizer are shared out, by DeepSpeed
+    release: Callable[[], None] | None = None  # of a base that is shared out by it, too: what follows a backward pass
     zero: Zero | None = None
     optimizer: Any
     lr_scheduler: Any
@@ -51,6 +53,8 @@ class AcrossProcesses(transformers.Trainer):
         """`Accelerator.backward`; DeepSpeed updates behind it."""
         assert self.zero is not None
         self.zero.backward(loss / self.accelerator.gradient_accumulation_steps, self.accelerator.sync_gradients)
+        if self.release is not None:
+            self.release()
 
     def _norm_by_zero(self, *given: Any, **kwargs: Any) -> Tensor:
         """`Accelerator.clip_grad_norm_`; DeepSpeed has clipped."""

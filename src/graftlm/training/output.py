@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from uuid import uuid4
 
-from ..errors import RecipeError
+from .. import processes
+from ..errors import RecipeError, UnsupportedError
 from .curve import CURVE_NAME
 from .resume import checkpoints
 from .schema import Recipe
@@ -42,6 +44,22 @@ def open_output(recipe: Recipe) -> Path:
         )
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def check_shared(folder: Path) -> None:
+    """UnsupportedError where a process does not see what the first one writes into the output directory: it could not
+    resume. All processes must call this."""
+    if processes.count() == 1:
+        return
+    mark = folder / f".shared-{processes.gathered(uuid4().hex)[0]}"
+    processes.of_first(mark.touch)
+    every = processes.gathered(mark.exists())
+    processes.of_first(mark.unlink)
+    if not all(every):
+        raise UnsupportedError(
+            f"output_dir={str(folder)!r}: process {every.index(False)} does not see what process 0 writes there. The "
+            "processes of a run need a folder that all their machines share, for checkpoints; nothing was trained."
+        )
 
 
 def check_resumable(recipe: Recipe, folder: Path) -> None:

@@ -30,13 +30,13 @@ from .defaults import defaults_of
 from .evaluation import Evaluation, is_encoder_decoder
 from .live import ProgressFile
 from .measuring import check_baseline, measure, samples_of
-from .output import RECIPE_NAME, open_output, write_recipe
+from .output import RECIPE_NAME, check_shared, open_output, write_recipe
 from .progress import RichProgress
 from .results import RunResult, finish
 from .resume import last_complete_checkpoint
 from .schema import Recipe
 from .setup import RunData, attach, load_data_of
-from .sharding import check_adapters, check_scheme, check_strategy, in_words, shard, traffic
+from .sharding import BY_ZERO, IN_PARTS, check_scheme, check_strategy, in_words, share_out, traffic
 from .surroundings import check_agreement, join_processes, log, only_the_first_speaks, threads
 from .trainer import Trainer
 
@@ -64,7 +64,8 @@ def run(
         recipe = over(model, recipe)
     join_processes()
     check_strategy(recipe.training.strategy, model is not None, member is not None)
-    in_parts = recipe.training.strategy == "fsdp2" and processes.count() > 1
+    strategy = recipe.training.strategy
+    in_parts = strategy in IN_PARTS and processes.count() > 1
     output = processes.of_first(lambda: open_output(recipe)) or Path(recipe.output_dir)
     quiet = quiet or not processes.is_first()
     quietly = only_the_first_speaks() if member is None else nullcontext()
@@ -74,7 +75,7 @@ def run(
             asked = {"task": recipe.task, "dtype": recipe.dtype, "quantization": recipe.quantization}
             model, tokenizer = resolve_base(recipe.base, **asked, in_memory=in_parts)  # type: ignore[arg-type]
         if in_parts:
-            check_scheme(scheme_of(model))
+            check_scheme(scheme_of(model), strategy)
         made_ready(model, bool(recipe.training.gradient_checkpointing), quiet)
         size = model.get_memory_footprint() if member is None else member.base_bytes  # without other runs' adapters
         form = {"quantization": scheme_of(model), "base_bytes": size}
@@ -87,6 +88,7 @@ def run(
         dims = model_dims(model)
         recipe = recipe.filled(dims.hidden, len(data.train_rows), dims.layers)
         check_agreement(facts_of(recipe, data, model))
+        check_shared(output)
         check_enough(data)
         if recipe.training.learning_rate == "search" and recipe.resume:
             recipe = with_earlier_rate(recipe, output)
@@ -94,10 +96,7 @@ def run(
             recipe = search(recipe, model, tokenizer, data, log.info if quiet else print)
         set_seed(recipe.training.seed)
         wrapped, recipe = attach(recipe, model, tokenizer, data)
-        if in_parts:
-            shard(wrapped, recipe.training.shard_adapters)
-        elif recipe.training.strategy == "zero2" and processes.count() > 1:
-            check_adapters(wrapped, "strategy: zero2")
+        release = share_out(wrapped, strategy, recipe.training.shard_adapters)
         if in_parts and before is None:
             before = plain(recipe, model, tokenizer, data)
         form |= (exchanged := traffic(wrapped))
@@ -107,6 +106,7 @@ def run(
             write_recipe(recipe, output)
         try:
             trainer = make_trainer(recipe, wrapped, tokenizer, data, callbacks, quiet)
+            trainer.release = release
             if progress:
                 trainer.add_callback(ProgressFile(output, trainer.meter, samples_of(wrapped, tokenizer, data)))
             form |= fit(trainer, wrapped, recipe, output, member)
@@ -146,7 +146,10 @@ def facts_of(recipe: Recipe, data: RunData, base: Any) -> dict[str, str]:
         for row in rows if rows is not None else ():
             known.update(repr((row["input_ids"], row["labels"])).encode())
         found[name] = f"{0 if rows is None else len(rows)} of digest {known.hexdigest()[:16]}"
-    return found | {f"recipe's {key}": str(value) for key, value in recipe.model_dump().items()}
+    for key, value in recipe.model_dump().items():
+        inner = {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+        found |= {f"recipe's {k}": str(v) for k, v in inner.items()}
+    return found
 
 
 def with_earlier_rate(recipe: Recipe, output: Path) -> Recipe:
@@ -188,7 +191,7 @@ def make_trainer(
         eval_dataset=data.held_out_rows,
         callbacks=list(callbacks),
     )
-    trainer.by_zero = recipe.training.strategy == "zero2"
+    trainer.by_zero = recipe.training.strategy in BY_ZERO
     if recipe.training.early_stopping and data.held_out_rows is not None:
         trainer.add_callback(EarlyStoppingCallback(recipe.training.early_stopping))
     if recipe.training.torch_compile:

@@ -108,7 +108,7 @@ class TrainingSection(Section):
     torch_compile: bool = Field(default=False, description="compile the base's layers, if a trial on the first rows pays")
     strategy: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field(
         default="ddp",
-        description="several processes: each holds all (ddp), a part of the base (fsdp2) or of the optimizer (zero2)",
+        description="several processes: each holds all (ddp), part of the base (fsdp2), of AdamW (zero2) or of both (zero3)",
     )
     shard_adapters: bool = Field(default=False, description="fsdp2: each process holds a part of the adapter, too")
     threads: int | None = Field(default=None, ge=1, description="CPU threads of torch")
@@ -194,14 +194,14 @@ class Recipe(Section):
             found.append("overwrite and resume: choose one; resume needs the run that overwrite would delete")
         if training.early_stopping and not (training.eval_strategy == training.save_strategy != "no"):
             found.append("training.early_stopping needs equal eval_strategy and save_strategy, epoch or steps")
-        if training.strategy == "fsdp2":
+        if training.strategy in ("fsdp2", "zero3"):
             others = {"prepacked": training.prepacked, "torch_compile": training.torch_compile}
             found += [
-                f"training.{name} and strategy fsdp2: it is for a base that every process holds; leave one out"
+                f"training.{name} and strategy {training.strategy}: it is for a base that every process holds; leave one out"
                 for name, wanted in others.items()
                 if wanted
             ]
-        elif training.shard_adapters:
+        if training.strategy != "fsdp2" and training.shard_adapters:
             found.append(f"training.shard_adapters and strategy {training.strategy}: it is of strategy fsdp2")
         from transformers import SchedulerType
 

@@ -1,16 +1,16 @@
-"""FSDP2: the frozen base in parts, one a process, and the adapters whole in every process, or in parts as well (`parts`).
+"""The frozen base in parts, one a process. FSDP2: the adapters whole in every process, or in parts as well (`parts`).
 
 torch's `fully_shard` gathers a block's weights when a pass reaches it and drops them behind it. Embeddings, the last norm
 and the head stay whole: `fully_shard` would hold them from the forward to the end of the backward pass too. Adapters that
 are whole stay plain tensors, so files, checkpoints and the optimizer are those of one process; `Exchange` takes their
-gradients' mean.
+gradients' mean. DeepSpeed's ZeRO-3 keeps parts of the same weights (`zero.divide`), beside adapters by its ZeRO-2.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,9 +24,10 @@ from ..kernels import return_freed_memory
 from ..methods.base import Method
 from ..quantization import scheme_of
 from .parts import Parts
-from .zero import check_installed
+from .zero import check_installed, divide
 
-SHARES = "training.strategy: fsdp2 shares the frozen base out, and with training.shard_adapters the adapter, as"
+IN_PARTS = ("fsdp2", "zero3")  # strategies by which a process holds a part of the base
+BY_ZERO = ("zero2", "zero3")  # those by which DeepSpeed updates adapters
 
 
 def check_strategy(strategy: str, given: bool, together: bool, count: int | None = None) -> None:
@@ -38,45 +39,38 @@ def check_strategy(strategy: str, given: bool, together: bool, count: int | None
         count: of processes, where they are planned; else those that run.
 
     Raises:
-        UnsupportedError: fsdp2 or zero2 with what it is not for; zero2 without DeepSpeed; zero3; DeepSpeed or FSDP by
-            accelerate's settings.
+        UnsupportedError: fsdp2, zero2 or zero3 with what it is not for; the latter two without DeepSpeed; DeepSpeed or FSDP
+            by accelerate's settings.
     """
-    if strategy == "zero3":
-        raise UnsupportedError(
-            "training.strategy: zero3 cannot hold adapters: DeepSpeed empties every weight outside of its own module's "
-            "pass, and adapters read the weights of layers, embeddings and heads in other modules' passes. "
-            f"{SHARES} ZeRO-3 would."
-        )
     for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
         if os.environ.get(variable, "false").lower() in ("1", "true"):
             raise UnsupportedError(
                 f"{name} set by accelerate does not train adapters here: its checkpoints would not be those of one "
-                f"process. Use training.strategy: zero2 for ZeRO-2. {SHARES} ZeRO-3 would. Start the processes by torchrun, "
-                "graftlm train --processes, or accelerate launch --multi_gpu."
+                "process. Use training.strategy: zero2, zero3 or fsdp2. Start the processes by torchrun, graftlm train "
+                "--processes, or accelerate launch --multi_gpu."
             )
     several = (count or processes.count()) > 1
-    if strategy == "zero2" and several:
-        if together:
-            raise UnsupportedError(
-                "training.strategy: zero2 is for a run that trains alone: runs that train together make their passes beside "
-                "DeepSpeed. Use strategy: ddp, or run one recipe at a time."
-            )
-        if count is None:
-            check_installed()
-    if strategy == "fsdp2" and several and (given or together):
+    if strategy == "zero2" and several and together:
         raise UnsupportedError(
-            "training.strategy: fsdp2 is for a run that loads its own base and trains alone: "
+            "training.strategy: zero2 is for a run that trains alone: runs that train together make their passes beside "
+            "DeepSpeed. Use strategy: ddp, or run one recipe at a time."
+        )
+    if strategy in IN_PARTS and several and (given or together):
+        raise UnsupportedError(
+            f"training.strategy: {strategy} is for a run that loads its own base and trains alone: "
             + ("runs that train together share one whole base" if together else "a loaded base would come back in parts")
             + ". Use strategy: ddp, or run one recipe at a time."
         )
+    if strategy in BY_ZERO and several and count is None:
+        check_installed(strategy)
 
 
-def check_scheme(scheme: str | None) -> None:
-    """UnsupportedError for a base that `shard` cannot hold: a quantised one."""
+def check_scheme(scheme: str | None, strategy: str = "fsdp2") -> None:
+    """UnsupportedError for a base that cannot be in parts: a quantised one."""
     if scheme is not None:
         raise UnsupportedError(
-            f"training.strategy: fsdp2 cannot hold a base in {scheme}: its layers keep scales beside their packed weights, "
-            "which fully_shard does not share out. Use strategy: ddp (each process holds the quantised base), or leave "
+            f"training.strategy: {strategy} cannot hold a base in {scheme}: its layers keep scales beside their packed "
+            "weights, which are not shared out. Use strategy: ddp (each process holds the quantised base), or leave "
             "quantization out."
         )
 
@@ -91,6 +85,21 @@ def check_adapters(model: Any, wanted: str = "shard_adapters") -> None:
                 "which no process has there. Use strategy: ddp, or fsdp2 without shard_adapters; every other method can be "
                 "in parts."
             )
+
+
+def share_out(model: Any, strategy: str, adapters: bool) -> Callable[[], None] | None:
+    """Have a wrapped base, and the adapter where wanted, shared out as a strategy does it; nothing for one process.
+
+    Returns:
+        what must be called behind each backward pass, if anything.
+    """
+    if processes.count() == 1:
+        return None
+    if strategy == "fsdp2":
+        shard(model, adapters)
+    elif strategy == "zero2":
+        check_adapters(model, "strategy: zero2")
+    return shard_by_zero(model) if strategy == "zero3" else None
 
 
 def shard(model: Any, adapters: bool = False) -> None:
@@ -124,10 +133,38 @@ def shard(model: Any, adapters: bool = False) -> None:
         # once outside of inference mode: what is gathered into stays, and training writes to it, too
         block.unshard()  # type: ignore[operator]
         block.reshard()  # type: ignore[operator]
+    move_rest(model, device)
+
+
+def shard_by_zero(model: Any) -> Callable[[], None]:
+    """As `shard`, by DeepSpeed's ZeRO-3, without adapters. All processes must call this.
+
+    Returns:
+        what must be called behind each backward pass.
+
+    Raises:
+        UnsupportedError: a quantised base; adapters that are looked at whole between passes (AdaLoRA's).
+    """
+    base = model.base
+    check_scheme(scheme_of(base), "zero3")
+    check_adapters(model, "strategy: zero3")
+    fingerprint.keep(base)
+    release = divide(base, [block for _, blocks in stacks(base) for block in blocks])
+    move_rest(model, PartialState().device)
+    return release
+
+
+def move_rest(model: Any, device: torch.device) -> None:
+    """Bring what is not in parts to a process's device."""
     return_freed_memory()
     for tensor in (*model.parameters(), *model.buffers()):
-        if not hasattr(tensor, "placements"):
+        if in_part(tensor) is None:
             tensor.data = tensor.data.to(device)
+
+
+def in_part(tensor: Any) -> int | None:
+    """How many numbers a tensor has in all processes together, where this one has a part of it; None where it is whole."""
+    return tensor.numel() if hasattr(tensor, "placements") else getattr(tensor, "ds_numel", None)
 
 
 def is_sharded(model: Any) -> bool:
@@ -191,8 +228,7 @@ def traffic(model: Any) -> dict[str, int]:
     weights in parts that it gets in one pass, forward and backward. Empty for one process."""
     if processes.count() == 1:
         return {}
-    parts = [p for p in model.parameters() if hasattr(p, "placements")]
-    whole = sum(p.numel() * p.element_size() for p in parts)
+    whole = sum((in_part(p) or 0) * p.element_size() for p in model.parameters())
     return {
         "processes": processes.count(),
         "gradient_bytes": sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad),

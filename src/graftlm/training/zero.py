@@ -2,12 +2,14 @@
 
 The engine is given the trained parameters alone, not the model, so that passes, the frozen base (in whatever form) and files
 are those of one process. What it keeps in parts is gathered where a checkpoint is written and cut where one is read.
+
+Of ZeRO-3 the base is the rest: `divide` has DeepSpeed keep its blocks' weights in parts.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,13 +20,13 @@ from .. import processes
 from ..errors import UnsupportedError
 
 
-def check_installed() -> None:
+def check_installed(strategy: str) -> None:
     """UnsupportedError where DeepSpeed is not installed."""
     if importlib.util.find_spec("deepspeed") is None:
         raise UnsupportedError(
-            "training.strategy: zero2 needs DeepSpeed, which is not installed: pip install deepspeed (on CPUs with "
-            "DS_ACCELERATOR=cpu and DS_BUILD_OPS=0 set). ddp does without it and holds the adapter whole; fsdp2 with "
-            "training.shard_adapters shares it out, too."
+            f"training.strategy: {strategy} needs DeepSpeed, which is not installed: pip install deepspeed (on CPUs with "
+            "DS_ACCELERATOR=cpu and DS_BUILD_OPS=0 set). ddp does without it and holds base and adapter whole; fsdp2 shares "
+            "the base out, with training.shard_adapters the adapter, too."
         )
 
 
@@ -59,7 +61,7 @@ class Zero:
         every = [p for own in self.parameters for p in own]
         if other := {p.dtype for p in every} - {torch.float32}:
             raise UnsupportedError(
-                f"training.strategy: zero2 trains adapters in fp32, and this one has {', '.join(map(str, other))}; use ddp"
+                f"ZeRO-2 and ZeRO-3 train adapters in fp32, and this one has {', '.join(map(str, other))}; use ddp"
             )
         kind: Any = type(optimizer)
         self.inner = kind(
@@ -128,3 +130,61 @@ class Zero:
     def close(self) -> None:
         """Let the model's parameters go."""
         self.engine.destroy()
+
+
+def divide(base: nn.Module, blocks: list[nn.Module]) -> Callable[[], None]:
+    """ZeRO-3's part: each process keeps a part of each frozen weight of a base's blocks, and DeepSpeed gathers it for its
+    module's passes and where another module of its block reads it. All processes must call this, and make the same passes.
+
+    Whole stays what is outside of the blocks, and modules with a trained parameter of their own.
+
+    Returns:
+        what lets go of weights that a backward pass did not leave by a gradient, to be called behind each.
+    """
+    import deepspeed
+
+    deepspeed.init_distributed()
+    trained = {m for block in blocks for m in block.modules() if any(p.requires_grad for p in m.parameters(recurse=False))}
+    with without(base, trained):
+        every = nn.ModuleList(blocks)
+        deepspeed.zero.Init(module=every, config_dict_or_path=STAGE_3)  # weight by weight: no device has all of them
+        engine, *_ = deepspeed.initialize(model=every, config=STAGE_3)
+        for block in blocks:
+            within(block)
+    return engine.optimizer.release_backward_leftovers
+
+
+def within(block: nn.Module) -> None:
+    """Gather a weight that any module reads while a block runs."""
+    parameters: list[Any] = [m._parameters for m in block.modules()]
+
+    def reading(flag: bool) -> None:
+        for own in parameters:
+            own._in_forward = flag
+
+    block.register_forward_pre_hook(lambda *given: reading(True))
+    block.register_forward_hook(lambda *given: reading(False), always_call=True)
+
+
+STAGE_3 = {
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {
+        "stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0,
+        "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "memory_efficient_linear": False,
+    },
+}  # fmt: skip
+
+
+@contextmanager
+def without(module: nn.Module, left_out: set[nn.Module]) -> Iterator[None]:
+    """Within the block a module's tree lacks some of its modules."""
+    before = {m: dict(m._modules) for m in module.modules() if not left_out.isdisjoint(m._modules.values())}
+    for m, children in before.items():
+        for name in [name for name, child in children.items() if child in left_out]:
+            del m._modules[name]
+    try:
+        yield
+    finally:
+        for m, children in before.items():  # in their order
+            m._modules.clear()
+            m._modules.update(children)
