@@ -11,7 +11,6 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
-from statistics import mean
 from typing import Any
 
 import torch
@@ -23,7 +22,8 @@ from ..model import PeftModel
 from ..preparation import enable_checkpointing
 from ..training.bases import auto_class
 from ..training.schema import Recipe
-from .allocators import OBJECTS, STATES, CudaCache, Event, Heap, Training, gone, held_in_training, within
+from .allocators import STATES, CudaCache, Event, Training, gone, held_in_training, within
+from .glibc import Heap
 from .sizes import bytes_of, sizes
 from .skeleton import Skeleton, attached, config_of, skeleton, without_quantization
 from .tracing import Account
@@ -251,12 +251,13 @@ def traced(
             kept = account.live - weights
             loss.backward()
         del loss
+        account.end_graph()
         step = within(account.events[len(before) :])
-    timing = 0.0
+    timing = 0
     if gpu is None:
-        held = mean(held_in_training(Heap(objects), [], trained, step, Training()) for objects in OBJECTS)
-        first = timed_products(found.dtype, batch["input_ids"].numel())
-        timing = mean(held_in_training(Heap(objects), first, trained, step, Training()) for objects in OBJECTS) - held
+        held = held_in_training(Heap(), [], trained, step, Training())
+        if first := timed_products(found.dtype, batch["input_ids"].numel()):
+            timing = held_in_training(Heap(), first, trained, step, Training()) - held
     else:
         held = held_in_training(CudaCache(), before, trained, step, gpu) - weights
     held, highest = held - STATES * sum(trained), top[0] - weights
