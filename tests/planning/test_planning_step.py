@@ -21,7 +21,8 @@ from graftlm.errors import PlanError
 from graftlm.kernels import linear
 from graftlm.planning import machine as machines
 from graftlm.planning import step as steps
-from graftlm.planning.allocators import Heap, Training, held_in_training
+from graftlm.planning.allocators import Training, held_in_training
+from graftlm.planning.glibc import Heap
 from graftlm.planning.devices import device
 from graftlm.planning.evaluating import evaluation_memory, generation_memory, longest, passed
 from graftlm.planning.rows import Part, Rows, rows_given, stacked
@@ -258,8 +259,8 @@ def test_products_that_are_timed_first_are_in_the_heap() -> None:
         assert not first
         return
     assert sum(size for _, size in first) == 0
-    assert len(first) == 2 * count * 2 * 2  # come and go; plain and transposed; of the trial's rows and of the step's
-    held = held_in_training(Heap(2), first, [64], [(1, 64)], Training())
+    assert len(first) == 2 * 2 * 2  # come and go; plain and transposed; of the trial's rows and of the step's
+    held = held_in_training(Heap(), first, [64], [(1, 64)], Training())
     assert count * width * width * 4 <= held < 2 * count * width * width * 4
 
 
