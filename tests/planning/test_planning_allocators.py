@@ -14,8 +14,8 @@ import pytest
 import torch
 import transformers as t
 
-from graftlm.planning import step as steps
 from graftlm.planning import machine as machines
+from graftlm.planning import step as steps
 from graftlm.planning.allocators import MIB, CudaCache, Training, held_in_training, play
 from graftlm.planning.glibc import NODES, STORAGE, Heap, block_of
 from graftlm.planning.rows import longest_batch, rows_given
@@ -44,17 +44,17 @@ def test_a_segment_that_is_nearly_fitting_is_not_split() -> None:
     assert cache.held == 12 * MIB + 2 * MIB
 
 
-def test_a_hole_is_too_short_for_a_storage_of_its_size() -> None:
-    """For a storage at a multiple of 64 bytes glibc cuts 112 bytes more. Small blocks that come after it take the ends."""
+def test_a_hole_is_too_short_where_small_blocks_took_its_ends() -> None:
+    """For a storage at a multiple of 64 bytes glibc cuts 112 bytes more, and its ends are free again."""
     heap, size = Heap(), 1 << 16
     block = size + 16 + 112  # its length stands before it, in multiples of 16
-    objects = sum(block_of(n) for n in STORAGE)
-    assert play(heap, [(0, size)]) == block + objects
-    node = sum(block_of(n) for n in NODES[0])
-    assert block + objects + node - 112 <= play(heap, [(-1, 1)]) <= block + objects + node
-    held = play(heap, [(0, -size), (1, size)])
-    assert held > 2 * size  # the node has its ends
-    assert play(heap, [(1, -size), (2, size - 256), (3, size - 256)]) < held + 64
+    assert play(heap, [(0, size)]) == block  # its objects come from the cache
+    assert play(heap, [(0, -size), (1, size), (1, -size)]) == block  # the cache is full: the ends are back
+    nodes = [(-1 - i, 1) for i in range(50)]
+    start = play(heap, nodes)  # the cache is empty
+    assert block <= start < block + sum(block_of(n) for i in range(50) for n in NODES[i % len(NODES)])
+    events = [(2, size), (-60, 1), (-61, 1), (2, -size), (3, size), (-62, 1), (-63, 1), (3, -size), (4, size)]
+    assert play(heap, events) > start + 2 * size
 
 
 @pytest.mark.skipif(not machines.heap_state(), reason="another C library than glibc")

@@ -17,8 +17,8 @@ from typing import Protocol
 MIB = 1 << 20
 STATES = 2  # of AdamW, for each trained tensor
 Event = tuple[int, int]
-"""(number of a storage, its bytes) where it comes; (number, -its bytes) where it goes. Numbers below 0 are nodes of autograd's
-graph, 1 and -1: objects in main memory, whatever the device."""
+"""(number of a storage, its bytes) where it comes; (number, -its bytes) where it goes. Numbers below 0 are nodes of
+autograd's graph, 1 and -1: objects in main memory, whatever the device."""
 
 
 class Allocator(Protocol):

@@ -1,7 +1,7 @@
 """glibc's malloc (2.36), as it was written, of one thread: which block a request is cut from, and what a freed block joins.
 
-`kernels.keep_freed_memory` sets it so that nothing is mapped apart and nothing given back. What counts is the highest address
-that was handed out: memory above it was never touched.
+`kernels.keep_freed_memory` sets it so that nothing is mapped apart and nothing given back. What counts is the highest
+address that was handed out: memory above it was never touched.
 
 A storage of torch is not the only thing that comes. It has two objects of its own (`STORAGE`), and each node of autograd's
 graph brings small blocks that stay to the end of the backward pass (`NODES`). Where a large block was given back in between
@@ -58,7 +58,8 @@ class Heap:
         self._unsorted: dict[int, None] = {}  # addresses, the oldest first
         self._sizes: list[int] = []  # that there are bins' blocks of
         self._bins: dict[int, list[int]] = {}  # size -> addresses
-        self._cache: dict[int, list[int]] = {}  # of the thread: size -> addresses, the newest last
+        # of the thread: size -> addresses, the newest last; it is full, of blocks that lie elsewhere
+        self._cache = {size: [-(size << 8) - (i << 20) for i in range(KEPT)] for size in range(LEAST, CACHED + 1, 16)}
         self._fast: dict[int, list[int]] = {}  # fast bins likewise, whose blocks do not join their neighbours
         self._rest = -1  # what was left of the last block that was cut for a small request
         self._nodes = cycle(NODES)
