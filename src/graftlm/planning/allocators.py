@@ -4,10 +4,7 @@
 segments of their own, the best fitting free block is split, free neighbours become one, and no segment is given back. What
 the system shows as used on a GPU is what is held, and CUDA's own context.
 
-`Heap` is glibc's heap as `kernels.keep_freed_memory` sets it: nothing is mapped apart and nothing given back. torch asks for
-storages at multiples of 64 bytes, for which glibc cuts 96 bytes more and gives the two ends back at once. Small objects take
-these ends and stay as long as the storage's tensors do, so that what is freed between them is too short for a storage of the
-same size: this is where a step's memory goes beyond its activations.
+`glibc.Heap` is what a CPU's storages come from.
 """
 
 from __future__ import annotations
@@ -19,9 +16,9 @@ from typing import Protocol
 
 MIB = 1 << 20
 STATES = 2  # of AdamW, for each trained tensor
-OBJECTS = 2, 3  # small ones that come and go with a storage: by what real steps hold, of both the mean is taken
 Event = tuple[int, int]
-"""(number of a storage, its bytes) where it comes; (number, -its bytes) where it goes."""
+"""(number of a storage, its bytes) where it comes; (number, -its bytes) where it goes. Numbers below 0 are nodes of
+autograd's graph, 1 and -1: objects in main memory, whatever the device."""
 
 
 class Allocator(Protocol):
@@ -30,10 +27,10 @@ class Allocator(Protocol):
     held: int
 
     def take(self, number: int, size: int) -> None:
-        """A storage comes."""
+        """A storage comes, or a node."""
 
     def give(self, number: int) -> None:
-        """A storage that came goes."""
+        """What came goes."""
 
 
 class Free:
@@ -63,13 +60,6 @@ class Free:
         insort(self.sizes, (size, address))
         self._starts[address] = self._ends[address + size] = size
 
-    def last(self, end: int) -> int:
-        """Size of the free block that ends there, which is taken out; 0 for none."""
-        size = self._ends.get(end, 0)
-        if size:
-            self._drop(end - size, size)
-        return size
-
     def _drop(self, address: int, size: int) -> None:
         del self.sizes[bisect_left(self.sizes, (size, address))]
         del self._starts[address], self._ends[address + size]
@@ -84,6 +74,8 @@ class CudaCache:
         self._used: dict[int, tuple[int, int, bool]] = {}  # number -> address, size, whether it is large
 
     def take(self, number: int, size: int) -> None:
+        if number < 0:
+            return
         want = rounded(size, 512)
         large = want > MIB
         found = self._free[large].best(want)
@@ -99,8 +91,9 @@ class CudaCache:
         self._used[number] = address, block, large
 
     def give(self, number: int) -> None:
-        address, size, large = self._used.pop(number)
-        self._free[large].add(address, size)
+        if number >= 0:
+            address, size, large = self._used.pop(number)
+            self._free[large].add(address, size)
 
 
 def rounded(size: int, unit: int) -> int:
@@ -112,62 +105,6 @@ def segment(size: int) -> int:
     if size <= MIB:
         return 2 * MIB
     return 20 * MIB if size < 10 * MIB else rounded(size, 2 * MIB)
-
-
-class Heap:
-    """glibc's heap (2.36), without threads."""
-
-    ALIGNED, LEAST, CACHED = 64, 32, 7  # bytes of torch's alignment, of the shortest block; blocks that the cache keeps
-
-    def __init__(self, objects: int) -> None:
-        self._objects = objects  # small ones that come and go with a storage
-        self.held = self._top = 0
-        self._free, self._cache = Free(), list[tuple[int, int]]()
-        self._used: dict[int, list[tuple[int, int]]] = {}  # number -> blocks: the storage's, those of its small objects
-
-    def take(self, number: int, size: int) -> None:
-        want = max(rounded(size + 8, 16), self.LEAST)
-        more = self.ALIGNED + self.LEAST
-        address = self._block(want + more)
-        before = -(address + 16) % self.ALIGNED
-        before += self.ALIGNED * (0 < before < self.LEAST)
-        if before:
-            self._end(address, before)
-        after = more - before
-        if after >= self.LEAST:
-            self._end(address + before + want, after)
-            after = 0
-        small = [self._cache.pop() if self._cache else (self._block(64), 64) for _ in range(self._objects)]
-        self._used[number] = [(address + before, want + after), *small]
-
-    def give(self, number: int) -> None:
-        (address, size), *small = self._used.pop(number)
-        self._back(address, size)
-        for block in small:
-            self._end(*block)
-
-    def _block(self, size: int) -> int:
-        """The address of a new block."""
-        found = self._free.best(size)
-        if found is None:
-            address, self._top = self._top, self._top + size
-            self.held = max(self.held, self._top)
-            return address
-        address, block = found
-        if block - size >= self.LEAST:
-            self._free.add(address + size, block - size)
-        return address
-
-    def _back(self, address: int, size: int) -> None:
-        self._free.add(address, size)
-        self._top -= self._free.last(self._top)
-
-    def _end(self, address: int, size: int) -> None:
-        """A short block is given back: the cache takes it, while it has room."""
-        if len(self._cache) < self.CACHED:
-            self._cache.append((address, size))
-        else:
-            self._back(address, size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +134,7 @@ def held_in_training(
         trained: bytes of each tensor that is trained.
         step: a forward and backward pass after that; the gradients are what stays of it.
     """
-    count = 1 + max([0, *(number for number, _ in [*before, *step])])
+    count = 1 + max([0, *(abs(number) for number, _ in [*before, *step])])
 
     def new(sizes: Iterable[int]) -> list[Event]:
         nonlocal count
@@ -213,8 +150,8 @@ def held_in_training(
         sums: list[Event] = []
         for batch in range(how.batches):
             shift = count
-            moved = [(number + shift, size) for number, size in step]
-            count = 1 + max([count, *(number for number, _ in moved)])
+            moved = [(number + (shift if number >= 0 else -shift), size) for number, size in step]
+            count = 1 + max([count, *(abs(number) for number, _ in moved)])
             made = dict(staying(moved))
             if batch:  # each gradient is added to its sum and goes; those that one kernel makes go together
                 play(allocator, [e for each in moved for e in ([each, *gone([each])] if each[0] in made else [each])])

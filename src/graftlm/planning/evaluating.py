@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from statistics import mean
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from ..errors import GraftError, PlanError
 from ..training.evaluation import IGNORE_INDEX, LABEL_FORMAT, usual_loss
 from ..training.measuring import SAMPLE_TOKENS, SAMPLES
 from ..training.schema import Recipe
-from .allocators import OBJECTS, CudaCache, Heap, play, within
+from .allocators import CudaCache, play, within
+from .glibc import Heap
 from .rows import Rows, tensors
 from .skeleton import Skeleton
 from .step import Heights, of_all_blocks
@@ -62,8 +62,8 @@ def passed(found: Skeleton, batch: dict[str, Tensor], gpu: bool) -> Heights:
         else:
             model(**batch)
     events, highest = within(account.events[before:]), account.highest - weights
-    held = [play(allocator, events) for allocator in ([CudaCache()] if gpu else map(Heap, OBJECTS))]
-    return Heights(0, highest, 0, mean(held), share=mean(held) / max(highest, 1))
+    held = play(CudaCache() if gpu else Heap(), events)
+    return Heights(0, highest, 0, held, share=held / max(highest, 1))
 
 
 def generation_memory(recipe: Recipe, rows: Rows, whole: Skeleton) -> int:

@@ -11,7 +11,6 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
-from statistics import mean
 from typing import Any
 
 import torch
@@ -23,7 +22,8 @@ from ..model import PeftModel
 from ..preparation import enable_checkpointing
 from ..training.bases import auto_class
 from ..training.schema import Recipe
-from .allocators import OBJECTS, STATES, CudaCache, Event, Heap, Training, gone, held_in_training, within
+from .allocators import STATES, CudaCache, Training, held_in_training, within
+from .glibc import Heap
 from .sizes import bytes_of, sizes
 from .skeleton import Skeleton, attached, config_of, skeleton, without_quantization
 from .tracing import Account
@@ -34,7 +34,6 @@ INNER = ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "ffn_hidden_size", "
 HEADS = ("head_dim", "kv_channels", "d_kv")
 VOCABULARY = ("vocab_size", "padded_vocab_size")
 ALL = 12  # blocks up to which all are run: what a heap holds under checkpointing grows with them
-TRIED = 12  # tokens of the batch with which short cuts are tried out
 TINY = {**dict.fromkeys(LAYERS, 2), **dict.fromkeys(INNER, 64), **dict.fromkeys(HEADS, 8), **dict.fromkeys(VOCABULARY, 512)}
 
 
@@ -81,7 +80,7 @@ class StepMemory:
 class Heights:
     """What one traced step shows, in bytes above the weights: kept activations; highest in forward and backward pass; in the
     loss; held by the allocator (without AdamW's states). Its work: operations, bytes moved, calls. And what the allocator
-    holds as a share of the highest, and besides for products that are timed first."""
+    holds as a share of the highest."""
 
     kept: float
     highest: float
@@ -91,13 +90,12 @@ class Heights:
     moved: float = 0
     calls: float = 0
     share: float = 0
-    timing: float = 0
 
     def at(self, other: Heights, blocks: float) -> Heights:
         """Carried on by `blocks` times the difference to `other`, which has one unit more; of what the heap holds the mean
         is taken: how storages come to lie there is chance, and a difference carried on would be many times that chance."""
         made = Heights(*(max(a + blocks * (b - a), 0) for a, b in zip(astuple(self), astuple(other), strict=True)))
-        return replace(made, share=(self.share + other.share) / 2, timing=(self.timing + other.timing) / 2)
+        return replace(made, share=(self.share + other.share) / 2)
 
 
 def step_memory(
@@ -135,7 +133,9 @@ def step_memory(
     if gpu:
         beyond = found.held - found.highest
     else:
-        beyond = (found.share - 1) * found.highest + found.timing
+        others = found.highest + STATES * gradients
+        held = found.share * found.highest + STATES * gradients
+        beyond = max(held, timed_products(whole.dtype)) - others
     return StepMemory(
         base=size.base_bytes, adapter=size.adapter_bytes, gradients=gradients, optimizer=2 * gradients,
         kept=round(found.kept), workspace=max(round(found.highest - found.kept) - gradients, 0),
@@ -251,30 +251,24 @@ def traced(
             kept = account.live - weights
             loss.backward()
         del loss
+        account.end_graph()
         step = within(account.events[len(before) :])
-    timing = 0.0
     if gpu is None:
-        held = mean(held_in_training(Heap(objects), [], trained, step, Training()) for objects in OBJECTS)
-        first = timed_products(found.dtype, batch["input_ids"].numel())
-        timing = mean(held_in_training(Heap(objects), first, trained, step, Training()) for objects in OBJECTS) - held
+        held = held_in_training(Heap(), [], trained, step, Training())
     else:
         held = held_in_training(CudaCache(), before, trained, step, gpu) - weights
     held, highest = held - STATES * sum(trained), top[0] - weights
     work = account.operations, account.moved, account.calls
-    return Heights(kept, highest, lost[0], held, *work, held / max(highest, 1), max(timing, 0))
+    return Heights(kept, highest, lost[0], held, *work, held / max(highest, 1))
 
 
-def timed_products(dtype: torch.dtype, rows: int) -> list[Event]:
-    """Weights that come and go when ways of products are timed (`kernels.linear.way`): in the trial, whose batch is of some
-    ten tokens, and in the first step; plain and transposed."""
+def timed_products(dtype: torch.dtype) -> int:
+    """Bytes of the weights on which ways of products are timed (`kernels.linear.way`) before and in the first step, whose
+    storages take their place."""
     if dtype is not torch.float32 or not (linear.takes_stripes() or linear.onednn_multiplies(dtype)):
-        return []
+        return 0
     width, count = linear.timed_weights(dtype)
-    made: list[Event] = []
-    for _ in range(2 * len({linear._magnitude(n) for n in (TRIED, rows)})):
-        came = [(len(made) + i, width * width * dtype.itemsize) for i in range(count)]
-        made += [*came, *gone(came)]
-    return made
+    return count * width * width * dtype.itemsize
 
 
 def ways_known(dtype: torch.dtype) -> None:

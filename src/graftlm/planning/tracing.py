@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from .allocators import Event
 
+node_count = torch.autograd._get_sequence_nr  # of nodes that this thread has made
 _DEVICE_OF = torch.ops.prim.device.default
 
 
@@ -29,7 +30,7 @@ class Account(TorchDispatchMode):
 
     Attributes:
         live, highest: bytes that are alive now, and were at most.
-        events: storages in the order in which they came and went (see `allocators`).
+        events: storages, and nodes of autograd's graph, in the order in which they came and went (see `allocators`).
         operations: of products (torch's `flop_counter`).
         moved: bytes that all else reads and writes.
         calls: operations on tensors.
@@ -43,10 +44,15 @@ class Account(TorchDispatchMode):
         self.events: list[Event] = []
         self.operations = self.moved = self.calls = 0
         self._seen: dict[int, Any] = {}
+        self._made = node_count()
+        self._nodes: list[int] = []  # of the graph
+        self._again: list[int] = []  # of activations that are computed again in the backward pass
+        self._running: Any = None  # the node for which they are
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DEVICE_OF:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
+        self.note_nodes()
         kwargs = kwargs or {}
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if any(x.device.type == "meta" and not isinstance(x, FakeTensor) for x in given):  # made with the base, no buffer
@@ -73,6 +79,27 @@ class Account(TorchDispatchMode):
         new = [x for x in tree_leaves(made) if isinstance(x, Tensor) and id(x.untyped_storage()) not in known]
         if new or func._schema.is_mutable:  # no view
             self.moved += sum(x.numel() * x.element_size() for x in [*given, *(new or given[:1])])
+
+    def note_nodes(self) -> None:
+        """Count nodes that came since. They stay to the end of the backward pass; those of activations that are computed
+        again for a node of it, as long as it runs."""
+        running = torch._C._current_autograd_node()
+        if running is not self._running:
+            self._go(self._again)
+            self._running = running
+        made, self._made = self._made, node_count()
+        new = [-number - 1 for number in range(made, self._made)]
+        (self._nodes if running is None else self._again).extend(new)
+        self.events += [(number, 1) for number in new]
+
+    def end_graph(self) -> None:
+        """The graph goes."""
+        self.note_nodes()
+        self._go(self._nodes)
+
+    def _go(self, nodes: list[int]) -> None:
+        self.events += [(number, -1) for number in nodes]
+        nodes.clear()
 
     def note(self, tensor: Tensor) -> None:
         """Count a tensor's storage, if it is new."""

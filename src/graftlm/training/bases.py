@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import copy
 import os
+import socket
 import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
+from huggingface_hub import constants as hub
 
 from .. import bundled
 from ..errors import BaseModelError, nearest
@@ -108,7 +114,7 @@ def checked_path(name: str) -> str:
 def loading(name: str, path: str, action: Any) -> Any:
     """Run a step of loading; what goes wrong becomes a BaseModelError that says whether the network is the reason."""
     try:
-        with ONE_BY_ONE:
+        with ONE_BY_ONE, nullcontext() if os.path.isdir(path) or hub_is_known() else offline():
             return action()
     except (OSError, ValueError, ImportError) as error:
         local = os.path.isdir(path)
@@ -120,6 +126,28 @@ def loading(name: str, path: str, action: Any) -> Any:
         )
         text = str(error).strip().splitlines() or [""]
         raise BaseModelError(f"cannot load the base model {name!r}. {advice} ({type(error).__name__}: {text[0]})") from error
+
+
+def hub_is_known() -> bool:
+    """Whether the hub's name can be resolved, or need not be: behind a proxy."""
+    if urllib.request.getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(hub.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """Within the block the hub is not asked: its files come from the cache, or not at all. (It would be asked again and
+    again, for 20 seconds.)"""
+    before, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = before
 
 
 def auto_class(config: Any, task: str, name: str) -> Any:
