@@ -23,7 +23,7 @@ QUESTION = "Tweet text : what are your opening hours on sunday? Label :"
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the demo trains on a base, by measurement (docs/dev-log.md). Learning rates are the recipes' own."""
+    """What the demo trains on a base, by measurement (docs/dev-log.md). Learning rates are the recipes' own, or named."""
 
     methods: tuple[str, ...]
     training: dict[str, Any]
@@ -45,6 +45,8 @@ PLANS = {
         overrides={
             "p-tuning": {"method_options": {"num_virtual_tokens": 8}, "training": {"batch_size": 2, "epochs": 7}},
             "prompt-tuning": {"training": {"batch_size": 2, "epochs": 5}},
+            # in bf16 half of these updates at twice the rate waver as well
+            "bottleneck": {"training": {"batch_size": 2, "learning_rate": 5e-4}},
         },
         options={"general": None},
     ),
