@@ -45,6 +45,7 @@ PLANS = {
         overrides={
             "p-tuning": {"method_options": {"num_virtual_tokens": 8}, "training": {"batch_size": 2, "epochs": 7}},
             "prompt-tuning": {"training": {"batch_size": 2, "epochs": 5}},
+            "prefix-tuning": {"method_options": {"num_virtual_tokens": 10}, "training": {"batch_size": 2, "epochs": 6}},
             # in bf16 half of these updates at twice the rate waver as well
             "bottleneck": {"training": {"batch_size": 2, "learning_rate": 5e-4}},
         },
