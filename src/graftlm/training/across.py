@@ -14,6 +14,7 @@ from ..errors import UnsupportedError
 from ..model import PeftModel
 from .meters import TokenLoss
 from .sharding import Exchange, base_parameters, is_sharded
+from .sharing import deal_out
 from .zero import Zero
 
 
@@ -48,6 +49,12 @@ class AcrossProcesses(transformers.Trainer):
                 if self.args.fp16:
                     raise UnsupportedError("shard_adapters trains in fp32 or bf16: fp16's scaling is of whole gradients")
                 self.accelerator.clip_grad_norm_ = self.exchange.clip
+
+    def get_train_dataloader(self) -> Any:
+        """As transformers'; the rows of an update are dealt out by length."""
+        loader = super().get_train_dataloader()
+        deal_out(loader, self.train_dataset)
+        return loader
 
     def _backward_by_zero(self, loss: Tensor, **kwargs: Any) -> None:
         """`Accelerator.backward`; DeepSpeed updates behind it."""

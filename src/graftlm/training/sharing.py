@@ -4,14 +4,19 @@ The rows of an update are dealt out to N processes, and each goes backward from 
 over the processes is taken. For that to be the gradient of the loss over all rows (labels c_i of process i, c of all)::
 
     L_i = N * sum of its labels' losses / c + penalty  =  N * c_i / c * mean of its labels' losses + penalty
+
+Which process has which of these rows changes no result, but all wait for the one with the most tokens: rows are dealt out
+by their lengths (`Dealt`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from accelerate.data_loader import SkipBatchSampler
+from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from torch import Tensor
+from torch.utils.data import Dataset, Sampler
 
 from .meters import IGNORE_INDEX
 
@@ -30,6 +35,67 @@ def own_rows(accelerator: Any, inputs: dict[str, Any]) -> int | None:
     size = next((v.shape[0] for v in inputs.values() if isinstance(v, Tensor) and v.dim()), 0)
     kept = min(max(remainder - size * accelerator.process_index, 0), size)
     return None if kept == size else kept
+
+
+class Dealt(Sampler):
+    """The rows of a sampler, those of one update dealt out to processes so that each has about as many tokens.
+
+    Args:
+        sampler: gives row numbers, the same in all processes; a process takes `size` of them, the next process the next.
+        lengths: of rows, by number.
+        size: rows of a process's batch.
+        count: of processes.
+    """
+
+    def __init__(self, sampler: Any, lengths: list[int], size: int, count: int) -> None:
+        self.sampler, self.lengths, self.size, self.count = sampler, lengths, size, count
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        update: list[int] = []
+        for row in self.sampler:
+            update.append(row)
+            if len(update) == self.size * self.count:
+                yield from self.deal(update)
+                update = []
+        yield from update  # accelerate fills up a last one
+
+    def deal(self, rows: list[int]) -> list[int]:
+        """The longest row goes to the process with the fewest tokens so far that has room."""
+        hands: list[list[int]] = [[] for _ in range(self.count)]
+        tokens = [0] * self.count
+        for row in sorted(rows, key=lambda r: -self.lengths[r]):
+            free = [i for i in range(self.count) if len(hands[i]) < self.size]
+            least = min(free, key=lambda i: tokens[i])
+            hands[least].append(row)
+            tokens[least] += self.lengths[row]
+        return [row for hand in hands for row in hand]
+
+
+def deal_out(loader: Any, dataset: Dataset | None) -> None:
+    """Have a loader of several processes deal rows out by length, where a data set of tokens tells lengths."""
+    shard = getattr(loader, "batch_sampler", None)
+    if not isinstance(shard, BatchSamplerShard) or shard.num_processes == 1 or shard.split_batches:
+        return
+    lengths, inner = token_lengths(dataset), shard.batch_sampler
+    if lengths is not None and inner.batch_size > 1 and isinstance(getattr(inner, "sampler", None), Sampler):
+        inner.sampler = Dealt(inner.sampler, lengths, inner.batch_size, shard.num_processes)
+
+
+def token_lengths(dataset: Any) -> list[int] | None:
+    """Tokens of the rows of a `datasets.Dataset`; None of other data."""
+    if "input_ids" not in (getattr(dataset, "column_names", None) or ()) or not hasattr(dataset, "with_format"):
+        return None
+    from pyarrow.compute import list_value_length
+
+    columns = dataset.select_columns("input_ids").with_format("arrow")[:]
+    return list_value_length(columns["input_ids"]).to_pylist()
 
 
 def left_over(loader: Any) -> int:
