@@ -73,7 +73,7 @@ def worker(point: dict[str, Any], folder: Path) -> None:
 
 
 def time_all(rows: list[dict[str, Any]], path: Path, folder: Path, limit: float) -> None:
-    """Time the second and third step of points that are not timed yet, one after the other in this process; the shorter
+    """Time the second to sixth step of points that are not timed yet, one after the other in this process; the shortest
     counts. All that belongs to other measurements is left out: evaluations, joint runs, bases of above half a billion."""
     from graftlm.training import run
 
@@ -89,7 +89,7 @@ def time_all(rows: list[dict[str, Any]], path: Path, folder: Path, limit: float)
         if time.perf_counter() - start > limit:
             return
         noted = marks()
-        run(recipe(row, folder).replace("training.max_steps=3"), callbacks=[noted], quiet=True)
+        run(recipe(row, folder).replace("training.max_steps=6"), callbacks=[noted], quiet=True)
         row["quiet_seconds"] = min(clock for clock, _ in noted.steps[1:])
         path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
         print(f"{row['name']}: {row['quiet_seconds']:.3f} s", flush=True)

@@ -170,12 +170,29 @@ def test_a_plan(known: None) -> None:
     assert json.loads(json.dumps(found.to_dict(), default=str))["peak_bytes"] == found.peak_bytes
 
 
-def test_rates_are_fitted_to_two_steps() -> None:
-    """Products, other operations and calls of known speed are found again."""
-    small, large = Work(1e9, 1e8, 1000, 8), Work(1e11, 4e9, 1000, 384)
-    times = [w.operations / 5e10 + w.moved / 1e10 + w.calls * 1e-5 for w in (small, large)]
-    found = machines.fitted(small, large, *times, 1e10)
-    assert found == pytest.approx({"step_operations": 5e10, "bandwidth": 1e10, "call_seconds": 1e-5})
+WORKS = [Work(2e9, 1e8, 2500, 32), Work(1e10, 7e8, 2500, 384), Work(1e10, 3e8, 1300, 64), Work(6e10, 1e9, 1400, 384)]
+
+
+def seconds_at(rate: float, bandwidth: float, calls: float) -> list[float]:
+    return [w.operations / rate + w.moved / bandwidth + w.calls * calls for w in WORKS]
+
+
+def test_rates_are_fitted_to_steps() -> None:
+    """Products, other operations and calls of known speed are found again, within what the machine was seen to do."""
+    known = {"step_operations": 5e10, "bandwidth": 1e10, "call_seconds": 1e-5}
+    assert machines.fitted(WORKS, seconds_at(5e10, 1e10, 1e-5), 8e10, 4e10) == pytest.approx(known)
+    least = {"step_operations": 5e10, "bandwidth": 1e10, "call_seconds": 1e-6}
+    assert machines.fitted(WORKS, seconds_at(5e10, 1e10, 1e-6), 5e10, 1e10) == pytest.approx(least)
+    found = machines.fitted(WORKS, seconds_at(1e11, 1e10, 1e-5), 8e10, 4e10)  # faster than the fastest product
+    assert found["step_operations"] == pytest.approx(8e10) and found["bandwidth"] > 1e10
+
+
+def test_least_squares_without_negative_parts() -> None:
+    """The best point of the quarter plane lies on its edge, where the free one has a negative part."""
+    a, b = torch.tensor([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]]).double(), torch.tensor([3.0, 2.0, 1.0]).double()
+    assert machines.non_negative(a, b) == pytest.approx([2.0, 0.0])
+    assert machines.non_negative(a, a @ torch.tensor([0.5, 2.0]).double()) == pytest.approx([0.5, 2.0])
+    assert machines.non_negative(a, -b) == [0.0, 0.0]
 
 
 def test_together_the_base_counts_once(known: None) -> None:

@@ -201,7 +201,7 @@ def _norm_forward(module: Any) -> Forward | None:
         return None
     key = type(module), weight.dtype, kind
     if key not in _NORMS:
-        drawn = torch.randn(4, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(weight)
+        drawn = torch.randn(4, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
         like = copy.copy(module)  # with weights that tell: fresh ones are all one, also where they are not read
         like._parameters = module._parameters | {"weight": nn.Parameter(drawn[0], requires_grad=False)}
         with torch.no_grad(), torch.autocast(kind, enabled=False):

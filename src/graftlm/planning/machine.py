@@ -10,6 +10,7 @@ so each form of a base has its own figure. They are in `machine.json` in the use
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import os
 import platform
@@ -18,11 +19,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..errors import PlanError
 from ..files import read_text
@@ -34,10 +37,13 @@ from ..version import __version__
 if TYPE_CHECKING:
     from .step import Work
 
-FORMAT = 4  # raise it when what is measured changes
-WIDTH, INNER, BLOCKS, ROWS, LENGTH = 640, 1792, 6, 4, 96  # of the measuring run
-SMALL = 1, 8  # rows of its small step, tokens of each
-RUN = 2, 32  # of the run whose memory is measured: few, so that it shows the process and not its activations
+FORMAT = 5  # raise it when what is measured changes
+WIDE, NARROW = (640, 6), (256, 6)  # width of a base, and its blocks: of the run whose memory is measured; of short steps
+RUN = 2, 32  # rows of that run, tokens of each: few, so that it shows the process and not its activations
+STEPS = ((NARROW, (1, 32)), (NARROW, (4, 96)), ((1024, 3), (2, 32)), ((1024, 3), (4, 96)), (WIDE, (2, 64)))
+"""Bases and batches whose steps are timed: calls, small operations and products each make up most of one of them."""
+ROUNDS = 5
+FASTEST_CALLS = 1e6  # a second, whatever they do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +55,7 @@ class Machine:
         start_bytes: of the process when its base is loaded, besides the base.
         operations: a second, of the fastest large product.
         step_operations: a second, of the products of training steps.
-        bandwidth: bytes a second that all else reads and writes.
+        bandwidth: bytes a second that all else in training steps reads and writes.
         call_seconds: that a call takes whatever its size.
     """
 
@@ -123,15 +129,16 @@ def measuring_recipe(form: str, folder: Path) -> Recipe:
     })  # fmt: skip
 
 
-def make_base(folder: Path) -> None:
+def make_base(folder: Path, width: int, blocks: int) -> None:
     """A random base with the bundled tokenizer, and rows to train on."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from ..bundled import base_path
 
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=BLOCKS, num_attention_heads=8,
-        num_key_value_heads=8, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=4096, hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=blocks,
+        num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         LlamaForCausalLM(config).save_pretrained(folder / "base")
@@ -141,35 +148,66 @@ def make_base(folder: Path) -> None:
 
 
 def measured(form: str) -> dict[str, float]:
-    """The figures, from a run in a process of its own."""
+    """The figures, from runs in a process of its own."""
     from .rows import longest_batch, rows_given, rows_of
-    from .step import step_memory
+    from .skeleton import config_of
+    from .step import short_cuts, step_memory
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_base(folder)
+        for shape in {WIDE, *(shape for shape, _ in STEPS)}:
+            make_base(place(folder, shape), *shape)
         done = subprocess.run([sys.executable, "-m", __name__, form, name], capture_output=True, text=True, check=False)
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise PlanError(f"this machine could not be measured: {last}")
         found = json.loads(done.stdout.strip().splitlines()[-1])
-        recipe = measuring_recipe(form, folder)
-        rows = rows_of(recipe)
-        step = step_memory(recipe, longest_batch(recipe, rows))
-        small = step_memory(recipe, longest_batch(recipe, rows_given(*SMALL)))
-        large = step_memory(recipe, longest_batch(recipe, rows_given(ROWS, LENGTH)))
+        recipe = measuring_recipe(form, place(folder, WIDE))
+        rows, forms = rows_of(recipe), short_cuts(recipe, config_of(recipe)[0])
+        step = step_memory(recipe, longest_batch(recipe, rows), forms=forms)
+        works = []
+        for shape, (count, length) in STEPS:
+            recipe = measuring_recipe(form, place(folder, shape)).replace(f"training.batch_size={count}")
+            works.append(step_memory(recipe, longest_batch(recipe, rows_given(count, length)), forms=forms).work)
     held = step.gradients + step.kept + step.workspace + step.allocator if found["held"] is None else found["held"]
     process = max(found["peak"] - rows.data_bytes - step.base - step.adapter - step.optimizer - held, 0)
-    rates = fitted(small.work, large.work, found["small"], found["large"], bandwidth())
-    return {"process_bytes": process, "start_bytes": found["start"], "operations": operations(form)} | rates
+    fastest = operations(form)
+    rates = fitted(works, found["seconds"], fastest, bandwidth())
+    return {"process_bytes": process, "start_bytes": found["start"], "operations": fastest} | rates
 
 
-def fitted(small: Work, large: Work, small_seconds: float, large_seconds: float, bandwidth: float) -> dict[str, float]:
-    """Rate of products and time of a call, of which the seconds of two steps are made up."""
-    products = large_seconds - small_seconds - (large.moved - small.moved) / bandwidth
-    rate = (large.operations - small.operations) / max(products, large_seconds / 10)
-    calls = small_seconds - small.operations / rate - small.moved / bandwidth
-    return {"step_operations": rate, "bandwidth": bandwidth, "call_seconds": max(calls, small_seconds / 10) / small.calls}
+def place(folder: Path, shape: tuple[int, int]) -> Path:
+    """Where a base of a shape and its rows are."""
+    return folder / f"{shape[0]}x{shape[1]}"
+
+
+def fitted(works: Sequence[Work], seconds: Sequence[float], fastest: float, bandwidth: float) -> dict[str, float]:
+    """The rates that explain the seconds of steps the best, by least squares of errors relative to what was measured.
+
+    Args:
+        fastest, bandwidth: of a product and of a sum that this machine was seen to make; steps are no faster.
+    """
+    most = fastest, bandwidth, FASTEST_CALLS
+    counted = torch.tensor([(w.operations, w.moved, w.calls) for w in works], dtype=torch.float64)
+    shares = counted / torch.tensor(most, dtype=torch.float64) / torch.tensor(seconds, dtype=torch.float64)[:, None]
+    factors = [1 + extra for extra in non_negative(shares, 1 - shares.sum(1))]
+    rate, moved, calls = (m / f for m, f in zip(most, factors, strict=True))
+    return {"step_operations": rate, "bandwidth": moved, "call_seconds": 1 / calls}
+
+
+def non_negative(a: Tensor, b: Tensor) -> list[float]:
+    """The least squares solution of ``a x = b`` of which nothing is below zero; a [N, few], b [N]. Every choice of columns
+    that are not zero is tried."""
+    best, found = float(b.square().sum()), [0.0] * a.shape[1]
+    for count in range(1, a.shape[1] + 1):
+        for columns in itertools.combinations(range(a.shape[1]), count):
+            x = torch.linalg.lstsq(a[:, columns], b[:, None], driver="gelsd").solution[:, 0]
+            error = float((a[:, columns] @ x - b).square().sum())
+            if error < best and bool((x >= 0).all()):
+                best, found = error, [0.0] * a.shape[1]
+                for column, value in zip(columns, x.tolist(), strict=True):
+                    found[column] = value
+    return found
 
 
 def bandwidth() -> float:
@@ -204,9 +242,9 @@ def main(form: str, folder: str) -> None:
     from ..training.recipes import run
 
     start, noted = memory_now(), heap_notes()
-    run(measuring_recipe(form, Path(folder)), callbacks=[noted], quiet=True)
+    run(measuring_recipe(form, place(Path(folder), WIDE)), callbacks=[noted], quiet=True)
     found = {"start": start, "peak": peak_memory(), "held": noted.held()}
-    print(json.dumps(found | step_times(form, folder)))
+    print(json.dumps(found | {"seconds": step_times(form, Path(folder))}))
 
 
 def heap_notes() -> Any:
@@ -251,25 +289,25 @@ def heap_state() -> tuple[int, int, int] | None:
     return None if resident is None else (1024 * int(resident[1]), info.f7, info.f8)  # uordblks, fordblks
 
 
-def step_times(form: str, folder: str) -> dict[str, float]:
-    """Seconds of a small and of a large step, the best of some."""
+def step_times(form: str, folder: Path) -> list[float]:
+    """Seconds of each of `STEPS`, the best of some: they are made in turns, so that a slow moment meets them all."""
     from ..methods import LoraConfig
     from ..model import get_peft_model
     from ..training.bases import resolve_base
 
-    recipe = measuring_recipe(form, Path(folder))
-    base, _ = resolve_base(recipe.base, dtype=recipe.dtype, quantization=recipe.quantization)
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM")).train()
+    models = {}
+    for shape in {shape for shape, _ in STEPS}:
+        recipe = measuring_recipe(form, place(folder, shape))
+        base, _ = resolve_base(recipe.base, dtype=recipe.dtype, quantization=recipe.quantization)
+        models[shape] = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM")).train()
 
-    def seconds(rows: int, length: int) -> float:
-        ids, best = torch.full((rows, length), 3), float("inf")
-        for _ in range(5):
-            start = time.perf_counter()
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
-            best = min(best, time.perf_counter() - start)
-        return best
+    def seconds(shape: tuple[int, int], batch: tuple[int, int]) -> float:
+        ids, start = torch.full(batch, 3), time.perf_counter()
+        models[shape](input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+        return time.perf_counter() - start
 
-    return {"small": seconds(*SMALL), "large": seconds(ROWS, LENGTH)}
+    rounds = [[seconds(*each) for each in STEPS] for _ in range(ROUNDS)]
+    return [min(times) for times in zip(*rounds, strict=True)]
 
 
 if __name__ == "__main__":

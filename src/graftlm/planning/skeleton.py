@@ -151,6 +151,7 @@ def pack_4bit(library: Any, layer: Any, scheme: str) -> None:
         packed, requires_grad=False, quant_state=state, quant_type=scheme, blocksize=block, bnb_quantized=True, module=layer
     )
     layer.quant_state = state
+    layer.compute_type_is_set = True  # as the first of the passes leaves it that try a model out
 
 
 def quantized_tensors(layer: Any, kind: str) -> list[torch.Tensor]:

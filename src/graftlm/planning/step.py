@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..architectures.fast import speed_up
 from ..errors import GraftError, PlanError
 from ..kernels import linear
 from ..model import PeftModel
@@ -140,8 +141,14 @@ def step_memory(
         base=size.base_bytes, adapter=size.adapter_bytes, gradients=gradients, optimizer=2 * gradients,
         kept=round(found.kept), workspace=max(round(found.highest - found.kept) - gradients, 0),
         allocator=max(round(beyond), 0), loss=round(found.loss),
-        work=Work(found.operations, found.moved, found.calls, batch["input_ids"].numel()),
+        work=Work(found.operations, found.moved, found.calls, tokens_of(batch)),
     )  # fmt: skip
+
+
+def tokens_of(batch: dict[str, Tensor]) -> int:
+    """Tokens of a batch, without padding."""
+    mask = batch.get("attention_mask")
+    return int(batch["input_ids"].numel() if mask is None else mask.sum())
 
 
 # -- tracing --------------------------------------------------------------------------------------------------------------
@@ -227,6 +234,8 @@ def traced(
         enable_checkpointing(model, options)
     model.train()
     account.take(model)
+    if gpu is None:
+        speed_up(model)  # fast forms go by where weights are, and so far these were on the meta device
     ways_known(found.dtype)
     model.entry.shortcuts.trials.forms = forms.forms
     model.entry.shortcuts.trials.divides = forms.divides

@@ -82,12 +82,15 @@ def seconds_of(work: Work, own: Machine) -> float:
 
 
 def operations_of(made: Skeleton, rows: Part, passes: int) -> float:
-    """Operations of `passes` / 2 passes over rows: the base's products, the head's, and attention's two."""
+    """Operations of `passes` / 2 passes over rows: the base's products (a decoder's that follows an encoder are over the
+    labels), the head's, and attention's two."""
     config = made.config
     width: Any = getattr(config, "hidden_size", None) or getattr(config, "n_embd", None) or getattr(config, "d_model", 0)
     head = config.vocab_size * width if made.model.base.get_output_embeddings() is not None else 0
     attention = 2 * blocks_of(config) * width * rows.pairs
-    return passes * (multiplied(made.model) * rows.tokens + head * rows.labelled + attention)
+    base = multiplied(made.model, made.model.base)
+    decoder = base - multiplied(made.model, made.model.base.get_encoder()) if config.is_encoder_decoder else 0
+    return passes * ((base - decoder) * rows.tokens + (decoder + head) * rows.labelled + attention)
 
 
 def blocks_of(config: Any) -> int:
@@ -97,9 +100,10 @@ def blocks_of(config: Any) -> int:
     return blocks + (getattr(config, "num_decoder_layers", None) or 0)
 
 
-def multiplied(host: Any) -> int:
-    """Weights of the base that every token is multiplied by: those of linear layers, without the head (labelled tokens)."""
+def multiplied(host: Any, part: Any) -> int:
+    """Weights of a part of the base that its tokens are multiplied by: those of linear layers, without the head (labelled
+    tokens)."""
     wanted, head = base_ids(host), host.base.get_output_embeddings()
-    layers: list[Any] = [m for m in host.base.modules() if isinstance(m, KINDS["linear"]) and m is not head]
+    layers: list[Any] = [m for m in part.modules() if isinstance(m, KINDS["linear"]) and m is not head]
     own = {id(m.weight): m for m in layers if id(m.weight) in wanted}.values()
     return sum(m.in_features * m.out_features if quantized_kind(m) else m.weight.numel() for m in own)

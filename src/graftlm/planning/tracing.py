@@ -23,6 +23,7 @@ from .allocators import Event
 
 node_count = torch.autograd._get_sequence_nr  # of nodes that this thread has made
 _DEVICE_OF = torch.ops.prim.device.default
+ADDED = ("aten::addmm_", "aten::baddbmm_")  # products in place, which torch's counter does not know
 
 
 class Account(TorchDispatchMode):
@@ -31,7 +32,7 @@ class Account(TorchDispatchMode):
     Attributes:
         live, highest: bytes that are alive now, and were at most.
         events: storages, and nodes of autograd's graph, in the order in which they came and went (see `allocators`).
-        operations: of products (torch's `flop_counter`).
+        operations: of products (torch's `flop_counter`, and `ADDED`).
         moved: bytes that all else reads and writes.
         calls: operations on tensors.
     """
@@ -74,6 +75,9 @@ class Account(TorchDispatchMode):
         self.calls += 1
         if (flops := flop_registry.get(func._overloadpacket)) is not None:
             self.operations += flops(*args, **kwargs, out_val=made)
+            return
+        if func._schema.name in ADDED:
+            self.operations += 2 * made.numel() * args[1].shape[-1]
             return
         known = {id(x.untyped_storage()) for x in given}
         new = [x for x in tree_leaves(made) if isinstance(x, Tensor) and id(x.untyped_storage()) not in known]
