@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -310,3 +311,24 @@ def test_command_line(tmp_path: Path) -> None:
     assert all((tmp_path / n / "adapter_model.safetensors").is_file() for n in "ab")
     again = CliRunner().invoke(cli.app, ["train", *map(str, paths)])
     assert again.exit_code == 1 and "overwrite" in again.stderr + again.stdout
+
+
+@pytest.mark.parametrize(("off", "joins"), [(9e-6, True), (5e-4, False)])
+def test_small_losses_are_no_reason_to_take_turns(
+    off: float, joins: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits round as they do at any loss: runs that have learnt join passes, too."""
+    module = sys.modules[Together.__module__]
+    real = module.joint_losses  # type: ignore[attr-defined]
+
+    def learnt(shares: list[Any]) -> Any:
+        if torch.is_grad_enabled():
+            return real(shares)
+        return [(torch.tensor(0.009 + off * (len(shares) > 1)), 1)] * len(shares)
+
+    monkeypatch.setattr(module, "joint_losses", learnt)
+    together = Together(quiet=True)
+    for seed in (0, 1):
+        together.add(recipe(tmp_path, f"{seed}", seed=seed, max_steps=2))
+    assert [o.error for o in together.run()] == [None, None]
+    assert bool(together.passes["joint"]) == joins

@@ -98,7 +98,9 @@ def plan(
         show_methods(out, found)
     elif largest:
         value, made = found["largest"]
-        out.print(f"{largest}: {value} is the largest that fits.\n{made.line()}", highlight=False)
+        enough = {"batch_size": made.rows["rows"], "max_length": made.rows["longest"]}[largest]
+        told = f"{value} is the largest that fits" if value < enough else f"the data's {enough} fit, more changes nothing"
+        out.print(f"{largest}: {told}.\n{made.line()}", highlight=False)
     else:
         show(out, found, shared)
         show_mends(out, mended)

@@ -71,7 +71,7 @@ def machine(form: str, say: Any = None) -> Machine:
     """This machine's figures for a base in a form ("fp32", "bf16", "int8", "nf4", "fp4"), measured when first asked for.
 
     Args:
-        say: is told when something is measured, which takes some ten seconds.
+        say: is told when something is measured, which takes some twenty seconds.
 
     Raises:
         PlanError: the measuring run failed.
