@@ -6,9 +6,10 @@ import random
 
 import pytest
 from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
-from datasets import Dataset
+from datasets import Dataset, Features, Sequence, Value
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
+from graftlm.training import sharing
 from graftlm.training.sharing import Dealt, deal_out, left_over, token_lengths
 
 
@@ -79,3 +80,21 @@ def test_lengths() -> None:
     assert token_lengths(data.with_format("torch")) == [3, 1, 4, 1, 5]
     assert token_lengths([{"input_ids": [1]}]) is None
     assert token_lengths(data.rename_column("input_ids", "pixels")) is None
+
+
+def test_columns_without_lists() -> None:
+    assert token_lengths(Dataset.from_dict({"input_ids": [1, 2, 3]})) is None
+    assert token_lengths(Dataset.from_dict({"input_ids": [[1, 2], None]})) is None
+    fixed = Features({"input_ids": Sequence(Value("int64"), length=2)})
+    assert token_lengths(Dataset.from_dict({"input_ids": [[1, 2], [3, 4]]}, features=fixed)) == [2, 2]
+
+
+def test_lengths_are_read_where_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(dataset: Dataset) -> None:
+        raise AssertionError("a column was read for nothing")
+
+    monkeypatch.setattr(sharing, "token_lengths", never)
+    data = rows([3, 4, 5, 6])
+    single = BatchSampler(SequentialSampler(data), batch_size=1, drop_last=False)
+    deal_out(DataLoader(data, batch_sampler=BatchSamplerShard(single, num_processes=2, process_index=0)), data)
+    deal_out(DataLoader(data, batch_size=2), data)

@@ -83,19 +83,26 @@ def deal_out(loader: Any, dataset: Dataset | None) -> None:
     shard = getattr(loader, "batch_sampler", None)
     if not isinstance(shard, BatchSamplerShard) or shard.num_processes == 1 or shard.split_batches:
         return
-    lengths, inner = token_lengths(dataset), shard.batch_sampler
-    if lengths is not None and inner.batch_size > 1 and isinstance(getattr(inner, "sampler", None), Sampler):
+    inner = shard.batch_sampler
+    if not isinstance(getattr(inner, "sampler", None), Sampler) or inner.batch_size == 1:
+        return
+    lengths = token_lengths(dataset)
+    if lengths is not None:
         inner.sampler = Dealt(inner.sampler, lengths, inner.batch_size, shard.num_processes)
 
 
 def token_lengths(dataset: Any) -> list[int] | None:
-    """Tokens of the rows of a `datasets.Dataset`; None of other data."""
+    """Tokens of the rows of a `datasets.Dataset`; None of other data, and where a row has no list of them."""
     if "input_ids" not in (getattr(dataset, "column_names", None) or ()) or not hasattr(dataset, "with_format"):
         return None
+    from pyarrow import types
     from pyarrow.compute import list_value_length
 
-    columns = dataset.select_columns("input_ids").with_format("arrow")[:]
-    return list_value_length(columns["input_ids"]).to_pylist()
+    column = dataset.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+    if column.null_count or not any(is_kind(column.type) for is_kind in lists):
+        return None
+    return list_value_length(column).to_pylist()
 
 
 def left_over(loader: Any) -> int:
