@@ -2,7 +2,8 @@
 
     python benchmarks/planning.py                          # measure all points that --json does not hold yet, then compare
     python benchmarks/planning.py --only llama lora        # points whose names hold all of these words
-    python benchmarks/planning.py --times                  # seconds of a step of measured points, on a quiet machine
+    python benchmarks/planning.py --times                  # seconds of a step of measured points, on a quiet machine;
+                                                           # again: the shorter time counts
     python benchmarks/planning.py --compare --json planning.json     # plan what was measured, and print the table
 
 A run loads a random checkpoint of a shape (made once, in a folder that is kept), trains two updates and saves the adapter;
@@ -56,6 +57,8 @@ def marks() -> Any:
 def worker(point: dict[str, Any], folder: Path) -> None:
     """Run a point; prints its figures as JSON."""
     start = time.perf_counter()
+    import torch
+
     from graftlm.training import run, train_together
     from graftlm.training.meters import memory_now, peak_memory
 
@@ -69,30 +72,27 @@ def worker(point: dict[str, Any], folder: Path) -> None:
     print(json.dumps({
         "peak": max(noted.before, peak_memory()), "before": noted.before, "loaded": noted.loaded, "imported": imported,
         "step_seconds": took[0], "step_cpu": took[1], "seconds": time.perf_counter() - start,
+        "threads": torch.get_num_threads(),
     }))  # fmt: skip
 
 
-def time_all(rows: list[dict[str, Any]], path: Path, folder: Path, limit: float) -> None:
-    """Time the second to sixth step of points that are not timed yet, one after the other in this process; the shortest
-    counts. All that belongs to other measurements is left out: evaluations, joint runs, bases of above half a billion."""
+def time_all(rows: list[dict[str, Any]], everything: list[dict[str, Any]], path: Path, folder: Path, limit: float) -> None:
+    """Time the second to sixth step of points one after the other in this process, those first that were timed the least
+    often; the shortest counts. All that belongs to other measurements is left out: evaluations, joint runs, bases of above
+    half a billion."""
     from graftlm.training import run
 
     start = time.perf_counter()
-    for row in rows:
-        if (
-            row.get("quiet_seconds")
-            or row.get("joint")
-            or row.get("holdout")
-            or row["shape"] in ("llama-1.1b", "bloom-0.5b")
-        ):
-            continue
+    left_out = [r for r in rows if r.get("joint") or r.get("holdout") or r["shape"] in ("llama-1.1b", "bloom-0.5b")]
+    for row in sorted((r for r in rows if r not in left_out), key=lambda r: r.get("timed", 0)):
         if time.perf_counter() - start > limit:
             return
         noted = marks()
         run(recipe(row, folder).replace("training.max_steps=6"), callbacks=[noted], quiet=True)
-        row["quiet_seconds"] = min(clock for clock, _ in noted.steps[1:])
-        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-        print(f"{row['name']}: {row['quiet_seconds']:.3f} s", flush=True)
+        shortest = min(clock for clock, _ in noted.steps[1:])
+        row |= {"quiet_seconds": min(shortest, row.get("quiet_seconds") or shortest), "timed": row.get("timed", 0) + 1}
+        path.write_text(json.dumps(everything, indent=1), encoding="utf-8")
+        print(f"{row['name']}: {shortest:.3f} s", flush=True)
 
 
 def measure(point: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -120,7 +120,8 @@ def main() -> None:
         return
     rows = json.loads(args.json.read_text(encoding="utf-8")) if args.json.is_file() else []
     if args.times:
-        time_all([row for row in rows if all(w in row["name"] for w in args.only)], args.json, args.folder, args.times)
+        chosen = [row for row in rows if all(w in row["name"] for w in args.only)]
+        time_all(chosen, rows, args.json, args.folder, args.times)
         return
     have = {row["name"] for row in rows if "error" not in row}
     for each in (*points(), *held_out()):
@@ -135,14 +136,18 @@ def main() -> None:
 
 
 def compare(rows: list[dict[str, Any]], folder: Path) -> bool:
-    """Plan what was measured and print the table; whether the plans are as close as they are to be."""
+    """Plan what was measured with as many threads as there are now, and print the table; whether the plans are as close as
+    they are to be."""
+    import torch
+
     from graftlm.planning import plan
 
     print("| run | measured MiB | planned MiB | off | measured s a step | planned |\n|---|--:|--:|--:|--:|--:|")
     apart = {each["name"] for each in held_out()}
     errors: dict[bool, list[float]] = {False: [], True: []}
     ratios = []
-    for row in (r for r in rows if "error" not in r):
+    now = torch.get_num_threads()
+    for row in (r for r in rows if "error" not in r and r.get("threads", now) == now):
         recipes = [recipe(row, folder, i) for i in range(row.get("joint", 1))]
         planned = plan(recipes, say=lambda text: print(text, file=sys.stderr))
         error, times = planned.peak_bytes / row["peak"] - 1, "| |"

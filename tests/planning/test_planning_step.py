@@ -183,8 +183,10 @@ def test_rates_are_fitted_to_steps() -> None:
     assert machines.fitted(WORKS, seconds_at(5e10, 1e10, 1e-5), 8e10, 4e10) == pytest.approx(known)
     least = {"step_operations": 5e10, "bandwidth": 1e10, "call_seconds": 1e-6}
     assert machines.fitted(WORKS, seconds_at(5e10, 1e10, 1e-6), 5e10, 1e10) == pytest.approx(least)
-    found = machines.fitted(WORKS, seconds_at(1e11, 1e10, 1e-5), 8e10, 4e10)  # faster than the fastest product
-    assert found["step_operations"] == pytest.approx(8e10) and found["bandwidth"] > 1e10
+    found = machines.fitted(WORKS, seconds_at(1e11, 1e10, 1e-5), 9e10, 4e10)  # faster than the fastest product
+    assert found["step_operations"] == pytest.approx(9e10) and found["bandwidth"] > 1e10
+    slow_moment = machines.fitted(WORKS, seconds_at(1e11, 1e12, 1e-6), 2e10, 4e12)
+    assert slow_moment["step_operations"] >= 9e10, "whole steps were faster than the product"
 
 
 def test_least_squares_without_negative_parts() -> None:
@@ -232,7 +234,7 @@ def test_the_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("GRAFTLM_CACHE", str(tmp_path))
     calls: list[str] = []
     figures: dict[str, Any] = {
-        "process_bytes": 7, "start_bytes": 5, "operations": 1e9, "step_operations": 1e9, "bandwidth": 1e9,
+        "process_bytes": 7, "start_bytes": 5, "step_operations": 1e9, "bandwidth": 1e9,
         "call_seconds": 1e-5,
     }  # fmt: skip
 

@@ -37,7 +37,7 @@ from ..version import __version__
 if TYPE_CHECKING:
     from .step import Work
 
-FORMAT = 5  # raise it when what is measured changes
+FORMAT = 6  # raise it when what is measured changes
 WIDE, NARROW = (640, 6), (256, 6)  # width of a base, and its blocks: of the run whose memory is measured; of short steps
 RUN = 2, 32  # rows of that run, tokens of each: few, so that it shows the process and not its activations
 STEPS = ((NARROW, (1, 32)), (NARROW, (4, 96)), ((1024, 3), (2, 32)), ((1024, 3), (4, 96)), (WIDE, (2, 64)))
@@ -53,7 +53,6 @@ class Machine:
     Attributes:
         process_bytes: of the process, besides what is planned for a step.
         start_bytes: of the process when its base is loaded, besides the base.
-        operations: a second, of the fastest large product.
         step_operations: a second, of the products of training steps.
         bandwidth: bytes a second that all else in training steps reads and writes.
         call_seconds: that a call takes whatever its size.
@@ -61,7 +60,6 @@ class Machine:
 
     process_bytes: int
     start_bytes: int
-    operations: float
     step_operations: float
     bandwidth: float
     call_seconds: float
@@ -171,9 +169,8 @@ def measured(form: str) -> dict[str, float]:
             works.append(step_memory(recipe, longest_batch(recipe, rows_given(count, length)), forms=forms).work)
     held = step.gradients + step.kept + step.workspace + step.allocator if found["held"] is None else found["held"]
     process = max(found["peak"] - rows.data_bytes - step.base - step.adapter - step.optimizer - held, 0)
-    fastest = operations(form)
-    rates = fitted(works, found["seconds"], fastest, bandwidth())
-    return {"process_bytes": process, "start_bytes": found["start"], "operations": fastest} | rates
+    rates = fitted(works, found["seconds"], operations(form), bandwidth())
+    return {"process_bytes": process, "start_bytes": found["start"]} | rates
 
 
 def place(folder: Path, shape: tuple[int, int]) -> Path:
@@ -185,8 +182,10 @@ def fitted(works: Sequence[Work], seconds: Sequence[float], fastest: float, band
     """The rates that explain the seconds of steps the best, by least squares of errors relative to what was measured.
 
     Args:
-        fastest, bandwidth: of a product and of a sum that this machine was seen to make; steps are no faster.
+        fastest, bandwidth: of a product and of a sum that this machine was seen to make; steps are no faster. (A product that
+            was timed in a slow moment may be slower than whole steps: then the fastest of these counts.)
     """
+    fastest = max(fastest, *(w.operations / s for w, s in zip(works, seconds, strict=True)))
     most = fastest, bandwidth, FASTEST_CALLS
     counted = torch.tensor([(w.operations, w.moved, w.calls) for w in works], dtype=torch.float64)
     shares = counted / torch.tensor(most, dtype=torch.float64) / torch.tensor(seconds, dtype=torch.float64)[:, None]

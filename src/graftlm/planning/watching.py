@@ -99,7 +99,7 @@ def heaviest(groups: Sequence[Sequence[Plan]], at_once: int | None) -> Plan:
 def measured_or_assumed(form: str) -> Machine:
     """The machine's figures, where it was measured; else this process's memory, and rates of a slow processor."""
     assumed = Machine(
-        process_bytes=memory_now() + BESIDES, start_bytes=memory_now(), operations=5e10, step_operations=2.5e10,
+        process_bytes=memory_now() + BESIDES, start_bytes=memory_now(), step_operations=2.5e10,
         bandwidth=5e9, call_seconds=2e-5,
     )  # fmt: skip
     return known(form) or assumed
