@@ -240,7 +240,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--rates", nargs="+", type=float, default=None, help="these only, with --seeds; no search")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="other parts of the recipe")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="other parts of the recipe; dtype=bf16 for the base"
+    )
     parser.add_argument("--at-once", type=int, default=5)
     parser.add_argument(
         "--json", type=Path, default=None, help="a file to which every run adds a line; its runs are not repeated"
@@ -257,9 +259,10 @@ def main() -> None:
         configs = {b: AutoConfig.from_pretrained(resolve(b)) for b in {k.base for k in results.losses}}
         table(results, {b: (c.hidden_size, c.num_hidden_layers) for b, c in configs.items()})
         return
-    from graftlm.training import resolve_base
+    from graftlm.training import Recipe, resolve_base
 
-    model, tokenizer = resolve_base(args.base, dtype="fp32")
+    first = Recipe.from_dict({"base": args.base, "dtype": "fp32"}, args.set)
+    model, tokenizer = resolve_base(args.base, dtype=first.dtype)
     with tempfile.TemporaryDirectory() as name:
         for data in args.data:
             bench = Bench(args, data, made_data(data, Path(name)), model, tokenizer, Path(name) / "runs")
