@@ -526,6 +526,27 @@ def test_answers_that_the_losses_tell_are_those_of_generation(place: Path, monke
     assert asked == [round(len(rows) * (1 - few.metrics["accuracy"])), len(rows)]
 
 
+def test_right_rows_are_told_whatever_their_lengths(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers at other places in each row: nearly all places have a label in some row."""
+    model, tokenizer = resolve_base(str(place / "base"))
+    tokenizer.padding_side = "right"
+    rows = [{"input_ids": [5] * n + [6, 7], "labels": [-100] * n + [6, 7]} for n in range(2, 10)]
+    with torch.no_grad():
+        for row in rows[::2]:  # the likeliest tokens as labels
+            for at in (-2, -1):
+                logits = model(input_ids=torch.tensor([row["input_ids"][:at]])).logits
+                row["input_ids"][at] = row["labels"][at] = int(logits[0, -1].argmax())
+
+    def measured(most: int) -> tuple[dict[str, Any], set[int]]:
+        monkeypatch.setattr(evaluation_module, "MOST_LOGITS", most)
+        right: set[int] = set()
+        return evaluation_module.loss_metrics(model, tokenizer, rows, 8, False, right), right
+
+    (told, right), (tiled, none) = measured(1 << 26), measured(1)
+    assert {0, 2, 4, 6} <= right and not none
+    assert told == pytest.approx(tiled, rel=1e-5)
+
+
 def test_accuracy_counts_exact_answers(place: Path) -> None:
     from graftlm.data import load_data
 

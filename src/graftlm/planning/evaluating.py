@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import GraftError, PlanError
-from ..training.evaluation import IGNORE_INDEX, LABEL_FORMAT, usual_loss
+from ..training.evaluation import LABEL_FORMAT, places_kept
 from ..training.measuring import SAMPLE_TOKENS, SAMPLES
 from ..training.schema import Recipe
 from .allocators import CudaCache, play, within
@@ -28,10 +28,9 @@ def evaluation_memory(recipe: Recipe, rows: Rows, whole: Skeleton, gpu: bool = F
     """
     if not rows.held.count:
         return 0
-    batch = longest(recipe, rows)
-
+    batch, told = longest(recipe, rows), rows.format == LABEL_FORMAT
     try:
-        found = of_all_blocks(recipe, whole, lambda found: passed(found, batch, gpu), 2, 1)
+        found = of_all_blocks(recipe, whole, lambda found: passed(found, batch, gpu, told), 2, 1)
     except GraftError:
         raise
     except Exception as error:
@@ -46,15 +45,15 @@ def longest(recipe: Recipe, rows: Rows) -> dict[str, Tensor]:
     return tensors(rows.collator(rows.held.longest(recipe.training.eval_batch_size)))
 
 
-def passed(found: Skeleton, batch: dict[str, Tensor], gpu: bool) -> Heights:
+def passed(found: Skeleton, batch: dict[str, Tensor], gpu: bool, told: bool = False) -> Heights:
     """A pass without gradients, with its loss as `training.evaluation` makes it."""
     model, account = found.model.eval(), Account()
     account.take(model)
     labels = batch["labels"] if found.seq2seq else batch["labels"][:, 1:]
-    places = labels.ne(IGNORE_INDEX).any(0).nonzero()[:, 0]
+    places = places_kept(model, labels, told)
     with account, torch.no_grad():
         weights, before = account.live, len(account.events)
-        if usual_loss(model) and 2 * len(places) < labels.shape[1]:
+        if places is not None:
             given = {k: v for k, v in batch.items() if k != "labels"}
             logits = model(**given, logits_to_keep=places).logits
             F.cross_entropy(logits.flatten(0, 1).float(), labels[:, places].flatten(), reduction="sum")

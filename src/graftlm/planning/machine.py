@@ -182,8 +182,8 @@ def fitted(works: Sequence[Work], seconds: Sequence[float], fastest: float, band
     """The rates that explain the seconds of steps the best, by least squares of errors relative to what was measured.
 
     Args:
-        fastest, bandwidth: of a product and of a sum that this machine was seen to make; steps are no faster. (A product that
-            was timed in a slow moment may be slower than whole steps: then the fastest of these counts.)
+        fastest, bandwidth: of a product and of a sum that this machine was seen to make; steps are no faster. (A product
+            that was timed in a slow moment may be slower than whole steps: then the fastest of these counts.)
     """
     fastest = max(fastest, *(w.operations / s for w, s in zip(works, seconds, strict=True)))
     most = fastest, bandwidth, FASTEST_CALLS

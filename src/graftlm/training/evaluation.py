@@ -151,7 +151,7 @@ def loss_metrics(
             labels = inputs["labels"] if seq2seq else inputs["labels"][:, 1:]
             count = int(labels.ne(IGNORE_INDEX).sum())
             if count:
-                loss, likeliest = summed_loss(model, inputs, labels, count)
+                loss, likeliest = summed_loss(model, inputs, labels, count, told=right is not None)
                 total, tokens = total + loss, tokens + count
                 if right is not None and likeliest is not None:
                     right.update(batch[i] for i in likeliest.nonzero()[:, 0].tolist())
@@ -162,15 +162,16 @@ def loss_metrics(
 
 
 def summed_loss(
-    model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor, count: int
+    model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor, count: int, told: bool = False
 ) -> tuple[float, torch.Tensor | None]:
     """The losses of `count` labelled tokens, added up; of a causal model only the logits at such places are made.
 
     labels: [B, T], what each place is compared with (of a causal model [B, T - 1], for the places but the last).
     Beside it, bool [B]: the rows whose labelled tokens are all the likeliest ones; None where the logits are not at hand.
+    told: that is wanted (see `places_kept`).
     """
-    places = labels.ne(IGNORE_INDEX).any(0).nonzero()[:, 0]
-    if usual_loss(model) and 2 * len(places) < labels.shape[1]:
+    places = places_kept(model, labels, told)
+    if places is not None:
         given = {k: v for k, v in inputs.items() if k != "labels"}
         logits = model(**given, logits_to_keep=places).logits
         if logits.shape[1] == len(places):
@@ -178,6 +179,20 @@ def summed_loss(
             likeliest = (logits.argmax(-1).eq(wanted) | wanted.eq(IGNORE_INDEX)).all(1)
             return float(F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="sum")), likeliest
     return float(model(**inputs).loss) * count, None
+
+
+MOST_LOGITS = 1 << 26  # that are held to tell which rows are right: 256 MiB in fp32
+
+
+def places_kept(model: Any, labels: torch.Tensor, told: bool) -> torch.Tensor | None:
+    """The places whose logits a causal model is asked for, to take the loss of labels [B, T] from them; None where the model
+    makes the loss itself. It does, in tiles, where most places have a label in some row; those logits are held all the same
+    where it is to be told which rows are right (each of these needs no generation), unless they are over `MOST_LOGITS`."""
+    places = labels.ne(IGNORE_INDEX).any(0).nonzero()[:, 0]
+    if not usual_loss(model) or len(places) == labels.shape[1]:
+        return None
+    held = len(labels) * len(places) * model.config.get_text_config().vocab_size
+    return places if 2 * len(places) < labels.shape[1] or (told and held <= MOST_LOGITS) else None
 
 
 def usual_loss(model: Any) -> bool:
