@@ -564,3 +564,9 @@ def test_yaml_reads_a_bare_no_as_the_word(tmp_path: Path) -> None:
     path.write_text("training: {eval_strategy: no, save_strategy: no}\n")
     recipe = Recipe.from_yaml(path, overrides=["training.save_strategy=no"])
     assert (recipe.training.eval_strategy, recipe.training.save_strategy) == ("no", "no")
+
+
+def test_an_output_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("{}")
+    with pytest.raises(RecipeError, match="cannot be written into .*choose another directory"):
+        open_output(Recipe(output_dir=str(tmp_path / "data.jsonl" / "run")))
