@@ -1281,8 +1281,9 @@ def test_other_parts_position_tables_are_not_the_texts() -> None:
 def test_biases_of_products_are_combined(kind: str) -> None:
     """`lora_bias` of one source or of both: the sum of what they add (HF PEFT leaves it out)."""
     base = nn.Sequential(nn.Linear(6, 8))
-    model = graftlm.get_peft_model(base, graftlm.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False), "plain")
-    model.add_adapter("biased", graftlm.LoraConfig(r=2, lora_alpha=6, lora_bias=True, target_modules=["0"], init_lora_weights=False))
+    options: Any = {"r": 2, "target_modules": ["0"], "init_lora_weights": False}
+    model = graftlm.get_peft_model(base, graftlm.LoraConfig(**options), "plain")
+    model.add_adapter("biased", graftlm.LoraConfig(**options, lora_alpha=6, lora_bias=True))
     x = torch.randn(3, 6)
     plain, biased, none = (model(x, adapter_names=[name] * 3) for name in ("plain", "biased", "__base__"))
     model.add_weighted_adapter(["biased"], [-2.0], "one", combination_type=kind)

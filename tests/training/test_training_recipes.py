@@ -36,6 +36,7 @@ from graftlm.training import (
     train_together,
 )
 from graftlm.training.defaults import DEFAULTS, REFERENCE, config_type, method_names, method_type
+from graftlm.training.output import open_output
 from graftlm.training.schema import load_yaml
 
 evaluation_module = importlib.import_module("graftlm.training.evaluation")

@@ -183,8 +183,8 @@ def _prepare_split(part: Dataset, name: str, fmt: Format, encode: Callable, seq2
     from datasets import Features, List, Value
     from datasets.fingerprint import generate_random_fingerprint
 
-    texts = {"prompt": Value("string"), "target": Value("string")}  # whatever columns of these names hold
-    kinds = Features(texts | {"input_ids": List(Value("int64")), "attention_mask": List(Value("int64"))})
+    numbers, text = List(Value("int64")), Value("string")  # texts, whatever columns of these names hold
+    kinds = Features({"input_ids": numbers, "attention_mask": numbers, "prompt": text, "target": text})
     fmt.bind(part)  # every split must have the columns
     done = part.map(
         lambda example, i: _at_row(i, partial(encode, example), example),

@@ -165,7 +165,9 @@ def combine(layer: Adapted, target: str, sources: Sequence[str], weights: Sequen
         b[:, : new_b.shape[1]] = new_b.to(b.dtype)
         if own[target].biased:  # scale 1: what the sources' biases add to the output
             bias = layer.held(target)["lora_B"].bias
-            tasks = torch.stack([own[n].own_bias(layer.held(n)) if own[n].biased else torch.zeros_like(bias) for n, _ in pairs])
+            tasks = torch.stack(
+                [own[n].own_bias(layer.held(n)) if own[n].biased else torch.zeros_like(bias) for n, _ in pairs]
+            )
             shares = torch.tensor([w / own[n].scaling for n, w in pairs], device=tasks.device)
             bias.copy_(mix(tasks, shares, "linear" if kind in ("cat", "svd") else kind.removesuffix("_svd"), **options))
 
