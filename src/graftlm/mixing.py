@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -195,7 +196,8 @@ class _Given(Trial):
     def __init__(self, host: AdapterSet, plan: Plan, call: tuple[tuple, dict]) -> None:
         super().__init__(host)
         assert plan.routes is not None
-        self.plan, self.call, self.routes = plan, call, plan.routes
+        self.routes = Routes.by_row(plan.by_row)  # its own: what layers keep of these is of disturbed values
+        self.plan, self.call = replace(plan, routes=self.routes), call
 
     def run(self) -> None:
         name, of, groups = type(self.host.base).__name__, self.routes.of.tolist(), self.routes.groups

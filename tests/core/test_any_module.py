@@ -813,3 +813,16 @@ def test_a_module_that_has_a_configuration_of_transformers() -> None:
     assert model.training and base.inner.training
     assert not model.eval().training and not base.inner.training
     assert model.train().training and base.inner.training
+
+
+def test_the_trial_of_a_mixed_batch_leaves_nothing_in_it() -> None:
+    """Without gradients layers keep the factors side by side for a pass: those of the trial's disturbed values are not the
+    pass's (nothing is known of what such a base reads, so the trial is on the call's own batch)."""
+    model, x = wrapped("words"), inputs("words", 3)
+    model.add_adapter("second", METHODS["lora"](graftlm, PLACES["words"][1]))
+    model.set_adapter("second")
+    randomise(model, seed=5, scale=0.3)
+    with torch.no_grad():
+        mixed = model(x, adapter_names=["default", "second", "__base__"])
+        for i, name in enumerate(["default", "second", "__base__"]):
+            close(mixed[i], model(x[i : i + 1], adapter_names=[name])[0], 2e-5)

@@ -642,3 +642,23 @@ def test_fields_and_defaults_are_hf_pefts(kind: str) -> None:
         assert name in mine.own_fields or value == getattr(their, name), name
     missing = set(vars(their)) - set(mine.to_dict()) - {"peft_version"}
     assert not missing
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Linear(6, 8), torch.nn.Conv1d(6, 8, 3), torch.nn.Embedding(6, 8)], ids=repr)
+def test_dora_of_rows_of_zeros(layer: torch.nn.Module) -> None:
+    """Pruned or never trained rows have no direction: they are as they are, not infinite, and train."""
+    base = torch.nn.Sequential(copy.deepcopy(layer))
+    embeds = isinstance(layer, torch.nn.Embedding)
+    x = torch.tensor([[0, 3, 5]]) if embeds else torch.randn(2, 6, 6)
+    with torch.no_grad():
+        (base[0].weight[:, 2:4] if embeds else base[0].weight[2:4]).zero_()
+        expected = base(x)
+    model = graftlm.get_peft_model(base, graftlm.LoraConfig(r=2, use_dora=True, target_modules=["0"]))
+    assert (model(x) - expected).abs().max() <= 1e-6
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    for _ in range(3):
+        model(x).square().sum().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    trained = model(x).detach()
+    assert torch.isfinite(trained).all() and (model.merge_and_unload()(x) - trained).abs().max() <= 1e-5

@@ -1275,3 +1275,51 @@ def test_other_parts_position_tables_are_not_the_texts() -> None:
     both = Half(qformer=Half(position_embeddings=torch.nn.Embedding(8, 4)), language_model=text)
     assert position_room(both) == position_room(text) == 100
     assert position_room(Half(vision_model=Half(position_embeddings=torch.nn.Embedding(8, 4)))) is None
+
+
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
+def test_biases_of_products_are_combined(kind: str) -> None:
+    """`lora_bias` of one source or of both: the sum of what they add (HF PEFT leaves it out)."""
+    base = nn.Sequential(nn.Linear(6, 8))
+    options: Any = {"r": 2, "target_modules": ["0"], "init_lora_weights": False}
+    model = graftlm.get_peft_model(base, graftlm.LoraConfig(**options), "plain")
+    model.add_adapter("biased", graftlm.LoraConfig(**options, lora_alpha=6, lora_bias=True))
+    x = torch.randn(3, 6)
+    plain, biased, none = (model(x, adapter_names=[name] * 3) for name in ("plain", "biased", "__base__"))
+    model.add_weighted_adapter(["biased"], [-2.0], "one", combination_type=kind)
+    model.set_adapter("one")
+    assert torch.allclose(model(x), none - 2 * (biased - none), atol=1e-5)
+    if kind != "linear":
+        model.add_weighted_adapter(["plain", "biased"], [0.5, 2.0], "both", combination_type=kind, svd_rank=4)
+        model.set_adapter("both")
+        assert torch.allclose(model(x), none + 0.5 * (plain - none) + 2 * (biased - none), atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d(4, 6, 3), nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 1), nn.Conv3d(4, 6, 3)], ids=repr)
+@pytest.mark.parametrize("kind", ["svd", "magnitude_prune_svd"])
+def test_products_of_convolutions_are_combined(layer: Any, kind: str) -> None:
+    config = graftlm.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = graftlm.get_peft_model(nn.Sequential(layer), config, "a")
+    model.add_adapter("b", config)
+    x = torch.randn(3, 4, *[5] * len(layer.kernel_size))
+    a, b, none = (model(x, adapter_names=[name] * 3) for name in ("a", "b", "__base__"))
+    model.add_weighted_adapter(["a", "b"], [0.7, -0.3], "mix", combination_type=kind, svd_rank=4, density=1.0)
+    model.set_adapter("mix")
+    assert torch.allclose(model(x), none + 0.7 * (a - none) - 0.3 * (b - none), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["cat", "svd"])
+def test_products_of_groups_are_refused(kind: str) -> None:
+    config = graftlm.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = graftlm.get_peft_model(nn.Sequential(nn.Conv1d(4, 6, 3, groups=2)), config, "a")
+    model.add_adapter("b", config)
+    with pytest.raises(ConfigError, match="several groups.*'linear'"):
+        model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "mix", combination_type=kind)
+
+
+def test_layers_of_a_bare_backbone_are_counted() -> None:
+    base = t.LlamaModel(fresh("llama").config)
+    model = graftlm.get_peft_model(base, graftlm.LoraConfig(target_modules=["q_proj"], layers_to_transform=1))
+    assert [n for n, _ in model.named_modules() if n.endswith("lora_A.default")] == [
+        "base_model.model.layers.1.self_attn.q_proj.lora_A.default"
+    ]

@@ -407,3 +407,9 @@ def test_values_that_are_no_text(tokenizer):
             prepare(Dataset.from_list([row]), tokenizer)
     numbers = [{"content": "a", "input": 7, "summary": "b"}, {"content": "a", "input": None, "summary": "b"}]
     assert prompts_and_targets(Dataset.from_list(numbers))[0] == ["a\n7", "a"]
+
+
+def test_prompts_that_are_numbers_stay_texts(tokenizer) -> None:
+    rows = Dataset.from_dict({"prompt": [1, 2], "target": [2, 4]})
+    made = prepare(rows, tokenizer, "completion", columns={"completion": "target"}, for_generation=True)
+    assert made["prompt"][:] == ["1", "2"] and made["target"][:] == ["2", "4"]

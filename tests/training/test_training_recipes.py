@@ -36,6 +36,7 @@ from graftlm.training import (
     train_together,
 )
 from graftlm.training.defaults import DEFAULTS, REFERENCE, config_type, method_names, method_type
+from graftlm.training.output import open_output
 from graftlm.training.schema import load_yaml
 
 evaluation_module = importlib.import_module("graftlm.training.evaluation")
@@ -585,3 +586,9 @@ def test_yaml_reads_a_bare_no_as_the_word(tmp_path: Path) -> None:
     path.write_text("training: {eval_strategy: no, save_strategy: no}\n")
     recipe = Recipe.from_yaml(path, overrides=["training.save_strategy=no"])
     assert (recipe.training.eval_strategy, recipe.training.save_strategy) == ("no", "no")
+
+
+def test_an_output_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text("{}")
+    with pytest.raises(RecipeError, match="cannot be written into .*choose another directory"):
+        open_output(Recipe(output_dir=str(tmp_path / "data.jsonl" / "run")))

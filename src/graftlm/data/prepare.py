@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -96,7 +97,7 @@ def prompts_and_targets(
     if isinstance(dataset, dict):
         raise DataError(f"got a DatasetDict; choose one of its splits, {list(dataset)}, for example data['test']")
     fmt = get_format(format, available=dataset.column_names, columns=columns, **options).bind(dataset)
-    pairs = [_at_row(i, partial(fmt.pair, row, tokenizer)) for i, row in enumerate(dataset)]
+    pairs = [_at_row(i, partial(fmt.pair, row, tokenizer), row) for i, row in enumerate(dataset)]
     return [pair.prompt for pair in pairs], [pair.target for pair in pairs]
 
 
@@ -179,12 +180,16 @@ def _padded(encode: Callable[[Mapping[str, Any]], Row], length: int, pad: int, s
 
 
 def _prepare_split(part: Dataset, name: str, fmt: Format, encode: Callable, seq2seq: bool, for_generation: bool) -> Dataset:
+    from datasets import Features, List, Value
     from datasets.fingerprint import generate_random_fingerprint
 
+    numbers, text = List(Value("int64")), Value("string")  # texts, whatever columns of these names hold
+    kinds = Features({"input_ids": numbers, "attention_mask": numbers, "prompt": text, "target": text})
     fmt.bind(part)  # every split must have the columns
     done = part.map(
-        lambda example, i: _at_row(i, partial(encode, example)),
+        lambda example, i: _at_row(i, partial(encode, example), example),
         with_indices=True,
+        features=kinds if for_generation else None,
         remove_columns=part.column_names,
         load_from_cache_file=False,
         # rows in memory are not cached: to hash tokenizer and format for a name takes longer than most small data sets
@@ -212,8 +217,9 @@ def _split_name(name: str) -> str:
     return f" of split {name!r}" if name else ""
 
 
-def _at_row(index: int, action: Callable[[], Any]) -> Any:
+def _at_row(index: int, action: Callable[[], Any], example: Mapping[str, Any]) -> Any:
+    """What `action` gives; an error names the row, and shows it: a row that was shuffled or held out has another number."""
     try:
         return action()
     except DataError as error:
-        raise DataError(f"row {index}: {error}") from error
+        raise DataError(f"row {index}: {error}. The row: {textwrap.shorten(str(dict(example)), 200)}") from error

@@ -64,6 +64,7 @@ class LoraChange(Change):
     tables: ClassVar[tuple[str, ...]] = ("lora_dropout", "lora_A", "lora_B", "lora_magnitude_vector", "lora_start")
     bare = frozenset({"lora_magnitude_vector"})
     numbers: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "scaling")
+    groups = 1  # of a convolution's channels
 
     def __init__(self, config: Any, r: int, alpha: float, original: Callable[[], Tensor] | None = None) -> None:
         self.r = r
@@ -174,6 +175,11 @@ class LoraChange(Change):
         with torch.no_grad():
             return torch.linalg.vector_norm(frozen.weight(dtype) + self.update(t, dtype), dim=1)
 
+    def ratio(self, t: Held, frozen: Frozen, dtype: torch.dtype) -> Tensor:
+        """What every row is multiplied by, magnitude over length: 1 for a row of zeros, which has no direction."""
+        length = self.norm(t, frozen, dtype)
+        return torch.where(length > 0, t["lora_magnitude_vector"].weight.to(dtype) / length.where(length > 0, 1.0), 1.0)
+
     def leave(self, t: Held, x: Tensor, y: Tensor, bias: Tensor | None, frozen: Frozen) -> Tensor:
         (a, b), p, scale = self.factors(t), self.dropped(t), frozen.scale
         dropped = self.entering(x, a.dtype, p)
@@ -185,8 +191,7 @@ class LoraChange(Change):
             added = added - self.product(self.entering(x, start.a.dtype, 0.0), start.a, start.b) * self.scaling
         added = added if scale is None else added * scale
         if self.dora:
-            magnitude = t["lora_magnitude_vector"].weight
-            ratio = magnitude / self.norm(t, frozen, magnitude.dtype)
+            ratio = self.ratio(t, frozen, t["lora_magnitude_vector"].weight.dtype)
             if p:  # what enters the frozen weight is dropped, too
                 plain = F.linear(dropped, frozen.weight(dropped.dtype))
             else:
@@ -198,8 +203,7 @@ class LoraChange(Change):
         weight = super().fold(t, weight, frozen)
         if not self.dora:
             return weight
-        ratio = t["lora_magnitude_vector"].weight.to(weight.dtype) / self.norm(t, frozen, weight.dtype)
-        return ratio[:, None] * weight
+        return self.ratio(t, frozen, weight.dtype)[:, None] * weight
 
     def own_bias(self, t: Held) -> Tensor:
         """``scale * c`` [out], of `lora_bias`."""

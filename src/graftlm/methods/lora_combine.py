@@ -55,11 +55,17 @@ def check_layer(path: str, layer: Adapted, sources: Sequence[str], kind: str) ->
 
     Raises:
         AdapterError: one is not a plain product BA.
-        ConfigError: their ranks differ (patterns may do that) where this kind mixes A with A and B with B.
+        ConfigError: their ranks differ (patterns may do that) where this kind mixes A with A and B with B; ranks that belong
+            to groups of channels, where it mixes products.
     """
     own = changes(layer, sources)
     if any(change.dora or change.started for change in own.values()):
         raise AdapterError("Adapters with DoRA, PiSSA or OLoRA are not a plain product BA; merge them one by one instead.")
+    if (kind == "cat" or kind.endswith("svd")) and any(change.groups > 1 for change in own.values()):
+        raise ConfigError(
+            f"combination_type={kind!r}: {path!r} is a convolution of several groups, whose ranks belong to its groups; "
+            "choose 'linear', or leave the layer out of the adapters."
+        )
     ranks = {n: change.r for n, change in own.items()}
     if kind != "cat" and not kind.endswith("svd") and len(set(ranks.values())) > 1:
         listed = ", ".join(f"{n!r} r={r}" for n, r in ranks.items())
@@ -145,10 +151,11 @@ def combine(layer: Adapted, target: str, sources: Sequence[str], weights: Sequen
             new_a = torch.cat([factors[n][0] * w for n, w in pairs], dim=0)
             new_b = torch.cat([factors[n][1] for n, _ in pairs], dim=1)
         elif kind.endswith("svd"):
-            tasks = torch.stack([(factors[n][1].float() @ factors[n][0].float()) * own[n].scaling for n, _ in pairs])
+            tasks = torch.stack([own[n].update(layer.held(n), torch.float32).detach() for n, _ in pairs])
             shares = torch.tensor([w / own[n].scaling for n, w in pairs], device=tasks.device)
             total = mix(tasks, shares, "linear" if kind == "svd" else kind.removesuffix("_svd"), **options)
             new_a, new_b = truncated_svd(total, a.shape[0], options.get("svd_clamp"))
+            new_a, new_b = new_a.view(-1, *a.shape[1:]), new_b.view(-1, new_b.shape[1], *b.shape[2:])
         else:
             roots = torch.tensor([math.sqrt(abs(w)) for _, w in pairs], device=a.device)
             signs = torch.tensor([math.copysign(1.0, w) for _, w in pairs], device=a.device)
@@ -156,6 +163,13 @@ def combine(layer: Adapted, target: str, sources: Sequence[str], weights: Sequen
             new_b = mix(torch.stack([factors[n][1] for n, _ in pairs]), roots, kind, **options)
         a[: new_a.shape[0]] = new_a.to(a.dtype)
         b[:, : new_b.shape[1]] = new_b.to(b.dtype)
+        if own[target].biased:  # scale 1: what the sources' biases add to the output
+            bias = layer.held(target)["lora_B"].bias
+            tasks = torch.stack(
+                [own[n].own_bias(layer.held(n)) if own[n].biased else torch.zeros_like(bias) for n, _ in pairs]
+            )
+            shares = torch.tensor([w / own[n].scaling for n, w in pairs], device=tasks.device)
+            bias.copy_(mix(tasks, shares, "linear" if kind in ("cat", "svd") else kind.removesuffix("_svd"), **options))
 
 
 def truncated_svd(matrix: Tensor, rank: int, clamp: float | None) -> tuple[Tensor, Tensor]:

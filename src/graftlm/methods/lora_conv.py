@@ -28,8 +28,6 @@ CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}  # by 
 class ConvChange(LoraChange):
     """Of a convolution. DoRA's magnitude is [1, out, 1, …], of the kernel's rows [out, in / groups * kernel]."""
 
-    groups = 1
-
     def make(self, t: Held, frozen: Frozen, dtype: torch.dtype) -> None:
         layer = frozen.layer
         self.groups = layer.groups
@@ -72,8 +70,7 @@ class ConvChange(LoraChange):
         dropped = self.entering(x, self.dtype(t), p)
         added = t["lora_B"](t["lora_A"](dropped)) * self.scaling
         if self.dora:
-            magnitude = t["lora_magnitude_vector"].weight
-            ratio = frozen.along(magnitude / self.norm(t, frozen, magnitude.dtype))
+            ratio = frozen.along(self.ratio(t, frozen, t["lora_magnitude_vector"].weight.dtype))
             if p:  # what enters the frozen weight is dropped, too
                 plain = frozen.product(dropped, frozen.weight(dropped.dtype))
             else:
@@ -93,8 +90,7 @@ class ConvChange(LoraChange):
         weight = weight + self.update(t, weight.dtype)
         if not self.dora:
             return weight
-        ratio = t["lora_magnitude_vector"].weight.to(weight.dtype) / self.norm(t, frozen, weight.dtype)
-        return ratio.reshape(-1, 1) * weight
+        return self.ratio(t, frozen, weight.dtype).reshape(-1, 1) * weight
 
 
 def check_dropout(config: Any, path: str) -> None:

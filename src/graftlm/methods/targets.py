@@ -47,7 +47,7 @@ def pattern_value(table: dict[str, Any], name: str, default: Any) -> Any:
 def layer_index(name: str, layers_pattern: str | Sequence[str] | None) -> int | None:
     """Number of the layer that a module belongs to: `model.layers.3.mlp.fc1` -> 3."""
     if not layers_pattern:
-        found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+        found = re.match(r".*?\.[^.]*\.(\d+)\.", name) or re.match(r"[^.]*\.(\d+)\.", name)  # of a bare backbone
         return int(found[1]) if found else None
     for pattern in [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern:
         if found := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):

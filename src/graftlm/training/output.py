@@ -42,7 +42,12 @@ def open_output(recipe: Recipe) -> Path:
             f"output_dir={str(folder)!r} holds an earlier run ({', '.join(earlier[:6])}). Choose another directory, go on "
             "with it by resume: true (--resume), or replace it by overwrite: true (--overwrite)."
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(
+            f"output_dir={str(folder)!r} cannot be written into ({error.strerror or error}); choose another directory"
+        ) from error
     return folder
 
 
