@@ -128,6 +128,26 @@ def test_unusable_messages(messages, error, tokenizer):
         prepare(data, tokenizer)
 
 
+def test_sharegpt_is_the_same_conversation(data, tokenizer):
+    speakers = {"user": "human", "assistant": "gpt"}
+    shared = [{"from": speakers[m["role"]], "value": m["content"]} for m in MESSAGES[1:]]
+    for given in (
+        {"conversations": shared, "system": "Be short."},
+        {"conversations": [{"from": "system", "value": "Be short."}, *shared], "system": "Not this."},
+        {"conversations": [{"from": "system", "value": "Be short."}, *shared], "id": "7"},
+    ):
+        for template in (None, CHATML):
+            tokenizer.chat_template = template
+            assert list(prepare(Dataset.from_list([given]), tokenizer)) == list(prepare(data, tokenizer)), given
+    unknown = [{"from": "narrator", "value": "Once"}, *shared]
+    with pytest.raises(DataError, match="message 0 is from 'narrator', expected one of human"):
+        prepare(Dataset.from_list([{"conversations": unknown}]), tokenizer)
+    with pytest.raises(DataError, match="should hold a list"):
+        prepare(Dataset.from_list([{"conversations": "Hello there"}]), tokenizer)
+    with pytest.raises(DataError, match="message 1 should have a text 'role'"):
+        prepare(Dataset.from_list([{"conversations": [shared[0], {"from": "gpt", "value": None}]}]), tokenizer)
+
+
 def test_truncation_of_the_prompt_is_refused(data, tokenizer):
     with pytest.raises(DataError, match="chat template"):
         prepare(data, tokenizer, truncation="prompt")

@@ -1,5 +1,8 @@
 r"""Conversations: ``messages`` of ``{"role", "content"}`` through the tokenizer's chat template.
 
+ShareGPT's ``conversations`` of ``{"from", "value"}`` are the same with other names (`ROLES`), with the system's words in a
+column of their own or in the conversation.
+
 Labels are on the assistant's turns only. How they are found:
 
 1. The template marks them with ``{% generation %}``: transformers returns the mask.
@@ -18,13 +21,13 @@ end token after the last answer. `ChatFormat` labels those (`answer_end_ids` of 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from graftlm.data._base import Format
+from graftlm.data._base import Format, optional_text
 from graftlm.data._pair import IGNORE_INDEX, Pair
-from graftlm.errors import DataError
+from graftlm.errors import DataError, nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +36,12 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, Any]
 _PLAIN_NAMES = {"system": "System: ", "user": "Human: "}
+COLUMNS = "messages", "conversations"  # that hold conversations, the first that is there
+ROLES = {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "user": "user",
+    "assistant": "assistant", "system": "system", "tool": "tool", "observation": "tool",
+}  # fmt: skip
+"""Names of speakers (`from`) by the roles of templates."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -40,12 +49,21 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class ChatFormat(Format):
     """A conversation in one column of messages; the loss is on what the assistant says, and on how it ends.
 
-    A template decides how an answer ends; ``end`` is for tokenizers without one.
+    A template decides how an answer ends; ``end`` is for tokenizers without one. What stands in ``system_column`` comes
+    first, where the conversation has no system message itself.
     """
 
     name: ClassVar[str] = "chat"
+    optional: ClassVar[frozenset[str]] = frozenset({"system"})
     messages_column: str = "messages"
+    system_column: str = "system"
     max_length: int = 1024
+
+    @classmethod
+    def match(cls, columns: Iterable[str]) -> ChatFormat | None:
+        have = set(columns)
+        found = next((c for c in COLUMNS if c in have), None)
+        return cls(messages_column=found) if found else None
 
     def pair(self, example: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None = None) -> Pair:
         """All up to the last assistant message is the prompt, that message the answer."""
@@ -82,14 +100,36 @@ class ChatFormat(Format):
     def _messages(self, example: Mapping[str, Any]) -> list[dict]:
         messages = example[self.messages_column]
         if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-            raise DataError(f"column {self.messages_column!r} should hold a list of {{role, content}}, got {messages!r}")
-        found = []
-        for i, message in enumerate(messages):
-            role, content = message.get("role"), message.get("content")
-            if not isinstance(role, str) or not isinstance(content, str):
-                raise DataError(f"message {i} should have a text 'role' and a text 'content', got {message!r}")
-            found.append({key: value for key, value in message.items() if value is not None})
+            raise DataError(
+                f"column {self.messages_column!r} should hold a list of {{role, content}} or {{from, value}}, "
+                f"got {messages!r}"
+            )
+        found = [turn(i, message) for i, message in enumerate(messages)]
+        system = optional_text(example, self.system_column)
+        if system.strip() and all(message["role"] != "system" for message in found):
+            found.insert(0, {"role": "system", "content": system})
         return found
+
+
+def turn(number: int, message: Any) -> dict:
+    """A message of a conversation with the names of templates; fields without a value are left out.
+
+    Raises:
+        DataError: no text, or a speaker that is none of `ROLES`.
+    """
+    given = {k: v for k, v in message.items() if v is not None} if isinstance(message, Mapping) else {}
+    if "role" not in given and isinstance(given.get("from"), str):
+        speaker, text = given.pop("from"), given.pop("value", None)
+        if speaker not in ROLES:
+            raise DataError(
+                f"message {number} is from {speaker!r}, expected one of {', '.join(ROLES)}{nearest(speaker, ROLES)}"
+            )
+        given = {"role": ROLES[speaker], "content": text} | given
+    if not isinstance(given.get("role"), str) or not isinstance(given.get("content"), str):
+        raise DataError(
+            f"message {number} should have a text 'role' and a text 'content' (or 'from' and 'value'), got {message!r}"
+        )
+    return given
 
 
 def render_chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase | None = None) -> str:

@@ -6,7 +6,7 @@
 | `text`       | `prompt`, `quote` or `text`                       | none, all is labelled         | text       |
 | `alpaca`     | `instruction`, `input` (optional), `output`       | `Human: …` `Assistant: `      | output     |
 | `adgen`      | `content`, `input` (optional), `summary`          | `prompt_text` + content       | summary    |
-| `chat`       | `messages`                                        | all but the assistant's turns | turns      |
+| `chat`       | `messages` or `conversations`, `system` (optional)| all but the assistant's turns | turns      |
 | `completion` | `prompt` and `completion`, likes of them, any two | prompt + `separator`          | completion |
 
 `names` tells the likes of these column names, and what is said when a column that looks like an answer is left over.
