@@ -293,3 +293,19 @@ def test_crooked_json(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message):
         load_data(tmp_path / name)
+
+
+def test_a_list_within_an_object_is_said(tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text('{"version": 1, "data": [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]}')
+    with pytest.raises(DataError, match="holds one object, whose entry 'data' is a list of 2 objects"):
+        load_data(file)
+    file.write_text('{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}')
+    assert len(load_data(file, split="train")) == 1
+
+
+def test_compressed_files_are_told(tmp_path):
+    file = tmp_path / "rows.jsonl.gz"
+    file.write_bytes(b"\x1f\x8b")
+    with pytest.raises(DataError, match="is compressed: unpack it first"):
+        load_data(file)

@@ -592,3 +592,19 @@ def test_an_output_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text("{}")
     with pytest.raises(RecipeError, match="cannot be written into .*choose another directory"):
         open_output(Recipe(output_dir=str(tmp_path / "data.jsonl" / "run")))
+
+
+def test_an_output_directory_that_cannot_be_written_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: Any, **options: Any) -> None:  # as the system refuses those who are not root
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("graftlm.training.output.TemporaryFile", refused)
+    with pytest.raises(RecipeError, match=r"cannot be written into \(Permission denied\)"):
+        open_output(Recipe(output_dir=str(tmp_path)))
+
+
+def test_an_entry_of_several_kinds_has_one_line() -> None:
+    with pytest.raises(
+        RecipeError, match=r"(?s)1 problem\(s\)\n  training.learning_rate: .*greater than 0.*; or expected 'search'"
+    ):
+        Recipe.from_dict({"training": {"learning_rate": -1.0}})

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 _ENDINGS = (*TEXT_ENDINGS, ".parquet")
+_PACKED = (".gz", ".zip", ".xz", ".bz2", ".zst", ".tar", ".tgz")
 _SPLIT_WORDS = {
     "train": "train", "training": "train",
     "test": "test", "testing": "test",
@@ -105,6 +106,8 @@ def _check_files(paths: list[Path]) -> None:
     suffix = suffixes.pop()
     if suffix == ".py":
         raise DataError(_script(str(paths[0])))
+    if suffix in _PACKED:
+        raise DataError(f"{str(paths[0])!r} is compressed: unpack it first, expected {', '.join(_ENDINGS)}")
     if suffix not in _ENDINGS:
         raise DataError(f"cannot read {str(paths[0])!r}: the ending {suffix!r} is none of {', '.join(_ENDINGS)}")
     for path in paths:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graftlm.data.chat import COLUMNS as CONVERSATIONS
 from graftlm.errors import DataError
 from graftlm.files import lines_of, parse_json, read_text
 
@@ -188,6 +189,17 @@ def read_json(path: Path, text: str) -> Columns:
     return table
 
 
+def check_inside(path: Path, value: dict[str, Any]) -> None:
+    """DataError for one object that has a list of rows in it."""
+    lists = {k: v for k, v in value.items() if isinstance(v, list) and v and all(isinstance(x, dict) for x in v)}
+    for name, rows in lists.items():
+        if name not in CONVERSATIONS:
+            raise DataError(
+                f"{str(path)!r} holds one object, whose entry {name!r} is a list of {len(rows)} objects. If these are the "
+                "rows, save that list alone (a split a file: train.json, test.json)"
+            )
+
+
 def whole_json(path: Path, text: str) -> list[tuple[str, Any]] | None:
     """The rows of a file that is one JSON value, with their places; None for a file of several."""
     try:
@@ -197,6 +209,8 @@ def whole_json(path: Path, text: str) -> list[tuple[str, Any]] | None:
             return None
         raise DataError(f"cannot read {error}") from error
     rows = value if isinstance(value, list) else [value]
+    if isinstance(value, dict):
+        check_inside(path, value)
     return [(f"row {i}", {"text": row} if isinstance(row, str) else row) for i, row in enumerate(rows)]
 
 

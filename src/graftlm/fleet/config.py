@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from ..errors import ConfigError
 from ..inference.config import EngineConfig
 from ..serving.settings import Settings
-from ..training.schema import Scheme, Section, apply_overrides, describe, read_yaml
+from ..training.schema import Scheme, Section, apply_overrides, described, read_yaml
 
 
 class Replicas(Section):
@@ -128,7 +128,7 @@ class FleetConfig(Section):
         try:
             made = cls.model_validate(content)
         except ValidationError as error:
-            problems += [describe(cls, item).replace("value error, ", "") for item in error.errors()]
+            problems += [text.replace("value error, ", "") for text in described(cls, error.errors())]
         if made is not None:
             problems += made.conflicts()
         if problems or made is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from tempfile import TemporaryFile
 from uuid import uuid4
 
 from .. import processes
@@ -23,7 +24,7 @@ def open_output(recipe: Recipe) -> Path:
 
     Raises:
         RecipeError: an earlier run is there and neither `overwrite` nor `resume` is set, or `resume` has another method,
-            base or quantisation.
+            base or quantisation; nothing can be written there.
     """
     folder = Path(recipe.output_dir)
     if folder.exists() and not folder.is_dir():
@@ -44,6 +45,8 @@ def open_output(recipe: Recipe) -> Path:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise RecipeError(
             f"output_dir={str(folder)!r} cannot be written into ({error.strerror or error}); choose another directory"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -166,7 +166,7 @@ class Recipe(Section):
         try:
             made = cls.model_validate(content)
         except ValidationError as error:
-            problems += [describe(cls, item) for item in error.errors()]
+            problems += described(cls, error.errors())
         problems += method_problems(content.get("method", cls.model_fields["method"].default), content.get("method_options"))
         if made is not None:
             problems += made.conflicts()
@@ -291,20 +291,32 @@ def spell_out(values: dict[str, Any]) -> list[str]:
     return [f"method: {name} is {values['method']} with quantization: {means}, and the recipe says {said}; leave one out"]
 
 
-def describe(model: type[BaseModel], item: Any) -> str:
-    """A pydantic error in one line, with the nearest key for an unknown one."""
-    path = [str(part) for part in item["loc"]]
-    name = ".".join(path)
+KINDS = re.compile(
+    r"(constrained-|literal\[|function-|nullable|list\[|dict\[).*|int|float|bool|str|none"
+)  # parts of a union
+
+
+def described(model: type[BaseModel], errors: Sequence[Any]) -> list[str]:
+    """pydantic's errors, a line for each entry: what may be of several kinds has an error of each."""
+    found: dict[str, list[str]] = {}
+    for item in errors:
+        path = [str(part) for part in item["loc"]]
+        name = ".".join(path if item["type"] == "extra_forbidden" else [p for p in path if not KINDS.fullmatch(p)])
+        found.setdefault(name, []).append(describe(model, path, item))
+    return [f"{name}: {'; or '.join(texts)}" for name, texts in found.items()]
+
+
+def describe(model: type[BaseModel], path: list[str], item: Any) -> str:
+    """A pydantic error at a path, with the nearest key for an unknown one."""
     if item["type"] == "extra_forbidden":
         known = fields_at(model, path[:-1])
-        hint = elsewhere(model, path[-1]) or nearest(path[-1], known) or "; known: " + ", ".join(known)
-        return f"{name}: unknown key{hint}"
+        return "unknown key" + (elsewhere(model, path[-1]) or nearest(path[-1], known) or "; known: " + ", ".join(known))
     if item["type"] == "literal_error":
         hint = nearest(str(item["input"]), re.findall(r"'([^']+)'", item["ctx"]["expected"]))
-        return f"{name}: expected {item['ctx']['expected']}, got {item['input']!r}{hint}"
+        return f"expected {item['ctx']['expected']}, got {item['input']!r}{hint}"
     if item["type"] == "model_type":
-        return f"{name}: expected keys and values, got {item.get('input')!r}"
-    return f"{name}: {item['msg'][0].lower()}{item['msg'][1:]} (got {item.get('input')!r})"
+        return f"expected keys and values, got {item.get('input')!r}"
+    return f"{item['msg'][0].lower()}{item['msg'][1:]} (got {item.get('input')!r})"
 
 
 def fields_at(model: type[BaseModel], path: list[str]) -> list[str]:
