@@ -361,8 +361,7 @@ def add_weighted_adapter(
     biased = any(config.lora_bias for config in configs)  # type: ignore[attr-defined]
     config = replace(
         configs[0], r=rank, lora_alpha=rank, target_modules=list(layers), rank_pattern={}, alpha_pattern={},
-        use_rslora=False, lora_bias=biased, layers_to_transform=None, layers_pattern=None,
-        exclude_modules=None,
+        use_rslora=False, lora_bias=biased, layers_to_transform=None, layers_pattern=None, exclude_modules=None,
         trainable_token_indices={path: all_ids(layer, adapters) for path, layer in tokens.items()} or None,
     )  # type: ignore[call-arg]  # fmt: skip
     host.add_adapter(adapter_name, config)

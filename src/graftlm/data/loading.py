@@ -107,7 +107,7 @@ def _check_files(paths: list[Path]) -> None:
     if suffix == ".py":
         raise DataError(_script(str(paths[0])))
     if suffix in _PACKED:
-        raise DataError(f"{str(paths[0])!r} is compressed: unpack it first, expected {', '.join(_ENDINGS)}")
+        raise DataError(f"{str(paths[0])!r} is compressed: unpack it first; expected {', '.join(_ENDINGS)}")
     if suffix not in _ENDINGS:
         raise DataError(f"cannot read {str(paths[0])!r}: the ending {suffix!r} is none of {', '.join(_ENDINGS)}")
     for path in paths:

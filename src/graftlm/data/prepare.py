@@ -97,7 +97,7 @@ def prompts_and_targets(
     if isinstance(dataset, dict):
         raise DataError(f"got a DatasetDict; choose one of its splits, {list(dataset)}, for example data['test']")
     fmt = get_format(format, available=dataset.column_names, columns=columns, **options).bind(dataset)
-    pairs = [_at_row(i, partial(fmt.pair, row, tokenizer), row) for i, row in enumerate(dataset)]
+    pairs = [_at_row(i, partial(fmt.pair, tokenizer=tokenizer), row) for i, row in enumerate(dataset)]
     return [pair.prompt for pair in pairs], [pair.target for pair in pairs]
 
 
@@ -187,7 +187,7 @@ def _prepare_split(part: Dataset, name: str, fmt: Format, encode: Callable, seq2
     kinds = Features({"input_ids": numbers, "attention_mask": numbers, "prompt": text, "target": text})
     fmt.bind(part)  # every split must have the columns
     done = part.map(
-        lambda example, i: _at_row(i, partial(encode, example), example),
+        lambda example, i: _at_row(i, encode, example),
         with_indices=True,
         features=kinds if for_generation else None,
         remove_columns=part.column_names,
@@ -217,9 +217,9 @@ def _split_name(name: str) -> str:
     return f" of split {name!r}" if name else ""
 
 
-def _at_row(index: int, action: Callable[[], Any], example: Mapping[str, Any]) -> Any:
-    """What `action` gives; an error names the row, and shows it: a row that was shuffled or held out has another number."""
+def _at_row(index: int, action: Callable[[Mapping[str, Any]], Any], example: Mapping[str, Any]) -> Any:
+    """What `action` makes of an example; an error names its row, and shows it: one that was shuffled has another number."""
     try:
-        return action()
+        return action(example)
     except DataError as error:
         raise DataError(f"row {index}: {error}. The row: {textwrap.shorten(str(dict(example)), 200)}") from error

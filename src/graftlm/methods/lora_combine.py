@@ -122,9 +122,14 @@ def combine_rows(
         at = torch.tensor([place[token] for token in change.ids], device=base.device)
         task[at] = change.rows(layer.held(name)).detach().float() - base[at]
     shares = torch.tensor([w for n, w in zip(sources, weights, strict=True) if n in names], device=base.device)
-    mixed = mix(tasks, shares, "linear" if kind in ("cat", "svd") else kind.removesuffix("_svd"), **options)
+    mixed = mix(tasks, shares, of_whole(kind), **options)
     with torch.no_grad():
         layer.held(target)[TABLE].copy_(base + mixed)
+
+
+def of_whole(kind: str) -> str:
+    """How a kind mixes what is no factor of a product: whole updates, rows, biases."""
+    return "linear" if kind in ("cat", "svd") else kind.removesuffix("_svd")
 
 
 def new_rank(kind: str, layers: Sequence[Adapted], sources: Sequence[str], svd_rank: int | None) -> int:
@@ -153,7 +158,7 @@ def combine(layer: Adapted, target: str, sources: Sequence[str], weights: Sequen
         elif kind.endswith("svd"):
             tasks = torch.stack([own[n].update(layer.held(n), torch.float32).detach() for n, _ in pairs])
             shares = torch.tensor([w / own[n].scaling for n, w in pairs], device=tasks.device)
-            total = mix(tasks, shares, "linear" if kind == "svd" else kind.removesuffix("_svd"), **options)
+            total = mix(tasks, shares, of_whole(kind), **options)
             new_a, new_b = truncated_svd(total, a.shape[0], options.get("svd_clamp"))
             new_a, new_b = new_a.view(-1, *a.shape[1:]), new_b.view(-1, new_b.shape[1], *b.shape[2:])
         else:
@@ -169,7 +174,7 @@ def combine(layer: Adapted, target: str, sources: Sequence[str], weights: Sequen
                 [own[n].own_bias(layer.held(n)) if own[n].biased else torch.zeros_like(bias) for n, _ in pairs]
             )
             shares = torch.tensor([w / own[n].scaling for n, w in pairs], device=tasks.device)
-            bias.copy_(mix(tasks, shares, "linear" if kind in ("cat", "svd") else kind.removesuffix("_svd"), **options))
+            bias.copy_(mix(tasks, shares, of_whole(kind), **options))
 
 
 def truncated_svd(matrix: Tensor, rank: int, clamp: float | None) -> tuple[Tensor, Tensor]:

@@ -291,9 +291,8 @@ def spell_out(values: dict[str, Any]) -> list[str]:
     return [f"method: {name} is {values['method']} with quantization: {means}, and the recipe says {said}; leave one out"]
 
 
-KINDS = re.compile(
-    r"(constrained-|literal\[|function-|nullable|list\[|dict\[).*|int|float|bool|str|none"
-)  # parts of a union
+# what pydantic puts into the path for a part of a union
+KINDS = re.compile(r"(constrained-|literal\[|function-|nullable|list\[|dict\[).*|int|float|bool|str|none")
 
 
 def described(model: type[BaseModel], errors: Sequence[Any]) -> list[str]:
